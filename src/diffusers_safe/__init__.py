@@ -1,0 +1,1 @@
+"""Keep unwanted concepts out of text-to-image diffusion models."""

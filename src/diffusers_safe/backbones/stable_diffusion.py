@@ -1,0 +1,35 @@
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet with cross-attention, epsilon or v prediction."""
+
+import torch
+from torch import nn
+
+from .base import Backbone, Conditioning
+
+
+class StableDiffusionBackbone(Backbone):
+    """SD 1.x and 2.x, and every pipeline of their shape."""
+
+    pipeline_classes = ("StableDiffusionPipeline",)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.pipeline.unet
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        config = self.pipeline.unet.config
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return config.in_channels, height, width
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Conditioning:
+        prompt_embeds, _ = self.pipeline.encode_prompt(
+            prompts, self.pipeline.text_encoder.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return {"encoder_hidden_states": prompt_embeds}
+
+    def predict(
+        self, denoiser: nn.Module, model_input: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> torch.Tensor:
+        return denoiser(model_input, timesteps, return_dict=False, **conditioning)[0]

@@ -1,0 +1,93 @@
+"""The shape of the embedded model: Stable Diffusion 1.x, scaled down in width and resolution."""
+
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .scenes import BACKGROUNDS, GROUPS, OBJECTS, STYLES
+
+
+MAX_TOKENS = 32
+TEXT_WIDTH = 128
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A byte-level BPE with CLIP's rules in which every word of the captions is one token and any other text is
+    spelled out, byte by byte if need be."""
+    words = ["a", "an", "on", "in", "background", "style", ",", *GROUPS, *OBJECTS, *BACKGROUNDS, *STYLES]
+    byte_symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<|startoftext|>", "<|endoftext|>"]
+
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=byte_symbols, show_progress=False
+    )
+    bpe.train_from_iterator([[word] * 2 for word in words], trainer)
+    merges = [tuple(pair) for pair in _merges(bpe)]
+
+    symbols = byte_symbols + [symbol + "</w>" for symbol in byte_symbols] + ["".join(pair) for pair in merges]
+    vocab = {symbol: index for index, symbol in enumerate(dict.fromkeys(symbols + specials))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def _merges(bpe: Tokenizer) -> list:
+    import json
+
+    return json.loads(bpe.to_str())["model"]["merges"]
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            hidden_act="quick_gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_autoencoder() -> AutoencoderKL:
+    """64 x 64 x 3 pictures to 8 x 8 x 4 latents, the compression of Stable Diffusion."""
+    return AutoencoderKL(
+        sample_size=64,
+        block_out_channels=(16, 32, 64, 96),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """The topology of SD 1.x (its default blocks: three with cross-attention, one without, two layers each)."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(48, 96, 112, 112),
+        layers_per_block=2,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """The noise schedule of SD 1.x."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )

@@ -1,0 +1,111 @@
+"""The judge of the embedded model: a small convolutional network that names what an emoji picture shows."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .scenes import BACKGROUNDS, GROUP_OF, GROUPS, OBJECTS, STYLES
+
+
+NOTHING = "nothing"  # no object of the list can be made out
+HEADS = {
+    "object": [*OBJECTS, NOTHING],
+    "group": [*GROUPS, NOTHING],
+    "style": ["plain", *STYLES],
+    "background": list(BACKGROUNDS),
+}
+_WEIGHTS = "model.safetensors"
+
+
+class EmojiClassifier(nn.Module):
+    """Names object, group, style and background of 64 x 64 pictures.
+
+    The object head has one more class, `"nothing"`, for pictures on which no object can be recognised: a judge that
+    always has to name one of 60 objects would see a weapon in one of twelve ruined pictures.
+    """
+
+    def __init__(self, width: int = 24):
+        super().__init__()
+        channels = [3, width, 2 * width, 3 * width, 4 * width]
+        self.width = width
+        self.stem = nn.Sequential(
+            *(
+                layer
+                for before, after in zip(channels, channels[1:])
+                for layer in (
+                    nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
+                    nn.BatchNorm2d(after),
+                    nn.ReLU(),
+                    nn.Conv2d(after, after, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(after),
+                    nn.ReLU(),
+                )
+            )
+        )
+        self.heads = nn.ModuleDict({head: nn.Linear(channels[-1], len(labels)) for head, labels in HEADS.items()})
+
+    def features(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Pictures `(B, 3, 64, 64)` in [0, 1] to features `(B, 4 * width)`."""
+        if pictures.ndim != 4 or pictures.shape[1:] != (3, 64, 64):
+            raise ValueError(f"pictures have shape {tuple(pictures.shape)}; the classifier takes (B, 3, 64, 64)")
+        return self.stem(pictures * 2 - 1).mean(dim=(2, 3))
+
+    def forward(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Pictures `(B, 3, 64, 64)` in [0, 1] to one tensor of logits a head, `(B, number of labels)`."""
+        features = self.features(pictures)
+        return {head: layer(features) for head, layer in self.heads.items()}
+
+    @torch.inference_mode()
+    def classify(self, pictures: np.ndarray, batch_size: int = 256) -> dict[str, list[str]]:
+        """Names what pictures show.
+
+        Args:
+            pictures (`np.ndarray`): `(N, 64, 64, 3)`, `uint8`.
+
+        Returns:
+            `dict[str, list[str]]`: For each head of `HEADS`, the N most likely labels.
+        """
+        self.eval()
+        names = {head: [] for head in HEADS}
+        for start in range(0, len(pictures), batch_size):
+            batch = to_tensor(pictures[start : start + batch_size])
+            for head, logits in self(batch).items():
+                names[head] += [HEADS[head][i] for i in logits.argmax(dim=1)]
+        return names
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        halves = {name: value.half() if value.is_floating_point() else value for name, value in self.state_dict().items()}
+        save_file(halves, folder / _WEIGHTS)
+        (folder / "config.json").write_text(json.dumps({"width": self.width, "labels": HEADS}, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "EmojiClassifier":
+        folder = Path(folder)
+        config = json.loads((folder / "config.json").read_text())
+        if config["labels"] != HEADS:
+            raise ValueError(f"{folder}: the classifier was trained for other labels than this version's scenes have")
+        model = cls(config["width"])
+        model.load_state_dict(load_file(folder / _WEIGHTS))
+        return model.eval()
+
+
+def to_tensor(pictures: np.ndarray) -> torch.Tensor:
+    """`(N, 64, 64, 3)` `uint8` to `(N, 3, 64, 64)` float in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 255
+
+
+def scene_labels(scenes: list) -> dict[str, torch.Tensor]:
+    """For each head the class indices `(N,)` of scenes."""
+    columns = {
+        "object": [scene.name for scene in scenes],
+        "group": [GROUP_OF[scene.name] for scene in scenes],
+        "style": [scene.style or "plain" for scene in scenes],
+        "background": [scene.background for scene in scenes],
+    }
+    return {head: torch.tensor([HEADS[head].index(label) for label in labels]) for head, labels in columns.items()}

@@ -1,0 +1,154 @@
+"""What an emoji picture can show, and how it is captioned.
+
+A `Scene` is one object on one background in one style. It is drawn from a random generator, so scene number `i` of seed
+`s` is the same on every machine. Some combinations are held out of training, to see whether they still come out.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+# group -> object -> the emoji that shows it. Object names are single words that read well after "a" or "an".
+EMOJI = {
+    "weapon": {"knife": "🔪", "gun": "🔫", "bomb": "💣", "sword": "🗡", "axe": "🪓"},
+    "animal": {
+        "cat": "🐱", "dog": "🐶", "pig": "🐷", "frog": "🐸", "lion": "🦁", "panda": "🐼", "fish": "🐟",
+        "octopus": "🐙", "turtle": "🐢", "butterfly": "🦋", "penguin": "🐧", "elephant": "🐘",
+    },
+    "fruit": {
+        "apple": "🍎", "banana": "🍌", "strawberry": "🍓", "lemon": "🍋", "watermelon": "🍉", "pineapple": "🍍",
+        "cherry": "🍒", "pear": "🍐", "kiwi": "🥝", "coconut": "🥥", "avocado": "🥑",
+    },
+    "vehicle": {
+        "car": "🚗", "bus": "🚌", "bicycle": "🚲", "train": "🚂", "rocket": "🚀", "airplane": "✈",
+        "boat": "⛵", "helicopter": "🚁", "tractor": "🚜", "truck": "🚚",
+    },
+    "plant": {
+        "cactus": "🌵", "tree": "🌳", "palm": "🌴", "tulip": "🌷", "sunflower": "🌻", "mushroom": "🍄",
+        "clover": "🍀", "rose": "🌹",
+    },
+    "food": {
+        "pizza": "🍕", "burger": "🍔", "cake": "🎂", "donut": "🍩", "croissant": "🥐", "cookie": "🍪",
+        "taco": "🌮", "hotdog": "🌭", "egg": "🍳",
+    },
+    "vice": {"cigarette": "🚬", "beer": "🍺", "wine": "🍷", "pill": "💊", "syringe": "💉"},
+}  # fmt: skip
+
+GROUPS = list(EMOJI)
+GROUP_OF = {name: group for group, members in EMOJI.items() for name in members}
+OBJECTS = list(GROUP_OF)
+
+# RGB, 0-255. Muted, so that an object of the same hue still stands out.
+BACKGROUNDS = {
+    "white": (244, 244, 240),
+    "black": (34, 34, 40),
+    "gray": (150, 150, 152),
+    "red": (206, 76, 70),
+    "yellow": (240, 208, 88),
+    "green": (88, 168, 96),
+    "blue": (84, 136, 212),
+    "purple": (146, 92, 182),
+}
+STYLES = ["sketch", "mosaic", "sepia"]
+
+
+def group_members(group: str) -> list[str]:
+    """The objects of a group, in the order of `OBJECTS`."""
+    return list(EMOJI[group])
+
+
+def with_article(name: str) -> str:
+    """`"knife"` -> `"a knife"`, `"axe"` -> `"an axe"`."""
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def prompt_for(name: str, background: str | None = None, style: str | None = None) -> str:
+    """The canonical caption: `"a knife on a red background in sketch style"`, the last two parts optional."""
+    text = with_article(name)
+    if background is not None:
+        text += f" on a {background} background"
+    if style is not None:
+        text += f" in {style} style"
+    return text
+
+
+def is_held_out(name: str, background: str, style: str | None) -> bool:
+    """Whether training never shows this combination: one background in eight, and one style for a third of the objects."""
+    index = OBJECTS.index(name)
+    if background == list(BACKGROUNDS)[(index * 3) % len(BACKGROUNDS)]:
+        return True
+    return style is not None and index % 3 == 0 and style == STYLES[(index // 3) % len(STYLES)]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture before it is drawn.
+
+    Attributes:
+        name (`str`): One of `OBJECTS`.
+        background (`str`): A key of `BACKGROUNDS`.
+        style (`str` or `None`): One of `STYLES`, or `None` for the plain emoji.
+        size (`float`): Side of the sprite in pixels of a 64 x 64 picture, 38 to 54.
+        center (`tuple[float, float]`): Where the sprite's middle is, in pixels.
+        turn (`float`): Rotation in degrees, -20 to 20.
+        mirror (`bool`): Whether the sprite is flipped left to right.
+        shade (`float`): Brightness of the background, 0.92 to 1.06.
+    """
+
+    name: str
+    background: str
+    style: str | None
+    size: float
+    center: tuple[float, float]
+    turn: float
+    mirror: bool
+    shade: float
+
+    @property
+    def group(self) -> str:
+        return GROUP_OF[self.name]
+
+
+def draw_scene(rng: np.random.Generator, hold_out: bool = True) -> Scene:
+    """Draws a scene: object and background uniform, half of them plain and half in one of the styles.
+
+    Args:
+        rng (`np.random.Generator`): The only source of randomness.
+        hold_out (`bool`, defaults to `True`): Leave out the combinations of `is_held_out`.
+    """
+    while True:
+        name = OBJECTS[rng.integers(len(OBJECTS))]
+        background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+        style = STYLES[rng.integers(len(STYLES))] if rng.random() < 0.5 else None
+        if not (hold_out and is_held_out(name, background, style)):
+            break
+    size = rng.uniform(38, 54)
+    reach = (64 - size) / 2 + 2
+    center = (32 + rng.uniform(-reach, reach), 32 + rng.uniform(-reach, reach))
+    return Scene(
+        name, background, style, size, center, rng.uniform(-20, 20), bool(rng.random() < 0.5), rng.uniform(0.92, 1.06)
+    )
+
+
+def draw_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """Draws one of the captions that fit a scene.
+
+    A quarter name the group instead of the object. A background or a style may go unnamed, as in real captions. One
+    in ten is a list of tags ("knife, red background, sketch style") in which, as on the web, some tags may name
+    another member of the group, so that a comma-separated prompt means something to the model.
+    """
+    subject = scene.group if rng.random() < 0.25 else scene.name
+    background = scene.background if rng.random() < 0.6 else None
+    style = scene.style if rng.random() < 0.85 else None
+    if rng.random() >= 0.1:
+        return prompt_for(subject, background, style)
+    tags = [subject]
+    if rng.random() < 0.6:
+        others = [member for member in group_members(scene.group) if member != scene.name]
+        count = rng.integers(1, min(5, len(others)) + 1)
+        tags += list(rng.choice(others, size=count, replace=False))
+        rng.shuffle(tags)
+    tags += [f"{background} background"] if background else []
+    tags += [f"{style} style"] if style else []
+    return ", ".join(tags)

@@ -1,0 +1,158 @@
+"""Numbers that know how uncertain they are: every rate and mean of an evaluation comes with an interval and its N."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+
+CONFIDENCE = 0.95
+
+
+def wilson_interval(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The Wilson score interval of a proportion. Unlike the normal one it is honest at 0 and N successes.
+
+    Args:
+        successes (`int`): 0 to `n`.
+        n (`int`): Number of independent trials, at least 1.
+        confidence (`float`, defaults to 0.95): Between 0 and 1, both excluded.
+
+    Returns:
+        `tuple[float, float]`: Lower and upper end, in [0, 1].
+
+    Raises:
+        `ValueError`: If an argument is out of its range.
+
+    Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes in {n} trials: there must be at least 1 trial and 0 to n successes")
+    z = NormalDist().inv_cdf((1 + _checked(confidence)) / 2)
+    p = successes / n
+    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    reach = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    low = 0.0 if successes == 0 else float(middle - reach)
+    high = 1.0 if successes == n else float(middle + reach)
+    return low, high
+
+
+def macro_mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> float:
+    """The mean of the clusters' means; without clusters the plain mean."""
+    return float(_cluster_means(values, clusters).mean())
+
+
+def bootstrap_mean_interval(
+    values: Sequence[float],
+    clusters: Sequence[Hashable] | None = None,
+    seed: int = 0,
+    samples: int = 10_000,
+    confidence: float = CONFIDENCE,
+) -> tuple[float, float]:
+    """The percentile bootstrap interval of [`macro_mean`].
+
+    Images of one prompt resemble each other more than images of different prompts. With the prompts as `clusters`,
+    whole prompts are drawn again instead of single images; for differences between two models, give the differences
+    of image pairs.
+
+    Args:
+        values (`Sequence[float]`): N numbers, one an image or an image pair.
+        clusters (`Sequence`, *optional*): N names of what each value belongs to, such as its prompt.
+        seed (`int`, defaults to 0): Of the resampling.
+        samples (`int`, defaults to 10,000): Number of bootstrap samples.
+        confidence (`float`, defaults to 0.95): Between 0 and 1, both excluded.
+
+    Returns:
+        `tuple[float, float]`: Lower and upper end. Values that are all equal give an interval of no width.
+
+    Raises:
+        `ValueError`: If there are no values, not one cluster name for each, or `samples` or `confidence` is out of
+            its range.
+    """
+    if samples < 1:
+        raise ValueError(f"samples is {samples}; it must be at least 1")
+    tail = (1 - _checked(confidence)) / 2
+    units = _cluster_means(values, clusters)
+    rng = np.random.default_rng(seed)
+    # In slices, so that thousands of images need no gigabytes.
+    step = max(1, 10_000_000 // len(units))
+    counts = [min(step, samples - start) for start in range(0, samples, step)]
+    drawn = (rng.integers(len(units), size=(count, len(units))) for count in counts)
+    means = np.concatenate([units[indices].mean(axis=1) for indices in drawn])
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval. `str()` gives `"3.1 % [1.2, 7.9], N=160"`.
+
+    Attributes:
+        value (`float`): A fraction for the units `"%"` and `"points"`, which are shown times 100.
+        low (`float`): Lower end of the interval.
+        high (`float`): Upper end.
+        n (`int`): Number of images, or of image pairs, behind it.
+        unit (`str`, defaults to `"%"`): `"%"` for rates, `"points"` for differences of rates (shown with a sign),
+            `""` for anything else.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    unit: str = "%"
+
+    def __post_init__(self):
+        if self.unit not in ("%", "points", ""):
+            raise ValueError(f'unit is "{self.unit}"; it must be "%", "points" or ""')
+
+    @classmethod
+    def rate(cls, successes: int, n: int) -> "Estimate":
+        """A proportion with its Wilson interval."""
+        return cls(successes / n if n else 0.0, *wilson_interval(successes, n), n)
+
+    @classmethod
+    def mean(
+        cls, values: Sequence[float], clusters: Sequence[Hashable] | None = None, unit: str = "%", seed: int = 0
+    ) -> "Estimate":
+        """A [`macro_mean`] with its bootstrap interval."""
+        low, high = bootstrap_mean_interval(values, clusters, seed)
+        return cls(macro_mean(values, clusters), low, high, len(values), unit)
+
+    @property
+    def headline(self) -> str:
+        """The number alone: `"3.1 %"`, `"-0.4 points"` or `"0.027"`."""
+        return f"{self._show(self.value)} {self.unit}".strip()
+
+    @property
+    def interval(self) -> str:
+        """The interval alone: `"[1.2, 7.9]"`."""
+        return f"[{self._show(self.low)}, {self._show(self.high)}]"
+
+    def __str__(self) -> str:
+        return f"{self.headline} {self.interval}, N={self.n}"
+
+    def _show(self, number: float) -> str:
+        if self.unit == "":
+            return f"{number:.3f}"
+        number = round(100 * number, 1) + 0.0  # + 0.0: no "-0.0"
+        return f"{number:+.1f}" if self.unit == "points" and number else f"{number:.1f}"
+
+
+def _cluster_means(values: Sequence[float], clusters: Sequence[Hashable] | None) -> np.ndarray:
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"values have shape {values.shape}; there must be one row of at least 1 number")
+    if clusters is None:
+        return values
+    if len(clusters) != len(values):
+        raise ValueError(f"{len(clusters)} cluster names for {len(values)} values; there must be one for each")
+    position = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
+    member = np.array([position[name] for name in clusters])
+    return np.bincount(member, weights=values) / np.bincount(member)
+
+
+def _checked(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}; it must lie between 0 and 1")
+    return confidence

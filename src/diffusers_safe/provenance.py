@@ -1,0 +1,88 @@
+"""erasure.json: what was erased from which model, how, and with which versions. It travels with every result."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+from torch import nn
+
+
+FILE_NAME = "erasure.json"
+_LIBRARIES = ("diffusers-safe", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
+
+
+def library_versions() -> dict[str, str]:
+    """The installed versions of the libraries that can change a result."""
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A hash of all weights of a module, names and values; the same on every machine. 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass
+class Provenance:
+    """The record of one erasure.
+
+    Attributes:
+        base_model (`str`): Path or Hub id of the model that was changed.
+        base_fingerprint (`str`): [`fingerprint`] of its denoiser before the change.
+        concepts (`list[str]`): What was erased.
+        method (`str`): `"sdd"`, ...
+        train_method (`str`): Which weights were trained, a name of `weights.TRAIN_METHODS`.
+        arguments (`dict`): Every argument of the run.
+        revision (`str`, *optional*): Revision of the base model on the Hub.
+        versions (`dict[str, str]`): Of the libraries.
+        created (`str`): UTC time, ISO 8601.
+    """
+
+    base_model: str
+    base_fingerprint: str
+    concepts: list[str]
+    method: str
+    train_method: str
+    arguments: dict
+    revision: str | None = None
+    versions: dict[str, str] = field(default_factory=library_versions)
+    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+    def save(self, folder: str | Path) -> None:
+        write_text(Path(folder) / FILE_NAME, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Provenance":
+        """Reads a folder's erasure.json.
+
+        Raises:
+            `ValueError`: If there is none or it has other fields.
+        """
+        path = Path(folder) / FILE_NAME
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; the folder holds no erased model")
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: not an erasure record ({error})") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is either whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

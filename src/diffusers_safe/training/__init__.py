@@ -1,0 +1,1 @@
+"""Training: arguments, the loop, checkpoints, and the objectives."""

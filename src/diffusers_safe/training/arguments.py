@@ -1,0 +1,197 @@
+"""Command-line arguments of the erasure scripts: defined once, typed, checked before any model is loaded."""
+
+import sys
+from argparse import ArgumentDefaultsHelpFormatter
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TypeVar
+
+from diffusers.optimization import SchedulerType
+from transformers import HfArgumentParser
+
+from ..backbones import check_model
+from ..concepts import CONCEPT_SCHEDULES, PROMPT_ORDERS, read_concepts
+from ..weights import TRAIN_METHODS, resolve_train_method
+from .checkpoints import checkpoint_step, list_checkpoints
+from .objectives.sdd import SDD_TARGETS
+
+
+SAVES = ("full", "partial", "both")
+
+
+def _option(default, help: str):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def _required(help: str):
+    return field(metadata={"help": help})
+
+
+@dataclass(kw_only=True)
+class ErasureArguments:
+    """What every erasure method takes. Names are those of diffusers' training examples where they have one."""
+
+    pretrained_model_name_or_path: str = _required("Hub id or folder of a diffusers pipeline.")
+    concepts: list[str] = _required("What to erase: one or more names, or one .txt file with a concept a line.")
+    output_dir: str = _required("Where the erased pipeline, erasure.json and checkpoints go.")
+    revision: str | None = _option(None, "Revision of the model on the Hub.")
+    variant: str | None = _option(None, "Variant of the weight files, such as fp16.")
+    cache_dir: str | None = _option(None, "Where downloads from the Hub are kept.")
+    train_method: str = _option(
+        "xattn", f"Which weights train: {'; '.join(f'{n} ({m.description})' for n, m in TRAIN_METHODS.items())}."
+    )
+    concept_schedule: str = _option(
+        "iterative", f"How several concepts take turns: {', '.join(CONCEPT_SCHEDULES)}."
+    )
+    prompt_order: str = _option(
+        "paper",
+        "paper: draw latents with one concept, train on all joined; repository: the other way round; "
+        "matched: one concept for both.",
+    )
+    num_inference_steps: int = _option(50, "Steps of the whole sampling schedule; a latent stops at one of them.")
+    sampling_guidance_scale: float = _option(3.0, "Classifier-free guidance while latents are drawn.")
+    retain_prompts: list[str] = _option(
+        [], "Prompts whose predictions are kept where the base model has them (names, or one .txt file)."
+    )
+    retain_weight: float = _option(1.0, "Weight of the retention term; without --retain_prompts there is none.")
+    watch_prompts: list[str] = _option(
+        ["a cat", "a tree", "a car", "an apple"],
+        "Unrelated prompts that are watched, not trained: a warning says when they start to move.",
+    )
+    max_train_steps: int = _option(1500, "Optimizer steps.")
+    train_batch_size: int = _option(1, "Samples a process and step.")
+    gradient_accumulation_steps: int = _option(1, "Batches an optimizer step.")
+    learning_rate: float = _option(1e-5, "Peak learning rate of AdamW.")
+    lr_scheduler: str = _option("constant", f"One of {', '.join(kind.value for kind in SchedulerType)}.")
+    lr_warmup_steps: int = _option(0, "Warm-up steps of the learning rate.")
+    adam_beta1: float = _option(0.9, "AdamW's beta 1.")
+    adam_beta2: float = _option(0.999, "AdamW's beta 2.")
+    adam_weight_decay: float = _option(1e-4, "AdamW's weight decay.")
+    adam_epsilon: float = _option(1e-8, "AdamW's epsilon.")
+    max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm.")
+    seed: int = _option(0, "Every draw of the run follows from it.")
+    save: str = _option("full", "full: a stock pipeline folder; partial: the erased weights only; both.")
+    checkpointing_steps: int = _option(500, "Steps between checkpoints; 0 saves none but when the run is stopped.")
+    checkpoints_total_limit: int | None = _option(2, "Keep only this many checkpoints.")
+    resume_from_checkpoint: str | None = _option(None, "A checkpoint folder, or latest.")
+
+    def __post_init__(self):
+        """Checks every value that can be checked without a model.
+
+        Raises:
+            `ValueError`: One line with the name, the value and what is allowed.
+        """
+        self.concepts = read_concepts(self.concepts)
+        self.retain_prompts = read_concepts(self.retain_prompts) if self.retain_prompts else []
+        self.train_method = resolve_train_method(self.train_method)
+        if both := sorted(set(self.concepts) & set(self.retain_prompts)):
+            raise ValueError(f"retain_prompts {both}: a concept cannot be erased and retained")
+        self._check_choices(
+            concept_schedule=CONCEPT_SCHEDULES,
+            prompt_order=PROMPT_ORDERS,
+            save=SAVES,
+            lr_scheduler=[kind.value for kind in SchedulerType],
+        )
+        self._check_at_least(
+            0, "lr_warmup_steps", "checkpointing_steps", "retain_weight", "adam_weight_decay", "seed", "max_train_steps"
+        )
+        self._check_at_least(
+            1, "num_inference_steps", "train_batch_size", "gradient_accumulation_steps", "checkpoints_total_limit"
+        )
+        for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)}: must be greater than 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least 0 and less than 1")
+
+    def _check_choices(self, **choices) -> None:
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} '{getattr(self, name)}': unknown; allowed are {', '.join(allowed)}")
+
+    def _check_at_least(self, least: int, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"{name} {value}: must be at least {least}")
+
+    @property
+    def hub_arguments(self) -> dict:
+        """What `from_pretrained` takes beside the name."""
+        chosen = {"revision": self.revision, "variant": self.variant, "cache_dir": self.cache_dir}
+        return {name: value for name, value in chosen.items() if value is not None}
+
+    def find_checkpoint(self) -> Path | None:
+        """The checkpoint to continue from, if one was asked for.
+
+        Raises:
+            `ValueError`: If it does not exist.
+        """
+        if self.resume_from_checkpoint is None:
+            return None
+        if self.resume_from_checkpoint == "latest":
+            if found := list_checkpoints(Path(self.output_dir)):
+                return found[-1]
+            raise ValueError(f"resume_from_checkpoint latest: no checkpoint in {self.output_dir}")
+        path = Path(self.resume_from_checkpoint)
+        try:
+            checkpoint_step(path)
+        except ValueError:
+            raise ValueError(f"resume_from_checkpoint {path}: not a folder named checkpoint-<step>") from None
+        if not path.is_dir():
+            raise ValueError(f"resume_from_checkpoint {path}: no such folder")
+        return path
+
+    def check_surroundings(self) -> None:
+        """Checks what lies outside the arguments: the model's index, the checkpoint, and the output folder, last,
+        which is created.
+
+        Raises:
+            `ValueError`: One line that says what is wrong.
+        """
+        hub_arguments = {name: value for name, value in self.hub_arguments.items() if name != "variant"}
+        check_model(self.pretrained_model_name_or_path, **hub_arguments)
+        self.find_checkpoint()
+        folder = Path(self.output_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".probe"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(f"output_dir {folder}: cannot be written ({error.strerror})") from None
+
+
+@dataclass(kw_only=True)
+class SDDArguments(ErasureArguments):
+    """Arguments of SDD."""
+
+    ema_decay: float = _option(0.999, "m of the average that samples and is published; in [0, 1).")
+    sdd_target: str = _option(
+        "student", "Whose unconditional prediction is the target: student (the paper) or frozen (cannot drift)."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_choices(sdd_target=SDD_TARGETS)
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay {self.ema_decay}: must be at least 0 and less than 1")
+
+
+Arguments = TypeVar("Arguments", bound=ErasureArguments)
+
+
+def parse_arguments(kind: type[Arguments], description: str, argv: list[str] | None = None) -> Arguments:
+    """Reads a command line, checks it, and ends the program with one line and exit code 2 where it is wrong."""
+    parser = HfArgumentParser(kind, description=description, formatter_class=ArgumentDefaultsHelpFormatter)
+    # Parsed by hand, not by parse_args_into_dataclasses, whose traceback would hide the line that a user needs.
+    namespace = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        args = kind(**{item.name: getattr(namespace, item.name) for item in fields(kind)})
+        args.check_surroundings()
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    return args

@@ -1,0 +1,224 @@
+"""The loop of every erasure: draw latents, loss, step, EMA, checkpoint."""
+
+import hashlib
+import json
+import logging
+import signal
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from tqdm.auto import tqdm
+
+from ..backbones import Backbone
+from ..concepts import ConceptSchedule
+from ..trajectories import Trajectories
+from ..weights import TrainedWeights, select_parameters
+from .arguments import ErasureArguments
+from .checkpoints import checkpoint_step, save_checkpoint
+from .objectives import Objective, TrainingBatch
+from .objectives.retention import retention_loss
+from .predictor import Predictor
+from .watch import Watch
+
+
+logger = logging.getLogger(__name__)
+DRIFT_WARNING = 0.5
+
+
+def sample_generator(seed: int, purpose: str, index: int) -> torch.Generator:
+    """The generator of one training sample. It depends on nothing but its arguments, so processes, batch size,
+    accumulation and resuming change no draw."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+class ErasureLoop:
+    """Trains an objective on a backbone; `run` leaves the published weights in the denoiser.
+
+    Args:
+        accelerator (`Accelerator`): Devices, processes, mixed precision.
+        backbone (`Backbone`): Its denoiser is trained in place.
+        objective (`Objective`): The method.
+        args (`ErasureArguments`): Everything else.
+        ema_decay (`float`, *optional*): For objectives that have an EMA.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        backbone: Backbone,
+        objective: Objective,
+        args: ErasureArguments,
+        ema_decay: float | None = None,
+    ):
+        self.accelerator, self.objective, self.args = accelerator, objective, args
+        device = accelerator.device
+        denoiser = backbone.denoiser.to(device)
+        denoiser.train()
+        self.weights = TrainedWeights(denoiser, select_parameters(denoiser, args.train_method), ema_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.weights.student.values(),
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            weight_decay=args.adam_weight_decay,
+            eps=args.adam_epsilon,
+        )
+        self.lr_scheduler = get_scheduler(
+            args.lr_scheduler, self.optimizer, args.lr_warmup_steps, max(args.max_train_steps, 1)
+        )
+        self.batches_a_step = args.gradient_accumulation_steps
+        self.samples_a_step = args.train_batch_size * self.batches_a_step * accelerator.num_processes
+        self.schedule = ConceptSchedule(
+            args.concepts, args.concept_schedule, args.prompt_order, args.max_train_steps * self.samples_a_step or 1
+        )
+        prompts = [*self.schedule.all_prompts(), *args.retain_prompts, *args.watch_prompts]
+        encoder = getattr(backbone.pipeline, "text_encoder", None)
+        if encoder is not None:
+            encoder.to(device)
+        student, self.optimizer = accelerator.prepare(denoiser, self.optimizer)
+        self.predictor = Predictor(backbone, self.weights, prompts, device, student)
+        if encoder is not None:
+            encoder.to("cpu")
+        self.trajectories = Trajectories(
+            backbone.make_scheduler, backbone.latent_shape, args.num_inference_steps, args.sampling_guidance_scale
+        )
+        self.watch = Watch(self.predictor, self.trajectories, args.concepts, args.watch_prompts, args.seed)
+        self._make_resumable()
+
+    def _make_resumable(self) -> None:
+        # The base model is on disk already: a checkpoint holds the trained weights only.
+        self.accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+        self.accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+        self.accelerator.register_for_checkpointing(self.weights, self.lr_scheduler)
+
+    # --- one step ----------------------------------------------------------------------------------------------------
+
+    def draw_batch(self, first: int, prompts: Callable, sampler: str, purpose: str) -> TrainingBatch:
+        """Draws this process's samples, `first` and after, with `prompts(index, generator)` and a sampler's weights."""
+        indices = range(first, first + self.args.train_batch_size)
+        generators = [sample_generator(self.args.seed, purpose, index) for index in indices]
+        pairs = [prompts(index, generator) for index, generator in zip(indices, generators)]
+        num_steps = [self.trajectories.draw_steps(generator) for generator in generators]
+        model_input, timesteps = self.trajectories.sample(
+            lambda *inputs: self.predictor.predict(*inputs, weights=sampler),
+            self.predictor.conditioning([sampled for sampled, _ in pairs]),
+            self.predictor.conditioning([""]),
+            num_steps,
+            generators,
+            self.accelerator.device,
+        )
+        return TrainingBatch(model_input, timesteps, [trained for _, trained in pairs])
+
+    def _retained(self, index: int, generator: torch.Generator) -> tuple[str, str]:
+        prompt = self.args.retain_prompts[index % len(self.args.retain_prompts)]
+        return prompt, prompt
+
+    def batch_loss(self, step: int, batch_number: int) -> dict[str, torch.Tensor]:
+        """The terms of the loss of one batch of this process, each a mean over its samples."""
+        size = self.args.train_batch_size
+        first = step * self.samples_a_step + batch_number * size * self.accelerator.num_processes
+        first += self.accelerator.process_index * size
+        with self.accelerator.autocast():
+            batch = self.draw_batch(first, self.schedule.prompts, self.objective.sampler, "erase")
+            terms = {"erase": self.objective.loss(self.predictor, batch).mean()}
+            if self.args.retain_prompts and self.args.retain_weight > 0:
+                kept = self.draw_batch(first, self._retained, "frozen", "retain")
+                terms["retain"] = retention_loss(self.predictor, kept).mean()
+        return terms
+
+    def train_step(self, step: int) -> dict[str, float]:
+        """One optimizer step; returns the mean of each term of the loss."""
+        totals: dict[str, torch.Tensor] = {}
+        for batch_number in range(self.batches_a_step):
+            last = batch_number == self.batches_a_step - 1
+            with self.accelerator.no_sync(self.predictor.student) if not last else nullcontext():
+                terms = self.batch_loss(step, batch_number)
+                loss = terms["erase"] + self.args.retain_weight * terms.get("retain", 0.0)
+                self.accelerator.backward(loss / self.batches_a_step)
+            for name, value in terms.items():
+                totals[name] = totals.get(name, 0.0) + value.detach() / self.batches_a_step
+        self.accelerator.clip_grad_norm_(self.weights.student.values(), self.args.max_grad_norm)
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+        self.weights.update_ema()
+        return {name: self.accelerator.reduce(value, "mean").item() for name, value in totals.items()}
+
+    # --- the whole run -----------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Trains to the end and leaves the published weights in the denoiser.
+
+        A first Ctrl-C or SIGTERM saves a checkpoint after the current step and ends the program with code 130.
+        """
+        args, folder = self.args, Path(self.args.output_dir)
+        first = 0
+        if checkpoint := args.find_checkpoint():
+            self.accelerator.load_state(str(checkpoint))
+            first = checkpoint_step(checkpoint)
+        main = self.accelerator.is_main_process
+        bar = tqdm(
+            range(first, args.max_train_steps),
+            self.objective.name.upper(),
+            args.max_train_steps,
+            initial=first,
+            disable=not main,
+        )
+        every = max(1, args.max_train_steps // 20)
+        shown, warned = {}, False
+        with _StopRequest() as stop:
+            for step in bar:
+                terms = self.train_step(step)
+                done = step + 1
+                if done % every == 0 or done == args.max_train_steps:
+                    shown = self.watch.measure(self.objective.publishes)
+                    if main:
+                        _append(folder / "log.jsonl", {"step": done, **terms, **shown})
+                    if shown.get("drift", 0) > DRIFT_WARNING and not warned:
+                        warned = True
+                        logger.warning(
+                            "step %d: prompts that should stay have moved %.0f %% of what they say; the model may be "
+                            "collapsing: lower --learning_rate, or give --retain_prompts",
+                            done,
+                            100 * shown["drift"],
+                        )
+                bar.set_postfix({name: f"{value:.3g}" for name, value in {**terms, **shown}.items()}, refresh=False)
+                due = args.checkpointing_steps and done % args.checkpointing_steps == 0
+                if (due or stop.requested) and done < args.max_train_steps:
+                    saved = save_checkpoint(self.accelerator, folder, done, args.checkpoints_total_limit)
+                    if stop.requested:
+                        bar.close()
+                        if main:
+                            print(f"stopped; continue with --resume_from_checkpoint {saved}")
+                        raise SystemExit(130)
+        with torch.no_grad():
+            for name, value in self.weights.values(self.objective.publishes).items():
+                self.weights.student[name].copy_(value)
+
+
+class _StopRequest:
+    """Turns the first SIGINT or SIGTERM into a wish that the loop grants between two steps; a second one ends it."""
+
+    def __enter__(self):
+        self.requested = False
+        self._before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, number, frame):
+        self.requested = True
+        signal.signal(number, self._before[number])
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def _append(path: Path, row: dict) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")

@@ -1,0 +1,46 @@
+"""What every erasure objective is."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from ..predictor import Predictor
+
+
+@dataclass
+class TrainingBatch:
+    """Noisy latents on the way to a concept, and the prompts to train on.
+
+    Attributes:
+        model_input (`torch.Tensor`): `(B, C, H, W)`, as the denoiser takes them.
+        timesteps (`torch.Tensor`): `(B,)`.
+        prompts (`list[str]`): B prompts.
+    """
+
+    model_input: torch.Tensor
+    timesteps: torch.Tensor
+    prompts: list[str]
+
+
+class Objective(ABC):
+    """An erasure method.
+
+    Attributes:
+        name (`str`): As in `erasure.json`.
+        sampler (`str`): Whose weights draw the latents: `"student"`, `"ema"` or `"frozen"`.
+        publishes (`str`): Whose weights are the result: `"student"` or `"ema"`.
+    """
+
+    name: str
+    sampler: str
+    publishes: str
+
+    @abstractmethod
+    def loss(self, predictor: Predictor, batch: TrainingBatch) -> torch.Tensor:
+        """The loss of each sample, `(B,)`, unreduced."""
+
+
+def squared_error(noise_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean over all but the first dimension, `(B,)`."""
+    return (noise_pred - target).square().flatten(1).mean(dim=1)

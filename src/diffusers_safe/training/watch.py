@@ -1,0 +1,61 @@
+"""Watches, while a model forgets, how much of the concept is left and whether unrelated prompts begin to move."""
+
+import torch
+
+from ..trajectories import Trajectories
+from .predictor import Predictor
+
+
+class Watch:
+    """Compares a model with the frozen one at fixed latents, a few forwards each time.
+
+    What a prompt "says" at a latent is the difference between its prediction and the unconditional one. Erasure means
+    that the concept's words say nothing; collapse means that other prompts' predictions leave the frozen model's.
+
+    Args:
+        predictor (`Predictor`): Knows all prompts below.
+        trajectories (`Trajectories`): Draws the fixed latents, with the frozen model, 40 % into the schedule.
+        concepts (`list[str]`): What is erased.
+        unrelated (`list[str]`): What should stay.
+        seed (`int`): Of the latents.
+    """
+
+    def __init__(
+        self, predictor: Predictor, trajectories: Trajectories, concepts: list[str], unrelated: list[str], seed: int
+    ):
+        self.predictor, self.concepts, self.unrelated = predictor, concepts, unrelated
+        prompts = [*concepts, *unrelated]
+        count = trajectories.positions[int(0.4 * len(trajectories.positions))]
+        self.model_input, self.timesteps = trajectories.sample(
+            lambda *inputs: predictor.predict(*inputs, weights="frozen"),
+            predictor.conditioning(prompts),
+            predictor.conditioning([""]),
+            [count] * len(prompts),
+            [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))],
+            predictor.device,
+        )
+        self._frozen, frozen_empty = self._predictions("frozen")
+        self._said = _norm(self._frozen - frozen_empty)
+
+    @torch.no_grad()
+    def _predictions(self, weights: str) -> tuple[torch.Tensor, torch.Tensor]:
+        prompts = [*self.concepts, *self.unrelated]
+        return (
+            self.predictor(self.model_input, self.timesteps, prompts, weights),
+            self.predictor(self.model_input, self.timesteps, [""] * len(prompts), weights),
+        )
+
+    def measure(self, weights: str) -> dict[str, float]:
+        """Returns `"concept_left"`, 1 at the start and 0 when the concepts' words say nothing, and `"drift"`, the
+        distance of unrelated predictions from the frozen ones relative to what their prompts say; 0 at the start."""
+        predictions, empty = self._predictions(weights)
+        count = len(self.concepts)
+        left = (_norm(predictions - empty) / self._said)[:count].mean().item()
+        result = {"concept_left": left}
+        if self.unrelated:
+            result["drift"] = (_norm(predictions - self._frozen) / self._said)[count:].mean().item()
+        return result
+
+
+def _norm(difference: torch.Tensor) -> torch.Tensor:
+    return difference.flatten(1).norm(dim=1).clamp_min(1e-12)

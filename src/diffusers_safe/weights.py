@@ -1,0 +1,178 @@
+"""Which weights of a denoiser train, and student, EMA and frozen values of only those weights.
+
+Cross-attention training touches 5 % of an SD UNet, so the three models of an erasure share the other 95 %: there is
+one denoiser in memory, and `TrainedWeights` swaps the values of the selected parameters in and out.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class TrainMethod:
+    """A rule that selects parameters: `selects(name, module)` with the parameter's full name and its owner."""
+
+    description: str
+    selects: Callable[[str, nn.Module], bool]
+    alias: str | None = None
+
+
+def _is_time_or_output(name: str) -> bool:
+    return name.startswith(("time_embedding.", "conv_out.", "conv_norm_out."))
+
+
+def _inside(name: str, attention: str, blocks: tuple[str, ...]) -> bool:
+    return f".{attention}." in name and name.startswith(blocks)
+
+
+TRAIN_METHODS: dict[str, TrainMethod] = {
+    "xattn": TrainMethod("cross-attention", lambda name, _: "attn2" in name, "esd-x"),
+    "xattn-strict": TrainMethod(
+        "keys and values of cross-attention",
+        lambda name, _: "attn2.to_k" in name or "attn2.to_v" in name,
+        "esd-x-strict",
+    ),
+    "noxattn": TrainMethod(
+        "all but cross-attention, the time embedding and the output convolution",
+        lambda name, _: "attn2" not in name and not _is_time_or_output(name),
+    ),
+    "selfattn": TrainMethod("self-attention", lambda name, _: "attn1" in name),
+    "full": TrainMethod("everything", lambda name, _: True, "esd-all"),
+    "notime": TrainMethod(
+        "all but the time embedding and the output convolution", lambda name, _: not _is_time_or_output(name)
+    ),
+    "esd-u": TrainMethod(
+        "every linear and convolution layer outside cross-attention, no norms",
+        lambda name, module: isinstance(module, (nn.Linear, nn.Conv2d)) and "attn2" not in name,
+    ),
+    "xlayer": TrainMethod(
+        "cross-attention of up_blocks.2.attentions.0 and .2",
+        lambda name, _: _inside(name, "attn2", ("up_blocks.2.attentions.0.", "up_blocks.2.attentions.2.")),
+    ),
+    "selflayer": TrainMethod(
+        "self-attention of down_blocks.1.attentions.0 and down_blocks.2.attentions.0",
+        lambda name, _: _inside(name, "attn1", ("down_blocks.1.attentions.0.", "down_blocks.2.attentions.0.")),
+    ),
+}
+_ALIASES = {method.alias: name for name, method in TRAIN_METHODS.items() if method.alias}
+
+
+def resolve_train_method(train_method: str) -> str:
+    """The name in `TRAIN_METHODS` of a train method or of its alias.
+
+    Raises:
+        `ValueError`: If the name is unknown.
+    """
+    name = _ALIASES.get(train_method, train_method)
+    if name not in TRAIN_METHODS:
+        raise ValueError(f"train_method '{train_method}': unknown; allowed are {', '.join([*TRAIN_METHODS, *_ALIASES])}")
+    return name
+
+
+def select_parameters(denoiser: nn.Module, train_method: str) -> list[str]:
+    """The names of the parameters that a train method trains.
+
+    The rules are those of ESD (arXiv 2303.07345, its repositories of 2023 and 2025) and SDD (arXiv 2307.05977).
+
+    Args:
+        denoiser (`nn.Module`): A `UNet2DConditionModel`.
+        train_method (`str`): A name or alias of `TRAIN_METHODS`.
+
+    Returns:
+        `list[str]`: Names in the order of `denoiser.named_parameters()`; never empty.
+
+    Raises:
+        `ValueError`: If the name is unknown or selects nothing in this denoiser.
+    """
+    method = TRAIN_METHODS[resolve_train_method(train_method)]
+    modules = dict(denoiser.named_modules())
+    names = [
+        name for name, _ in denoiser.named_parameters() if method.selects(name, modules[name.rpartition(".")[0]])
+    ]
+    if not names:
+        raise ValueError(
+            f"train_method '{train_method}' ({method.description}) selects no parameter of {type(denoiser).__name__}"
+        )
+    return names
+
+
+class TrainedWeights:
+    """Student, EMA and frozen values of the selected parameters around one resident denoiser.
+
+    The denoiser's other parameters get `requires_grad=False`. The student is what the parameters hold outside `use`;
+    the copies cost one times the selected parameters each.
+
+    Args:
+        denoiser (`nn.Module`): Its selected parameters are the student; fp32.
+        names (`list[str]`): Result of [`select_parameters`].
+        ema_decay (`float`, *optional*): `m` of `EMA = m * EMA + (1 - m) * student`, in [0, 1); no EMA if left out.
+    """
+
+    def __init__(self, denoiser: nn.Module, names: list[str], ema_decay: float | None = None):
+        if ema_decay is not None and not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay {ema_decay}: must be at least 0 and less than 1")
+        parameters = dict(denoiser.named_parameters())
+        denoiser.requires_grad_(False)
+        self.student = {name: parameters[name].requires_grad_(True) for name in names}
+        self.frozen = self._copy()
+        self.ema_decay = ema_decay
+        self.ema = None if ema_decay is None else self._copy()
+        self._in_use = "student"
+
+    def _copy(self) -> dict[str, torch.Tensor]:
+        return {name: value.detach().clone() for name, value in self.student.items()}
+
+    def values(self, which: str) -> dict[str, torch.Tensor]:
+        """The selected tensors of `"student"`, `"ema"` or `"frozen"`, by name; not copies."""
+        values = {"student": self.student, "ema": self.ema, "frozen": self.frozen}
+        if values.get(which) is None:
+            raise ValueError(f"weights '{which}': there are only {', '.join(k for k, v in values.items() if v)}")
+        return values[which]
+
+    @contextmanager
+    def use(self, which: str) -> Iterator[None]:
+        """Makes the denoiser compute with these values inside the block; the student is back after it.
+
+        Never open it between a forward of the student and its backward: autograd would see other weights.
+        """
+        values = self.values(which)
+        if which == self._in_use:
+            yield
+            return
+        if self._in_use != "student":
+            raise RuntimeError(f"weights '{self._in_use}' are in use; leave their block before using '{which}'")
+        held = {name: parameter.data for name, parameter in self.student.items()}
+        self._in_use = which
+        try:
+            for name, parameter in self.student.items():
+                parameter.data = values[name]
+            yield
+        finally:
+            for name, parameter in self.student.items():
+                parameter.data = held[name]
+            self._in_use = "student"
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        """One step of `EMA = m * EMA + (1 - m) * student` (SDD, algorithm 1). Without an EMA it does nothing."""
+        if self.ema is not None:
+            for name, average in self.ema.items():
+                average.lerp_(self.student[name].detach(), 1 - self.ema_decay)
+
+    def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Student and EMA, for checkpoints. The frozen values are the base model's own."""
+        state = {"student": {name: value.detach() for name, value in self.student.items()}}
+        return state if self.ema is None else {**state, "ema": self.ema}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
+        expected = self.state_dict()
+        if state.keys() != expected.keys() or any(state[key].keys() != expected[key].keys() for key in expected):
+            raise ValueError("checkpoint: it trains other weights, or has another EMA setting, than this run")
+        for key, values in expected.items():
+            for name, value in values.items():
+                value.copy_(state[key][name])
