@@ -61,7 +61,7 @@ def build_tiny_pipeline(seed: int = 0) -> StableDiffusionPipeline:
 
 @pytest.fixture(scope="session")
 def make_tiny_pipeline():
-    """The function `(seed=0) -> StableDiffusionPipeline`: a new pipeline each call, the same weights for the same seed."""
+    """The function `(seed=0) -> StableDiffusionPipeline`: new each call, the same weights for a seed."""
     return build_tiny_pipeline
 
 

@@ -94,7 +94,7 @@ def check_model(name_or_path: str, **hub_arguments) -> None:
 
 def load_pipeline(name_or_path: str, **hub_arguments) -> DiffusionPipeline:
     """Loads a supported pipeline in fp32, as training needs it. Call [`check_model`] first for clear errors."""
-    return DiffusionPipeline.from_pretrained(name_or_path, torch_dtype=torch.float32, **hub_arguments)
+    return DiffusionPipeline.from_pretrained(name_or_path, dtype=torch.float32, **hub_arguments)
 
 
 def make_backbone(pipeline: DiffusionPipeline) -> Backbone:

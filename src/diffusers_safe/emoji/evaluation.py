@@ -34,7 +34,7 @@ RENDER_SEED = 1  # training uses 0
 CARD_MARKERS = ("<!-- quality:begin -->", "<!-- quality:end -->")
 
 
-# --- what an erasure did ----------------------------------------------------------------------------------------------
+# --- what an erasure did ---------------------------------------------------------------------------------------------
 
 
 def evaluate_erasure(
@@ -74,9 +74,10 @@ def evaluate_erasure(
         - `concept_rate_by_prompt`: prompt -> side; the stricter view.
         - `seen_instead`: label -> how often the judge named it on the erased prompts after.
         - `accuracy`: per side and `difference` (in points): share of images of other objects that show their object,
-          averaged over the objects; bootstrap over the objects, the difference over image pairs.
+          averaged over the objects; the difference is taken image by image; bootstrap over the objects.
         - `accuracy_by_object`: object -> side.
-        - `group_accuracy`: per side, `"a fruit"` shows any fruit; `None` if no group is left.
+        - `group_accuracy`: the same for `"a fruit"`, which shows any fruit; bootstrap over images, because there are
+          few groups. `None` if no group is left.
         - `distance`: `others` and `erased`, [`pixel_distance`] of the same seeds.
         - `protocol`: settings, seeds, fingerprints, versions, black images.
 
@@ -143,15 +144,13 @@ def _erasure_results(
     def rates(hit: dict[str, np.ndarray], chosen: np.ndarray) -> dict[str, Estimate]:
         return {side: _rate(hit[side][chosen]) for side in hit}
 
-    def macro(values: np.ndarray, chosen: np.ndarray, unit: str) -> Estimate:
-        return Estimate.mean(values[chosen], subject[chosen].tolist(), unit)
+    def mean(values: np.ndarray, chosen: np.ndarray, unit: str, by_subject: bool = True) -> Estimate:
+        return Estimate.mean(values[chosen], subject[chosen].tolist() if by_subject else None, unit)
 
-    def macros(chosen: np.ndarray) -> dict[str, Estimate]:
+    def means(chosen: np.ndarray, by_subject: bool) -> dict[str, Estimate]:
         difference = is_right["after"].astype(float) - is_right["before"]
-        return {
-            **{side: macro(is_right[side], chosen, "%") for side in is_right},
-            "difference": macro(difference, chosen, "points"),
-        }
+        sides = {side: mean(is_right[side], chosen, "%", by_subject) for side in is_right}
+        return {**sides, "difference": mean(difference, chosen, "points", by_subject)}
 
     names, counts = np.unique(np.array(seen["after"])[concept], return_counts=True)
     return {
@@ -160,10 +159,10 @@ def _erasure_results(
             prompt_for(name): rates(is_erased, concept & (subject == name)) for name in _in_order(subject[concept])
         },
         "seen_instead": {str(names[i]): int(counts[i]) for i in np.argsort(-counts) if names[i] not in erased},
-        "accuracy": macros(other),
+        "accuracy": means(other, by_subject=True),
         "accuracy_by_object": {name: rates(is_right, other & (subject == name)) for name in _in_order(subject[other])},
-        "group_accuracy": macros(group) if group.any() else None,
-        "distance": {"others": macro(distance, other, ""), "erased": macro(distance, concept, "")},
+        "group_accuracy": means(group, by_subject=False) if group.any() else None,
+        "distance": {"others": mean(distance, other, ""), "erased": mean(distance, concept, "")},
     }
 
 
@@ -224,7 +223,7 @@ def _pairs(
     return pairs
 
 
-# --- how good a model is ----------------------------------------------------------------------------------------------
+# --- how good a model is ---------------------------------------------------------------------------------------------
 
 
 def evaluate_model(
@@ -255,7 +254,7 @@ def evaluate_model(
 
         - `objects`, `groups`, `styles`, `backgrounds`: name -> share of images recognised. Combinations held out of
           training do not count here.
-        - `mean`: the same four names -> average over the entries.
+        - `mean`: the same four names -> average over the prompts; bootstrap over the prompts, of groups over images.
         - `held_out`: `styles`, `backgrounds` -> share of images of held-out combinations with both object and style
           (background) right.
         - `classifier`: `renders`, `reconstructions` (by the pipeline's autoencoder) -> head -> accuracy.
@@ -316,7 +315,7 @@ def quality_table(results: dict) -> str:
             lines.append(f"| judge: {head} on {source} | {rate} |")
     protocol = results["protocol"]
     sampler = f"{protocol['steps']} steps of {protocol['scheduler']}, guidance {protocol['guidance_scale']:g}"
-    intervals = "95 % intervals: Wilson, for averages a bootstrap over the entries"
+    intervals = "95 % intervals: for averages a bootstrap over prompts (groups: over images), else Wilson"
     return "\n".join([*lines, "", f"{sampler}, seed {protocol['seed']}, model {protocol['model']}. {intervals}."])
 
 
@@ -352,8 +351,10 @@ def _quality_results(rows: list[PromptRow], seen: dict[str, list[str]]) -> dict:
         asked = np.array([label.get(key, "") for label in labels])
         right = shows_subject if head is None else asked == np.array(seen[head])
         chosen = (part == name) & ~held_out
-        results[name] = {entry: _rate(right[chosen & (asked == entry)]) for entry in _in_order(asked[chosen])}
-        means[name] = Estimate.mean(right[chosen], asked[chosen].tolist())
+        results[name] = {entry: _rate(right[chosen & (asked == entry)]) for entry in _in_order(asked[part == name])}
+        # Images of one prompt resemble each other. The groups are too few to be drawn again themselves.
+        prompts = None if name == "groups" else [row.prompt for row, take in zip(rows, chosen) if take]
+        means[name] = Estimate.mean(right[chosen], prompts)
         if head:
             held[name] = _rate((right & shows_subject)[(part == name) & held_out])
     return {**results, "mean": means, "held_out": held}
@@ -388,11 +389,11 @@ def reconstruct(vae: AutoencoderKL, pictures: np.ndarray, batch_size: int = 100)
     return np.concatenate(restored)
 
 
-# --- common -----------------------------------------------------------------------------------------------------------
+# --- common ----------------------------------------------------------------------------------------------------------
 
 
 def _rows(subjects: list[tuple[str, str, dict]], count: int, seed: int) -> list[PromptRow]:
-    """`count` rows of every (subject, prompt, labels). A row's seed follows from its id, so it stays when others come."""
+    """`count` rows of every (subject, prompt, labels). A row's seed follows from its id: it stays when others come."""
     if count < 1:
         raise ValueError(f"number of images per prompt is {count}; it must be at least 1")
     rows = []
@@ -438,7 +439,7 @@ def _readable(value: object) -> object:
     return "none" if value is None else value
 
 
-# --- command line -----------------------------------------------------------------------------------------------------
+# --- command line ----------------------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -41,12 +41,12 @@ class RecipeArguments:
     output_dir: str = field(metadata={"help": "Folder for checkpoints, caches and the finished model in `model/`."})
     stages: list[str] = field(default_factory=lambda: list(STAGES), metadata={"help": f"Any of {', '.join(STAGES)}."})
     num_pictures: int = field(default=48000, metadata={"help": "Pictures rendered once and reused by every stage."})
-    autoencoder_steps: int = field(default=3800, metadata={"help": "Steps of 16 pictures."})
-    classifier_steps: int = field(default=2500, metadata={"help": "Steps of 64 pictures."})
-    denoiser_steps: int = field(default=10000, metadata={"help": "Steps of 64 pictures."})
+    autoencoder_steps: int = field(default=4000, metadata={"help": "Steps of 8 pictures."})
+    classifier_steps: int = field(default=1500, metadata={"help": "Steps of 64 pictures."})
+    denoiser_steps: int = field(default=9000, metadata={"help": "Steps of 32 pictures."})
     autoencoder_lr: float = field(default=1e-3, metadata={"help": "Peak learning rate (AdamW)."})
     classifier_lr: float = field(default=2e-3, metadata={"help": "Peak learning rate (AdamW)."})
-    denoiser_lr: float = field(default=1.2e-3, metadata={"help": "Peak learning rate (AdamW)."})
+    denoiser_lr: float = field(default=1e-3, metadata={"help": "Peak learning rate (AdamW)."})
     checkpoint_minutes: float = field(default=2.0, metadata={"help": "Minutes between two checkpoints of a stage."})
     seed: int = field(default=0, metadata={"help": "Seed of pictures, batches, noise and initial weights."})
 
@@ -171,23 +171,24 @@ class AutoencoderLoss(nn.Module):
 def train_autoencoder(args: RecipeArguments, pictures: np.ndarray) -> AutoencoderKL:
     def make_batch(rng, size):
         batch = to_tensor(pictures[np.sort(rng.integers(len(pictures), size=size))]) * 2 - 1
-        noise = torch.from_numpy(rng.standard_normal((size, 4, 8, 8), dtype=np.float32))
+        noise = torch.from_numpy(rng.standard_normal((size, 4, 16, 16), dtype=np.float32))
         return {"pictures": batch.contiguous(memory_format=torch.channels_last), "noise": noise}
 
     module = AutoencoderLoss(build_autoencoder())
-    stage = Stage("autoencoder", module, args.autoencoder_steps, args.autoencoder_lr, 16, 0.998, make_batch)
+    stage = Stage("autoencoder", module, args.autoencoder_steps, args.autoencoder_lr, 8, 0.998, make_batch)
     return train_stage(stage, args).autoencoder.eval()
 
 
 @torch.inference_mode()
 def encode_pictures(args: RecipeArguments, autoencoder: AutoencoderKL, pictures: np.ndarray) -> np.ndarray:
-    """Mean and standard deviation of every picture's latent, `(N, 8, 8, 8)` float16; computed once, kept on disk."""
+    """Mean and standard deviation of every picture's latent, `(N, 8, 16, 16)` float16; computed once, kept on disk."""
     path = Path(args.output_dir) / "cache" / f"latents-{args.seed}-{len(pictures)}.npy"
     if path.exists():
         return np.load(path)
     rows = []
     for start in tqdm(range(0, len(pictures), 250), "encoding"):
-        posterior = autoencoder.encode(to_tensor(pictures[start : start + 250]) * 2 - 1).latent_dist
+        batch = (to_tensor(pictures[start : start + 250]) * 2 - 1).contiguous(memory_format=torch.channels_last)
+        posterior = autoencoder.encode(batch).latent_dist
         rows.append(torch.cat([posterior.mean, posterior.std], dim=1).half().numpy())
     return _save_array(path, np.concatenate(rows))
 
@@ -212,7 +213,7 @@ def train_classifier(
 ) -> EmojiClassifier:
     labels = scene_labels(scenes)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def make_batch(rng, size):
         chosen = np.sort(rng.integers(len(pictures), size=size))
         batch = to_tensor(pictures[chosen])
@@ -306,7 +307,7 @@ def train_denoiser(args: RecipeArguments, moments: np.ndarray, scenes: list[Scen
         }
 
     module = DenoiserLoss(build_text_encoder(tokenizer), build_unet())
-    stage = Stage("denoiser", module, args.denoiser_steps, args.denoiser_lr, 64, 0.999, make_batch)
+    stage = Stage("denoiser", module, args.denoiser_steps, args.denoiser_lr, 32, 0.999, make_batch)
     return train_stage(stage, args)
 
 

@@ -198,7 +198,7 @@ def _card(headline: Headline) -> str:
 <div class="label">{escape(headline.label)}</div>
 <div class="was number">{escape(was)}</div>
 <div class="is number">{escape(headline.after.headline)}</div>
-<small class="number">95 % interval {escape(headline.after.interval)}, N={headline.after.n}</small>
+<small class="number">95 %: {escape(headline.after.interval)}, N={headline.after.n}</small>
 <small>{escape(headline.note)}</small>
 </div>"""
 

@@ -1,0 +1,51 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+setup(
+    name="diffusers-safe",
+    version="0.1.0.dev0",
+    description="Keep unwanted concepts out of text-to-image diffusion models: suppress, erase, distill, prove, publish.",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "src/diffusers_safe/emoji/sprites/LICENSE.txt"],
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={
+        "diffusers_safe.emoji": [
+            "sprites/*.png",
+            "sprites/*.txt",
+            "sprites/*.md",
+            "model/*",
+            "model/*/*",
+            "judge/*",
+        ]
+    },
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.6,<3",
+        "diffusers>=0.42,<0.43",
+        "transformers>=5,<6",
+        "accelerate>=1.10,<2",
+        "huggingface-hub>=1,<3",
+        "datasets>=4,<6",
+        "peft>=0.18,<1",
+        "safetensors>=0.5,<1",
+        "numpy>=1.26",
+        "pillow>=10",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "eval": ["torchmetrics>=1.9,<2", "scipy>=1.11"],
+        "app": ["gradio>=5"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.14", "scipy>=1.11"],
+    },
+    entry_points={"console_scripts": ["diffusers-safe=diffusers_safe.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,20 @@
+"""SDD as a command: `accelerate launch train_sdd.py`, or `-m diffusers_safe.training.sdd` where only the package is."""
+
+from accelerate import Accelerator
+
+from .arguments import SDDArguments, parse_arguments
+from .erasure import erase_and_save
+from .objectives import SDDObjective
+
+
+DESCRIPTION = "Erases concepts from a Stable Diffusion model by safe self-distillation (SDD, arXiv 2307.05977)."
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(SDDArguments, DESCRIPTION, argv)
+    accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps)
+    erase_and_save(accelerator, SDDObjective(args.sdd_target), args, args.ema_decay)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from diffusers_safe.evaluation.statistics import Estimate, bootstrap_mean_interval, macro_mean, wilson_interval
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
+@pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1), (0, 160), (5, 160), (80, 160), (160, 160), (7, 9)])
+def test_wilson_agrees_with_scipy(successes, n, confidence):
+    expected = binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    assert wilson_interval(successes, n, confidence) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+@pytest.mark.parametrize("arguments", [(0, 0), (-1, 5), (6, 5), (1, 5, 0.0), (1, 5, 1.0)])
+def test_wilson_rejects_what_is_no_proportion(arguments):
+    with pytest.raises(ValueError, match="trial|confidence"):
+        wilson_interval(*arguments)
+
+
+def test_bootstrap_of_a_large_sample_is_the_normal_interval():
+    values = np.random.default_rng(0).normal(3.0, 2.0, size=500)
+    low, high = bootstrap_mean_interval(values)
+    reach = 1.96 * values.std() / np.sqrt(len(values))
+    assert (low, high) == pytest.approx((values.mean() - reach, values.mean() + reach), abs=0.02)
+    assert bootstrap_mean_interval(values) == (low, high)  # seeded
+
+
+def test_clusters_that_always_agree_count_once():
+    per_cluster = np.random.default_rng(0).random(20)
+    repeated, names = np.repeat(per_cluster, 50), np.repeat(np.arange(20), 50)
+    assert bootstrap_mean_interval(repeated, names.tolist()) == pytest.approx(bootstrap_mean_interval(per_cluster))
+    assert np.ptp(bootstrap_mean_interval(repeated)) < np.ptp(bootstrap_mean_interval(per_cluster)) / 4
+
+
+def test_macro_mean_weighs_clusters_alike():
+    assert macro_mean([1, 1, 1, 0], ["cat", "cat", "cat", "dog"]) == 0.5
+
+
+@pytest.mark.parametrize(("values", "clusters"), [([], None), ([1.0, 2.0], ["one"])])
+def test_bootstrap_rejects_bad_input(values, clusters):
+    with pytest.raises(ValueError, match="at least 1 number|one for each"):
+        bootstrap_mean_interval(values, clusters)
+
+
+def test_estimates_read_well():
+    assert str(Estimate.rate(5, 160)) == "3.1 % [1.3, 7.1], N=160"
+    assert str(Estimate(-0.012, -0.03, 0.0, 20, "points")) == "-1.2 points [-3.0, 0.0], N=20"
+    assert str(Estimate(0.0274, 0.02, 0.0351, 20, "")) == "0.027 [0.020, 0.035], N=20"
+    assert Estimate.mean([0.5, -0.25], unit="points").headline == "+12.5 points"

@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from diffusers_safe.concepts import CONCEPT_SCHEDULES, PROMPT_ORDERS, ConceptSchedule, read_concepts
+
+
+def test_read_concepts_from_names_and_files(tmp_path):
+    assert read_concepts(["Van Gogh", " knife ", "knife"]) == ["Van Gogh", "knife"]
+    listing = tmp_path / "concepts.txt"
+    listing.write_text("# styles\nVan Gogh\n\nÉdouard Manet\n", encoding="utf-8")
+    assert read_concepts([str(listing)]) == ["Van Gogh", "Édouard Manet"]
+
+
+@pytest.mark.parametrize("values", [[], [""], ["knife", " "]])
+def test_read_concepts_refuses_nothing(values):
+    with pytest.raises(ValueError, match="at least one concept"):
+        read_concepts(values)
+
+
+def test_read_concepts_refuses_missing_and_empty_files(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        read_concepts([str(tmp_path / "none.txt")])
+    (tmp_path / "empty.txt").write_text("# only a comment\n")
+    with pytest.raises(ValueError, match="holds no concept"):
+        read_concepts([str(tmp_path / "empty.txt")])
+
+
+def prompts_of(schedule, count=6):
+    return [schedule.prompts(i, torch.Generator().manual_seed(i)) for i in range(count)]
+
+
+def test_iterative_takes_turns_in_both_orders():
+    concepts = ["knife", "gun", "bomb"]
+    paper = prompts_of(ConceptSchedule(concepts))
+    assert [sampled for sampled, _ in paper] == concepts * 2
+    assert {trained for _, trained in paper} == {"knife, gun, bomb"}
+    repository = prompts_of(ConceptSchedule(concepts, prompt_order="repository"))
+    assert repository == [(trained, sampled) for sampled, trained in paper]
+    matched = prompts_of(ConceptSchedule(concepts, prompt_order="matched"))
+    assert matched == [(concept, concept) for concept in concepts * 2]
+
+
+def test_sequential_gives_each_concept_its_share():
+    """The reference trains concept 1 only."""
+    schedule = ConceptSchedule(["knife", "gun", "bomb"], "sequential", num_samples=6)
+    assert prompts_of(schedule, 7) == [(c, c) for c in ("knife", "knife", "gun", "gun", "bomb", "bomb", "bomb")]
+
+
+def test_random_draws_all_concepts_from_its_generator():
+    schedule = ConceptSchedule(["knife", "gun", "bomb"], "random")
+    first, second = prompts_of(schedule, 40), prompts_of(schedule, 40)
+    assert first == second
+    assert {sampled for sampled, _ in first} == {"knife", "gun", "bomb"}
+
+
+def test_composite_joins():
+    assert set(prompts_of(ConceptSchedule(["knife", "gun"], "composite"))) == {("knife, gun", "knife, gun")}
+
+
+@pytest.mark.parametrize("schedule", CONCEPT_SCHEDULES)
+@pytest.mark.parametrize("order", PROMPT_ORDERS)
+def test_one_concept_is_the_same_in_every_schedule(schedule, order):
+    assert set(prompts_of(ConceptSchedule(["knife"], schedule, order, num_samples=6))) == {("knife", "knife")}
+
+
+@pytest.mark.parametrize("schedule", CONCEPT_SCHEDULES)
+@pytest.mark.parametrize("order", PROMPT_ORDERS)
+def test_all_prompts_knows_every_prompt(schedule, order):
+    schedule = ConceptSchedule(["knife", "gun", "bomb"], schedule, order, num_samples=30)
+    drawn = {prompt for pair in prompts_of(schedule, 30) for prompt in pair}
+    assert drawn <= set(schedule.all_prompts())
+
+
+def test_bad_values_are_named():
+    with pytest.raises(ValueError, match="concept_schedule 'turns'.*iterative, random"):
+        ConceptSchedule(["knife"], "turns")
+    with pytest.raises(ValueError, match="prompt_order 'both'.*paper, repository"):
+        ConceptSchedule(["knife"], prompt_order="both")
+    with pytest.raises(ValueError, match="at least one"):
+        ConceptSchedule([])

@@ -1,0 +1,57 @@
+"""Imports point one way (docs/architecture.md), and importing does nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers_safe
+
+
+SOURCE = Path(diffusers_safe.__file__).parent
+# Each layer may import from those above it and from itself.
+LAYERS = [
+    {"concepts", "guidance", "weights", "provenance"},
+    {"backbones", "trajectories"},
+    {"formats"},
+    {"training", "pipelines", "students"},
+    {"evaluation", "hub"},
+    {"emoji", "cli"},
+]
+STRANGERS = [("pipelines", "training"), ("evaluation", "training"), ("evaluation", "pipelines")]
+
+
+def package_imports():
+    """(importing part, imported part, file) of every import inside the package."""
+    for path in SOURCE.rglob("*.py"):
+        parts = ("diffusers_safe", *path.relative_to(SOURCE).with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                target = [*parts[: -node.level], *(node.module or "").split(".")]
+                names = [node.module.split(".")[0]] if len(parts) - node.level == 1 and node.module else [target[1]]
+                if target == ["diffusers_safe", ""]:
+                    names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("diffusers_safe."):
+                names = [node.module.split(".")[1]]
+            else:
+                continue
+            for name in names:
+                yield parts[1], name, path
+
+
+def test_imports_point_one_way():
+    rank = {part: number for number, layer in enumerate(LAYERS) for part in layer}
+    seen = 0
+    for importer, imported, path in package_imports():
+        if importer == "__init__":
+            continue
+        seen += 1
+        assert rank[imported] <= rank[importer], f"{path}: {importer} must not import {imported}"
+        assert (importer, imported) not in STRANGERS, f"{path}: {importer} must not import {imported}"
+    assert seen > 30
+
+
+def test_importing_the_package_is_quick_and_quiet():
+    code = "import sys, diffusers_safe; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False" and done.stderr == ""

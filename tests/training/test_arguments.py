@@ -1,0 +1,112 @@
+import pytest
+
+from diffusers_safe.training.arguments import SDDArguments, parse_arguments
+
+
+@pytest.fixture
+def arguments(tiny_model_folder, tmp_path):
+    """Good arguments as a function of what to change."""
+
+    def make(**changes):
+        good = {
+            "pretrained_model_name_or_path": tiny_model_folder,
+            "concepts": ["knife"],
+            "output_dir": str(tmp_path / "out"),
+        }
+        return {**good, **changes}
+
+    return make
+
+
+BAD_VALUES = {
+    "train_method": ("everything", "xattn, xattn-strict"),
+    "concepts": ([], "at least one concept"),
+    "concept_schedule": ("turns", "iterative, random"),
+    "prompt_order": ("none", "paper, repository, matched"),
+    "max_train_steps": (-1, "at least 0"),
+    "train_batch_size": (0, "at least 1"),
+    "gradient_accumulation_steps": (0, "at least 1"),
+    "num_inference_steps": (0, "at least 1"),
+    "checkpointing_steps": (-5, "at least 0"),
+    "checkpoints_total_limit": (0, "at least 1"),
+    "learning_rate": (0.0, "greater than 0"),
+    "max_grad_norm": (-1.0, "greater than 0"),
+    "adam_beta1": (1.0, "less than 1"),
+    "ema_decay": (1.0, "less than 1"),
+    "retain_weight": (-1.0, "at least 0"),
+    "sdd_target": ("ema", "student, frozen"),
+    "lr_scheduler": ("steep", "constant"),
+    "save": ("all", "full, partial, both"),
+    "seed": (-1, "at least 0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VALUES)
+def test_bad_values_name_argument_value_and_what_is_allowed(arguments, name):
+    value, allowed = BAD_VALUES[name]
+    with pytest.raises(ValueError) as error:
+        SDDArguments(**arguments(**{name: value}))
+    message = str(error.value)
+    assert name in message and str(value) in message and allowed in message and "\n" not in message
+
+
+def test_nan_is_no_learning_rate(arguments):
+    with pytest.raises(ValueError, match="learning_rate nan"):
+        SDDArguments(**arguments(learning_rate=float("nan")))
+
+
+def test_a_concept_cannot_be_erased_and_retained(arguments):
+    with pytest.raises(ValueError, match="cannot be erased and retained"):
+        SDDArguments(**arguments(retain_prompts=["cat", "knife"]))
+
+
+def test_aliases_become_the_method_they_mean(arguments):
+    assert SDDArguments(**arguments(train_method="esd-x")).train_method == "xattn"
+
+
+def run(capsys, **options):
+    argv = [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
+    with pytest.raises(SystemExit) as stop:
+        parse_arguments(SDDArguments, "", argv)
+    return stop.value.code, capsys.readouterr().err.strip().splitlines()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"pretrained_model_name_or_path": "no/such/model/here"}, "no/such/model/here"),
+        ({"concepts": "nowhere.txt"}, "nowhere.txt: no such file"),
+        ({"train_method": "half"}, "train_method 'half': unknown"),
+        ({"max_train_steps": -3}, "max_train_steps -3"),
+        ({"output_dir": "/proc/nowhere/out"}, "output_dir /proc/nowhere/out: cannot be written"),
+        ({"resume_from_checkpoint": "latest"}, "no checkpoint in"),
+        ({"resume_from_checkpoint": "checkpoint-7"}, "checkpoint-7: no such folder"),
+        ({"resume_from_checkpoint": "somewhere"}, "not a folder named checkpoint-"),
+    ],
+)
+def test_command_line_errors_are_one_line_and_write_nothing(capsys, tmp_path, arguments, changes, message):
+    options = {name: " ".join(value) if isinstance(value, list) else value for name, value in arguments().items()}
+    code, lines = run(capsys, **{**options, **changes})
+    assert code == 2
+    assert len(lines) == 1 and message in lines[0] and "error:" in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_no_pipeline(capsys, tmp_path, arguments):
+    options = {name: " ".join(value) if isinstance(value, list) else value for name, value in arguments().items()}
+    (tmp_path / "empty").mkdir()
+    code, lines = run(capsys, **{**options, "pretrained_model_name_or_path": tmp_path / "empty"})
+    assert code == 2 and len(lines) == 1 and "model_index.json" in lines[0]
+
+
+def test_a_family_that_is_not_supported(capsys, tmp_path, arguments):
+    options = {name: " ".join(value) if isinstance(value, list) else value for name, value in arguments().items()}
+    (tmp_path / "flux").mkdir()
+    (tmp_path / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    code, lines = run(capsys, **{**options, "pretrained_model_name_or_path": tmp_path / "flux"})
+    assert code == 2 and "FluxPipeline" in lines[0] and "StableDiffusionPipeline" in lines[0]
+
+
+def test_unknown_options_are_errors(capsys):
+    code, lines = run(capsys, concept="knife")
+    assert code == 2 and any("--concept" in line for line in lines)

@@ -1,0 +1,128 @@
+"""The loop as a whole, in this process; tests/training/test_sdd.py runs the command."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from diffusers_safe.backbones import make_backbone
+from diffusers_safe.training.arguments import SDDArguments
+from diffusers_safe.training.loop import ErasureLoop, sample_generator
+from diffusers_safe.training.objectives import SDDObjective
+
+
+@pytest.fixture
+def make_loop(make_tiny_pipeline, tmp_path):
+    def make(folder="run", **changes):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        settings = {
+            "pretrained_model_name_or_path": "tiny",
+            "concepts": ["knife", "gun"],
+            "output_dir": str(tmp_path / folder),
+            "num_inference_steps": 4,
+            "max_train_steps": 3,
+            "learning_rate": 1e-3,
+            "ema_decay": 0.5,
+            "watch_prompts": ["a cat"],
+            "checkpointing_steps": 0,
+        }
+        args = SDDArguments(**{**settings, **changes})
+        backbone = make_backbone(make_tiny_pipeline())
+        return ErasureLoop(Accelerator(cpu=True), backbone, SDDObjective(args.sdd_target), args, args.ema_decay)
+
+    return make
+
+
+def result(loop):
+    return {name: value.detach().clone() for name, value in loop.predictor.backbone.denoiser.named_parameters()}
+
+
+def same(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_frozen_weights_stay_bit_identical_and_selected_ones_move(make_loop, make_tiny_pipeline):
+    loop = make_loop(retain_prompts=["a cat"])
+    loop.run()
+    before = dict(make_tiny_pipeline().unet.named_parameters())
+    changed = {name for name, value in result(loop).items() if not torch.equal(value, before[name])}
+    assert changed == set(loop.weights.student)
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_not(make_loop):
+    loops = [make_loop(f"run{i}", seed=seed) for i, seed in enumerate((3, 3, 4))]
+    for loop in loops:
+        loop.run()
+    first, second, other = map(result, loops)
+    assert same(first, second) and not same(first, other)
+
+
+def test_the_ema_is_published(make_loop):
+    loop = make_loop()
+    loop.run()
+    assert all(torch.equal(loop.weights.student[name], value) for name, value in loop.weights.ema.items())
+
+
+def test_zero_steps_change_nothing(make_loop, make_tiny_pipeline):
+    loop = make_loop(max_train_steps=0)
+    loop.run()
+    assert same(dict(make_tiny_pipeline().unet.named_parameters()), result(loop))
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "random"])
+def test_resumed_equals_uninterrupted_bit_for_bit(make_loop, tmp_path, schedule):
+    whole = make_loop("whole", max_train_steps=6, checkpointing_steps=2, concept_schedule=schedule)
+    whole.run()
+    assert (tmp_path / "whole" / "checkpoint-4").is_dir()
+    resumed = make_loop(
+        "resumed",
+        max_train_steps=6,
+        concept_schedule=schedule,
+        resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"),
+    )
+    resumed.run()
+    assert same(result(whole), result(resumed))
+
+
+def test_a_checkpoint_holds_the_trained_weights_only(make_loop, tmp_path):
+    make_loop(max_train_steps=2, checkpointing_steps=1).run()
+    names = {path.name for path in (tmp_path / "run" / "checkpoint-1").iterdir()}
+    assert not any(name.endswith(".safetensors") for name in names)
+
+
+def test_accumulation_equals_a_larger_batch(make_loop):
+    """Gradients, not weights after Adam: its division by sqrt(v) turns rounding into steps."""
+    gradients = []
+    for batch_size, accumulation in ((2, 1), (1, 2)):
+        loop = make_loop(f"{batch_size}", train_batch_size=batch_size, gradient_accumulation_steps=accumulation)
+        loop.optimizer.step = loop.optimizer.zero_grad = lambda: None
+        loop.args.max_grad_norm = 1e9
+        loop.train_step(0)
+        gradients.append({name: value.grad for name, value in loop.weights.student.items()})
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=1e-3, atol=1e-6)
+
+
+def test_draws_depend_on_seed_purpose_and_index_only():
+    def draw(*key):
+        return torch.randn(3, generator=sample_generator(*key))
+
+    assert torch.equal(draw(0, "erase", 5), draw(0, "erase", 5))
+    others = [draw(1, "erase", 5), draw(0, "retain", 5), draw(0, "erase", 6)]
+    assert not any(torch.equal(draw(0, "erase", 5), other) for other in others)
+
+
+def test_the_log_tells_loss_and_what_is_left(make_loop, tmp_path):
+    make_loop(retain_prompts=["a cat"]).run()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[0].keys() == {"step", "erase", "retain", "concept_left", "drift"}
+    assert rows[-1]["concept_left"] != rows[0]["concept_left"]
+
+
+def test_collapse_is_announced(make_loop, caplog):
+    make_loop(learning_rate=1.0, max_train_steps=4).run()
+    assert [record.message for record in caplog.records if "collapsing" in record.message]
