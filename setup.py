@@ -14,6 +14,7 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={
+        "diffusers_safe.evaluation": ["*.css"],
         "diffusers_safe.emoji": [
             "sprites/*.png",
             "sprites/*.txt",
@@ -21,7 +22,7 @@ setup(
             "model/*",
             "model/*/*",
             "judge/*",
-        ]
+        ],
     },
     python_requires=">=3.10",
     install_requires=[

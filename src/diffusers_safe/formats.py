@@ -78,7 +78,8 @@ def load_partial(denoiser: nn.Module, path: str | Path, base_fingerprint: str | 
             raise ValueError(f"partial weights {path}: the denoiser has no parameter {name}")
         if parameters[name].shape != value.shape:
             raise ValueError(
-                f"partial weights {path}: {name} is {tuple(value.shape)}, the denoiser's {tuple(parameters[name].shape)}"
+                f"partial weights {path}: {name} has shape {tuple(value.shape)}, "
+                f"the denoiser's has {tuple(parameters[name].shape)}"
             )
     for name, value in weights.items():
         parameters[name].copy_(value)

@@ -91,9 +91,9 @@ class Trajectories:
             noise_pred = self._guided(predict, model_input, t, prompts, empty, active)
             for row, i in enumerate(active):
                 extra = _step_arguments(schedulers[i], generators[i])
-                latents[i] = schedulers[i].step(
-                    noise_pred[row : row + 1], t, latents[i], return_dict=False, **extra
-                )[0]
+                latents[i] = schedulers[i].step(noise_pred[row : row + 1], t, latents[i], return_dict=False, **extra)[
+                    0
+                ]
         stops = [timesteps[count] for count in num_steps]
         scaled = [scheduler.scale_model_input(z, t) for scheduler, z, t in zip(schedulers, latents, stops)]
         return torch.cat(scaled), torch.stack(stops)

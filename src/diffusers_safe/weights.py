@@ -69,7 +69,9 @@ def resolve_train_method(train_method: str) -> str:
     """
     name = _ALIASES.get(train_method, train_method)
     if name not in TRAIN_METHODS:
-        raise ValueError(f"train_method '{train_method}': unknown; allowed are {', '.join([*TRAIN_METHODS, *_ALIASES])}")
+        raise ValueError(
+            f"train_method '{train_method}': unknown; allowed are {', '.join([*TRAIN_METHODS, *_ALIASES])}"
+        )
     return name
 
 
@@ -90,9 +92,7 @@ def select_parameters(denoiser: nn.Module, train_method: str) -> list[str]:
     """
     method = TRAIN_METHODS[resolve_train_method(train_method)]
     modules = dict(denoiser.named_modules())
-    names = [
-        name for name, _ in denoiser.named_parameters() if method.selects(name, modules[name.rpartition(".")[0]])
-    ]
+    names = [name for name, _ in denoiser.named_parameters() if method.selects(name, modules[name.rpartition(".")[0]])]
     if not names:
         raise ValueError(
             f"train_method '{train_method}' ({method.description}) selects no parameter of {type(denoiser).__name__}"

@@ -80,7 +80,9 @@ class EmojiClassifier(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        halves = {name: value.half() if value.is_floating_point() else value for name, value in self.state_dict().items()}
+        halves = {
+            name: value.half() if value.is_floating_point() else value for name, value in self.state_dict().items()
+        }
         save_file(halves, folder / _WEIGHTS)
         (folder / "config.json").write_text(json.dumps({"width": self.width, "labels": HEADS}, indent=2) + "\n")
 

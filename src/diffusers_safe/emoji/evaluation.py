@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from transformers import HfArgumentParser
 
+from ..arguments import parse_dataclass
 from ..evaluation.generate import GenerationSettings, PromptRow, generate, load_images
 from ..evaluation.metrics.pixel_distance import pixel_distance
 from ..evaluation.report import Comparison, Grid, Headline, Pair, Report, write_report, write_results
@@ -221,6 +221,23 @@ def _pairs(
             pair = Pair(row.prompt, images["before"][i], images["after"][i], seen["before"][i], name, missed)
             pairs.append(pair)
     return pairs
+
+
+def erasure_table(results: dict) -> str:
+    """The results of [`evaluate_erasure`] as a Markdown table."""
+    protocol, accuracy, groups = results["protocol"], results["accuracy"], results["group_accuracy"]
+    concept = protocol["group"] or ", ".join(protocol["erased"])
+    rates = results["concept_rate"]
+    lines = [
+        "| | before | after | change |",
+        "|---|---|---|---|",
+        f"| {concept} recognised | {rates['before']} | {rates['after']} | |",
+        f"| other objects recognised | {accuracy['before']} | {accuracy['after']} | {accuracy['difference']} |",
+    ]
+    if groups:
+        lines.append(f"| other groups recognised | {groups['before']} | {groups['after']} | {groups['difference']} |")
+    lines.append(f"| other images moved, 0 to 1 | | {results['distance']['others']} | |")
+    return "\n".join(lines)
 
 
 # --- how good a model is ---------------------------------------------------------------------------------------------
@@ -479,7 +496,4 @@ def main(args: QualityArguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(HfArgumentParser(QualityArguments).parse_args_into_dataclasses()[0])
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    main(parse_dataclass(QualityArguments, __doc__))

@@ -10,6 +10,7 @@ Any command can be killed at any moment and run again: it continues from its new
 with all stages does.
 """
 
+import json
 import math
 import time
 from dataclasses import dataclass, field
@@ -24,8 +25,9 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
+from ..arguments import parse_dataclass
+from ..provenance import fingerprint
 from ..training.checkpoints import checkpoint_step, list_checkpoints, save_checkpoint
 from .architecture import build_autoencoder, build_scheduler, build_text_encoder, build_tokenizer, build_unet
 from .classifier import HEADS, NOTHING, EmojiClassifier, scene_labels, to_tensor
@@ -48,6 +50,10 @@ class RecipeArguments:
     classifier_lr: float = field(default=2e-3, metadata={"help": "Peak learning rate (AdamW)."})
     denoiser_lr: float = field(default=1e-3, metadata={"help": "Peak learning rate (AdamW)."})
     checkpoint_minutes: float = field(default=2.0, metadata={"help": "Minutes between two checkpoints of a stage."})
+    start_from: str | None = field(
+        default=None,
+        metadata={"help": "Folder of a finished model: its autoencoder is kept, its UNet and text encoder train on."},
+    )
     seed: int = field(default=0, metadata={"help": "Seed of pictures, batches, noise and initial weights."})
 
     def __post_init__(self):
@@ -57,6 +63,8 @@ class RecipeArguments:
         for name in ("num_pictures", "autoencoder_steps", "classifier_steps", "denoiser_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.start_from is not None and not (Path(self.start_from) / "model_index.json").is_file():
+            raise ValueError(f"--start_from {self.start_from}: no model; the folder must hold a model_index.json")
 
 
 @dataclass
@@ -96,8 +104,10 @@ def train_stage(stage: Stage, args: RecipeArguments) -> nn.Module:
     on_cpu = accelerator.device.type == "cpu"
     if on_cpu:
         module = module.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
-    ema = EMAModel(module.parameters(), decay=stage.ema_decay, use_ema_warmup=True, power=0.8)
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=stage.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True
+    )
+    ema = EMAModel(module.parameters(), decay=stage.ema_decay, use_ema_warmup=True, power=0.8, foreach=True)
     prepared, optimizer = accelerator.prepare(module, optimizer)
     ema.to(accelerator.device)
     accelerator.register_for_checkpointing(ema)
@@ -169,6 +179,9 @@ class AutoencoderLoss(nn.Module):
 
 
 def train_autoencoder(args: RecipeArguments, pictures: np.ndarray) -> AutoencoderKL:
+    if args.start_from is not None:
+        return AutoencoderKL.from_pretrained(args.start_from, subfolder="vae", dtype=torch.float32).eval()
+
     def make_batch(rng, size):
         batch = to_tensor(pictures[np.sort(rng.integers(len(pictures), size=size))]) * 2 - 1
         noise = torch.from_numpy(rng.standard_normal((size, 4, 16, 16), dtype=np.float32))
@@ -182,7 +195,7 @@ def train_autoencoder(args: RecipeArguments, pictures: np.ndarray) -> Autoencode
 @torch.inference_mode()
 def encode_pictures(args: RecipeArguments, autoencoder: AutoencoderKL, pictures: np.ndarray) -> np.ndarray:
     """Mean and standard deviation of every picture's latent, `(N, 8, 16, 16)` float16; computed once, kept on disk."""
-    path = Path(args.output_dir) / "cache" / f"latents-{args.seed}-{len(pictures)}.npy"
+    path = Path(args.output_dir) / "cache" / f"latents-{fingerprint(autoencoder)}-{args.seed}-{len(pictures)}.npy"
     if path.exists():
         return np.load(path)
     rows = []
@@ -221,7 +234,9 @@ def train_classifier(
         # A quarter is seen through the autoencoder, as every generated picture will be.
         seen = size // 4
         latents = autoencoder.encode(batch[:seen] * 2 - 1).latent_dist.mode()
-        latents = latents + 0.1 * torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32)) * latents.std()
+        latents = (
+            latents + 0.1 * torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32)) * latents.std()
+        )
         batch[:seen] = (autoencoder.decode(latents).sample / 2 + 0.5).clamp(0, 1)
         # One in ten shows nothing: pieces of a picture in disorder, or two pictures through each other.
         for row in rng.choice(size, size=size // 10, replace=False):
@@ -270,12 +285,19 @@ def _refresh_batch_norm(classifier: EmojiClassifier, make_batch, seed: int, batc
 
 
 class DenoiserLoss(nn.Module):
-    """Epsilon prediction of the UNet, its text encoder trained with it."""
+    """Epsilon prediction of the UNet, its text encoder trained with it.
+
+    Weighted by min(SNR, 5) / SNR (Hang et al., arXiv 2303.09556): what a picture shows is decided at high noise, and
+    there the steps should go.
+    """
 
     def __init__(self, text_encoder: nn.Module, unet: nn.Module):
         super().__init__()
         self.text_encoder, self.unet = text_encoder, unet
-        self.register_buffer("alphas_cumprod", build_scheduler().alphas_cumprod, persistent=False)
+        alphas_cumprod = build_scheduler().alphas_cumprod
+        snr = alphas_cumprod / (1 - alphas_cumprod)
+        self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
+        self.register_buffer("loss_weights", snr.clamp(max=5) / snr, persistent=False)
 
     def forward(
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, input_ids: torch.Tensor
@@ -284,7 +306,8 @@ class DenoiserLoss(nn.Module):
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
         prompt_embeds = self.text_encoder(input_ids=input_ids).last_hidden_state
         noise_pred = self.unet(noisy, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
-        return F.mse_loss(noise_pred.float(), noise)
+        error = (noise_pred.float() - noise).square().mean(dim=(1, 2, 3))
+        return (self.loss_weights[timesteps] * error).mean()
 
 
 def train_denoiser(args: RecipeArguments, moments: np.ndarray, scenes: list[Scene]) -> DenoiserLoss:
@@ -306,7 +329,11 @@ def train_denoiser(args: RecipeArguments, moments: np.ndarray, scenes: list[Scen
             "input_ids": tokens,
         }
 
-    module = DenoiserLoss(build_text_encoder(tokenizer), build_unet())
+    text_encoder, unet = build_text_encoder(tokenizer), build_unet()
+    if args.start_from is not None:
+        finished = StableDiffusionPipeline.from_pretrained(args.start_from, dtype=torch.float32)
+        text_encoder, unet = finished.text_encoder.train(), finished.unet.train()
+    module = DenoiserLoss(text_encoder, unet)
     stage = Stage("denoiser", module, args.denoiser_steps, args.denoiser_lr, 32, 0.999, make_batch)
     return train_stage(stage, args)
 
@@ -333,7 +360,12 @@ def assemble(args: RecipeArguments, autoencoder: AutoencoderKL, moments: np.ndar
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.to(torch.float16).save_pretrained(Path(args.output_dir) / "model", safe_serialization=True)
+    folder = Path(args.output_dir) / "model"
+    pipeline.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
+    # transformers would load its part in the dtype noted here, diffusers loads in float32: they must agree.
+    config_file = folder / "text_encoder" / "config.json"
+    config = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
 
 
 def load_pictures(args: RecipeArguments) -> tuple[np.ndarray, list[Scene]]:
@@ -375,4 +407,4 @@ def main(args: RecipeArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(RecipeArguments).parse_args_into_dataclasses()[0])
+    main(parse_dataclass(RecipeArguments, __doc__))

@@ -1,6 +1,6 @@
 """Draws scenes: sprites of Noto Color Emoji, turned, scaled and placed on a background, in a style."""
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ RESOLUTION = 64
 SPRITES = Path(__file__).parent / "sprites"
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_sprite(name: str) -> Image.Image:
     """The 64 x 64 RGBA sprite of an object, colours premultiplied by alpha so that it can be resampled."""
     with Image.open(SPRITES / f"{name}.png") as image:

@@ -1,14 +1,12 @@
 """Command-line arguments of the erasure scripts: defined once, typed, checked before any model is loaded."""
 
-import sys
-from argparse import ArgumentDefaultsHelpFormatter
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from diffusers.optimization import SchedulerType
-from transformers import HfArgumentParser
 
+from ..arguments import parse_dataclass
 from ..backbones import check_model
 from ..concepts import CONCEPT_SCHEDULES, PROMPT_ORDERS, read_concepts
 from ..weights import TRAIN_METHODS, resolve_train_method
@@ -42,9 +40,7 @@ class ErasureArguments:
     train_method: str = _option(
         "xattn", f"Which weights train: {'; '.join(f'{n} ({m.description})' for n, m in TRAIN_METHODS.items())}."
     )
-    concept_schedule: str = _option(
-        "iterative", f"How several concepts take turns: {', '.join(CONCEPT_SCHEDULES)}."
-    )
+    concept_schedule: str = _option("iterative", f"How several concepts take turns: {', '.join(CONCEPT_SCHEDULES)}.")
     prompt_order: str = _option(
         "paper",
         "paper: draw latents with one concept, train on all joined; repository: the other way round; "
@@ -95,7 +91,13 @@ class ErasureArguments:
             lr_scheduler=[kind.value for kind in SchedulerType],
         )
         self._check_at_least(
-            0, "lr_warmup_steps", "checkpointing_steps", "retain_weight", "adam_weight_decay", "seed", "max_train_steps"
+            0,
+            "lr_warmup_steps",
+            "checkpointing_steps",
+            "retain_weight",
+            "adam_weight_decay",
+            "seed",
+            "max_train_steps",
         )
         self._check_at_least(
             1, "num_inference_steps", "train_batch_size", "gradient_accumulation_steps", "checkpoints_total_limit"
@@ -185,13 +187,5 @@ Arguments = TypeVar("Arguments", bound=ErasureArguments)
 
 
 def parse_arguments(kind: type[Arguments], description: str, argv: list[str] | None = None) -> Arguments:
-    """Reads a command line, checks it, and ends the program with one line and exit code 2 where it is wrong."""
-    parser = HfArgumentParser(kind, description=description, formatter_class=ArgumentDefaultsHelpFormatter)
-    # Parsed by hand, not by parse_args_into_dataclasses, whose traceback would hide the line that a user needs.
-    namespace = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    try:
-        args = kind(**{item.name: getattr(namespace, item.name) for item in fields(kind)})
-        args.check_surroundings()
-    except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    return args
+    """Reads and checks the command line of an erasure script; see [`parse_dataclass`]."""
+    return parse_dataclass(kind, description, argv, check=ErasureArguments.check_surroundings)

@@ -98,7 +98,7 @@ class ErasureLoop:
     # --- one step ----------------------------------------------------------------------------------------------------
 
     def draw_batch(self, first: int, prompts: Callable, sampler: str, purpose: str) -> TrainingBatch:
-        """Draws this process's samples, `first` and after, with `prompts(index, generator)` and a sampler's weights."""
+        """This process's samples from number `first` on; `prompts(index, generator)` as in [`ConceptSchedule`]."""
         indices = range(first, first + self.args.train_batch_size)
         generators = [sample_generator(self.args.seed, purpose, index) for index in indices]
         pairs = [prompts(index, generator) for index, generator in zip(indices, generators)]

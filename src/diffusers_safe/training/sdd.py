@@ -1,4 +1,4 @@
-"""SDD as a command: `accelerate launch train_sdd.py`, or `-m diffusers_safe.training.sdd` where only the package is."""
+"""SDD as a command: `accelerate launch train_sdd.py`, or `-m diffusers_safe.training.sdd` once installed."""
 
 from accelerate import Accelerator
 

@@ -22,9 +22,7 @@ def setting(tiny_pipeline):
     generator = torch.Generator().manual_seed(0)
     for parameter in weights.student.values():
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-    batch = TrainingBatch(
-        torch.randn((2, 4, 8, 8), generator=generator), torch.tensor([981, 301]), ["knife", "gun"]
-    )
+    batch = TrainingBatch(torch.randn((2, 4, 8, 8), generator=generator), torch.tensor([981, 301]), ["knife", "gun"])
     return Predictor(backbone, weights, PROMPTS), weights, batch
 
 

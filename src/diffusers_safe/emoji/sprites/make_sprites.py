@@ -1,7 +1,7 @@
 """Makes the sprites beside this file from Noto Color Emoji. Needs the font only here, never for its users.
 
-    apt-get install fonts-noto-color-emoji
-    python src/diffusers_safe/emoji/sprites/make_sprites.py /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
+apt-get install fonts-noto-color-emoji
+python src/diffusers_safe/emoji/sprites/make_sprites.py /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 """
 
 import sys

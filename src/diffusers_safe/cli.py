@@ -1,0 +1,32 @@
+"""`diffusers-safe`: one command for each thing the package does."""
+
+import argparse
+import importlib
+import sys
+
+
+# command -> (module with `main(argv, prog)`, what it does); imported only when it is called
+COMMANDS = {
+    "demo": (
+        "diffusers_safe.emoji.demo",
+        "erase a group of emoji from the embedded model, measure it, write a report",
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    listing = "\n".join(f"  {name:10} {description}" for name, (_, description) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="diffusers-safe",
+        description=f"Keep unwanted concepts out of text-to-image models.\n\ncommands:\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="diffusers-safe COMMAND [options]   (diffusers-safe COMMAND --help)",
+    )
+    parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS)
+    command = parser.parse_args(argv[:1]).command
+    importlib.import_module(COMMANDS[command][0]).main(argv[1:], f"diffusers-safe {command}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""`diffusers-safe demo`: a group of emoji erased from the embedded model, measured before and after.
+
+It uses what a user with Stable Diffusion 1.5 would use: the training command is printed, and does the same for any
+model whose name is put in its place.
+"""
+
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from diffusers import StableDiffusionPipeline
+
+from ..arguments import parse_dataclass
+from . import CLASSIFIER_FOLDER, MODEL_FOLDER
+from .classifier import EmojiClassifier
+from .evaluation import erasure_table, evaluate_erasure
+from .scenes import GROUPS, group_members
+
+
+# Found by benchmarks/sdd_search.py; docs/methods.md tells the search.
+SETTINGS = {
+    "train_method": "xattn",
+    "prompt_order": "matched",
+    "sdd_target": "frozen",
+    "max_train_steps": 100,
+    "train_batch_size": 4,
+    "learning_rate": 2e-4,
+    "ema_decay": 0.95,
+    "num_inference_steps": 25,
+}
+
+
+def erasure_command(model: str | Path, group: str, output_dir: str | Path, seed: int) -> list[str]:
+    """The command line that erases a group, all its members and its own name, and keeps the other groups."""
+    options = {**SETTINGS, "checkpointing_steps": 0, "seed": seed}
+    return [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"),
+        *("--mixed_precision", "no", "--num_machines", "1", "--dynamo_backend", "no"),
+        *("-m", "diffusers_safe.training.sdd", "--pretrained_model_name_or_path", str(model)),
+        *("--concepts", *group_members(group), group),
+        *("--retain_prompts", *(other for other in GROUPS if other != group)),
+        *(word for name, value in options.items() for word in (f"--{name}", str(value))),
+        *("--output_dir", str(output_dir)),
+    ]
+
+
+@dataclass
+class DemoArguments:
+    output_dir: str = field(default="runs/demo", metadata={"help": "Where model, images and report go."})
+    group: str = field(default="weapon", metadata={"help": f"What to erase: {', '.join(GROUPS)}."})
+    seed: int = field(default=0, metadata={"help": "Seed of the training and of the images."})
+    images_per_prompt: int = field(default=4, metadata={"help": "Images of each prompt, before and after."})
+
+    def __post_init__(self):
+        if self.group not in GROUPS:
+            raise ValueError(f"group '{self.group}': unknown; allowed are {', '.join(GROUPS)}")
+        if self.images_per_prompt < 1:
+            raise ValueError(f"images_per_prompt {self.images_per_prompt}: must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed {self.seed}: must be at least 0")
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> None:
+    args = parse_dataclass(DemoArguments, __doc__, argv, prog)
+    started = time.monotonic()
+    folder = Path(args.output_dir)
+    command = erasure_command(MODEL_FOLDER, args.group, folder / "model", args.seed)
+    print(f"erasing with\n\n  {shlex.join(command)}\n", flush=True)
+    if code := subprocess.run(command).returncode:
+        raise SystemExit(code)
+    before, after = (StableDiffusionPipeline.from_pretrained(path) for path in (MODEL_FOLDER, folder / "model"))
+    results = evaluate_erasure(
+        before,
+        after,
+        group_members(args.group),
+        EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER),
+        folder / "evaluation",
+        images_per_object=args.images_per_prompt,
+        seed=args.seed,
+        group=args.group,
+    )
+    print(f"\n{erasure_table(results)}\n\nin {time.monotonic() - started:.0f} s; the report with all pictures:")
+    print((folder / "evaluation" / "report.html").resolve().as_uri())
