@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 setup(
     name="diffusers-safe",
     version="0.1.0.dev0",
-    description="Keep unwanted concepts out of text-to-image diffusion models: suppress, erase, distill, prove, publish.",
+    description="Keep unwanted concepts out of text-to-image diffusion models.",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

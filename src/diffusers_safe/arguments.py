@@ -3,6 +3,7 @@
 from argparse import ArgumentDefaultsHelpFormatter
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import TypeVar
 
 from transformers import HfArgumentParser
@@ -39,3 +40,18 @@ def parse_dataclass(
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     return arguments
+
+
+def check_output_dir(folder: str | Path) -> None:
+    """Creates an output folder, to know before the work whether it can be written.
+
+    Raises:
+        `ValueError`: If it cannot.
+    """
+    probe = Path(folder) / ".probe"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"output_dir {folder}: cannot be written ({error.strerror})") from None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
 
-from ..arguments import parse_dataclass
+from ..arguments import check_output_dir, parse_dataclass
 from . import CLASSIFIER_FOLDER, MODEL_FOLDER
 from .classifier import EmojiClassifier
 from .evaluation import erasure_table, evaluate_erasure
@@ -64,7 +64,7 @@ class DemoArguments:
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
-    args = parse_dataclass(DemoArguments, __doc__, argv, prog)
+    args = parse_dataclass(DemoArguments, __doc__, argv, prog, lambda args: check_output_dir(args.output_dir))
     started = time.monotonic()
     folder = Path(args.output_dir)
     command = erasure_command(MODEL_FOLDER, args.group, folder / "model", args.seed)

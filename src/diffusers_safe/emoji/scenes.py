@@ -1,7 +1,7 @@
 """What an emoji picture can show, and how it is captioned.
 
-A `Scene` is one object on one background in one style. It is drawn from a random generator, so scene number `i` of seed
-`s` is the same on every machine. Some combinations are held out of training, to see whether they still come out.
+A `Scene` is one object on one background in one style. It is drawn from a random generator, so scene number `i` of
+seed `s` is the same on every machine. Some combinations are held out of training, to see whether they still come out.
 """
 
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ def prompt_for(name: str, background: str | None = None, style: str | None = Non
 
 
 def is_held_out(name: str, background: str, style: str | None) -> bool:
-    """Whether training never shows this combination: one background in eight, and one style for a third of the objects."""
+    """Whether training never shows this combination: one background in eight, one style for a third of the objects."""
     index = OBJECTS.index(name)
     if background == list(BACKGROUNDS)[(index * 3) % len(BACKGROUNDS)]:
         return True

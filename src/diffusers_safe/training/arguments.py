@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from diffusers.optimization import SchedulerType
 
-from ..arguments import parse_dataclass
+from ..arguments import check_output_dir, parse_dataclass
 from ..backbones import check_model
 from ..concepts import CONCEPT_SCHEDULES, PROMPT_ORDERS, read_concepts
 from ..weights import TRAIN_METHODS, resolve_train_method
@@ -157,14 +157,7 @@ class ErasureArguments:
         hub_arguments = {name: value for name, value in self.hub_arguments.items() if name != "variant"}
         check_model(self.pretrained_model_name_or_path, **hub_arguments)
         self.find_checkpoint()
-        folder = Path(self.output_dir)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".probe"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise ValueError(f"output_dir {folder}: cannot be written ({error.strerror})") from None
+        check_output_dir(self.output_dir)
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,28 @@
+import json
+
+import pytest
+
+from diffusers_safe.cli import main
+from diffusers_safe.emoji.demo import erasure_command
+from diffusers_safe.training.arguments import SDDArguments, parse_arguments
+
+
+def test_the_demo_runs_the_public_script_with_arguments_it_takes(tiny_model_folder, tmp_path):
+    """Another model's name in the same command does for that model."""
+    command = erasure_command(tiny_model_folder, "weapon", tmp_path / "out", seed=3)
+    module = command.index("diffusers_safe.training.sdd")
+    args = parse_arguments(SDDArguments, "", command[module + 1 :])
+    assert args.concepts == ["knife", "gun", "bomb", "sword", "axe", "weapon"]
+    assert "weapon" not in args.retain_prompts and "animal" in args.retain_prompts
+    assert args.seed == 3
+
+
+@pytest.mark.slow
+def test_the_demo_erases_weapons_and_keeps_the_rest(tmp_path, capsys):
+    main(["demo", "--output_dir", str(tmp_path)])
+    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    rate, accuracy = results["concept_rate"], results["accuracy"]
+    assert rate["before"]["value"] > 0.9 and rate["after"]["value"] < 0.05
+    assert accuracy["difference"]["value"] > -0.05
+    out = capsys.readouterr().out
+    assert "weapon recognised" in out and (tmp_path / "evaluation" / "report.html").as_uri() in out

@@ -1,0 +1,205 @@
+"""`train_sdd.py` as a user runs it: the command itself, in processes of its own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from diffusers_safe.formats import PARTIAL_NAME, load_partial
+from diffusers_safe.provenance import Provenance, fingerprint
+from diffusers_safe.training.sdd import main
+from diffusers_safe.weights import select_parameters
+
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = str(ROOT / "train_sdd.py")
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--cpu",
+          "--mixed_precision", "no", "--dynamo_backend", "no", "--quiet"]  # fmt: skip
+UNET = "unet/diffusion_pytorch_model.safetensors"
+STEPS = 30  # few enough that each is a line of log.jsonl
+
+# accelerate launch --cpu starts one process, whatever --num_processes says, so torchrun starts the two.
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+
+
+def environment(**changes):
+    paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        **changes,
+    }
+
+
+def options(model, output_dir, **changes):
+    chosen = {
+        "pretrained_model_name_or_path": model,
+        "concepts": ["knife", "gun"],
+        "output_dir": output_dir,
+        "num_inference_steps": 3,
+        "max_train_steps": STEPS,
+        "train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "ema_decay": 0.5,
+        "watch_prompts": "a cat",
+        "seed": 3,
+        "save": "both",
+        **changes,
+    }
+    words = []
+    for name, value in chosen.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def run(command, cwd, **env):
+    return subprocess.run(command, cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=240)
+
+
+def succeed(command, cwd, **env):
+    done = run(command, cwd, **env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def log_rows(folder):
+    path = Path(folder) / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture(scope="module")
+def erased(tiny_model_folder, tmp_path_factory):
+    """The output folder of one whole run by `accelerate launch`."""
+    folder = tmp_path_factory.mktemp("whole")
+    succeed([*LAUNCH, SCRIPT, *options(tiny_model_folder, folder / "out")], folder)
+    return folder / "out"
+
+
+def picture(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipeline("a knife", num_inference_steps=3, generator=generator, output_type="np").images
+
+
+def test_the_result_is_a_stock_pipeline(erased, tiny_model_folder):
+    index = json.loads((erased / "model_index.json").read_text())
+    parts = [value for name, value in index.items() if not name.startswith("_") and isinstance(value, list)]
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    assert {library for library, _ in parts} <= {"diffusers", "transformers", None}
+    image = picture(StableDiffusionPipeline.from_pretrained(erased))
+    assert image.shape == (1, 64, 64, 3)
+    assert (image != picture(StableDiffusionPipeline.from_pretrained(tiny_model_folder))).any()
+    assert {path.name for path in erased.iterdir() if path.is_file()} == {
+        "model_index.json", "erasure.json", "log.jsonl", PARTIAL_NAME
+    }  # fmt: skip
+
+
+def test_the_erased_weights_on_the_base_draw_the_same_picture(erased, tiny_model_folder):
+    base = StableDiffusionPipeline.from_pretrained(tiny_model_folder)
+    metadata = load_partial(base.unet, erased / PARTIAL_NAME, fingerprint(base.unet))
+    assert json.loads(metadata["concepts"]) == ["knife", "gun"]
+    assert (picture(base) == picture(StableDiffusionPipeline.from_pretrained(erased))).all()
+
+
+def test_only_the_selected_weights_left_the_base(erased, tiny_model_folder):
+    before, after = load_file(Path(tiny_model_folder) / UNET), load_file(erased / UNET)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    unet = StableDiffusionPipeline.from_pretrained(tiny_model_folder).unet
+    assert changed == set(select_parameters(unet, "xattn")) == set(load_file(erased / PARTIAL_NAME))
+    for part in ("vae", "text_encoder"):
+        (weights,) = Path(tiny_model_folder, part).glob("*.safetensors")
+        assert weights.read_bytes() == (erased / part / weights.name).read_bytes()
+
+
+def test_erasure_json_tells_what_was_done(erased, tiny_model_folder):
+    record = Provenance.load(erased)
+    assert record.base_model == tiny_model_folder
+    base = StableDiffusionPipeline.from_pretrained(tiny_model_folder)
+    assert record.base_fingerprint == fingerprint(base.unet)
+    assert (record.concepts, record.method, record.train_method) == (["knife", "gun"], "sdd", "xattn")
+    given = {"seed": 3, "learning_rate": 1e-3, "ema_decay": 0.5, "max_train_steps": STEPS, "train_batch_size": 2}
+    assert given.items() <= record.arguments.items()
+    assert record.versions["torch"] == torch.__version__
+
+
+def test_the_same_seed_without_accelerate_launch_writes_the_same_files(erased, tiny_model_folder, tmp_path):
+    """The module is the command where only the package is installed."""
+    command = [sys.executable, "-m", "diffusers_safe.training.sdd", *options(tiny_model_folder, tmp_path / "out")]
+    succeed(command, tmp_path, ACCELERATE_USE_CPU="true")
+    for name in (UNET, "log.jsonl", "unet/config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (erased / name).read_bytes()
+    ours, theirs = load_file(tmp_path / "out" / PARTIAL_NAME), load_file(erased / PARTIAL_NAME)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_ctrl_c_saves_and_the_resumed_run_ends_where_an_undisturbed_one_does(erased, tiny_model_folder, tmp_path):
+    out = tmp_path / "out"
+    command = [*LAUNCH, SCRIPT, *options(tiny_model_folder, out, checkpointing_steps=0)]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    while not log_rows(out) and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the launcher and the script
+    output, _ = process.communicate(timeout=240)  # until the script, too, has closed its output
+    assert process.returncode != 0
+    assert "--resume_from_checkpoint" in output, output[-3000:]
+    assert not (out / "model_index.json").exists() and not (out / "erasure.json").exists()
+    (checkpoint,) = out.glob("checkpoint-*")
+    stopped_at = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert 1 <= stopped_at < STEPS
+
+    resumed = options(tiny_model_folder, out, checkpointing_steps=0, resume_from_checkpoint="latest")
+    succeed([*LAUNCH, SCRIPT, *resumed], tmp_path)
+    assert (out / UNET).read_bytes() == (erased / UNET).read_bytes()
+    assert log_rows(out) == log_rows(erased)
+
+
+def test_two_processes_are_one_with_twice_the_batch(erased, tiny_model_folder, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [*TORCHRUN, port, SCRIPT, *options(tiny_model_folder, tmp_path / "out", train_batch_size=1)]
+    succeed(command, tmp_path, ACCELERATE_USE_CPU="true")
+    two, one = log_rows(tmp_path / "out"), log_rows(erased)
+    assert [row["step"] for row in two] == [row["step"] for row in one]  # logged once, not by each process
+    assert two[0]["erase"] == pytest.approx(one[0]["erase"], rel=1e-4)  # before Adam makes steps of rounding
+
+    base = load_file(Path(tiny_model_folder) / UNET)
+    moved = [
+        torch.cat([(weights[name] - base[name]).flatten() for name in sorted(base)])
+        for weights in (load_file(erased / UNET), load_file(tmp_path / "out" / UNET))
+    ]
+    apart = (moved[0] - moved[1]).norm() / moved[0].norm()
+    print(f"apart {apart:.2e}")
+    assert apart < 0.02
+
+
+def test_a_bad_argument_is_one_clear_line_and_nothing_else(tiny_model_folder, tmp_path):
+    done = run([*LAUNCH, SCRIPT, *options(tiny_model_folder, tmp_path / "out", train_method="half")], tmp_path)
+    assert done.returncode != 0 and done.stdout == ""
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("[transformers]")]
+    assert len(errors) == 1, done.stderr
+    assert errors[0].startswith("train_sdd.py: error: train_method 'half'") and "xattn-strict" in errors[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_every_argument(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name in ("pretrained_model_name_or_path", "concepts", "train_method", "max_train_steps", "output_dir", "seed"):
+        assert f"--{name}" in text
