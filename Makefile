@@ -1,5 +1,8 @@
 # `make demo` and `make test` set everything up themselves, in .venv.
+# Where the package index has only torch's CUDA build, and no GPU is there:
+#   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
+TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
 CODE := src tests setup.py train_sdd.py
@@ -10,7 +13,7 @@ setup: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
@@ -32,4 +35,4 @@ style: setup
 	$(BIN)/ruff format $(CODE)
 
 clean:
-	rm -rf $(VENV) build runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) build .pytest_cache .ruff_cache

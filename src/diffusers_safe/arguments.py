@@ -1,7 +1,11 @@
 """Command lines from dataclasses: what is wrong is told in one line before any work starts."""
 
+import logging
+import os
+import tempfile
 from argparse import ArgumentDefaultsHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
@@ -9,6 +13,7 @@ from typing import TypeVar
 from transformers import HfArgumentParser
 
 
+logger = logging.getLogger(__name__)
 Arguments = TypeVar("Arguments")
 
 
@@ -32,14 +37,30 @@ def parse_dataclass(
         `SystemExit`: With code 2 after one line on stderr, where `__post_init__` or `check` raises a `ValueError`.
     """
     parser = HfArgumentParser(kind, description=description, prog=prog, formatter_class=ArgumentDefaultsHelpFormatter)
+    # One line from one process, instead of argparse's page of usage from each.
+    first_process = os.environ.get("RANK", "0") == "0"
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n" if first_process else None)
+    parser.allow_abbrev = False
     namespace = parser.parse_args(argv)
     try:
         arguments = kind(**{item.name: getattr(namespace, item.name) for item in fields(kind)})
         if check is not None:
             check(arguments)
     except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.error(str(error))
     return arguments
+
+
+@contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """Ends the program with one line and code 1 where the work meets bad input (`ValueError`), a file that cannot be
+    read or written (`OSError`) or numbers that have gone astray (`FloatingPointError`)."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        logger.debug("where it happened:", exc_info=True)
+        reason = str(error).strip().split("\n")[0]
+        raise SystemExit(f"error: {reason}") from None
 
 
 def check_output_dir(folder: str | Path) -> None:
@@ -48,10 +69,9 @@ def check_output_dir(folder: str | Path) -> None:
     Raises:
         `ValueError`: If it cannot.
     """
-    probe = Path(folder) / ".probe"
     try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise ValueError(f"output_dir {folder}: cannot be written ({error.strerror})") from None

@@ -28,7 +28,10 @@ def read_concepts(values: list[str]) -> list[str]:
         path = Path(values[0])
         if not path.is_file():
             raise ValueError(f"concepts file {path}: no such file")
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"concepts file {path}: cannot be read as UTF-8 text ({error})") from None
         concepts = [line for line in lines if line and not line.startswith("#")]
         if not concepts:
             raise ValueError(f"concepts file {path}: holds no concept; write one a line")
@@ -107,4 +110,6 @@ class ConceptSchedule:
 
     def all_prompts(self) -> list[str]:
         """Every prompt that `prompts` can return."""
-        return list(dict.fromkeys([*self.concepts, joined(self.concepts)]))
+        singles = [] if self.schedule == "composite" else self.concepts
+        joins = self.schedule == "composite" or (self.schedule != "sequential" and self.prompt_order != "matched")
+        return list(dict.fromkeys([*singles, *([joined(self.concepts)] if joins else [])]))

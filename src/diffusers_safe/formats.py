@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .provenance import Provenance
+from .provenance import Provenance, fingerprint
 
 
 PARTIAL_NAME = "erased_weights.safetensors"
@@ -41,13 +41,12 @@ def save_partial(weights: dict[str, torch.Tensor], provenance: Provenance, path:
 
 
 @torch.no_grad()
-def load_partial(denoiser: nn.Module, path: str | Path, base_fingerprint: str | None = None) -> dict[str, str]:
+def load_partial(denoiser: nn.Module, path: str | Path) -> dict[str, str]:
     """Loads a file of [`save_partial`] into the base model's denoiser; nothing changes unless all of it fits.
 
     Args:
         denoiser (`nn.Module`): The base model's.
         path (`str` or `Path`): The file.
-        base_fingerprint (`str`, *optional*): [`fingerprint`] of the denoiser; checked against the file's if given.
 
     Returns:
         `dict[str, str]`: The file's metadata.
@@ -67,10 +66,12 @@ def load_partial(denoiser: nn.Module, path: str | Path, base_fingerprint: str | 
         raise ValueError(f"partial weights {path}: not a safetensors file ({error})") from None
     if metadata.get("format") != _FORMAT:
         raise ValueError(f"partial weights {path}: format '{metadata.get('format')}'; this reads {_FORMAT}")
-    if base_fingerprint is not None and metadata["base_fingerprint"] != base_fingerprint:
+    if not weights:
+        raise ValueError(f"partial weights {path}: holds no weights")
+    if metadata["base_fingerprint"] != (own := fingerprint(denoiser)):
         raise ValueError(
             f"partial weights {path}: made for {metadata['base_model']} with fingerprint "
-            f"{metadata['base_fingerprint']}, this model's is {base_fingerprint}"
+            f"{metadata['base_fingerprint']}, this model's is {own}"
         )
     parameters = dict(denoiser.named_parameters())
     for name, value in weights.items():

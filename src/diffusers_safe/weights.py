@@ -137,7 +137,7 @@ class TrainedWeights:
     def use(self, which: str) -> Iterator[None]:
         """Makes the denoiser compute with these values inside the block; the student is back after it.
 
-        Never open it between a forward of the student and its backward: autograd would see other weights.
+        It must be closed before the backward of a student's forward: autograd would see other weights.
         """
         values = self.values(which)
         if which == self._in_use:
@@ -150,10 +150,12 @@ class TrainedWeights:
         try:
             for name, parameter in self.student.items():
                 parameter.data = values[name]
+            torch.clear_autocast_cache()  # it knows parameters by identity, and their values have just changed
             yield
         finally:
             for name, parameter in self.student.items():
                 parameter.data = held[name]
+            torch.clear_autocast_cache()
             self._in_use = "student"
 
     @torch.no_grad()

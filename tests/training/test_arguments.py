@@ -23,7 +23,7 @@ BAD_VALUES = {
     "concepts": ([], "at least one concept"),
     "concept_schedule": ("turns", "iterative, random"),
     "prompt_order": ("none", "paper, repository, matched"),
-    "max_train_steps": (-1, "at least 0"),
+    "max_train_steps": (-1, "at least 1"),
     "train_batch_size": (0, "at least 1"),
     "gradient_accumulation_steps": (0, "at least 1"),
     "num_inference_steps": (0, "at least 1"),
@@ -38,6 +38,8 @@ BAD_VALUES = {
     "lr_scheduler": ("steep", "constant"),
     "save": ("all", "full, partial, both"),
     "seed": (-1, "at least 0"),
+    "sampling_guidance_scale": (float("inf"), "finite"),
+    "lr_warmup_steps": (5, "constant_with_warmup"),
 }
 
 
@@ -51,7 +53,7 @@ def test_bad_values_name_argument_value_and_what_is_allowed(arguments, name):
 
 
 def test_nan_is_no_learning_rate(arguments):
-    with pytest.raises(ValueError, match="learning_rate nan"):
+    with pytest.raises(ValueError, match="learning_rate nan: must be a finite number"):
         SDDArguments(**arguments(learning_rate=float("nan")))
 
 
@@ -107,6 +109,36 @@ def test_a_family_that_is_not_supported(capsys, tmp_path, arguments):
     assert code == 2 and "FluxPipeline" in lines[0] and "StableDiffusionPipeline" in lines[0]
 
 
-def test_unknown_options_are_errors(capsys):
-    code, lines = run(capsys, concept="knife")
-    assert code == 2 and any("--concept" in line for line in lines)
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--concept", "knife"], "required"),
+        (["--concepts"], "expected at least one argument"),
+        (["--max_train_steps", "1.5"], "invalid int value: '1.5'"),
+    ],
+)
+def test_what_argparse_refuses_is_one_line_too(capsys, argv, message):
+    with pytest.raises(SystemExit) as stop:
+        parse_arguments(SDDArguments, "", argv)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and message in lines[0]
+
+
+def test_an_earlier_run_is_not_mixed_with_a_new_one(capsys, tmp_path, arguments):
+    (tmp_path / "out" / "checkpoint-500").mkdir(parents=True)
+    options = {name: " ".join(value) if isinstance(value, list) else value for name, value in arguments().items()}
+    code, lines = run(capsys, **options)
+    assert code == 2 and "holds checkpoints of an earlier run" in lines[0]
+    code, lines = run(capsys, **options, resume_from_checkpoint="latest", max_train_steps=100)
+    assert code == 2 and "checkpoint-500 is further already" in lines[0]
+
+
+def test_the_base_model_is_not_overwritten(capsys, tiny_model_folder, arguments):
+    code, lines = run(
+        capsys, pretrained_model_name_or_path=tiny_model_folder, concepts="knife", output_dir=tiny_model_folder
+    )
+    assert code == 2 and "is the base model's own folder" in lines[0]
+
+
+def test_prompts_that_name_a_concept_are_not_watched_as_unrelated(arguments):
+    assert SDDArguments(**arguments(concepts=["cat"])).watch_prompts == ["a tree", "a car", "an apple"]

@@ -8,14 +8,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from diffusers_safe.backbones import make_backbone
-from diffusers_safe.training.arguments import SDDArguments
+from diffusers_safe.training.arguments import LR_SCHEDULERS, SDDArguments
 from diffusers_safe.training.loop import ErasureLoop, sample_generator
 from diffusers_safe.training.objectives import SDDObjective
 
 
 @pytest.fixture
 def make_loop(make_tiny_pipeline, tmp_path):
-    def make(folder="run", **changes):
+    def make(folder="run", mixed_precision="no", **changes):
         AcceleratorState._reset_state(reset_partial_state=True)
         (tmp_path / folder).mkdir(exist_ok=True)
         settings = {
@@ -31,7 +31,8 @@ def make_loop(make_tiny_pipeline, tmp_path):
         }
         args = SDDArguments(**{**settings, **changes})
         backbone = make_backbone(make_tiny_pipeline())
-        return ErasureLoop(Accelerator(cpu=True), backbone, SDDObjective(args.sdd_target), args, args.ema_decay)
+        accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
+        return ErasureLoop(accelerator, backbone, SDDObjective(args.sdd_target), args, args.ema_decay)
 
     return make
 
@@ -66,10 +67,46 @@ def test_the_ema_is_published(make_loop):
     assert all(torch.equal(loop.weights.student[name], value) for name, value in loop.weights.ema.items())
 
 
-def test_zero_steps_change_nothing(make_loop, make_tiny_pipeline):
-    loop = make_loop(max_train_steps=0)
-    loop.run()
-    assert same(dict(make_tiny_pipeline().unet.named_parameters()), result(loop))
+@pytest.mark.parametrize("name", LR_SCHEDULERS)
+def test_learning_rate_schedules(make_loop, name):
+    """Warm-up reaches the peak after its own steps, whatever follows."""
+    warmup = 0 if name == "constant" else 2
+    loop = make_loop(lr_scheduler=name, lr_warmup_steps=warmup, max_train_steps=6, learning_rate=0.5)
+    rates = []
+    for _ in range(6):
+        rates.append(loop.optimizer.param_groups[0]["lr"])
+        loop.optimizer.step()
+        loop.lr_scheduler.step()
+    assert rates[warmup] == pytest.approx(0.5)
+    assert rates[:warmup] == pytest.approx([0.0, 0.25][:warmup])
+    assert (rates[-1] == pytest.approx(0.5)) == name.startswith("constant")
+
+
+def test_mixed_precision_keeps_student_ema_and_frozen_apart(make_loop):
+    """Autocast remembers low-precision copies of parameters; a swap must not be answered with an old one."""
+    loop = make_loop(mixed_precision="bf16", retain_prompts=["a cat"], learning_rate=1e-2)
+    terms = [loop.train_step(step) for step in range(3)]
+    assert terms[0]["retain"] == 0 and terms[2]["retain"] > 1e-4
+    inputs = (torch.randn(1, 4, 8, 8), torch.tensor([500]), ["knife"])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        predictions = [loop.predictor(*inputs, which) for which in ("ema", "student", "frozen")]
+    for first in range(3):
+        assert not torch.equal(predictions[first], predictions[first - 1])
+
+
+def test_a_checkpoint_of_another_run_is_refused(make_loop, tmp_path):
+    make_loop("first", max_train_steps=2, checkpointing_steps=1).run()
+    other = make_loop("second", learning_rate=2e-3, resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-1"))
+    with pytest.raises(ValueError, match="another run: learning_rate 0.001 there, 0.002 here"):
+        other.run()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(make_loop, tmp_path):
+    loop = make_loop()
+    with torch.no_grad():
+        next(iter(loop.weights.student.values())).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="step 1: the loss is"):
+        loop.run()
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "random"])
@@ -93,9 +130,10 @@ def test_a_checkpoint_holds_the_trained_weights_only(make_loop, tmp_path):
     assert not any(name.endswith(".safetensors") for name in names)
 
 
-def test_accumulation_equals_a_larger_batch(make_loop):
+def test_accumulation_equals_a_larger_batch(make_loop, monkeypatch):
     """Gradients, not weights after Adam: its division by sqrt(v) turns rounding into steps."""
     gradients = []
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")  # as `accelerate launch` may set it
     for batch_size, accumulation in ((2, 1), (1, 2)):
         loop = make_loop(f"{batch_size}", train_batch_size=batch_size, gradient_accumulation_steps=accumulation)
         loop.optimizer.step = loop.optimizer.zero_grad = lambda: None

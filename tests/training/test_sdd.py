@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from diffusers_safe.formats import PARTIAL_NAME, load_partial
 from diffusers_safe.provenance import Provenance, fingerprint
+from diffusers_safe.training.loop import ErasureLoop
 from diffusers_safe.training.sdd import main
 from diffusers_safe.weights import select_parameters
 
@@ -162,9 +164,27 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_where_an_undisturbed_one_does(era
     assert 1 <= stopped_at < STEPS
 
     resumed = options(tiny_model_folder, out, checkpointing_steps=0, resume_from_checkpoint="latest")
-    succeed([*LAUNCH, SCRIPT, *resumed], tmp_path)
+    succeed([sys.executable, SCRIPT, *resumed], tmp_path, ACCELERATE_USE_CPU="true")
     assert (out / UNET).read_bytes() == (erased / UNET).read_bytes()
     assert log_rows(out) == log_rows(erased)
+
+
+def test_sigterm_ends_the_program_with_130_after_a_checkpoint(tiny_model_folder, tmp_path, monkeypatch, capsys):
+    def step_and_be_stopped(loop, step):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"erase": 0.0}
+
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(ErasureLoop, "train_step", step_and_be_stopped)
+    with pytest.raises(SystemExit) as stop:
+        main(options(tiny_model_folder, tmp_path / "out", checkpointing_steps=0))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert stop.value.code == 130
+    assert f"--resume_from_checkpoint {tmp_path / 'out' / 'checkpoint-1'}" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-1", "log.jsonl"}
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
 
 def test_two_processes_are_one_with_twice_the_batch(erased, tiny_model_folder, tmp_path):
@@ -183,8 +203,7 @@ def test_two_processes_are_one_with_twice_the_batch(erased, tiny_model_folder, t
         for weights in (load_file(erased / UNET), load_file(tmp_path / "out" / UNET))
     ]
     apart = (moved[0] - moved[1]).norm() / moved[0].norm()
-    print(f"apart {apart:.2e}")
-    assert apart < 0.02
+    assert apart < 1e-3  # 8e-6 where it was measured; other draws would make it about 1
 
 
 def test_a_bad_argument_is_one_clear_line_and_nothing_else(tiny_model_folder, tmp_path):

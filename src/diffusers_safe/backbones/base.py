@@ -36,8 +36,14 @@ class Backbone(ABC):
         """Channels, height and width of one latent at the model's own resolution."""
 
     @abstractmethod
-    def encode(self, prompts: list[str]) -> Conditioning:
-        """Encodes prompts, without gradients. Every tensor has batch size `len(prompts)`."""
+    def encode(self, prompts: list[str], device: torch.device | str = "cpu") -> Conditioning:
+        """Encodes prompts on a device, without gradients; the encoder goes back to where it was.
+
+        Every tensor has batch size `len(prompts)`.
+
+        Raises:
+            `ValueError`: If a prompt is longer than the text encoder takes: what is cut would not be trained.
+        """
 
     @abstractmethod
     def predict(
@@ -67,12 +73,13 @@ def _families() -> tuple[type[Backbone], ...]:
     return (StableDiffusionBackbone,)
 
 
-def _family_of(class_name: str) -> type[Backbone]:
-    for family in _families():
-        if class_name in family.pipeline_classes:
-            return family
-    known = ", ".join(name for family in _families() for name in family.pipeline_classes)
-    raise ValueError(f"{class_name}: this model family is not supported yet; supported pipelines are {known}")
+def _supported() -> list[str]:
+    return [name for family in _families() for name in family.pipeline_classes]
+
+
+def _unsupported(class_name: str) -> ValueError:
+    known = ", ".join(_supported())
+    return ValueError(f"{class_name}: this model family is not supported yet; supported pipelines are {known}")
 
 
 def check_model(name_or_path: str, **hub_arguments) -> None:
@@ -88,8 +95,10 @@ def check_model(name_or_path: str, **hub_arguments) -> None:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"pretrained_model_name_or_path '{name_or_path}': no {where} of a diffusers pipeline "
                          f"(a folder needs a model_index.json): {reason}") from None  # fmt: skip
-    class_name = index.get("_class_name")
-    _family_of(class_name if isinstance(class_name, str) else class_name[-1])
+    class_name = index.get("_class_name", "a model_index.json without _class_name")
+    class_name = class_name if isinstance(class_name, str) else class_name[-1]
+    if class_name not in _supported():
+        raise _unsupported(class_name)
 
 
 def load_pipeline(name_or_path: str, **hub_arguments) -> DiffusionPipeline:
@@ -107,4 +116,4 @@ def make_backbone(pipeline: DiffusionPipeline) -> Backbone:
         for family in _families():
             if base.__name__ in family.pipeline_classes:
                 return family(pipeline)
-    return _family_of(type(pipeline).__name__)(pipeline)
+    raise _unsupported(type(pipeline).__name__)

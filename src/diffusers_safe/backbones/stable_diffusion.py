@@ -23,10 +23,21 @@ class StableDiffusionBackbone(Backbone):
         return config.in_channels, height, width
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Conditioning:
+    def encode(self, prompts: list[str], device: torch.device | str = "cpu") -> Conditioning:
+        tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
+        for prompt in prompts:
+            count = len(tokenizer(prompt).input_ids)
+            if count > tokenizer.model_max_length:
+                raise ValueError(
+                    f"prompt '{prompt[:60]}...' has {count} tokens; this model takes {tokenizer.model_max_length}, "
+                    "and what is cut would not be trained. --prompt_order matched does not join concepts"
+                )
+        home = encoder.device
+        encoder.to(device)
         prompt_embeds, _ = self.pipeline.encode_prompt(
-            prompts, self.pipeline.text_encoder.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            prompts, device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
+        encoder.to(home)
         return {"encoder_hidden_states": prompt_embeds}
 
     def predict(

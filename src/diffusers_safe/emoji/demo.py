@@ -5,6 +5,7 @@ model whose name is put in its place.
 """
 
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -66,7 +67,8 @@ class DemoArguments:
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(DemoArguments, __doc__, argv, prog, lambda args: check_output_dir(args.output_dir))
     started = time.monotonic()
-    folder = Path(args.output_dir)
+    folder = Path(args.output_dir) / f"{args.group}-{args.seed}"
+    shutil.rmtree(folder, ignore_errors=True)  # what an earlier version of the package made there does not count
     command = erasure_command(MODEL_FOLDER, args.group, folder / "model", args.seed)
     print(f"erasing with\n\n  {shlex.join(command)}\n", flush=True)
     if code := subprocess.run(command).returncode:

@@ -1,13 +1,13 @@
 """Trains the embedded model from nothing but the sprites. On two CPU cores it takes about two hours:
 
-    accelerate launch --mixed_precision bf16 --dynamo_backend inductor -m diffusers_safe.emoji.recipe \\
+    accelerate launch --mixed_precision bf16 -m diffusers_safe.emoji.recipe \\
         --output_dir runs/emoji --stages autoencoder
     accelerate launch -m diffusers_safe.emoji.recipe --output_dir runs/emoji --stages classifier
     accelerate launch --dynamo_backend inductor -m diffusers_safe.emoji.recipe \\
         --output_dir runs/emoji --stages denoiser assemble
 
-Any command can be killed at any moment and run again: it continues from its newest checkpoint. On a GPU one command
-with all stages does.
+Any command can be killed at any moment and run again: it continues from its newest checkpoint. One
+process; never compile the autoencoder (docs/architecture.md).
 """
 
 import json
@@ -100,6 +100,8 @@ def train_stage(stage: Stage, args: RecipeArguments) -> nn.Module:
         return stage.module
 
     accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise ValueError(f"num_processes {accelerator.num_processes}: the recipe runs in one process")
     module = stage.module
     on_cpu = accelerator.device.type == "cpu"
     if on_cpu:

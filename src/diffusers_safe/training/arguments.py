@@ -1,6 +1,7 @@
 """Command-line arguments of the erasure scripts: defined once, typed, checked before any model is loaded."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +16,8 @@ from .objectives.sdd import SDD_TARGETS
 
 
 SAVES = ("full", "partial", "both")
+# All of diffusers' but piecewise_constant, whose rules have no option.
+LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)
 
 
 def _option(default, help: str):
@@ -54,13 +57,14 @@ class ErasureArguments:
     retain_weight: float = _option(1.0, "Weight of the retention term; without --retain_prompts there is none.")
     watch_prompts: list[str] = _option(
         ["a cat", "a tree", "a car", "an apple"],
-        "Unrelated prompts that are watched, not trained: a warning says when they start to move.",
+        "Unrelated prompts that are watched, not trained: a warning says when they start to move. Those that name a "
+        "concept are left out.",
     )
     max_train_steps: int = _option(1500, "Optimizer steps.")
     train_batch_size: int = _option(1, "Samples a process and step.")
     gradient_accumulation_steps: int = _option(1, "Batches an optimizer step.")
     learning_rate: float = _option(1e-5, "Peak learning rate of AdamW.")
-    lr_scheduler: str = _option("constant", f"One of {', '.join(kind.value for kind in SchedulerType)}.")
+    lr_scheduler: str = _option("constant", f"One of {', '.join(LR_SCHEDULERS)}.")
     lr_warmup_steps: int = _option(0, "Warm-up steps of the learning rate.")
     adam_beta1: float = _option(0.9, "AdamW's beta 1.")
     adam_beta2: float = _option(0.999, "AdamW's beta 2.")
@@ -81,6 +85,11 @@ class ErasureArguments:
         """
         self.concepts = read_concepts(self.concepts)
         self.retain_prompts = read_concepts(self.retain_prompts) if self.retain_prompts else []
+        self.watch_prompts = [
+            prompt
+            for prompt in (read_concepts(self.watch_prompts) if self.watch_prompts else [])
+            if not any(concept.lower() in prompt.lower() for concept in self.concepts)
+        ]
         self.train_method = resolve_train_method(self.train_method)
         if both := sorted(set(self.concepts) & set(self.retain_prompts)):
             raise ValueError(f"retain_prompts {both}: a concept cannot be erased and retained")
@@ -88,7 +97,7 @@ class ErasureArguments:
             concept_schedule=CONCEPT_SCHEDULES,
             prompt_order=PROMPT_ORDERS,
             save=SAVES,
-            lr_scheduler=[kind.value for kind in SchedulerType],
+            lr_scheduler=LR_SCHEDULERS,
         )
         self._check_at_least(
             0,
@@ -97,11 +106,23 @@ class ErasureArguments:
             "retain_weight",
             "adam_weight_decay",
             "seed",
-            "max_train_steps",
         )
         self._check_at_least(
-            1, "num_inference_steps", "train_batch_size", "gradient_accumulation_steps", "checkpoints_total_limit"
+            1,
+            "max_train_steps",
+            "num_inference_steps",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "checkpoints_total_limit",
         )
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{item.name} {value}: must be a finite number")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed {self.seed}: must be less than 2**32")
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
+            raise ValueError(f"lr_warmup_steps {self.lr_warmup_steps}: needs --lr_scheduler constant_with_warmup")
         for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)}: must be greater than 0")
@@ -156,7 +177,16 @@ class ErasureArguments:
         """
         hub_arguments = {name: value for name, value in self.hub_arguments.items() if name != "variant"}
         check_model(self.pretrained_model_name_or_path, **hub_arguments)
-        self.find_checkpoint()
+        if Path(self.output_dir).resolve() == Path(self.pretrained_model_name_or_path).resolve():
+            raise ValueError(f"output_dir {self.output_dir}: is the base model's own folder; give another")
+        checkpoint = self.find_checkpoint()
+        if checkpoint is None and list_checkpoints(Path(self.output_dir)):
+            raise ValueError(
+                f"output_dir {self.output_dir}: holds checkpoints of an earlier run; "
+                "give --resume_from_checkpoint latest, or another folder"
+            )
+        if checkpoint is not None and checkpoint_step(checkpoint) > self.max_train_steps:
+            raise ValueError(f"max_train_steps {self.max_train_steps}: {checkpoint} is further already")
         check_output_dir(self.output_dir)
 
 

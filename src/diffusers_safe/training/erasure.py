@@ -26,7 +26,11 @@ def erase_and_save(
         concepts=args.concepts,
         method=objective.name,
         train_method=args.train_method,
-        arguments=asdict(args),
+        arguments={
+            **{name: value for name, value in asdict(args).items() if name != "cache_dir"},
+            "num_processes": accelerator.num_processes,
+            "mixed_precision": accelerator.mixed_precision,
+        },
         revision=args.revision,
     )
     loop = ErasureLoop(accelerator, backbone, objective, args, ema_decay)

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import logging
+import math
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..backbones import Backbone
 from ..concepts import ConceptSchedule
+from ..provenance import write_text
 from ..trajectories import Trajectories
 from ..weights import TrainedWeights, select_parameters
 from .arguments import ErasureArguments
@@ -68,7 +71,10 @@ class ErasureLoop:
             eps=args.adam_epsilon,
         )
         self.lr_scheduler = get_scheduler(
-            args.lr_scheduler, self.optimizer, args.lr_warmup_steps, max(args.max_train_steps, 1)
+            args.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=args.max_train_steps,
         )
         self.batches_a_step = args.gradient_accumulation_steps
         self.samples_a_step = args.train_batch_size * self.batches_a_step * accelerator.num_processes
@@ -76,13 +82,10 @@ class ErasureLoop:
             args.concepts, args.concept_schedule, args.prompt_order, args.max_train_steps * self.samples_a_step or 1
         )
         prompts = [*self.schedule.all_prompts(), *args.retain_prompts, *args.watch_prompts]
-        encoder = getattr(backbone.pipeline, "text_encoder", None)
-        if encoder is not None:
-            encoder.to(device)
+        # The loop accumulates itself; what `accelerate launch` set would divide gradients a second time.
+        accelerator.gradient_accumulation_steps = 1
         student, self.optimizer = accelerator.prepare(denoiser, self.optimizer)
         self.predictor = Predictor(backbone, self.weights, prompts, device, student)
-        if encoder is not None:
-            encoder.to("cpu")
         self.trajectories = Trajectories(
             backbone.make_scheduler, backbone.latent_shape, args.num_inference_steps, args.sampling_guidance_scale
         )
@@ -93,7 +96,8 @@ class ErasureLoop:
         # The base model is on disk already: a checkpoint holds the trained weights only.
         self.accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
         self.accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
-        self.accelerator.register_for_checkpointing(self.weights, self.lr_scheduler)
+        identity = RunIdentity(self.args, self.weights, self.samples_a_step)
+        self.accelerator.register_for_checkpointing(identity, self.weights, self.lr_scheduler)
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
@@ -122,12 +126,11 @@ class ErasureLoop:
         size = self.args.train_batch_size
         first = step * self.samples_a_step + batch_number * size * self.accelerator.num_processes
         first += self.accelerator.process_index * size
-        with self.accelerator.autocast():
-            batch = self.draw_batch(first, self.schedule.prompts, self.objective.sampler, "erase")
-            terms = {"erase": self.objective.loss(self.predictor, batch).mean()}
-            if self.args.retain_prompts and self.args.retain_weight > 0:
-                kept = self.draw_batch(first, self._retained, "frozen", "retain")
-                terms["retain"] = retention_loss(self.predictor, kept).mean()
+        batch = self.draw_batch(first, self.schedule.prompts, self.objective.sampler, "erase")
+        terms = {"erase": self.objective.loss(self.predictor, batch).mean()}
+        if self.args.retain_prompts and self.args.retain_weight > 0:
+            kept = self.draw_batch(first, self._retained, "frozen", "retain")
+            terms["retain"] = retention_loss(self.predictor, kept).mean()
         return terms
 
     def train_step(self, step: int) -> dict[str, float]:
@@ -146,7 +149,10 @@ class ErasureLoop:
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
         self.weights.update_ema()
-        return {name: self.accelerator.reduce(value, "mean").item() for name, value in totals.items()}
+        means = {name: self.accelerator.reduce(value, "mean").item() for name, value in totals.items()}
+        if not all(map(math.isfinite, means.values())):
+            raise FloatingPointError(f"step {step + 1}: the loss is {means}; lower --learning_rate. Nothing was saved")
+        return means
 
     # --- the whole run -----------------------------------------------------------------------------------------------
 
@@ -161,6 +167,8 @@ class ErasureLoop:
             self.accelerator.load_state(str(checkpoint))
             first = checkpoint_step(checkpoint)
         main = self.accelerator.is_main_process
+        if main:
+            _keep_log(folder / "log.jsonl", first)
         bar = tqdm(
             range(first, args.max_train_steps),
             self.objective.name.upper(),
@@ -178,7 +186,7 @@ class ErasureLoop:
                     shown = self.watch.measure(self.objective.publishes)
                     if main:
                         _append(folder / "log.jsonl", {"step": done, **terms, **shown})
-                    if shown.get("drift", 0) > DRIFT_WARNING and not warned:
+                    if main and shown.get("drift", 0) > DRIFT_WARNING and not warned:
                         warned = True
                         logger.warning(
                             "step %d: prompts that should stay have moved %.0f %% of what they say; the model may be "
@@ -188,9 +196,10 @@ class ErasureLoop:
                         )
                 bar.set_postfix({name: f"{value:.3g}" for name, value in {**terms, **shown}.items()}, refresh=False)
                 due = args.checkpointing_steps and done % args.checkpointing_steps == 0
-                if (due or stop.requested) and done < args.max_train_steps:
+                stopping = self._anyone(stop.requested)
+                if (due or stopping) and done < args.max_train_steps:
                     saved = save_checkpoint(self.accelerator, folder, done, args.checkpoints_total_limit)
-                    if stop.requested:
+                    if stopping:
                         bar.close()
                         if main:
                             print(f"stopped; continue with --resume_from_checkpoint {saved}")
@@ -198,6 +207,33 @@ class ErasureLoop:
         with torch.no_grad():
             for name, value in self.weights.values(self.objective.publishes).items():
                 self.weights.student[name].copy_(value)
+
+    def _anyone(self, wish: bool) -> bool:
+        """Whether any process has the wish; all must act alike, or they would wait for each other forever."""
+        return self.accelerator.reduce(torch.tensor(float(wish), device=self.accelerator.device), "sum").item() > 0
+
+
+class RunIdentity:
+    """What a checkpoint must share with the run that continues it."""
+
+    # Where a run writes and how often, and how long it goes on, changes no step that was done.
+    free = {"output_dir", "save", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
+            "cache_dir", "watch_prompts", "pretrained_model_name_or_path", "train_batch_size",
+            "gradient_accumulation_steps"}  # fmt: skip
+
+    def __init__(self, args: ErasureArguments, weights: TrainedWeights, samples_a_step: int):
+        self.state = {name: value for name, value in asdict(args).items() if name not in self.free}
+        self.state["samples_a_step"] = samples_a_step
+        # The frozen weights are the base model's: their sums tell another base model at once.
+        self.state["base_weights"] = [float(value.double().sum()) for value in weights.frozen.values()]
+
+    def state_dict(self) -> dict:
+        return self.state
+
+    def load_state_dict(self, state: dict) -> None:
+        if different := sorted(name for name in self.state if state.get(name) != self.state[name]):
+            told = ", ".join(f"{name} {state.get(name)} there, {self.state[name]} here" for name in different)
+            raise ValueError(f"resume_from_checkpoint: the checkpoint is of another run: {told[:400]}")
 
 
 class _StopRequest:
@@ -217,6 +253,12 @@ class _StopRequest:
     def __exit__(self, *_):
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def _keep_log(path: Path, step: int) -> None:
+    """Leaves only what the log tells of the steps that this run continues."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
 
 
 def _append(path: Path, row: dict) -> None:

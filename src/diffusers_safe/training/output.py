@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..formats import PARTIAL_NAME, save_partial
-from ..provenance import Provenance
+from ..provenance import FILE_NAME, Provenance
 
 
 def save_result(
@@ -20,7 +20,8 @@ def save_result(
 ) -> None:
     """Writes the erased pipeline as a stock diffusers folder, the erased weights alone, or both, and erasure.json.
 
-    Everything is written aside first and moved into place when it is whole.
+    Everything is written aside first and moved into place when it is whole. What an earlier run left goes first, and
+    `model_index.json` and `erasure.json` come last: a folder that has them is complete.
 
     Args:
         pipeline (`DiffusionPipeline`): With the erased weights in its denoiser.
@@ -36,7 +37,9 @@ def save_result(
     if save in ("partial", "both"):
         save_partial(erased_weights, provenance, aside / PARTIAL_NAME)
     provenance.save(aside)
-    for item in aside.iterdir():
+    for name in (FILE_NAME, "model_index.json", PARTIAL_NAME):
+        (output_dir / name).unlink(missing_ok=True)
+    for item in sorted(aside.iterdir(), key=lambda item: (item.suffix == ".json", item.name)):
         target = output_dir / item.name
         if target.is_dir():
             shutil.rmtree(target)

@@ -33,7 +33,7 @@ class Predictor:
         self.student = backbone.denoiser if student is None else student
         texts = list(dict.fromkeys(["", *prompts]))
         self._rows = {text: row for row, text in enumerate(texts)}
-        self._encoded = {name: value.to(device) for name, value in backbone.encode(texts).items()}
+        self._encoded = backbone.encode(texts, device)
 
     def conditioning(self, prompts: list[str]) -> Conditioning:
         """The encoded prompts, batch size `len(prompts)`."""

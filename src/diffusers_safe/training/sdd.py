@@ -2,6 +2,7 @@
 
 from accelerate import Accelerator
 
+from ..arguments import told_in_one_line
 from .arguments import SDDArguments, parse_arguments
 from .erasure import erase_and_save
 from .objectives import SDDObjective
@@ -12,8 +13,8 @@ DESCRIPTION = "Erases concepts from a Stable Diffusion model by safe self-distil
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(SDDArguments, DESCRIPTION, argv)
-    accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps)
-    erase_and_save(accelerator, SDDObjective(args.sdd_target), args, args.ema_decay)
+    with told_in_one_line():
+        erase_and_save(Accelerator(), SDDObjective(args.sdd_target), args, args.ema_decay)
 
 
 if __name__ == "__main__":

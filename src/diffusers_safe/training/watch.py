@@ -1,9 +1,14 @@
 """Watches, while a model forgets, how much of the concept is left and whether unrelated prompts begin to move."""
 
+import math
+
 import torch
 
 from ..trajectories import Trajectories
 from .predictor import Predictor
+
+
+MOST_PROMPTS = 4
 
 
 class Watch:
@@ -15,14 +20,16 @@ class Watch:
     Args:
         predictor (`Predictor`): Knows all prompts below.
         trajectories (`Trajectories`): Draws the fixed latents, with the frozen model, 40 % into the schedule.
-        concepts (`list[str]`): What is erased.
-        unrelated (`list[str]`): What should stay.
+        concepts (`list[str]`): What is erased; of many, a few spread evenly over the list are watched.
+        unrelated (`list[str]`): What should stay; at most `MOST_PROMPTS` are watched.
         seed (`int`): Of the latents.
     """
 
     def __init__(
         self, predictor: Predictor, trajectories: Trajectories, concepts: list[str], unrelated: list[str], seed: int
     ):
+        concepts = concepts[:: math.ceil(len(concepts) / MOST_PROMPTS)]
+        unrelated = unrelated[:MOST_PROMPTS]
         self.predictor, self.concepts, self.unrelated = predictor, concepts, unrelated
         prompts = [*concepts, *unrelated]
         count = trajectories.positions[int(0.4 * len(trajectories.positions))]
