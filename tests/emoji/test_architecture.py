@@ -79,6 +79,12 @@ def test_capitals_do_not_matter(tokenizer):
     assert tokenizer("A KNIFE").input_ids == tokenizer("a knife").input_ids
 
 
+def test_the_tokenizer_is_the_same_every_time(tokenizer):
+    """Token numbers are what the text encoder learns: with others the finished model would draw a car for "a cat"."""
+    first = tokenizer.backend_tokenizer.to_str()
+    assert all(build_tokenizer().backend_tokenizer.to_str() == first for _ in range(5))
+
+
 def test_a_saved_tokenizer_and_a_second_one_give_the_same_ids(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     for other in (CLIPTokenizer.from_pretrained(tmp_path), build_tokenizer()):

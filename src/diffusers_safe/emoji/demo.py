@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(DemoArguments, __doc__, argv, prog, lambda args: check_output_dir(args.output_dir))
     started = time.monotonic()
     folder = Path(args.output_dir) / f"{args.group}-{args.seed}"
-    shutil.rmtree(folder, ignore_errors=True)  # what an earlier version of the package made there does not count
+    shutil.rmtree(folder, ignore_errors=True)  # the demo makes all of it anew
     command = erasure_command(MODEL_FOLDER, args.group, folder / "model", args.seed)
     print(f"erasing with\n\n  {shlex.join(command)}\n", flush=True)
     if code := subprocess.run(command).returncode:
