@@ -40,7 +40,7 @@ def text_states(pipeline, prompts):
 
 
 def test_encode_is_the_pipelines_own(pipeline):
-    prompts = ["a knife", "", "knife, gun, " * 30]
+    prompts = ["a knife", "", "knife, gun, bomb"]
     encoded = make_backbone(pipeline).encode(prompts)
     assert set(encoded) == {"encoder_hidden_states"}
     states = encoded["encoder_hidden_states"]
@@ -49,6 +49,11 @@ def test_encode_is_the_pipelines_own(pipeline):
         expected, _ = pipeline.encode_prompt(prompt, "cpu", 1, False)
         torch.testing.assert_close(states[row : row + 1], expected)
     torch.testing.assert_close(states, text_states(pipeline, prompts))
+
+
+def test_a_prompt_that_would_be_cut_off_is_refused(pipeline):
+    with pytest.raises(ValueError, match="122 tokens; this model takes 32"):
+        make_backbone(pipeline).encode(["a knife", "knife, gun, " * 30])
 
 
 def test_the_empty_prompt_is_the_pipelines_unconditional_one(pipeline):

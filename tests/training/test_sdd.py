@@ -109,7 +109,7 @@ def test_the_result_is_a_stock_pipeline(erased, tiny_model_folder):
 
 def test_the_erased_weights_on_the_base_draw_the_same_picture(erased, tiny_model_folder):
     base = StableDiffusionPipeline.from_pretrained(tiny_model_folder)
-    metadata = load_partial(base.unet, erased / PARTIAL_NAME, fingerprint(base.unet))
+    metadata = load_partial(base.unet, erased / PARTIAL_NAME)
     assert json.loads(metadata["concepts"]) == ["knife", "gun"]
     assert (picture(base) == picture(StableDiffusionPipeline.from_pretrained(erased))).all()
 

@@ -1,7 +1,9 @@
 """The shape of the embedded model: Stable Diffusion 1.x, scaled down in width and resolution."""
 
+from collections import Counter
+
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .scenes import BACKGROUNDS, GROUPS, OBJECTS, STYLES
@@ -17,25 +19,33 @@ def build_tokenizer() -> CLIPTokenizer:
     words = ["a", "an", "on", "in", "background", "style", ",", *GROUPS, *OBJECTS, *BACKGROUNDS, *STYLES]
     byte_symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = ["<|startoftext|>", "<|endoftext|>"]
-
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=4000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=byte_symbols, show_progress=False
-    )
-    bpe.train_from_iterator([[word] * 2 for word in words], trainer)
-    merges = [tuple(pair) for pair in _merges(bpe)]
+    merges = learn_merges(words)
 
     symbols = byte_symbols + [symbol + "</w>" for symbol in byte_symbols] + ["".join(pair) for pair in merges]
     vocab = {symbol: index for index, symbol in enumerate(dict.fromkeys(symbols + specials))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
-def _merges(bpe: Tokenizer) -> list:
-    import json
+def learn_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair encoding, until every word is one symbol. Ties go by the alphabet: `tokenizers`' own trainer breaks
+    them at random, and other token numbers are another model."""
+    spellings = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
+    merges = []
+    while counts := Counter(pair for symbols in spellings for pair in zip(symbols, symbols[1:])):
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        spellings = [_merge(symbols, best) for symbols in spellings]
+    return merges
 
-    return json.loads(bpe.to_str())["model"]["merges"]
+
+def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
+    merged = []
+    for symbol in symbols:
+        if merged and (merged[-1], symbol) == pair:
+            merged[-1] += symbol
+        else:
+            merged.append(symbol)
+    return merged
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
