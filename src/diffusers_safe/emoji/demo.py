@@ -21,7 +21,7 @@ from .evaluation import erasure_table, evaluate_erasure
 from .scenes import GROUPS, group_members
 
 
-# Found by benchmarks/sdd_search.py; docs/methods.md tells the search.
+# A first guess: benchmarks/sdd_search.py is the search, still to be run on the finished model (docs/methods.md).
 SETTINGS = {
     "train_method": "xattn",
     "prompt_order": "matched",
