@@ -160,11 +160,13 @@ def test_reconstruction_keeps_shape_and_type(tiny_pipeline):
     assert restored.shape == pictures.shape and restored.dtype == np.uint8
 
 
-def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path, monkeypatch):
+def test_the_command_line_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys):
     arguments = ["evaluation", "--output_dir", str(tmp_path / "out"), "--model", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
     monkeypatch.delitem(sys.modules, "diffusers_safe.emoji.evaluation")
     with pytest.raises(SystemExit) as stop:
         runpy.run_module("diffusers_safe.emoji.evaluation", run_name="__main__")
-    assert stop.value.code == f"error: {tmp_path}: no such model; the folder must hold model_index.json"
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines == [f"evaluation: error: {tmp_path}: no such model; the folder must hold model_index.json"]
     assert not (tmp_path / "out").exists()
