@@ -69,6 +69,8 @@ class EmojiClassifier(nn.Module):
         Returns:
             `dict[str, list[str]]`: For each head of `HEADS`, the N most likely labels.
         """
+        if pictures.dtype != np.uint8:
+            raise ValueError(f"pictures are {pictures.dtype}; the classifier takes uint8, 0 to 255")
         self.eval()
         names = {head: [] for head in HEADS}
         for start in range(0, len(pictures), batch_size):

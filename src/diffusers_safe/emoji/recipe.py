@@ -1,4 +1,4 @@
-"""Trains the embedded model from nothing but the sprites. On two CPU cores it takes about two hours:
+"""Trains the embedded model from nothing but the sprites. On two CPU cores it takes hours:
 
     accelerate launch --mixed_precision bf16 -m diffusers_safe.emoji.recipe \\
         --output_dir runs/emoji --stages autoencoder
@@ -63,6 +63,12 @@ class RecipeArguments:
         for name in ("num_pictures", "autoencoder_steps", "classifier_steps", "denoiser_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        for name in ("autoencoder_lr", "classifier_lr", "denoiser_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be a finite number greater than 0")
+        for name in ("checkpoint_minutes", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 0")
         if self.start_from is not None and not (Path(self.start_from) / "model_index.json").is_file():
             raise ValueError(f"--start_from {self.start_from}: no model; the folder must hold a model_index.json")
 
