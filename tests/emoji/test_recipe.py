@@ -118,6 +118,16 @@ def test_a_finished_stage_is_read_and_not_trained_again(tmp_path):
     assert same(train_stage(toy_stage(3, kill_at=0), arguments(tmp_path)), trained)
 
 
+def test_more_steps_continue_a_finished_stage_and_fewer_are_refused(tmp_path):
+    kept = arguments(tmp_path, checkpoint_minutes=0)  # a checkpoint after every step but the last
+    train_stage(toy_stage(4), kept)
+    seen = []
+    train_stage(toy_stage(6, seen=seen), kept)
+    assert len(seen) == 3  # from checkpoint-3
+    with pytest.raises(ValueError, match=r"--autoencoder_steps 2: .* is already at step 5"):
+        train_stage(toy_stage(2), kept)
+
+
 def test_the_result_is_the_average_and_not_the_last_weights(tmp_path):
     averaged = train_stage(toy_stage(6), arguments(tmp_path / "averaged"))
     last = train_stage(toy_stage(6, ema_decay=0.0), arguments(tmp_path / "last"))  # an average of the last alone
@@ -173,7 +183,7 @@ def test_the_finished_folder_is_a_stock_pipeline_in_half_precision(tmp_path):
     weights = list((tmp_path / "model").rglob("*.safetensors"))
     assert len(weights) == 3
     assert {value.dtype for path in weights for value in load_file(path).values()} == {torch.float16}
-    averaged = torch.load(tmp_path / "denoiser" / "ema.pt", weights_only=True)
+    averaged = torch.load(tmp_path / "denoiser" / "ema-1.pt", weights_only=True)
     assert torch.equal(pipeline.unet.conv_in.weight, averaged["unet.conv_in.weight"].half().float())
 
 
@@ -203,14 +213,12 @@ def test_the_command_killed_in_two_stages_ends_where_an_undisturbed_one_does(tmp
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        assert not (stopped / stage / "ema.pt").exists(), (tmp_path / "output").read_text()[-2000:]
+        assert not list((stopped / stage).glob("ema-*.pt")), (tmp_path / "output").read_text()[-2000:]
     subprocess.run(command(stopped), check=True, env=environment, cwd=tmp_path, capture_output=True)
 
-    for name in ("autoencoder", "classifier", "denoiser"):
-        first, second = (
-            torch.load(tmp_path / run / name / "ema.pt", weights_only=True) for run in ("whole", "stopped")
-        )
-        assert [key for key in first if not torch.equal(first[key], second[key])] == [], name
+    for average in ("autoencoder/ema-5.pt", "classifier/ema-1.pt", "denoiser/ema-4.pt"):
+        first, second = (torch.load(tmp_path / run / average, weights_only=True) for run in ("whole", "stopped"))
+        assert [key for key in first if not torch.equal(first[key], second[key])] == [], average
     for path in [
         *(tmp_path / "whole" / "model").rglob("*.safetensors"),
         tmp_path / "whole/classifier/model.safetensors",

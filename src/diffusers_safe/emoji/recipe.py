@@ -100,7 +100,7 @@ def train_stage(stage: Stage, args: RecipeArguments) -> nn.Module:
         `nn.Module`: `stage.module` with its averaged weights, on the CPU.
     """
     folder = Path(args.output_dir) / stage.name
-    finished = folder / "ema.pt"
+    finished = folder / f"ema-{stage.steps}.pt"
     if finished.exists():
         stage.module.load_state_dict(torch.load(finished, weights_only=True))
         return stage.module
@@ -123,6 +123,8 @@ def train_stage(stage: Stage, args: RecipeArguments) -> nn.Module:
     if checkpoints := list_checkpoints(folder):
         accelerator.load_state(str(checkpoints[-1]))
         first = checkpoint_step(checkpoints[-1])
+        if first > stage.steps:
+            raise ValueError(f"--{stage.name}_steps {stage.steps}: {folder} is already at step {first}")
 
     bar = tqdm(
         range(first, stage.steps), stage.name, stage.steps, initial=first, disable=not accelerator.is_main_process
@@ -151,8 +153,9 @@ def train_stage(stage: Stage, args: RecipeArguments) -> nn.Module:
     module = module.to("cpu", memory_format=torch.contiguous_format)
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(module.state_dict(), folder / "ema.pt.partial")
-        (folder / "ema.pt.partial").rename(finished)
+        partial = finished.with_suffix(".partial")
+        torch.save(module.state_dict(), partial)
+        partial.rename(finished)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return module
@@ -295,17 +298,16 @@ def _refresh_batch_norm(classifier: EmojiClassifier, make_batch, seed: int, batc
 class DenoiserLoss(nn.Module):
     """Epsilon prediction of the UNet, its text encoder trained with it.
 
-    Weighted by min(SNR, 5) / SNR (Hang et al., arXiv 2303.09556): what a picture shows is decided at high noise, and
-    there the steps should go.
+    Weighted by 1 / alphas_cumprod, which is the loss of v-prediction (Salimans and Ho, arXiv 2202.00512). In 16 x 16
+    latents what a picture shows is decided at the highest noise levels; there the plain loss hardly depends on the
+    caption, and the model would learn it last.
     """
 
     def __init__(self, text_encoder: nn.Module, unet: nn.Module):
         super().__init__()
         self.text_encoder, self.unet = text_encoder, unet
         alphas_cumprod = build_scheduler().alphas_cumprod
-        snr = alphas_cumprod / (1 - alphas_cumprod)
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
-        self.register_buffer("loss_weights", snr.clamp(max=5) / snr, persistent=False)
 
     def forward(
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, input_ids: torch.Tensor
@@ -315,7 +317,7 @@ class DenoiserLoss(nn.Module):
         prompt_embeds = self.text_encoder(input_ids=input_ids).last_hidden_state
         noise_pred = self.unet(noisy, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
         error = (noise_pred.float() - noise).square().mean(dim=(1, 2, 3))
-        return (self.loss_weights[timesteps] * error).mean()
+        return (error / self.alphas_cumprod[timesteps]).mean()
 
 
 def train_denoiser(args: RecipeArguments, moments: np.ndarray, scenes: list[Scene]) -> DenoiserLoss:
@@ -328,8 +330,9 @@ def train_denoiser(args: RecipeArguments, moments: np.ndarray, scenes: list[Scen
         latents = scale * (mean + std * rng.standard_normal(mean.shape, dtype=np.float32))
         captions = ["" if rng.random() < 0.1 else draw_caption(scenes[i], rng) for i in chosen]
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        # Timesteps spread evenly over the schedule within each batch: less noise in the loss than independent draws.
-        timesteps = (rng.permutation(size) + rng.random(size)) * (1000 / size)
+        # Half of the timesteps lie above 750, where the caption matters. Strata within each batch: less noise in the
+        # loss than independent draws.
+        timesteps = 999.99 * (1 - ((rng.permutation(size) + rng.random(size)) / size) ** 2)
         return {
             "latents": torch.from_numpy(latents),
             "noise": torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32)),
@@ -340,7 +343,8 @@ def train_denoiser(args: RecipeArguments, moments: np.ndarray, scenes: list[Scen
     text_encoder, unet = build_text_encoder(tokenizer), build_unet()
     if args.start_from is not None:
         finished = StableDiffusionPipeline.from_pretrained(args.start_from, dtype=torch.float32)
-        text_encoder, unet = finished.text_encoder.train(), finished.unet.train()
+        text_encoder.load_state_dict(finished.text_encoder.state_dict())
+        unet.load_state_dict(finished.unet.state_dict())
     module = DenoiserLoss(text_encoder, unet)
     stage = Stage("denoiser", module, args.denoiser_steps, args.denoiser_lr, 32, 0.999, make_batch)
     return train_stage(stage, args)

@@ -139,7 +139,7 @@ def draw_caption(scene: Scene, rng: np.random.Generator) -> str:
     another member of the group, so that a comma-separated prompt means something to the model.
     """
     subject = scene.group if rng.random() < 0.25 else scene.name
-    background = scene.background if rng.random() < 0.6 else None
+    background = scene.background if rng.random() < 0.8 else None
     style = scene.style if rng.random() < 0.85 else None
     if rng.random() >= 0.1:
         return prompt_for(subject, background, style)
