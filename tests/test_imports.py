@@ -16,7 +16,8 @@ LAYERS = [
     {"formats"},
     {"training", "pipelines", "students"},
     {"evaluation", "hub"},
-    {"emoji", "cli"},
+    {"emoji"},
+    {"commands", "cli"},
 ]
 STRANGERS = [("pipelines", "training"), ("evaluation", "training"), ("evaluation", "pipelines")]
 

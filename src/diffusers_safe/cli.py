@@ -11,6 +11,10 @@ COMMANDS = {
         "diffusers_safe.emoji.demo",
         "erase a group of emoji from the embedded model, measure it, write a report",
     ),
+    "generate": (
+        "diffusers_safe.commands.generate",
+        "draw prompts with any pipeline, steered by Safe Latent Diffusion or not",
+    ),
 }
 
 

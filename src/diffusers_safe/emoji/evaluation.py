@@ -47,6 +47,7 @@ def evaluate_erasure(
     seed: int = 0,
     group: str | None = None,
     settings: GenerationSettings = SETTINGS,
+    settings_after: GenerationSettings | None = None,
     batch_size: int = 32,
 ) -> dict:
     """Compares two models on the same prompts and seeds, and writes `results.json` and `report.html`.
@@ -65,6 +66,8 @@ def evaluate_erasure(
         seed (`int`, defaults to 0): Every image's own seed follows from it.
         group (`str`, *optional*): The group that was erased as a whole; adds its own prompt to the concept rate.
         settings (`GenerationSettings`, *optional*): How to sample.
+        settings_after (`GenerationSettings`, *optional*): How to sample from `after`, for what acts while sampling
+            (SLD, a negative prompt); default the same.
         batch_size (`int`, defaults to 32): Images at once.
 
     Returns:
@@ -87,9 +90,10 @@ def evaluate_erasure(
     """
     folder = Path(folder)
     rows = erasure_rows(erased, images_per_object, seed, group)
+    sides = {"before": (before, settings), "after": (after, settings_after or settings)}
     manifests = {
-        side: generate(pipeline, rows, folder / side, settings, batch_size, f"images {side}")
-        for side, pipeline in {"before": before, "after": after}.items()
+        side: generate(pipeline, rows, folder / side, how, batch_size, f"images {side}")
+        for side, (pipeline, how) in sides.items()
     }
     images = {side: load_images(folder / side, manifest) for side, manifest in manifests.items()}
     seen = {side: classifier.classify(images[side])["object"] for side in images}
@@ -100,6 +104,7 @@ def evaluate_erasure(
         "images_per_prompt": images_per_object,
         "seed": seed,
         **_protocol(before, settings),
+        **({"settings_after": manifests["after"][0]["settings"]} if settings_after else {}),
         "model_before": manifests["before"][0]["model"],
         "model_after": manifests["after"][0]["model"],
         "black_images": {side: sum(row["black"] for row in manifest) for side, manifest in manifests.items()},

@@ -64,6 +64,8 @@ class GenerationSettings:
         height (`int`, *optional*): In pixels; the pipeline's own if not given.
         width (`int`, *optional*): In pixels; the pipeline's own if not given.
         negative_prompt (`str`, *optional*): What to guide away from.
+        call (`dict`, *optional*): Further arguments of the pipeline's call, such as `dict(SafetyConfig.MAX)`; must fit
+            into JSON.
     """
 
     num_inference_steps: int = 25
@@ -71,6 +73,7 @@ class GenerationSettings:
     height: int | None = None
     width: int | None = None
     negative_prompt: str | None = None
+    call: dict = field(default_factory=dict)
 
     def __post_init__(self):
         if self.num_inference_steps < 1:
@@ -243,6 +246,7 @@ def _as_a_subject(pipeline: DiffusionPipeline) -> Iterator[None]:
 
 def _sample(pipeline: DiffusionPipeline, rows: list[PromptRow], settings: GenerationSettings) -> list[Image.Image]:
     arguments = {name: value for name, value in asdict(settings).items() if value is not None}
+    arguments |= arguments.pop("call")
     if "negative_prompt" in arguments:
         arguments["negative_prompt"] = [settings.negative_prompt] * len(rows)
     generators = [torch.Generator("cpu").manual_seed(row.seed) for row in rows]

@@ -1,0 +1,80 @@
+"""What Safe Latent Diffusion costs: seconds an image and peak memory, beside plain classifier-free guidance.
+
+    python benchmarks/sld_speed.py
+    python benchmarks/sld_speed.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --dtype float16
+
+The ways take turns, round after round, so that a machine whose speed wanders hurts them alike; the ratio is taken
+within each round. Goal: at most 1.55 times plain guidance for MAX, less for WEAK.
+"""
+
+import resource
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from diffusers_safe import enable_safe_latent_diffusion
+from diffusers_safe.arguments import parse_dataclass
+from diffusers_safe.commands.generate import DTYPES, load_any_pipeline
+from diffusers_safe.emoji import MODEL_FOLDER
+from diffusers_safe.guidance import SAFETY_CONFIGS
+
+
+@dataclass
+class SpeedArguments:
+    model: str = field(default=str(MODEL_FOLDER), metadata={"help": "Folder or Hub id."})
+    dtype: str = field(default="float32", metadata={"help": f"Of the weights: {', '.join(DTYPES)}."})
+    rounds: int = field(default=10, metadata={"help": "How often every way is timed; the first is not counted."})
+    batch_size: int = field(default=4, metadata={"help": "Images at once."})
+    num_inference_steps: int = field(default=50, metadata={"help": "Steps of the scheduler."})
+
+
+def seconds(pipeline, args: SpeedArguments, call: dict) -> float:
+    on_gpu = pipeline.device.type == "cuda"
+    generator = torch.Generator().manual_seed(0)
+    if on_gpu:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    pipeline(
+        ["a cat"] * args.batch_size, num_inference_steps=args.num_inference_steps, generator=generator,
+        output_type="pt", **call,
+    )  # fmt: skip
+    if on_gpu:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) / args.batch_size
+
+
+def peak_mib(pipeline) -> float:
+    if pipeline.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def main() -> None:
+    args = parse_dataclass(SpeedArguments, __doc__)
+    device = PartialState().device
+    plain = load_any_pipeline(args.model, DTYPES[args.dtype]).to(device)
+    safe = type(plain)(**plain.components)
+    enable_safe_latent_diffusion(safe, "a weapon")
+    ways = {"guidance": (plain, {}), **{name: (safe, dict(config)) for name, config in SAFETY_CONFIGS.items()}}
+    times, memory = {name: [] for name in ways}, {}
+    for each in (plain, safe):
+        each.set_progress_bar_config(disable=True)
+    for turn in range(args.rounds + 1):
+        for name, (pipeline, call) in ways.items():
+            spent = seconds(pipeline, args, call)
+            memory.setdefault(name, peak_mib(pipeline))
+            if turn > 0:
+                times[name].append(spent)
+    print("| | s/image | ratio to plain guidance, median [least, most] | peak memory so far |\n|---|---|---|---|")
+    for name, spent in times.items():
+        ratio = np.array(spent) / np.array(times["guidance"])
+        spread = f"{np.median(ratio):.2f} [{ratio.min():.2f}, {ratio.max():.2f}]"
+        print(f"| {name} | {np.median(spent):.3f} | {spread} | {memory[name]:.0f} MiB |")
+    print(f"\n{args.rounds} rounds, batch {args.batch_size}, {args.num_inference_steps} steps, {args.dtype}, {device}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The commands of `diffusers-safe` that belong to no part of the package alone."""

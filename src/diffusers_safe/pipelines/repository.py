@@ -1,0 +1,224 @@
+"""Safe pipelines as repositories: a folder, on disk or on the Hugging Face Hub, that cannot lose its safety unnoticed.
+
+diffusers writes only a class name for a class from outside, and what it then loads, if anything, does not steer. Here
+the index names a `pipeline.py` beside it, which imports the class from this package:
+
+* the class itself loads the folder without running any code of it;
+* `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` loads the class through `pipeline.py`;
+* every other way ends in an error, not in a pipeline without SLD.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+
+from ..guidance import SAFETY_CONFIGS, SafetyConfig
+from .safe_latent_diffusion import SafeLatentDiffusionMixin, check_concept
+
+
+_MODULE = "pipeline"  # the file that diffusers looks for
+_INDEX = "model_index.json"
+_CARD = "README.md"
+# Entries of older repositories and of environments without torchvision -> what every environment can load.
+_RENAMED = {
+    ("stable_diffusion_safe", "SafeStableDiffusionSafetyChecker"): (
+        "stable_diffusion",
+        "StableDiffusionSafetyChecker",
+    ),
+    ("transformers", "CLIPImageProcessorPil"): ("transformers", "CLIPImageProcessor"),
+}
+
+
+class SafePipelineMixin(SafeLatentDiffusionMixin):
+    """A safe pipeline class: its safety concept is part of its config, and its folder is a whole repository."""
+
+    _card_tags: tuple[str, ...] = ()
+
+    @property
+    def safety_concept(self) -> str:
+        """What every call steers away from, unless it says otherwise. Saved with the pipeline."""
+        return self.config.safety_concept
+
+    @safety_concept.setter
+    def safety_concept(self, concept: str) -> None:
+        self.register_to_config(safety_concept=check_concept(concept))
+
+    def _call_with_concept(self, call: Callable, arguments: dict[str, Any]) -> tuple[Any, str | None]:
+        """`_call_safely` for a `__call__` that hands over its `locals()`."""
+        arguments = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
+        arguments |= arguments.pop("kwargs")
+        config = SafetyConfig(**{name: arguments.pop(name) for name in SafetyConfig().keys()})
+        concept = arguments.pop("safety_concept")
+        embeds, pooled = (arguments.pop(f"safety_{name}", None) for name in ("prompt_embeds", "pooled_prompt_embeds"))
+        if concept is not None and embeds is not None:
+            raise ValueError("pass safety_concept or safety_prompt_embeds, not both")
+        concept = self.safety_concept if concept is None else check_concept(concept)
+        return self._call_safely(call, arguments, config, concept, embeds, pooled)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | Path) -> dict[str, Any]:
+        # diffusers reads every index through this. Asked for this class, it needs neither `pipeline.py` nor trust.
+        index = super()._dict_from_json_file(json_file)
+        if isinstance(index.get("_class_name"), list):
+            index["_class_name"] = index["_class_name"][-1]
+        return {name: _rename(entry) for name, entry in index.items()}
+
+    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
+        # Called by `save_pretrained` when all models are written.
+        super().save_config(save_directory, push_to_hub, **kwargs)
+        name, path = type(self).__name__, Path(save_directory) / _INDEX
+        index = {key: _rename(entry) for key, entry in json.loads(path.read_text(encoding="utf-8")).items()}
+        index.pop("_name_or_path", None)  # a path of this machine
+        path.write_text(json.dumps({**index, "_class_name": [_MODULE, name]}, indent=2, sort_keys=True) + "\n")
+        (path.parent / f"{_MODULE}.py").write_text(f'from diffusers_safe import {name}\n\n\n__all__ = ["{name}"]\n')
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """Writes a whole repository: models, index, `pipeline.py`, and a model card if there is none yet.
+
+        Args:
+            save_directory (`str` or `Path`): A folder, made if need be.
+            safe_serialization (`bool`, defaults to `True`): safetensors instead of pickles.
+            variant (`str`, *optional*): Put into the file names of the weights, such as `"fp16"`.
+            max_shard_size (`int` or `str`, *optional*): Largest size of a weight file, such as `"5GB"`.
+            push_to_hub (`bool`, defaults to `False`): Also upload the folder. `repo_id` (default the folder's name),
+                `commit_message`, `private`, `token` and `create_pr` then say how.
+        """
+        hub = {name: kwargs.pop(name, None) for name in ("repo_id", "commit_message", "private", "token", "create_pr")}
+        folder = Path(save_directory)
+        if push_to_hub:
+            token = hub["token"]
+            repo_id = create_repo(
+                hub["repo_id"] or folder.resolve().name, private=hub["private"], token=token, exist_ok=True
+            ).repo_id
+        super().save_pretrained(str(folder), safe_serialization, variant, max_shard_size, **kwargs)
+        if not (folder / _CARD).exists():
+            safe_pipeline_card(self, repo_id if push_to_hub else None).save(folder / _CARD)
+        if push_to_hub:
+            upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                token=token,
+                commit_message=hub["commit_message"] or f"Upload {type(self).__name__}",
+                create_pr=bool(hub["create_pr"]),
+            )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+    ) -> None:
+        """Uploads what `save_pretrained` writes.
+
+        Args:
+            repo_id (`str`): `"user/name"`; made if need be.
+            commit_message (`str`, *optional*): Default "Upload <class>".
+            private (`bool`, *optional*): Whether a new repository is private; default the user's setting.
+            token (`str`, *optional*): Default the one of `hf auth login`.
+            create_pr (`bool`, defaults to `False`): Open a pull request instead.
+            safe_serialization (`bool`, defaults to `True`): safetensors instead of pickles.
+            variant (`str`, *optional*): Put into the file names of the weights, such as `"fp16"`.
+        """
+        hub = {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization, variant, push_to_hub=True, repo_id=repo_id, **hub)
+
+
+def safe_pipeline_card(pipeline: SafePipelineMixin, repo_id: str | None = None) -> ModelCard:
+    """The model card of a safe pipeline: how to load it, what it steers away from, and what that cannot do."""
+    name, source = type(pipeline).__name__, repo_id or "path/to/this/folder"
+    base = str(pipeline.config.get("_name_or_path") or "")
+    is_hub_id = base.count("/") == 1 and not Path(base).exists()
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=pipeline._card_tags[0],
+        base_model=base if is_hub_id and base != repo_id else None,
+        tags=["safe-latent-diffusion", "diffusers-safe", *pipeline._card_tags[1:]],
+    )
+    presets = "\n".join(
+        f"| `SafetyConfig.{preset.upper()}` | {' | '.join(f'{value:g}' for value in dict(config).values())} |"
+        for preset, config in SAFETY_CONFIGS.items()
+    )
+    columns = list(dict(SAFETY_CONFIGS["medium"]))
+    return ModelCard(
+        _CARD_TEXT.format(
+            data=data.to_yaml(),
+            name=name,
+            source=source,
+            concept=pipeline.safety_concept,
+            columns=" | ".join(f"`{column}`" for column in columns),
+            rules="|".join("---" for _ in columns),
+            presets=presets,
+            example=_EXAMPLES[pipeline._card_tags[0]],
+        )
+    )
+
+
+_EXAMPLES = {
+    "text-to-image": 'pipeline("a portrait", **SafetyConfig.MAX)',
+    "image-to-image": 'pipeline("a portrait", image=image, **SafetyConfig.MAX)',
+}
+_CARD_TEXT = """---
+{data}
+---
+
+# {name}
+
+This pipeline steers away from a safety concept while it generates: Safe Latent Diffusion (SLD, Schramowski et al.,
+CVPR 2023, [arXiv 2211.05105](https://arxiv.org/abs/2211.05105)). The weights are those of the model it was made from;
+nothing was erased from them.
+
+```python
+from diffusers_safe import SafetyConfig, {name}  # pip install diffusers-safe
+
+pipeline = {name}.from_pretrained("{source}")
+result = {example}
+result.images[0], result.applied_safety_concept
+```
+
+`DiffusionPipeline.from_pretrained("{source}", trust_remote_code=True)` loads the same class (it runs `pipeline.py`,
+which imports it from `diffusers_safe`). Any other way of loading raises an error instead of dropping the safety
+silently.
+
+## Safety concept
+
+> {concept}
+
+Change it with `pipeline.safety_concept = "..."` (saved) or `pipeline(..., safety_concept="...")` (one call).
+
+## How strongly
+
+The default is `SafetyConfig.MEDIUM`.
+
+| | {columns} |
+|---|{rules}|
+{presets}
+
+## Intended use and limits
+
+For making unwanted content less likely in the output of a model that can produce it. It is no guarantee: content that
+the concept's words do not cover, and prompts made to get around it, still get through, and stronger settings change
+harmless pictures too. Whoever has the weights can switch it off. It does not work without classifier-free guidance
+(`guidance_scale` 1); the pipeline warns then, and `applied_safety_concept` is `None`.
+"""
+
+
+def _rename(entry: Any) -> Any:
+    key = tuple(entry) if isinstance(entry, (list, tuple)) and len(entry) == 2 else None
+    return list(_RENAMED[key]) if key in _RENAMED else entry

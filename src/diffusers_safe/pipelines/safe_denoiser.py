@@ -1,0 +1,97 @@
+"""The denoiser that a pipeline calls while Safe Latent Diffusion is on."""
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ..guidance import SafetyConfig, SafetyState, guide_safely
+
+
+class SafeDenoiser:
+    """Stands in for a pipeline's denoiser during one call of the pipeline.
+
+    The pipeline hands over a batch [u, c] (unconditional, conditional), as classifier-free guidance does. The denoiser
+    sees [u, c, f] with the safety concept as f, and the pipeline gets [u, c'] back, see [`guide_safely`]; all the rest
+    is the pipeline's own. Nothing is attached to the denoiser itself, so other pipelines may share it, in other
+    threads too, and a compiled or offloaded one stays what it is. Every other attribute is the denoiser's.
+
+    Whatever has the batch's size (ControlNet residuals, IP-Adapter embeddings, SDXL's time ids) gets for f what it has
+    for c.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]): Asked at every call whether it guides at all; it may stop
+        half-way.
+        denoiser (`nn.Module`): The real one.
+        conditions (`dict[str, torch.Tensor]`): What stands for the concept, by the name of the denoiser's argument (or
+            of its entry in `added_cond_kwargs`): `(1, ...)`, or `(B, ...)` for B images.
+        config ([`SafetyConfig`]): How strongly.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        denoiser: nn.Module,
+        conditions: dict[str, torch.Tensor],
+        config: SafetyConfig,
+    ):
+        self._pipeline, self._denoiser, self._conditions, self._config = pipeline, denoiser, conditions, config
+        self._state = SafetyState()
+
+    @property
+    def changed_calls(self) -> int:
+        """In how many calls so far the prediction was changed."""
+        return max(0, self._state.step - self._config.sld_warmup_steps)
+
+    @property
+    def guided_calls(self) -> int:
+        """How many calls so far came with classifier-free guidance."""
+        return self._state.step
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._denoiser, name)
+
+    def __call__(self, *args, **kwargs):
+        if not self._pipeline.do_classifier_free_guidance:
+            return self._denoiser(*args, **kwargs)
+        sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+        count = len(sample) // 2
+        if self._state.step == 0 and not (len(sample) == 2 * count and sample[:count].equal(sample[count:])):
+            raise ValueError(
+                f"{type(self._pipeline).__name__} does not predict with and without the prompt in one batch of two:"
+                " Safe Latent Diffusion cannot steer it"
+            )
+        if not self._config.needs_concept(self._state.step):
+            self._state = SafetyState(self._state.step + 1)
+            return self._denoiser(*args, **kwargs)
+
+        output = self._denoiser(
+            *(self._widen(value, count) for value in args),
+            **{name: self._widen(value, count, name) for name, value in kwargs.items()},
+        )
+        prediction = output[0]
+        uncond, text, safety = prediction.chunk(3)
+        text, self._state = guide_safely(uncond, text, safety, self._state, self._config)
+        steered = torch.cat([uncond, text])
+        return (steered, *output[1:]) if isinstance(output, tuple) else type(output)(steered)
+
+    def _widen(self, value: Any, count: int, name: str | None = None) -> Any:
+        """What the denoiser gets for [u, c, f] where the pipeline passed `value` for [u, c]."""
+        if isinstance(value, dict):
+            return {key: self._widen(entry, count, key) for key, entry in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._widen(entry, count) for entry in value)
+        if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != 2 * count:
+            return value
+        if name not in self._conditions:
+            return torch.cat([value, value[count:]])
+        condition = self._conditions[name].to(value)
+        if len(condition) == 1:
+            condition = condition.expand(count, *condition.shape[1:])
+        if condition.shape != value[count:].shape:
+            raise ValueError(
+                f"the safety concept's {name} has shape {tuple(condition.shape)}, the prompt's"
+                f" {tuple(value[count:].shape)}: pass safety_prompt_embeds of the same shape"
+            )
+        return torch.cat([value, condition])

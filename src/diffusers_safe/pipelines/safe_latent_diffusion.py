@@ -1,0 +1,232 @@
+"""Safe Latent Diffusion around a pipeline's own `__call__`, and the way to give it to any pipeline."""
+
+import functools
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ..guidance import SAFETY_CONCEPT, SafetyConfig
+from .safe_denoiser import SafeDenoiser
+
+
+class SafeLatentDiffusionMixin:
+    """Steers the calls of a diffusers pipeline class; to be named before it among the bases."""
+
+    def _call_safely(
+        self,
+        call: Callable,
+        arguments: dict[str, Any],
+        config: SafetyConfig,
+        safety_concept: str,
+        safety_prompt_embeds: torch.Tensor | None = None,
+        safety_pooled_prompt_embeds: torch.Tensor | None = None,
+    ) -> tuple[Any, str | None]:
+        """Runs the stock pipeline's `call(**arguments)` with SLD.
+
+        Returns:
+            `tuple`: What `call` returned, and the concept that was applied: `None` if nothing was changed, `""` if it
+            was given as embeddings.
+        """
+        if config.is_off:
+            _warn(f"Safe Latent Diffusion is off: sld_guidance_scale {config.sld_guidance_scale} is not above 1")
+            return call(**arguments), None
+
+        if safety_prompt_embeds is not None:
+            conditions = self._name_conditions(safety_prompt_embeds, safety_pooled_prompt_embeds)
+            applied = ""
+        else:
+            conditions = self._concept_conditions(safety_concept, arguments)
+            applied = safety_concept
+        with self._steered(conditions, config) as denoiser:
+            output = call(**arguments)
+        if denoiser.changed_calls:
+            return output, applied
+        if denoiser.guided_calls:
+            reason = f"its warm-up of {config.sld_warmup_steps} is not shorter than the {denoiser.guided_calls} steps"
+        else:
+            reason = "classifier-free guidance was off (see guidance_scale)"
+        _warn(f"Safe Latent Diffusion changed nothing: {reason}")
+        return output, None
+
+    @contextmanager
+    def _steered(self, conditions: dict[str, torch.Tensor], config: SafetyConfig) -> Iterator[SafeDenoiser]:
+        """While it lasts, the pipeline calls a [`SafeDenoiser`]."""
+        name = self._denoiser_name
+        before = self.__dict__[name]
+        # Past `DiffusionPipeline.__setattr__`, which would write another class into the config.
+        self.__dict__[name] = SafeDenoiser(self, _real(before), conditions, config)
+        try:
+            yield self.__dict__[name]
+        finally:
+            self.__dict__[name] = before
+
+    @property
+    def components(self) -> dict[str, Any]:
+        # What moves and offloads models during a call must see the real denoiser.
+        return {name: _real(component) for name, component in super().components.items()}
+
+    @property
+    def _denoiser_name(self) -> str:
+        return "unet" if "unet" in self.__dict__ else "transformer"
+
+    @property
+    def _has_text_encoder(self) -> bool:
+        return any(getattr(self, name, None) is not None for name in ("text_encoder", "text_encoder_2"))
+
+    def _concept_conditions(self, concept: str, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The denoiser's conditions for a concept, encoded as the call encodes its prompt."""
+        if not self._has_text_encoder:
+            carried = getattr(arguments.get("prompt_embeds"), "safety_conditions", {})
+            if concept not in carried:
+                raise ValueError("there is no text encoder for the safety concept: pass safety_prompt_embeds")
+            return carried[concept]
+        lora_scale = (arguments.get("cross_attention_kwargs") or {}).get("scale")
+        return self._encode_concept(concept, self._execution_device, lora_scale, arguments.get("clip_skip"))
+
+    def _carry_concept(
+        self,
+        prompt_embeds: torch.Tensor,
+        device: torch.device | None,
+        lora_scale: float | None,
+        clip_skip: int | None,
+    ) -> None:
+        """Notes the encoded concept on prompt embeddings that a pipeline without text encoder may be called with."""
+        steers_now = isinstance(self.__dict__.get(self._denoiser_name), SafeDenoiser)
+        if self._has_text_encoder and not steers_now:
+            conditions = self._encode_concept(self.safety_concept, device, lora_scale, clip_skip)
+            prompt_embeds.safety_conditions = {self.safety_concept: conditions}
+
+    def _encode_concept(
+        self, concept: str, device: torch.device | None, lora_scale: float | None, clip_skip: int | None
+    ) -> dict[str, torch.Tensor]:
+        encode_prompt = super().encode_prompt
+        known = inspect.signature(encode_prompt).parameters
+        options = {
+            "prompt_2": None,
+            "prompt_3": None,
+            "device": device,
+            "num_images_per_prompt": 1,
+            "do_classifier_free_guidance": False,
+            "lora_scale": lora_scale,
+            "clip_skip": clip_skip,
+        }
+        encoded = encode_prompt(concept, **{name: value for name, value in options.items() if name in known})
+        return self._name_conditions(encoded[0], encoded[2] if len(encoded) == 4 else None)
+
+    def _name_conditions(self, embeds: torch.Tensor, pooled: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """By the names under which the denoiser takes them."""
+        if not hasattr(self, "text_encoder_2"):
+            return {"encoder_hidden_states": embeds}
+        if pooled is None:
+            raise ValueError("this pipeline needs safety_pooled_prompt_embeds beside safety_prompt_embeds")
+        return {
+            "encoder_hidden_states": embeds,
+            "text_embeds" if self._denoiser_name == "unet" else "pooled_projections": pooled,
+        }
+
+
+def enable_safe_latent_diffusion(
+    pipeline: DiffusionPipeline,
+    safety_concept: str = SAFETY_CONCEPT,
+    config: SafetyConfig = SafetyConfig.MEDIUM,
+) -> DiffusionPipeline:
+    """Gives Safe Latent Diffusion to a pipeline, in place: ControlNet, T2I-Adapter, Stable Diffusion 3, ...
+
+    The pipeline must batch classifier-free guidance: one call of its denoiser predicts with and without the prompt.
+    Its calls then also take `safety_concept` and the `sld_*` values of a [`SafetyConfig`], for that call, and its
+    outputs have an attribute `applied_safety_concept`. `save_pretrained` writes the stock pipeline: what loads it
+    has to enable SLD again. For Stable Diffusion itself and SDXL there are classes that keep it.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]): With `unet` or `transformer`.
+        safety_concept (`str`, *optional*): What to steer away from; default the paper's list.
+        config ([`SafetyConfig`], *optional*): How strongly; default `SafetyConfig.MEDIUM`. The presets were found for
+            Stable Diffusion 1.x, and flow-matching models (SD 3) need others.
+
+    Returns:
+        [`~diffusers.DiffusionPipeline`]: The same object.
+
+    Raises:
+        `ValueError`: If the pipeline is no such pipeline, or steers already, or the concept is empty. One that turns
+        out
+            not to batch raises it when it is called.
+    """
+    stock = type(pipeline)
+    if isinstance(pipeline, SafeLatentDiffusionMixin):
+        raise ValueError(f"{stock.__name__}: Safe Latent Diffusion is enabled already")
+    lacks = [name for name in ("encode_prompt", "do_classifier_free_guidance") if not hasattr(stock, name)]
+    if not hasattr(pipeline, "unet") and not hasattr(pipeline, "transformer"):
+        lacks.append("unet or transformer")
+    if lacks:
+        raise ValueError(f"{stock.__name__} has no {' and no '.join(lacks)}: Safe Latent Diffusion cannot steer it")
+    pipeline._safety = config, check_concept(safety_concept)
+    pipeline.__class__ = _steered_class(stock)
+    return pipeline
+
+
+def disable_safe_latent_diffusion(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """Takes back [`enable_safe_latent_diffusion`].
+
+    Returns:
+        [`~diffusers.DiffusionPipeline`]: The same object.
+
+    Raises:
+        `ValueError`: If it was not enabled.
+    """
+    if not hasattr(pipeline, "_safety"):
+        raise ValueError(f"{type(pipeline).__name__}: Safe Latent Diffusion was not enabled on it")
+    del pipeline._safety
+    pipeline.__class__ = type(pipeline).__mro__[2]  # itself, the mixin, the stock class
+    return pipeline
+
+
+@functools.cache
+def _steered_class(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    """A subclass that steers, under the same name: that is what `save_pretrained` writes."""
+    signature = inspect.signature(stock.__call__)
+
+    @functools.wraps(stock.__call__)
+    @torch.no_grad()
+    def __call__(self, *args, **kwargs):
+        config, concept = self._safety
+        config = SafetyConfig(**{name: kwargs.pop(name, value) for name, value in dict(config).items()})
+        concept = check_concept(kwargs.pop("safety_concept", concept))
+        arguments = signature.bind(self, *args, **kwargs).arguments
+        del arguments["self"]
+        arguments |= arguments.pop("kwargs", {})
+        output, applied = self._call_safely(functools.partial(stock.__call__, self), arguments, config, concept)
+        if not isinstance(output, tuple):
+            output.applied_safety_concept = applied
+        return output
+
+    attributes = {"__call__": __call__, "__module__": stock.__module__, "__doc__": stock.__doc__}
+    return type(stock.__name__, (SafeLatentDiffusionMixin, stock), attributes)
+
+
+def check_concept(concept: str) -> str:
+    """Returns a concept as it is.
+
+    Raises:
+        `ValueError`: If it is no text or blank.
+    """
+    if not isinstance(concept, str) or not concept.strip():
+        raise ValueError(f"safety_concept {concept!r}: must be a text that is not blank")
+    return concept
+
+
+def _real(component: Any) -> Any:
+    return component._denoiser if isinstance(component, SafeDenoiser) else component
+
+
+def _warn(message: str) -> None:
+    """Warns where the user called the pipeline."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in ("diffusers_safe", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

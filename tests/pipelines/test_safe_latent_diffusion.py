@@ -1,0 +1,209 @@
+"""SLD on pipelines of other kinds: SDXL, ControlNet, IP-Adapter, Stable Diffusion 3, and those it cannot steer."""
+
+import inspect
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    EulerDiscreteScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from diffusers_safe import (
+    SafetyConfig,
+    StableDiffusionXLPipelineSafe,
+    disable_safe_latent_diffusion,
+    enable_safe_latent_diffusion,
+)
+from diffusers_safe.guidance import SafetyState, guide_safely
+from diffusers_safe.pipelines.safe_denoiser import SafeDenoiser
+
+
+def draw(pipeline, prompt="a knife", **options):
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 3, "guidance_scale": 5.0, "output_type": "np", **options}
+    return pipeline(prompt, generator=torch.Generator().manual_seed(0), **options)
+
+
+# --- enable and disable ----------------------------------------------------------------------------------------------
+
+
+def test_enabled_steers_and_disabled_is_stock_again(tiny_pipeline, tmp_path):
+    plain = draw(tiny_pipeline).images
+    assert enable_safe_latent_diffusion(tiny_pipeline, "a weapon", SafetyConfig.MAX) is tiny_pipeline
+    assert isinstance(tiny_pipeline, StableDiffusionPipeline)
+    assert inspect.signature(type(tiny_pipeline).__call__) == inspect.signature(StableDiffusionPipeline.__call__)
+    output = draw(tiny_pipeline)
+    assert output.applied_safety_concept == "a weapon" and not np.array_equal(output.images, plain)
+    with pytest.warns(UserWarning, match="off"):
+        off = draw(tiny_pipeline, sld_guidance_scale=0)
+    assert off.applied_safety_concept is None and np.array_equal(off.images, plain)
+    assert draw(tiny_pipeline, safety_concept="a cat").applied_safety_concept == "a cat"
+    assert len(draw(tiny_pipeline, return_dict=False)) == 2
+
+    tiny_pipeline.save_pretrained(tmp_path)  # what is saved is the stock pipeline
+    assert np.allclose(draw(StableDiffusionPipeline.from_pretrained(tmp_path)).images, plain, atol=1e-3)
+
+    assert disable_safe_latent_diffusion(tiny_pipeline) is tiny_pipeline
+    assert type(tiny_pipeline) is StableDiffusionPipeline and np.array_equal(draw(tiny_pipeline).images, plain)
+
+
+def test_enabling_twice_and_disabling_what_is_not_enabled_are_errors(tiny_pipeline):
+    with pytest.raises(ValueError, match="not enabled"):
+        disable_safe_latent_diffusion(tiny_pipeline)
+    enable_safe_latent_diffusion(tiny_pipeline)
+    with pytest.raises(ValueError, match="enabled already"):
+        enable_safe_latent_diffusion(tiny_pipeline)
+
+
+def test_a_pipeline_that_does_not_guide_is_refused_at_once():
+    class FluxLike:  # guidance is an input of the distilled model: there is nothing to replace
+        def encode_prompt(self):
+            pass
+
+    with pytest.raises(ValueError, match="FluxLike has no do_classifier_free_guidance.*cannot steer"):
+        enable_safe_latent_diffusion(FluxLike())
+    from diffusers import FluxPipeline
+
+    with pytest.raises(ValueError, match="FluxPipeline"):
+        enable_safe_latent_diffusion(object.__new__(FluxPipeline))
+
+
+def test_a_pipeline_that_predicts_in_two_calls_is_refused_in_the_first():
+    pipeline = SimpleNamespace(do_classifier_free_guidance=True)
+    denoiser = SafeDenoiser(pipeline, lambda sample, **_: (sample,), {}, SafetyConfig.MAX)
+    for sample in (torch.randn(1, 4, 2, 2), torch.randn(2, 4, 2, 2)):
+        with pytest.raises(ValueError, match="one batch of two"):
+            denoiser(sample)
+
+
+# --- what the denoiser gets ------------------------------------------------------------------------------------------
+
+
+def test_everything_of_the_batch_is_widened():
+    seen = {}
+
+    def network(sample, timestep, **kwargs):
+        seen.update(kwargs, sample=sample, timestep=timestep)
+        return (sample * torch.arange(1.0, 10.0).view(9, 1, 1, 1),)
+
+    concept = torch.full((1, 5, 8), 7.0)
+    conditions = {"encoder_hidden_states": concept, "text_embeds": torch.full((3, 6), 9.0)}
+    pipeline = SimpleNamespace(do_classifier_free_guidance=True)
+    safe = SafeDenoiser(pipeline, network, conditions, SafetyConfig.MAX)
+    latents = torch.randn(3, 4, 2, 2)
+    residuals = [torch.randn(6, 2), (torch.randn(6, 3),)]
+    time_ids = torch.randn(6, 6)
+    (prediction,) = safe(
+        torch.cat([latents, latents]),
+        torch.tensor(7),
+        encoder_hidden_states=torch.randn(6, 5, 8),
+        down_block_additional_residuals=residuals,
+        added_cond_kwargs={
+            "text_embeds": torch.randn(6, 6),
+            "time_ids": time_ids,
+            "image_embeds": [torch.randn(6, 1)],
+        },
+        timestep_cond=None,
+        cross_attention_kwargs={"scale": 0.5},
+        return_dict=False,
+    )
+    assert torch.equal(seen["sample"], torch.cat([latents] * 3)) and seen["timestep"].ndim == 0
+    assert torch.equal(seen["encoder_hidden_states"][6:], concept.expand(3, 5, 8))
+    assert torch.equal(seen["down_block_additional_residuals"][0][6:], residuals[0][3:])
+    assert torch.equal(seen["down_block_additional_residuals"][1][0][6:], residuals[1][0][3:])
+    added = seen["added_cond_kwargs"]
+    assert (added["text_embeds"][6:] == 9).all() and torch.equal(added["time_ids"][6:], time_ids[3:])
+    assert added["image_embeds"][0].shape == (9, 1)
+    assert seen["cross_attention_kwargs"] == {"scale": 0.5} and seen["return_dict"] is False
+    uncond, text, safety = seen["sample"].mul(torch.arange(1.0, 10.0).view(9, 1, 1, 1)).chunk(3)
+    expected, _ = guide_safely(uncond, text, safety, SafetyState(), SafetyConfig.MAX)
+    assert torch.equal(prediction, torch.cat([uncond, expected]))
+
+
+# --- SDXL ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def xl_parts(make_tiny_pipeline):
+    tiny = make_tiny_pipeline()
+    torch.manual_seed(0)
+    config = CLIPTextConfig(**{**tiny.text_encoder.config.to_dict(), "projection_dim": 32, "num_hidden_layers": 2})
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 1),
+        projection_class_embeddings_input_dim=80,  # 6 * 8 + 32
+        cross_attention_dim=64,
+        norm_num_groups=4,
+    )
+    return {
+        "vae": tiny.vae,
+        "text_encoder": CLIPTextModel(config).eval(),
+        "text_encoder_2": CLIPTextModelWithProjection(config).eval(),
+        "tokenizer": tiny.tokenizer,
+        "tokenizer_2": tiny.tokenizer,
+        "unet": unet.eval(),
+        "scheduler": EulerDiscreteScheduler.from_config(tiny.scheduler.config),
+    }
+
+
+def test_sdxl_is_stock_without_sld_and_steers_with_it(xl_parts, tmp_path):
+    stock = StableDiffusionXLPipeline(**xl_parts, add_watermarker=False)
+    safe = StableDiffusionXLPipelineSafe(**xl_parts, add_watermarker=False, safety_concept="a weapon")
+    plain = draw(stock, ["a knife", "a cat"], num_images_per_prompt=2).images
+    with pytest.warns(UserWarning, match="off"):
+        assert np.array_equal(
+            draw(safe, ["a knife", "a cat"], num_images_per_prompt=2, sld_guidance_scale=1).images, plain
+        )
+    output = draw(safe, ["a knife", "a cat"], num_images_per_prompt=2, **SafetyConfig.MAX)
+    assert output.applied_safety_concept == "a weapon" and not np.array_equal(output.images, plain)
+    enabled = enable_safe_latent_diffusion(StableDiffusionXLPipeline(**xl_parts), "a weapon", SafetyConfig.MAX)
+    assert np.array_equal(draw(enabled, ["a knife", "a cat"], num_images_per_prompt=2).images, output.images)
+
+    safe.save_pretrained(tmp_path)
+    again = StableDiffusionXLPipelineSafe.from_pretrained(tmp_path, add_watermarker=False)
+    images = draw(again, ["a knife", "a cat"], num_images_per_prompt=2, **SafetyConfig.MAX).images
+    assert np.allclose(images, output.images, atol=1e-3)
+
+
+def test_sdxl_takes_the_concept_as_embeddings_with_pooled_ones(xl_parts):
+    safe = StableDiffusionXLPipelineSafe(**xl_parts, add_watermarker=False, safety_concept="a weapon")
+    embeds, _, pooled, _ = safe.encode_prompt("a weapon", device="cpu", do_classifier_free_guidance=False)
+    given = {"safety_prompt_embeds": embeds, "safety_pooled_prompt_embeds": pooled}
+    with_embeds = draw(safe, **SafetyConfig.MAX, **given).images
+    assert np.allclose(with_embeds, draw(safe, **SafetyConfig.MAX).images, atol=1e-6)
+    with pytest.raises(ValueError, match="safety_pooled_prompt_embeds"):
+        draw(safe, safety_prompt_embeds=embeds)
+
+
+# --- ControlNet ------------------------------------------------------------------------------------------------------
+
+
+def test_controlnet(tiny_pipeline):
+    controlnet = ControlNetModel.from_unet(tiny_pipeline.unet, conditioning_embedding_out_channels=(8, 8, 8, 8)).eval()
+    for parameter in controlnet.controlnet_mid_block.parameters():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    parts = {**tiny_pipeline.components, "controlnet": controlnet}
+    pipeline = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    options = {"image": image, "controlnet_conditioning_scale": 0.5}
+    plain = draw(pipeline, **options).images
+    enable_safe_latent_diffusion(pipeline, "a weapon", SafetyConfig.MAX)
+    for guess_mode in (False, True):
+        output = draw(pipeline, guess_mode=guess_mode, **options)
+        assert output.applied_safety_concept == "a weapon" and not np.array_equal(output.images, plain)
