@@ -30,6 +30,13 @@ class SpeedArguments:
     batch_size: int = field(default=4, metadata={"help": "Images at once."})
     num_inference_steps: int = field(default=50, metadata={"help": "Steps of the scheduler."})
 
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype '{self.dtype}': unknown; allowed are {', '.join(DTYPES)}")
+        for name in ("rounds", "batch_size", "num_inference_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+
 
 def seconds(pipeline, args: SpeedArguments, call: dict) -> float:
     on_gpu = pipeline.device.type == "cuda"
@@ -56,8 +63,7 @@ def main() -> None:
     args = parse_dataclass(SpeedArguments, __doc__)
     device = PartialState().device
     plain = load_any_pipeline(args.model, DTYPES[args.dtype]).to(device)
-    safe = type(plain)(**plain.components)
-    enable_safe_latent_diffusion(safe, "a weapon")
+    safe = enable_safe_latent_diffusion(type(plain).from_pipe(plain), "a weapon")
     ways = {"guidance": (plain, {}), **{name: (safe, dict(config)) for name, config in SAFETY_CONFIGS.items()}}
     times, memory = {name: [] for name in ways}, {}
     for each in (plain, safe):

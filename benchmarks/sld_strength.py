@@ -5,10 +5,9 @@
 Nothing (SD), a negative prompt and the four configs of SLD draw the same prompts with the same seeds; the judge says
 on how many a weapon is seen, and on how many of the others what was asked for. The table (Markdown, also in
 `table.md`) and a
-picture (`grid.png`) show erasure beside retention. Finished rows are kept when it is run again.
+picture (`grid.png`) show erasure beside retention. Finished images are kept when it is run again.
 """
 
-import json
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +23,6 @@ from diffusers_safe.emoji.classifier import EmojiClassifier
 from diffusers_safe.emoji.evaluation import SETTINGS, erasure_rows, evaluate_erasure
 from diffusers_safe.emoji.scenes import group_members
 from diffusers_safe.evaluation.generate import load_images, read_manifest
-from diffusers_safe.evaluation.statistics import Estimate
 from diffusers_safe.guidance import SAFETY_CONFIGS
 from diffusers_safe.provenance import write_text
 
@@ -43,32 +41,23 @@ class StrengthArguments:
 
 
 def measure(name: str, args: StrengthArguments) -> dict:
-    folder = Path(args.output_dir) / name
-    if not (folder / "results.json").exists():
-        (Path(args.output_dir) / "SD").mkdir(parents=True, exist_ok=True)
-        folder.mkdir(exist_ok=True)
-        if not (folder / "before").exists():
-            (folder / "before").symlink_to((Path(args.output_dir) / "SD").resolve())
-        stock = StableDiffusionPipeline.from_pretrained(MODEL_FOLDER)
-        if name == "negative prompt":
-            after, settings = stock, replace(SETTINGS, negative_prompt=args.safety_concept)
-        else:
-            after = StableDiffusionPipelineSafe.from_pipe(stock, safety_concept=args.safety_concept)
-            config = SafetyConfig.named(name.removeprefix("SLD "))
-            settings = replace(SETTINGS, call={**config, "safety_concept": args.safety_concept})
-        classifier = EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER)
-        evaluate_erasure(
-            stock,
-            after,
-            group_members(GROUP),
-            classifier,
-            folder,
-            args.images_per_prompt,
-            args.seed,
-            GROUP,
-            settings_after=settings,
-        )
-    return json.loads((folder / "results.json").read_text())
+    folder, shared = Path(args.output_dir) / name, Path(args.output_dir) / "SD"
+    for each in (folder, shared):
+        each.mkdir(parents=True, exist_ok=True)
+    if not (folder / "before").exists():
+        (folder / "before").symlink_to(shared.resolve())
+    stock = StableDiffusionPipeline.from_pretrained(MODEL_FOLDER)
+    if name == "negative prompt":
+        after, settings = stock, replace(SETTINGS, negative_prompt=args.safety_concept)
+    else:
+        after = StableDiffusionPipelineSafe.from_pipe(stock, safety_concept=args.safety_concept)
+        config = SafetyConfig.named(name.removeprefix("SLD "))
+        settings = replace(SETTINGS, call={**config, "safety_concept": args.safety_concept})
+    classifier = EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER)
+    members = group_members(GROUP)
+    return evaluate_erasure(
+        stock, after, members, classifier, folder, args.images_per_prompt, args.seed, GROUP, settings_after=settings
+    )
 
 
 def draw_grid(args: StrengthArguments) -> None:
@@ -85,10 +74,6 @@ def draw_grid(args: StrengthArguments) -> None:
     grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.LANCZOS).save(Path(args.output_dir) / "grid.png")
 
 
-def readable(estimate: dict) -> str:
-    return str(Estimate(**estimate))
-
-
 def main() -> None:
     args = parse_dataclass(StrengthArguments, __doc__)
     lines = ["| | weapon recognised | others recognised | change |", "|---|---|---|---|"]
@@ -96,9 +81,9 @@ def main() -> None:
         results = measure(name, args)
         rate, accuracy = results["concept_rate"], results["accuracy"]
         if len(lines) == 2:
-            lines.append(f"| SD | {readable(rate['before'])} | {readable(accuracy['before'])} | |")
+            lines.append(f"| SD | {rate['before']} | {accuracy['before']} | |")
         cells = (rate["after"], accuracy["after"], accuracy["difference"])
-        lines.append(f"| {name} | {' | '.join(map(readable, cells))} |")
+        lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
         print(lines[-1], file=sys.stderr)
     table = "\n".join(lines) + "\n"
     write_text(Path(args.output_dir) / "table.md", table)

@@ -54,7 +54,7 @@ def test_the_presets_are_those_of_the_paper():
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"sld_guidance_scale": -0.5}, "sld_guidance_scale -0.5: must be at least 0"),
+        ({"sld_guidance_scale": -0.5}, "sld_guidance_scale -0.5: must be at least 0, and finite"),
         ({"sld_guidance_scale": math.nan}, "sld_guidance_scale nan: must be at least 0"),
         ({"sld_warmup_steps": -1}, "sld_warmup_steps -1: must be at least 0"),
         ({"sld_threshold": math.nan}, "sld_threshold nan: must be a number"),

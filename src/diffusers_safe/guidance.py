@@ -4,6 +4,7 @@ Schramowski et al., CVPR 2023, arXiv 2211.05105. SLD is classifier-free guidance
 is moved away from the prediction for a safety concept, where the two agree.
 """
 
+import math
 from dataclasses import dataclass, fields
 from typing import ClassVar, NamedTuple
 
@@ -51,7 +52,7 @@ class SafetyConfig:
 
     def __post_init__(self):
         for name, fits, allowed in (
-            ("sld_guidance_scale", self.sld_guidance_scale >= 0, "at least 0"),
+            ("sld_guidance_scale", 0 <= self.sld_guidance_scale < math.inf, "at least 0, and finite"),
             ("sld_warmup_steps", self.sld_warmup_steps >= 0, "at least 0"),
             ("sld_threshold", self.sld_threshold == self.sld_threshold, "a number"),
             ("sld_momentum_scale", 0 <= self.sld_momentum_scale <= 1, "in [0, 1]"),

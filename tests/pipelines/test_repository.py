@@ -128,9 +128,14 @@ def test_the_card_is_true(folder):
     assert "> a {weapon}" in card.text and "| `SafetyConfig.MAX` | 5000 | 0 | 1 | 0.5 | 0.7 |" in card.text
 
 
-def test_a_card_that_is_there_is_kept(safe, tmp_path):
+def test_somebody_elses_card_is_kept_and_our_own_follows_the_concept(folder, tmp_path):
+    pipeline = StableDiffusionPipelineSafe.from_pretrained(folder)
+    pipeline.save_pretrained(tmp_path)
+    pipeline.safety_concept = "a gun"
+    pipeline.save_pretrained(tmp_path)
+    assert "> a gun" in (tmp_path / "README.md").read_text()
     (tmp_path / "README.md").write_text("mine")
-    safe.save_pretrained(tmp_path)
+    pipeline.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
 
 

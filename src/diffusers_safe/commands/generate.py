@@ -8,7 +8,6 @@ how each came about. A run that was stopped continues when it is started again.
 """
 
 import csv
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +16,9 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
-from ..arguments import check_output_dir, parse_dataclass
+from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
 from ..emoji import MODEL_FOLDER
-from ..evaluation.generate import GenerationSettings, PromptRow, generate
+from ..evaluation.generate import GenerationSettings, PromptRow, check_rows, generate
 from ..guidance import SAFETY_CONCEPT, SAFETY_CONFIGS, SafetyConfig
 
 
@@ -32,7 +31,11 @@ class GenerateArguments:
     model: str = field(default=str(MODEL_FOLDER), metadata={"help": "Folder or Hub id; default the embedded model."})
     output_dir: str = field(default="runs/generate", metadata={"help": "Where the images go."})
     safety: str | None = field(
-        default=None, metadata={"help": f"Steer with Safe Latent Diffusion: {', '.join(SAFETY_CONFIGS)}."}
+        default=None,
+        metadata={
+            "help": f"Steer with Safe Latent Diffusion: {', '.join(SAFETY_CONFIGS)}. "
+            "Default: no; medium if the model is a safe pipeline."
+        },
     )
     safety_concept: str | None = field(
         default=None, metadata={"help": "What to steer away from; default the pipeline's own, or the paper's list."}
@@ -68,7 +71,10 @@ def read_rows(prompts: list[str], images_per_prompt: int, seed: int) -> list[Pro
     Raises:
         `ValueError`: If there is no prompt, the file cannot be read or has no column `prompt`, or a seed is no number.
     """
-    if len(prompts) == 1 and prompts[0].endswith(".csv"):
+    files = [prompt for prompt in prompts if prompt.lower().endswith(".csv")]
+    if files and len(prompts) > 1:
+        raise ValueError(f"prompts {files[0]}: a file must be the only one")
+    if files:
         path = Path(prompts[0])
         try:
             with path.open(newline="", encoding="utf-8-sig") as file:
@@ -90,8 +96,7 @@ def read_rows(prompts: list[str], images_per_prompt: int, seed: int) -> list[Pro
         except ValueError:
             raise ValueError(f"prompt {number + 1}: seed '{entry['seed']}' is no whole number") from None
         rows += [PromptRow(f"{name}-{first + i}", entry["prompt"], first + i) for i in range(images_per_prompt)]
-    if not rows:
-        raise ValueError(f"prompts {prompts}: give at least one")
+    check_rows(rows)
     return rows
 
 
@@ -107,17 +112,23 @@ def load_any_pipeline(model: str, dtype: torch.dtype) -> DiffusionPipeline:
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(GenerateArguments, __doc__, argv, prog, lambda args: check_output_dir(args.output_dir))
+    with told_in_one_line():
+        pipeline = load_any_pipeline(args.model, DTYPES[args.dtype]).to(PartialState().device)
+        call = safety_call(pipeline, args.safety, args.safety_concept)
+        settings = GenerationSettings(
+            args.num_inference_steps, args.guidance_scale, args.height, args.width, args.negative_prompt, call
+        )
+        manifest = generate(pipeline, args.rows, args.output_dir, settings, args.batch_size)
+    print(f"{len(manifest)} images in {Path(args.output_dir).resolve()}")
+
+
+def safety_call(pipeline: DiffusionPipeline, safety: str | None, concept: str | None) -> dict:
+    """Arguments of a call with SLD, which is given to a stock pipeline if `safety` asks for it; `{}` without."""
     from ..pipelines.safe_latent_diffusion import SafeLatentDiffusionMixin, enable_safe_latent_diffusion
 
-    pipeline = load_any_pipeline(args.model, DTYPES[args.dtype]).to(PartialState().device)
-    call = {}
-    if args.safety is not None:
-        if not isinstance(pipeline, SafeLatentDiffusionMixin):
-            enable_safe_latent_diffusion(pipeline)
-        own = getattr(pipeline, "safety_concept", SAFETY_CONCEPT)
-        call = {**SafetyConfig.named(args.safety), "safety_concept": args.safety_concept or own}
-    settings = GenerationSettings(
-        args.num_inference_steps, args.guidance_scale, args.height, args.width, args.negative_prompt, call
-    )
-    manifest = generate(pipeline, args.rows, args.output_dir, settings, args.batch_size)
-    print(json.dumps({"images": len(manifest), "folder": str(Path(args.output_dir).resolve())}))
+    if not isinstance(pipeline, SafeLatentDiffusionMixin):
+        if safety is None:
+            return {}
+        enable_safe_latent_diffusion(pipeline)
+    own = getattr(pipeline, "safety_concept", SAFETY_CONCEPT)
+    return {**SafetyConfig.named(safety or "medium"), "safety_concept": concept or own}

@@ -28,7 +28,7 @@ from .render import render_many
 from .scenes import BACKGROUNDS, GROUP_OF, GROUPS, OBJECTS, STYLES, group_members, is_held_out, prompt_for
 
 
-SETTINGS = GenerationSettings(num_inference_steps=25, guidance_scale=4.0)
+SETTINGS = GenerationSettings(num_inference_steps=25, guidance_scale=6.0)
 IMAGES_PER_GROUP = 4  # times as many as of an object
 RENDER_SEED = 1  # training uses 0
 CARD_MARKERS = ("<!-- quality:begin -->", "<!-- quality:end -->")

@@ -13,6 +13,7 @@ process; never compile the autoencoder (docs/architecture.md).
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -375,9 +376,14 @@ def assemble(args: RecipeArguments, autoencoder: AutoencoderKL, moments: np.ndar
     folder = Path(args.output_dir) / "model"
     pipeline.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
     # transformers would load its part in the dtype noted here, diffusers loads in float32: they must agree.
-    config_file = folder / "text_encoder" / "config.json"
-    config = json.loads(config_file.read_text())
-    config_file.write_text(json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
+    _edit_config(folder / "text_encoder", lambda config: {**config, "dtype": "float32"})
+    # Where the autoencoder came from is a path of this machine.
+    _edit_config(folder / "vae", lambda config: {k: v for k, v in config.items() if k != "_name_or_path"})
+
+
+def _edit_config(folder: Path, edit: Callable[[dict], dict]) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(edit(json.loads(path.read_text())), indent=2) + "\n")
 
 
 def load_pictures(args: RecipeArguments) -> tuple[np.ndarray, list[Scene]]:

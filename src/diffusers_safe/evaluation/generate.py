@@ -114,11 +114,11 @@ def generate(
         `ValueError`: If there are no rows or two with the same id, or if the folder holds images of another model,
             of other settings, or of another prompt under the same id. Nothing is generated then.
     """
-    _check_rows(rows)
+    check_rows(rows)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     folder = Path(folder)
-    origin = {"model": pipeline_fingerprint(pipeline), "settings": asdict(settings)}
+    origin = {"model": pipeline_fingerprint(pipeline), "settings": json.loads(json.dumps(asdict(settings)))}
     finished = _finished_rows(folder, rows, origin)
     waiting = [row for row in rows if row.id not in finished]
 
@@ -183,8 +183,11 @@ def load_images(folder: str | Path, rows: list[dict]) -> np.ndarray:
 
 def pipeline_fingerprint(pipeline: DiffusionPipeline) -> str:
     """A hash of what a pipeline brings to an image: its class, the weights and types of its models, its scheduler's
-    configuration. The safety checker does not count. 16 hexadecimal digits."""
+    configuration, and what it steers away from. The safety checker does not count. 16 hexadecimal digits."""
     digest = hashlib.sha256(type(pipeline).__name__.encode())
+    for name in ("safety_concept", "_safety"):  # of our pipelines with Safe Latent Diffusion, which others lack
+        if hasattr(pipeline, name):
+            digest.update(f"{name} {getattr(pipeline, name)}".encode())
     for name, component in sorted(pipeline.components.items()):
         if isinstance(component, nn.Module) and name != "safety_checker":
             digest.update(f"{name} {component.dtype} {fingerprint(component)}".encode())
@@ -194,7 +197,7 @@ def pipeline_fingerprint(pipeline: DiffusionPipeline) -> str:
     return digest.hexdigest()[:16]
 
 
-def _check_rows(rows: list[PromptRow]) -> None:
+def check_rows(rows: list[PromptRow]) -> None:
     if not rows:
         raise ValueError("no rows: there must be at least one image to generate")
     ids = set()

@@ -5,7 +5,9 @@ the index names a `pipeline.py` beside it, which imports the class from this pac
 
 * the class itself loads the folder without running any code of it;
 * `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` loads the class through `pipeline.py`;
-* every other way ends in an error, not in a pipeline without SLD.
+* without trust, diffusers' loaders end in an error, not in a pipeline without SLD.
+
+What reads the folders of the models one by one (Modular Diffusers, or a copy without `pipeline.py`) cannot know.
 """
 
 import json
@@ -17,7 +19,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 
 from ..guidance import SAFETY_CONFIGS, SafetyConfig
-from .safe_latent_diffusion import SafeLatentDiffusionMixin, check_concept
+from .safe_latent_diffusion import SafeLatentDiffusionMixin, check_concept, check_either
 
 
 _MODULE = "pipeline"  # the file that diffusers looks for
@@ -37,6 +39,7 @@ class SafePipelineMixin(SafeLatentDiffusionMixin):
     """A safe pipeline class: its safety concept is part of its config, and its folder is a whole repository."""
 
     _card_tags: tuple[str, ...] = ()
+    _card_example = 'pipeline("a portrait", **SafetyConfig.MAX)'
 
     @property
     def safety_concept(self) -> str:
@@ -50,13 +53,15 @@ class SafePipelineMixin(SafeLatentDiffusionMixin):
     def _call_with_concept(self, call: Callable, arguments: dict[str, Any]) -> tuple[Any, str | None]:
         """`_call_safely` for a `__call__` that hands over its `locals()`."""
         arguments = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
-        arguments |= arguments.pop("kwargs")
+        others = arguments.pop("kwargs")
+        if unknown := sorted(others.keys() - {"callback", "callback_steps"}):
+            raise TypeError(f"{type(self).__name__} got unknown arguments {', '.join(unknown)}")
+        arguments |= others
         config = SafetyConfig(**{name: arguments.pop(name) for name in SafetyConfig().keys()})
         concept = arguments.pop("safety_concept")
         embeds, pooled = (arguments.pop(f"safety_{name}", None) for name in ("prompt_embeds", "pooled_prompt_embeds"))
-        if concept is not None and embeds is not None:
-            raise ValueError("pass safety_concept or safety_prompt_embeds, not both")
-        concept = self.safety_concept if concept is None else check_concept(concept)
+        check_either(concept, embeds, pooled)
+        concept = self.safety_concept if concept is None else concept
         return self._call_safely(call, arguments, config, concept, embeds, pooled)
 
     @classmethod
@@ -85,7 +90,8 @@ class SafePipelineMixin(SafeLatentDiffusionMixin):
         push_to_hub: bool = False,
         **kwargs,
     ) -> None:
-        """Writes a whole repository: models, index, `pipeline.py`, and a model card if there is none yet.
+        """Writes a whole repository: models, index, `pipeline.py`, and a model card, unless there is one by another
+        hand.
 
         Args:
             save_directory (`str` or `Path`): A folder, made if need be.
@@ -103,8 +109,9 @@ class SafePipelineMixin(SafeLatentDiffusionMixin):
                 hub["repo_id"] or folder.resolve().name, private=hub["private"], token=token, exist_ok=True
             ).repo_id
         super().save_pretrained(str(folder), safe_serialization, variant, max_shard_size, **kwargs)
-        if not (folder / _CARD).exists():
-            safe_pipeline_card(self, repo_id if push_to_hub else None).save(folder / _CARD)
+        card = folder / _CARD
+        if not card.exists() or _CARD_MARK in card.read_text(encoding="utf-8"):
+            safe_pipeline_card(self, repo_id if push_to_hub else None).save(card)
         if push_to_hub:
             upload_folder(
                 repo_id=repo_id,
@@ -165,18 +172,17 @@ def safe_pipeline_card(pipeline: SafePipelineMixin, repo_id: str | None = None) 
             columns=" | ".join(f"`{column}`" for column in columns),
             rules="|".join("---" for _ in columns),
             presets=presets,
-            example=_EXAMPLES[pipeline._card_tags[0]],
+            example=pipeline._card_example,
         )
     )
 
 
-_EXAMPLES = {
-    "text-to-image": 'pipeline("a portrait", **SafetyConfig.MAX)',
-    "image-to-image": 'pipeline("a portrait", image=image, **SafetyConfig.MAX)',
-}
+_CARD_MARK = "<!-- written by diffusers_safe -->"  # a card without it is somebody's own, and is kept
 _CARD_TEXT = """---
 {data}
 ---
+
+<!-- written by diffusers_safe -->
 
 # {name}
 
@@ -193,8 +199,7 @@ result.images[0], result.applied_safety_concept
 ```
 
 `DiffusionPipeline.from_pretrained("{source}", trust_remote_code=True)` loads the same class (it runs `pipeline.py`,
-which imports it from `diffusers_safe`). Any other way of loading raises an error instead of dropping the safety
-silently.
+which imports it from `diffusers_safe`). Without trust it raises an error instead of dropping the safety silently.
 
 ## Safety concept
 

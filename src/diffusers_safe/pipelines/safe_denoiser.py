@@ -49,6 +49,9 @@ class SafeDenoiser:
         """How many calls so far came with classifier-free guidance."""
         return self._state.step
 
+    # diffusers asks components for their class: whether LoRA goes in, whether they count for the device.
+    __class__ = property(lambda self: type(self._denoiser))
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._denoiser, name)
 
@@ -57,7 +60,8 @@ class SafeDenoiser:
             return self._denoiser(*args, **kwargs)
         sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
         count = len(sample) // 2
-        if self._state.step == 0 and not (len(sample) == 2 * count and sample[:count].equal(sample[count:])):
+        is_pair = len(sample) == 2 * count and (self._state.step > 0 or sample[:count].equal(sample[count:]))
+        if not is_pair:
             raise ValueError(
                 f"{type(self._pipeline).__name__} does not predict with and without the prompt in one batch of two:"
                 " Safe Latent Diffusion cannot steer it"
@@ -66,26 +70,35 @@ class SafeDenoiser:
             self._state = SafetyState(self._state.step + 1)
             return self._denoiser(*args, **kwargs)
 
-        output = self._denoiser(
-            *(self._widen(value, count) for value in args),
-            **{name: self._widen(value, count, name) for name, value in kwargs.items()},
-        )
+        used = set()
+        args = [self._widen(value, count, used) for value in args]
+        kwargs = {name: self._widen(value, count, used, name) for name, value in kwargs.items()}
+        if unused := sorted(self._conditions.keys() - used):
+            raise ValueError(
+                f"{type(self._pipeline).__name__} does not pass {', '.join(unused)} to its denoiser: Safe Latent"
+                " Diffusion cannot steer it"
+            )
+        output = self._denoiser(*args, **kwargs)
         prediction = output[0]
         uncond, text, safety = prediction.chunk(3)
         text, self._state = guide_safely(uncond, text, safety, self._state, self._config)
         steered = torch.cat([uncond, text])
         return (steered, *output[1:]) if isinstance(output, tuple) else type(output)(steered)
 
-    def _widen(self, value: Any, count: int, name: str | None = None) -> Any:
-        """What the denoiser gets for [u, c, f] where the pipeline passed `value` for [u, c]."""
+    def _widen(self, value: Any, count: int, used: set[str], name: str | None = None) -> Any:
+        """What the denoiser gets for [u, c, f] where the pipeline passed `value` for [u, c]; notes in `used` which of
+        the conditions went in."""
         if isinstance(value, dict):
-            return {key: self._widen(entry, count, key) for key, entry in value.items()}
+            return {key: self._widen(entry, count, used, key) for key, entry in value.items()}
         if isinstance(value, (list, tuple)):
-            return type(value)(self._widen(entry, count) for entry in value)
+            return type(value)(self._widen(entry, count, used) for entry in value)
         if not isinstance(value, torch.Tensor) or value.ndim == 0 or len(value) != 2 * count:
+            return value
+        if name == "ip_adapter_masks":  # one for each adapter, not for each image
             return value
         if name not in self._conditions:
             return torch.cat([value, value[count:]])
+        used.add(name)
         condition = self._conditions[name].to(value)
         if len(condition) == 1:
             condition = condition.expand(count, *condition.shape[1:])

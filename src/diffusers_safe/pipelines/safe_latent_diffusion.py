@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from ..guidance import SAFETY_CONCEPT, SafetyConfig
 from .safe_denoiser import SafeDenoiser
@@ -57,23 +57,18 @@ class SafeLatentDiffusionMixin:
     @contextmanager
     def _steered(self, conditions: dict[str, torch.Tensor], config: SafetyConfig) -> Iterator[SafeDenoiser]:
         """While it lasts, the pipeline calls a [`SafeDenoiser`]."""
-        name = self._denoiser_name
-        before = self.__dict__[name]
-        # Past `DiffusionPipeline.__setattr__`, which would write another class into the config.
-        self.__dict__[name] = SafeDenoiser(self, _real(before), conditions, config)
+        before = self.unet
+        # Past `DiffusionPipeline.__setattr__`, which is for components that are to stay.
+        self.__dict__["unet"] = denoiser = SafeDenoiser(self, _real(before), conditions, config)
         try:
-            yield self.__dict__[name]
+            yield denoiser
         finally:
-            self.__dict__[name] = before
+            self.__dict__["unet"] = before
 
     @property
     def components(self) -> dict[str, Any]:
         # What moves and offloads models during a call must see the real denoiser.
         return {name: _real(component) for name, component in super().components.items()}
-
-    @property
-    def _denoiser_name(self) -> str:
-        return "unet" if "unet" in self.__dict__ else "transformer"
 
     @property
     def _has_text_encoder(self) -> bool:
@@ -97,8 +92,7 @@ class SafeLatentDiffusionMixin:
         clip_skip: int | None,
     ) -> None:
         """Notes the encoded concept on prompt embeddings that a pipeline without text encoder may be called with."""
-        steers_now = isinstance(self.__dict__.get(self._denoiser_name), SafeDenoiser)
-        if self._has_text_encoder and not steers_now:
+        if self._has_text_encoder and type(self.unet) is not SafeDenoiser:
             conditions = self._encode_concept(self.safety_concept, device, lora_scale, clip_skip)
             prompt_embeds.safety_conditions = {self.safety_concept: conditions}
 
@@ -108,8 +102,6 @@ class SafeLatentDiffusionMixin:
         encode_prompt = super().encode_prompt
         known = inspect.signature(encode_prompt).parameters
         options = {
-            "prompt_2": None,
-            "prompt_3": None,
             "device": device,
             "num_images_per_prompt": 1,
             "do_classifier_free_guidance": False,
@@ -121,14 +113,13 @@ class SafeLatentDiffusionMixin:
 
     def _name_conditions(self, embeds: torch.Tensor, pooled: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """By the names under which the denoiser takes them."""
-        if not hasattr(self, "text_encoder_2"):
-            return {"encoder_hidden_states": embeds}
-        if pooled is None:
-            raise ValueError("this pipeline needs safety_pooled_prompt_embeds beside safety_prompt_embeds")
-        return {
-            "encoder_hidden_states": embeds,
-            "text_embeds" if self._denoiser_name == "unet" else "pooled_projections": pooled,
-        }
+        takes_pooled = (
+            self.unet.config.addition_embed_type == "text_time" if self.unet is not None else pooled is not None
+        )
+        if takes_pooled != (pooled is not None):
+            verb = "needs" if takes_pooled else "takes no"
+            raise ValueError(f"{type(self).__name__} {verb} safety_pooled_prompt_embeds beside safety_prompt_embeds")
+        return {"encoder_hidden_states": embeds, **({"text_embeds": pooled} if takes_pooled else {})}
 
 
 def enable_safe_latent_diffusion(
@@ -136,24 +127,27 @@ def enable_safe_latent_diffusion(
     safety_concept: str = SAFETY_CONCEPT,
     config: SafetyConfig = SafetyConfig.MEDIUM,
 ) -> DiffusionPipeline:
-    """Gives Safe Latent Diffusion to a pipeline, in place: ControlNet, T2I-Adapter, Stable Diffusion 3, ...
+    """Gives Safe Latent Diffusion to a pipeline, in place: ControlNet, T2I-Adapter, ...
 
-    The pipeline must batch classifier-free guidance: one call of its denoiser predicts with and without the prompt.
-    Its calls then also take `safety_concept` and the `sld_*` values of a [`SafetyConfig`], for that call, and its
-    outputs have an attribute `applied_safety_concept`. `save_pretrained` writes the stock pipeline: what loads it
-    has to enable SLD again. For Stable Diffusion itself and SDXL there are classes that keep it.
+    The pipeline must batch classifier-free guidance: one call of its UNet predicts with and without the prompt. Its
+    calls then also take `safety_concept`, `safety_prompt_embeds` and the `sld_*` values of a [`SafetyConfig`], and its
+    outputs have an attribute `applied_safety_concept`.
+
+    What is made from it does not inherit this: `save_pretrained` writes the stock pipeline, and `from_pipe` gives one.
+    Enable it again there. For Stable Diffusion itself and SDXL there are classes that keep it.
 
     Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]): With `unet` or `transformer`.
+        pipeline ([`~diffusers.DiffusionPipeline`]): Around a `UNet2DConditionModel`: Stable Diffusion 1, 2, XL, and
+        what
+            extends them.
         safety_concept (`str`, *optional*): What to steer away from; default the paper's list.
-        config ([`SafetyConfig`], *optional*): How strongly; default `SafetyConfig.MEDIUM`. The presets were found for
-            Stable Diffusion 1.x, and flow-matching models (SD 3) need others.
+        config ([`SafetyConfig`], *optional*): How strongly; default `SafetyConfig.MEDIUM`.
 
     Returns:
         [`~diffusers.DiffusionPipeline`]: The same object.
 
     Raises:
-        `ValueError`: If the pipeline is no such pipeline, or steers already, or the concept is empty. One that turns
+        `ValueError`: If the pipeline is no such pipeline, or steers already, or the concept is blank. One that turns
         out
             not to batch raises it when it is called.
     """
@@ -161,8 +155,9 @@ def enable_safe_latent_diffusion(
     if isinstance(pipeline, SafeLatentDiffusionMixin):
         raise ValueError(f"{stock.__name__}: Safe Latent Diffusion is enabled already")
     lacks = [name for name in ("encode_prompt", "do_classifier_free_guidance") if not hasattr(stock, name)]
-    if not hasattr(pipeline, "unet") and not hasattr(pipeline, "transformer"):
-        lacks.append("unet or transformer")
+    unet = getattr(pipeline, "unet", None)
+    if not isinstance(getattr(unet, "_orig_mod", unet), UNet2DConditionModel):  # a compiled one has it inside
+        lacks.append("unet of the class UNet2DConditionModel")
     if lacks:
         raise ValueError(f"{stock.__name__} has no {' and no '.join(lacks)}: Safe Latent Diffusion cannot steer it")
     pipeline._safety = config, check_concept(safety_concept)
@@ -196,11 +191,15 @@ def _steered_class(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
     def __call__(self, *args, **kwargs):
         config, concept = self._safety
         config = SafetyConfig(**{name: kwargs.pop(name, value) for name, value in dict(config).items()})
-        concept = check_concept(kwargs.pop("safety_concept", concept))
+        own_concept, own_embeds = kwargs.pop("safety_concept", None), kwargs.pop("safety_prompt_embeds", None)
+        own_pooled = kwargs.pop("safety_pooled_prompt_embeds", None)
+        check_either(own_concept, own_embeds, own_pooled)
+        concept = concept if own_concept is None else own_concept
         arguments = signature.bind(self, *args, **kwargs).arguments
         del arguments["self"]
         arguments |= arguments.pop("kwargs", {})
-        output, applied = self._call_safely(functools.partial(stock.__call__, self), arguments, config, concept)
+        call = functools.partial(stock.__call__, self)
+        output, applied = self._call_safely(call, arguments, config, concept, own_embeds, own_pooled)
         if not isinstance(output, tuple):
             output.applied_safety_concept = applied
         return output
@@ -220,8 +219,22 @@ def check_concept(concept: str) -> str:
     return concept
 
 
+def check_either(concept: str | None, embeds: torch.Tensor | None, pooled: torch.Tensor | None) -> None:
+    """Checks what a call says of its concept.
+
+    Raises:
+        `ValueError`: If it is given twice, or only in part.
+    """
+    if concept is not None:
+        check_concept(concept)
+        if embeds is not None:
+            raise ValueError("pass safety_concept or safety_prompt_embeds, not both")
+    if pooled is not None and embeds is None:
+        raise ValueError("safety_pooled_prompt_embeds need safety_prompt_embeds beside them")
+
+
 def _real(component: Any) -> Any:
-    return component._denoiser if isinstance(component, SafeDenoiser) else component
+    return component._denoiser if type(component) is SafeDenoiser else component
 
 
 def _warn(message: str) -> None:

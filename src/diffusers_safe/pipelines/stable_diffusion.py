@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x and 2.x with Safe Latent Diffusion: text to image, image to image, inpainting."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -81,10 +82,10 @@ class _SafeStableDiffusion(SafePipelineMixin):
         return prompt_embeds, negative_prompt_embeds
 
     def run_safety_checker(self, image, device, dtype):
-        as_drawn = image.clone() if self.safety_checker is not None else None
+        as_drawn = copy.deepcopy(image) if self.safety_checker is not None else None
         image, has_nsfw_concept = super().run_safety_checker(image, device, dtype)
         if has_nsfw_concept is not None and any(has_nsfw_concept):
-            self._flagged_images = as_drawn[torch.tensor(has_nsfw_concept)]
+            self._flagged_images = as_drawn[[i for i, flagged in enumerate(has_nsfw_concept) if flagged]]
         return image, has_nsfw_concept
 
     def _generate(self, call: Callable, arguments: dict[str, Any]) -> StableDiffusionSafePipelineOutput | tuple:
@@ -177,6 +178,7 @@ class StableDiffusionImg2ImgPipelineSafe(_SafeStableDiffusion, StableDiffusionIm
     [`StableDiffusionPipelineSafe`]."""
 
     _card_tags = ("image-to-image", "stable-diffusion")
+    _card_example = 'pipeline("a portrait", image=picture, **SafetyConfig.MAX)  # a PIL picture of yours'
 
     @torch.no_grad()
     def __call__(
@@ -221,6 +223,9 @@ class StableDiffusionInpaintPipelineSafe(_SafeStableDiffusion, StableDiffusionIn
     [`StableDiffusionPipelineSafe`]."""
 
     _card_tags = ("image-to-image", "stable-diffusion", "inpainting")
+    _card_example = (
+        'pipeline("a portrait", image=picture, mask_image=mask, **SafetyConfig.MAX)  # PIL pictures of yours'
+    )
 
     @torch.no_grad()
     def __call__(
