@@ -26,11 +26,11 @@ SETTINGS = {
     "train_method": "xattn",
     "prompt_order": "matched",
     "sdd_target": "frozen",
-    "max_train_steps": 100,
+    "max_train_steps": 150,
     "train_batch_size": 4,
     "learning_rate": 2e-4,
     "ema_decay": 0.95,
-    "num_inference_steps": 25,
+    "num_inference_steps": 10,
 }
 
 
