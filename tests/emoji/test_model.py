@@ -45,9 +45,9 @@ def test_the_judge_recognises_what_the_model_draws(pipeline):
     pictures = draw(pipeline, list(PROMPTS))
     seen = EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER).classify(pictures)
     right = [seen[head][i] == label for i, (head, label) in enumerate(PROMPTS.values())]
-    assert sum(right) >= 3, seen["object"]
+    assert sum(right) >= 5, seen["object"]
     # The prompt decides, not the seed: one picture for all prompts would not pass.
-    assert len(set(seen["object"])) >= 3
+    assert len(set(seen["object"])) >= 5
 
 
 def test_the_judge_recognises_fresh_renders():

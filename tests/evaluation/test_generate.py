@@ -57,6 +57,7 @@ def test_the_manifest_says_how_each_image_came_about(tiny_pipeline, tmp_path):
             "height": None,
             "width": None,
             "negative_prompt": None,
+            "call": {},
         },
     }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["image-0.png", "image-1.png", "manifest.jsonl"]

@@ -29,6 +29,11 @@ from diffusers_safe.guidance import SafetyState, guide_safely
 from diffusers_safe.pipelines.safe_denoiser import SafeDenoiser
 
 
+def same(first, second):
+    """Up to rounding: where an array lies in memory can change the last digits of a convolution."""
+    return np.allclose(first, second, atol=1e-4)
+
+
 def draw(pipeline, prompt="a knife", **options):
     pipeline.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 3, "guidance_scale": 5.0, "output_type": "np", **options}
@@ -44,10 +49,10 @@ def test_enabled_steers_and_disabled_is_stock_again(tiny_pipeline, tmp_path):
     assert isinstance(tiny_pipeline, StableDiffusionPipeline)
     assert inspect.signature(type(tiny_pipeline).__call__) == inspect.signature(StableDiffusionPipeline.__call__)
     output = draw(tiny_pipeline)
-    assert output.applied_safety_concept == "a weapon" and not np.array_equal(output.images, plain)
+    assert output.applied_safety_concept == "a weapon" and not same(output.images, plain)
     with pytest.warns(UserWarning, match="off"):
         off = draw(tiny_pipeline, sld_guidance_scale=0)
-    assert off.applied_safety_concept is None and np.array_equal(off.images, plain)
+    assert off.applied_safety_concept is None and same(off.images, plain)
     assert draw(tiny_pipeline, safety_concept="a cat").applied_safety_concept == "a cat"
     assert len(draw(tiny_pipeline, return_dict=False)) == 2
 
@@ -55,7 +60,7 @@ def test_enabled_steers_and_disabled_is_stock_again(tiny_pipeline, tmp_path):
     assert np.allclose(draw(StableDiffusionPipeline.from_pretrained(tmp_path)).images, plain, atol=1e-3)
 
     assert disable_safe_latent_diffusion(tiny_pipeline) is tiny_pipeline
-    assert type(tiny_pipeline) is StableDiffusionPipeline and np.array_equal(draw(tiny_pipeline).images, plain)
+    assert type(tiny_pipeline) is StableDiffusionPipeline and same(draw(tiny_pipeline).images, plain)
 
 
 def test_enabling_twice_and_disabling_what_is_not_enabled_are_errors(tiny_pipeline):
@@ -204,13 +209,11 @@ def test_sdxl_is_stock_without_sld_and_steers_with_it(xl_parts, tmp_path):
     safe = StableDiffusionXLPipelineSafe(**xl_parts, add_watermarker=False, safety_concept="a weapon")
     plain = draw(stock, ["a knife", "a cat"], num_images_per_prompt=2).images
     with pytest.warns(UserWarning, match="off"):
-        assert np.array_equal(
-            draw(safe, ["a knife", "a cat"], num_images_per_prompt=2, sld_guidance_scale=1).images, plain
-        )
+        assert same(draw(safe, ["a knife", "a cat"], num_images_per_prompt=2, sld_guidance_scale=1).images, plain)
     output = draw(safe, ["a knife", "a cat"], num_images_per_prompt=2, **SafetyConfig.MAX)
-    assert output.applied_safety_concept == "a weapon" and not np.array_equal(output.images, plain)
+    assert output.applied_safety_concept == "a weapon" and not same(output.images, plain)
     enabled = enable_safe_latent_diffusion(StableDiffusionXLPipeline(**xl_parts), "a weapon", SafetyConfig.MAX)
-    assert np.array_equal(draw(enabled, ["a knife", "a cat"], num_images_per_prompt=2).images, output.images)
+    assert same(draw(enabled, ["a knife", "a cat"], num_images_per_prompt=2).images, output.images)
 
     safe.save_pretrained(tmp_path)
     again = StableDiffusionXLPipelineSafe.from_pretrained(tmp_path, add_watermarker=False)

