@@ -96,6 +96,13 @@ def test_each_timestep_is_trained_once(name):
     assert {trajectories.draw_steps(generator) for _ in range(400)} == set(trajectories.positions)
 
 
+def test_a_fraction_keeps_to_the_beginning():
+    trajectories = Trajectories(SCHEDULERS["ddim"], SHAPE, 10)
+    generator = torch.Generator().manual_seed(0)
+    for fraction, expected in ((0.4, {0, 1, 2, 3}), (0.7, set(range(7))), (0.01, {0})):
+        assert {trajectories.draw_steps(generator, fraction) for _ in range(200)} == expected
+
+
 def test_forwards_are_only_those_that_are_needed():
     """Samples that have stopped are not computed on, and 0 steps compute nothing."""
     rows = []

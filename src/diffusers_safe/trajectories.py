@@ -51,9 +51,10 @@ class Trajectories:
         scheduler.set_timesteps(self.num_inference_steps)
         return scheduler
 
-    def draw_steps(self, generator: torch.Generator) -> int:
-        """A number of steps, uniform over `positions`."""
-        return self.positions[int(torch.randint(len(self.positions), (), generator=generator))]
+    def draw_steps(self, generator: torch.Generator, fraction: float = 1.0) -> int:
+        """A number of steps, uniform over the first `fraction` of `positions`, a number in (0, 1]."""
+        count = max(1, round(fraction * len(self.positions)))
+        return self.positions[int(torch.randint(count, (), generator=generator))]
 
     @torch.no_grad()
     def sample(

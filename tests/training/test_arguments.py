@@ -39,6 +39,7 @@ BAD_VALUES = {
     "save": ("all", "full, partial, both"),
     "seed": (-1, "at least 0"),
     "sampling_guidance_scale": (float("inf"), "finite"),
+    "sampling_fraction": (0.0, "greater than 0 and at most 1"),
     "lr_warmup_steps": (5, "constant_with_warmup"),
 }
 

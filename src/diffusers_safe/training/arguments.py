@@ -50,6 +50,11 @@ class ErasureArguments:
         "matched: one concept for both.",
     )
     num_inference_steps: int = _option(50, "Steps of the whole sampling schedule; a latent stops at one of them.")
+    sampling_fraction: float = _option(
+        1.0,
+        "Latents of a concept stop within this first part of the schedule, in (0, 1]. The paper's is 1; the high noise "
+        "levels, where it is decided what a picture shows, come first.",
+    )
     sampling_guidance_scale: float = _option(3.0, "Classifier-free guidance while latents are drawn.")
     retain_prompts: list[str] = _option(
         [], "Prompts whose predictions are kept where the base model has them (names, or one .txt file)."
@@ -119,6 +124,8 @@ class ErasureArguments:
             value = getattr(self, item.name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{item.name} {value}: must be a finite number")
+        if not 0 < self.sampling_fraction <= 1:
+            raise ValueError(f"sampling_fraction {self.sampling_fraction}: must be greater than 0 and at most 1")
         if self.seed >= 2**32:
             raise ValueError(f"seed {self.seed}: must be less than 2**32")
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:

@@ -101,12 +101,15 @@ class ErasureLoop:
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
-    def draw_batch(self, first: int, prompts: Callable, sampler: str, purpose: str) -> TrainingBatch:
-        """This process's samples from number `first` on; `prompts(index, generator)` as in [`ConceptSchedule`]."""
+    def draw_batch(
+        self, first: int, prompts: Callable, sampler: str, purpose: str, fraction: float = 1.0
+    ) -> TrainingBatch:
+        """This process's samples from number `first` on; `prompts(index, generator)` as in [`ConceptSchedule`],
+        `fraction` as in [`Trajectories.draw_steps`]."""
         indices = range(first, first + self.args.train_batch_size)
         generators = [sample_generator(self.args.seed, purpose, index) for index in indices]
         pairs = [prompts(index, generator) for index, generator in zip(indices, generators)]
-        num_steps = [self.trajectories.draw_steps(generator) for generator in generators]
+        num_steps = [self.trajectories.draw_steps(generator, fraction) for generator in generators]
         model_input, timesteps = self.trajectories.sample(
             lambda *inputs: self.predictor.predict(*inputs, weights=sampler),
             self.predictor.conditioning([sampled for sampled, _ in pairs]),
@@ -126,9 +129,11 @@ class ErasureLoop:
         size = self.args.train_batch_size
         first = step * self.samples_a_step + batch_number * size * self.accelerator.num_processes
         first += self.accelerator.process_index * size
-        batch = self.draw_batch(first, self.schedule.prompts, self.objective.sampler, "erase")
+        sampler, fraction = self.objective.sampler, self.args.sampling_fraction
+        batch = self.draw_batch(first, self.schedule.prompts, sampler, "erase", fraction)
         terms = {"erase": self.objective.loss(self.predictor, batch).mean()}
         if self.args.retain_prompts and self.args.retain_weight > 0:
+            # What is kept is kept at every noise level.
             kept = self.draw_batch(first, self._retained, "frozen", "retain")
             terms["retain"] = retention_loss(self.predictor, kept).mean()
         return terms
