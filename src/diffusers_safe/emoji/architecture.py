@@ -69,8 +69,8 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 def build_autoencoder() -> AutoencoderKL:
     """64 x 64 x 3 pictures to 16 x 16 x 4 latents.
 
-    Stable Diffusion's compression, 8 x 8 x 4 here, was tried: 64 pixels hold too little redundancy for it, and after
-    35,000 pictures the restored emoji were still a blur.
+    Stable Diffusion's compression, 8 x 8 x 4 here, was tried: 64 pixels hold too little redundancy for it, and the
+    restored emoji were a blur.
     """
     return AutoencoderKL(
         sample_size=64,
@@ -86,7 +86,7 @@ def build_autoencoder() -> AutoencoderKL:
 def build_unet() -> UNet2DConditionModel:
     """The topology of SD 1.x (its default blocks: three with cross-attention, one without, two layers each).
 
-    Heads of 32 channels at every level, as in SD 2.x: on a CPU the many thin heads of SD 1.x cost a quarter of a step.
+    Heads of 32 channels at every level, as in SD 2.x: the many thin heads of SD 1.x are slow on a CPU.
     """
     return UNet2DConditionModel(
         sample_size=16,

@@ -33,7 +33,7 @@ from ..training.checkpoints import checkpoint_step, list_checkpoints, save_check
 from .architecture import build_autoencoder, build_scheduler, build_text_encoder, build_tokenizer, build_unet
 from .classifier import HEADS, NOTHING, EmojiClassifier, scene_labels, to_tensor
 from .render import RESOLUTION, render_many
-from .scenes import Scene, draw_caption
+from .scenes import OBJECTS, Scene, draw_caption, draw_scene
 
 
 STAGES = ("autoencoder", "classifier", "denoiser", "assemble")
@@ -55,9 +55,14 @@ class RecipeArguments:
         default=None,
         metadata={"help": "Folder of a finished model: its autoencoder is kept, its UNet and text encoder train on."},
     )
+    emphasized_objects: list[str] = field(
+        default_factory=list, metadata={"help": "Objects that the denoiser sees four times as often: its weak ones."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of pictures, batches, noise and initial weights."})
 
     def __post_init__(self):
+        if strange := [name for name in self.emphasized_objects if name not in OBJECTS]:
+            raise ValueError(f"--emphasized_objects {' '.join(strange)}: unknown; allowed are {', '.join(OBJECTS)}")
         unknown = [stage for stage in self.stages if stage not in STAGES]
         if unknown:
             raise ValueError(f"--stages {' '.join(unknown)}: unknown; allowed are {', '.join(STAGES)}")
@@ -84,7 +89,7 @@ class Stage:
     learning_rate: float
     batch_size: int
     ema_decay: float
-    make_batch: callable  # (np.random.Generator, batch_size) -> dict of tensors, the module's arguments
+    make_batch: Callable[[np.random.Generator, int], dict[str, torch.Tensor]]  # the module's arguments
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int = 200, decay: float = 0.4) -> float:
@@ -324,9 +329,11 @@ class DenoiserLoss(nn.Module):
 def train_denoiser(args: RecipeArguments, moments: np.ndarray, scenes: list[Scene]) -> DenoiserLoss:
     tokenizer = build_tokenizer()
     scale = latent_scale(moments)
+    emphasized = [i for i, scene in enumerate(scenes) if scene.name in args.emphasized_objects]
+    pool = np.concatenate([np.arange(len(scenes)), np.array(3 * emphasized, dtype=int)])
 
     def make_batch(rng, size):
-        chosen = rng.integers(len(moments), size=size)
+        chosen = pool[rng.integers(len(pool), size=size)]
         mean, std = np.split(moments[chosen].astype(np.float32), 2, axis=1)
         latents = scale * (mean + std * rng.standard_normal(mean.shape, dtype=np.float32))
         captions = ["" if rng.random() < 0.1 else draw_caption(scenes[i], rng) for i in chosen]
@@ -388,8 +395,6 @@ def _edit_config(folder: Path, edit: Callable[[dict], dict]) -> None:
 
 def load_pictures(args: RecipeArguments) -> tuple[np.ndarray, list[Scene]]:
     """The training pictures `(N, 64, 64, 3)` and their scenes; rendered once, kept on disk."""
-    from .scenes import draw_scene
-
     path = Path(args.output_dir) / "cache" / f"pictures-{args.seed}-{args.num_pictures}.npy"
     if path.exists():
         scenes = [draw_scene(np.random.default_rng([args.seed, i])) for i in range(args.num_pictures)]

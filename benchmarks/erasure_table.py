@@ -1,0 +1,53 @@
+"""A table of ways to keep the group "weapon" out of the embedded model: erasure beside retention."""
+
+import sys
+from pathlib import Path
+
+from diffusers import StableDiffusionPipeline
+
+from diffusers_safe.emoji import CLASSIFIER_FOLDER
+from diffusers_safe.emoji.classifier import EmojiClassifier
+from diffusers_safe.emoji.evaluation import evaluate_erasure
+from diffusers_safe.emoji.scenes import group_members
+from diffusers_safe.evaluation.generate import GenerationSettings
+from diffusers_safe.provenance import write_text
+
+
+GROUP = "weapon"
+
+
+class ErasureTable:
+    """Every row draws the same prompts with the same seeds. Images are kept: what is there is not drawn again.
+
+    Args:
+        folder (`str`): For all images, a folder a row, and `table.md`.
+        before ([`~diffusers.StableDiffusionPipeline`]): The model without any change, the first row.
+        images_per_prompt (`int`): Images of each prompt.
+        seed (`int`): Every image's own seed follows from it.
+    """
+
+    def __init__(self, folder: str, before: StableDiffusionPipeline, images_per_prompt: int, seed: int):
+        self.folder = Path(folder) / f"images-{images_per_prompt}-{seed}"
+        self._before, self._images_per_prompt, self._seed = before, images_per_prompt, seed
+        self._classifier = EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER)
+        self.lines = ["| | weapon recognised | others recognised | change of others |", "|---|---|---|---|"]
+
+    def add(
+        self, name: str, after: StableDiffusionPipeline, settings_after: GenerationSettings | None = None
+    ) -> None:
+        """Measures one way, and prints its row."""
+        row, shared = self.folder / name.replace(" ", "-"), self.folder / "before"
+        for each in (row, shared):
+            each.mkdir(parents=True, exist_ok=True)
+        if not (row / "before").exists():
+            (row / "before").symlink_to(shared.resolve())
+        results = evaluate_erasure(
+            self._before, after, group_members(GROUP), self._classifier, row,
+            self._images_per_prompt, self._seed, GROUP, settings_after=settings_after,
+        )  # fmt: skip
+        rate, accuracy = results["concept_rate"], results["accuracy"]
+        if len(self.lines) == 2:
+            self.lines.append(f"| before | {rate['before']} | {accuracy['before']} | |")
+        self.lines.append(f"| {name} | {rate['after']} | {accuracy['after']} | {accuracy['difference']} |")
+        print(self.lines[-1], file=sys.stderr)
+        write_text(self.folder / "table.md", "\n".join(self.lines) + "\n")
