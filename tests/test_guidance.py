@@ -10,7 +10,7 @@ from diffusers_safe.guidance import SAFETY_CONFIGS, SafetyState, guide_safely
 
 
 def paper_steps(predictions, config):
-    """Equations 3 to 8 on Python numbers, one element at a time."""
+    """The rule on Python numbers, one element at a time."""
     momentum, changed = 0.0, []
     for step, (uncond, text, safety) in enumerate(predictions):
         scale = min(abs(text - safety) * config.sld_guidance_scale, 1.0)
@@ -41,7 +41,7 @@ def test_a_concept_that_is_the_unconditional_prediction_changes_nothing():
     assert torch.equal(changed, text)
 
 
-def test_the_presets_are_those_of_the_paper():
+def test_the_configs_are_those_of_the_authors():
     assert {name: tuple(dict(config).values()) for name, config in SAFETY_CONFIGS.items()} == {
         "weak": (200, 15, 0.0, 0.0, 0.0),
         "medium": (1000, 10, 0.01, 0.3, 0.4),

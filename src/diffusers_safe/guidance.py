@@ -21,7 +21,7 @@ SAFETY_CONCEPT = (
 
 @dataclass(frozen=True)
 class SafetyConfig:
-    """How strongly SLD steers. `WEAK`, `MEDIUM`, `STRONG` and `MAX` are the paper's (Table 1 and its model card).
+    """How strongly SLD steers. `WEAK`, `MEDIUM`, `STRONG` and `MAX` are the authors' four configs.
 
     A config can be passed on as keywords: `pipeline(prompt, **SafetyConfig.MAX)`.
 
@@ -119,8 +119,8 @@ def guide_safely(
 ) -> tuple[torch.Tensor, SafetyState]:
     """The prediction to put in place of `noise_pred_text` in classifier-free guidance.
 
-    Equations 4 to 8 of the paper. Its equation 3, `u + g * (c - u - gamma)`, is plain guidance with `c - gamma` for
-    `c`.
+    Equations are numbered as in the comments of diffusers' deprecated pipeline. Equation 3, `u + g * (c - u - gamma)`,
+    is plain guidance with `c - gamma` for `c`.
 
     Args:
         noise_pred_uncond (`torch.Tensor`): u, `(B, C, H, W)`: for the negative prompt.
@@ -135,7 +135,7 @@ def guide_safely(
     """
     distance = noise_pred_text - noise_pred_safety
     scale = (distance.abs() * config.sld_guidance_scale).clamp(max=1)  # eq. 6
-    scale = scale.masked_fill(distance >= config.sld_threshold, 0)  # eq. 5
+    scale = scale.masked_fill(distance >= config.sld_threshold, 0)  # eq. 6
     guidance = (noise_pred_safety - noise_pred_uncond) * scale  # eq. 4
     if state.momentum is not None:
         guidance = guidance + config.sld_momentum_scale * state.momentum  # eq. 7

@@ -221,6 +221,17 @@ def test_sdxl_is_stock_without_sld_and_steers_with_it(xl_parts, tmp_path):
     assert np.allclose(images, output.images, atol=1e-3)
 
 
+def test_the_sdxl_call_takes_everything_the_stock_call_takes():
+    mine, theirs = (
+        inspect.signature(cls.__call__).parameters
+        for cls in (StableDiffusionXLPipelineSafe, StableDiffusionXLPipeline)
+    )
+    added = ["safety_concept", "safety_prompt_embeds", "safety_pooled_prompt_embeds"]
+    assert [name for name in mine if name not in theirs] == [*SafetyConfig().keys(), *added]
+    for name, parameter in theirs.items():
+        assert (mine[name].default, mine[name].kind) == (parameter.default, parameter.kind), name
+
+
 def test_sdxl_takes_the_concept_as_embeddings_with_pooled_ones(xl_parts):
     safe = StableDiffusionXLPipelineSafe(**xl_parts, add_watermarker=False, safety_concept="a weapon")
     embeds, _, pooled, _ = safe.encode_prompt("a weapon", device="cpu", do_classifier_free_guidance=False)

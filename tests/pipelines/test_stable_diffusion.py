@@ -5,6 +5,7 @@ import inspect
 import threading
 import warnings
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,8 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from diffusers.pipelines.deprecated.stable_diffusion_safe import StableDiffusionPipelineSafe as ReferencePipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 
 from diffusers_safe import (
     SAFETY_CONCEPT,
@@ -48,13 +51,17 @@ def attentive(pipeline):
     return pipeline
 
 
-@pytest.fixture
-def safe(stock):
+def safe_around(stock):
     pipeline = StableDiffusionPipelineSafe(
         **stock.components, requires_safety_checker=False, safety_concept="a weapon"
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture
+def safe(stock):
+    return safe_around(stock)
 
 
 def same(first, second):
@@ -245,6 +252,96 @@ def test_half_precision(make_tiny_pipeline, dtype):
     output = draw(pipeline, **SafetyConfig.MAX)
     assert output.applied_safety_concept == "a weapon" and np.isfinite(output.images).all()
     assert np.abs(output.images - draw(plain).images).max() > 1e-2
+
+
+# --- what may be done to a pipeline beside ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["module", "in place"])
+def test_a_compiled_denoiser_stays_compiled(make_tiny_pipeline, way):
+    stock = attentive(make_tiny_pipeline())
+    expected = draw(safe_around(stock), **SafetyConfig.MAX).images
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    if way == "module":
+        stock.unet = torch.compile(stock.unet, backend=backend)
+    else:
+        stock.unet.compile(backend=backend)
+    output = draw(safe_around(stock), **SafetyConfig.MAX)
+    torch.compiler.reset()
+    assert graphs and same(output.images, expected)
+    assert output.applied_safety_concept == "a weapon"
+
+
+def test_an_offloaded_denoiser_is_loaded_for_each_call_and_put_back(make_tiny_pipeline):
+    stock = attentive(make_tiny_pipeline())
+    expected = draw(safe_around(stock), **SafetyConfig.MAX).images
+    accelerate.cpu_offload(stock.unet, execution_device=torch.device("cpu"))
+    pipeline = safe_around(stock)
+    assert same(draw(pipeline, **SafetyConfig.MAX).images, expected)
+    assert all(parameter.device.type == "meta" for parameter in stock.unet.parameters())
+
+
+def test_lora_goes_in_scales_and_comes_out(make_tiny_pipeline, tmp_path):
+    pipeline = safe_around(attentive(make_tiny_pipeline()))
+    plain = draw(pipeline, **SafetyConfig.MAX).images
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    pipeline.unet.add_adapter(config)
+    adapted = draw(pipeline, **SafetyConfig.MAX).images
+    assert not same(adapted, plain)
+    type(pipeline).save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(pipeline.unet))
+    pipeline.unet.delete_adapters(pipeline.unet.active_adapters())
+    assert same(draw(pipeline, **SafetyConfig.MAX).images, plain)
+
+    pipeline.load_lora_weights(tmp_path)
+    assert same(draw(pipeline, **SafetyConfig.MAX).images, adapted)
+    without = draw(pipeline, **SafetyConfig.MAX, cross_attention_kwargs={"scale": 0.0}).images
+    assert same(without, plain)
+    pipeline.unload_lora_weights()
+    assert same(draw(pipeline, **SafetyConfig.MAX).images, plain)
+
+
+def test_ip_adapter(make_tiny_pipeline):
+    stock = attentive(make_tiny_pipeline())
+    pipeline = safe_around(stock)
+    plain = draw(pipeline, **SafetyConfig.MAX).images
+    stock.unet._load_ip_adapter_weights([ip_adapter_weights(stock.unet)])
+    image_embeds = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(0))
+    given = {"ip_adapter_image_embeds": [image_embeds]}
+    stock.set_ip_adapter_scale(1.0)
+    unsteered = draw(StableDiffusionPipeline.from_pipe(stock), **given).images
+    output = draw(pipeline, **SafetyConfig.MAX, **given)
+    assert output.applied_safety_concept == "a weapon"
+    assert not same(output.images, unsteered) and not same(output.images, plain)
+    stock.set_ip_adapter_scale(0.0)
+    assert same(draw(pipeline, **SafetyConfig.MAX, **given).images, plain)
+
+
+def ip_adapter_weights(unet, width=16):
+    """An IP-Adapter of the first kind (four image tokens) with random weights."""
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator)
+
+    text_width, layers = unet.config.cross_attention_dim, {}
+    number = 1
+    for name in unet.attn_processors:
+        if "attn2" in name:
+            width_here = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+            layers |= {f"{number}.to_{part}_ip.weight": random(width_here, text_width) for part in ("k", "v")}
+            number += 2
+    projection = {
+        "proj.weight": random(4 * text_width, width),
+        "proj.bias": random(4 * text_width),
+        "norm.weight": random(text_width),
+        "norm.bias": random(text_width),
+    }
+    return {"image_proj": projection, "ip_adapter": layers}
 
 
 # --- embeddings ------------------------------------------------------------------------------------------------------

@@ -16,10 +16,12 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
+from .. import pipelines
 from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
 from ..emoji import MODEL_FOLDER
 from ..evaluation.generate import GenerationSettings, PromptRow, check_rows, generate
 from ..guidance import SAFETY_CONCEPT, SAFETY_CONFIGS, SafetyConfig
+from ..pipelines.safe_latent_diffusion import SafeLatentDiffusionMixin
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -40,7 +42,7 @@ class GenerateArguments:
     safety_concept: str | None = field(
         default=None, metadata={"help": "What to steer away from; default the pipeline's own, or the paper's list."}
     )
-    negative_prompt: str | None = field(default=None, metadata={"help": "What to guide away from without SLD."})
+    negative_prompt: str | None = field(default=None, metadata={"help": "Stands in for the empty prompt of guidance."})
     images_per_prompt: int = field(default=1, metadata={"help": "Images of each prompt, with seeds one apart."})
     seed: int = field(default=0, metadata={"help": "Seed of a prompt's first image, unless the file gives one."})
     num_inference_steps: int = field(default=25, metadata={"help": "Steps of the pipeline's scheduler."})
@@ -102,12 +104,10 @@ def read_rows(prompts: list[str], images_per_prompt: int, seed: int) -> list[Pro
 
 def load_any_pipeline(model: str, dtype: torch.dtype) -> DiffusionPipeline:
     """A pipeline of whatever class the model names; a safe one of ours, too."""
-    import diffusers_safe
-
     name = DiffusionPipeline.load_config(model).get("_class_name")
     name = name[-1] if isinstance(name, list) else name
-    ours = name in diffusers_safe.__all__
-    return (getattr(diffusers_safe, name) if ours else DiffusionPipeline).from_pretrained(model, dtype=dtype)
+    cls = getattr(pipelines, name) if name in pipelines.__all__ else DiffusionPipeline
+    return cls.from_pretrained(model, dtype=dtype)
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
@@ -124,11 +124,9 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
 
 def safety_call(pipeline: DiffusionPipeline, safety: str | None, concept: str | None) -> dict:
     """Arguments of a call with SLD, which is given to a stock pipeline if `safety` asks for it; `{}` without."""
-    from ..pipelines.safe_latent_diffusion import SafeLatentDiffusionMixin, enable_safe_latent_diffusion
-
     if not isinstance(pipeline, SafeLatentDiffusionMixin):
         if safety is None:
             return {}
-        enable_safe_latent_diffusion(pipeline)
+        pipelines.enable_safe_latent_diffusion(pipeline)
     own = getattr(pipeline, "safety_concept", SAFETY_CONCEPT)
     return {**SafetyConfig.named(safety or "medium"), "safety_concept": concept or own}

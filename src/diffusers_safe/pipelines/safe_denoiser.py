@@ -22,7 +22,7 @@ class SafeDenoiser:
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]): Asked at every call whether it guides at all; it may stop
-        half-way.
+            half-way.
         denoiser (`nn.Module`): The real one.
         conditions (`dict[str, torch.Tensor]`): What stands for the concept, by the name of the denoiser's argument (or
             of its entry in `added_cond_kwargs`): `(1, ...)`, or `(B, ...)` for B images.

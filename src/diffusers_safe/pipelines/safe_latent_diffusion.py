@@ -138,8 +138,7 @@ def enable_safe_latent_diffusion(
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]): Around a `UNet2DConditionModel`: Stable Diffusion 1, 2, XL, and
-        what
-            extends them.
+            what extends them.
         safety_concept (`str`, *optional*): What to steer away from; default the paper's list.
         config ([`SafetyConfig`], *optional*): How strongly; default `SafetyConfig.MEDIUM`.
 
@@ -148,8 +147,7 @@ def enable_safe_latent_diffusion(
 
     Raises:
         `ValueError`: If the pipeline is no such pipeline, or steers already, or the concept is blank. One that turns
-        out
-            not to batch raises it when it is called.
+            out not to batch raises it when it is called.
     """
     stock = type(pipeline)
     if isinstance(pipeline, SafeLatentDiffusionMixin):
