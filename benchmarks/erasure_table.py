@@ -32,9 +32,7 @@ class ErasureTable:
         self._classifier = EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER)
         self.lines = ["| | weapon recognised | others recognised | change of others |", "|---|---|---|---|"]
 
-    def add(
-        self, name: str, after: StableDiffusionPipeline, settings_after: GenerationSettings | None = None
-    ) -> None:
+    def add(self, name: str, after: StableDiffusionPipeline, settings_after: GenerationSettings | None = None) -> None:
         """Measures one way, and prints its row."""
         row, shared = self.folder / name.replace(" ", "-"), self.folder / "before"
         for each in (row, shared):

@@ -6,39 +6,32 @@ Every row is one run of `train_sdd.py` that erases "weapon" with all its members
 table (Markdown, also in `table.md`) shows erasure beside retention. Finished rows are kept when it is run again.
 """
 
-import json
 import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
+from erasure_table import GROUP, ErasureTable
 
 from diffusers_safe.arguments import parse_dataclass
-from diffusers_safe.emoji import CLASSIFIER_FOLDER, MODEL_FOLDER
-from diffusers_safe.emoji.classifier import EmojiClassifier
+from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.demo import erasure_command
-from diffusers_safe.emoji.evaluation import evaluate_erasure
-from diffusers_safe.emoji.scenes import group_members
-from diffusers_safe.evaluation.statistics import Estimate
-from diffusers_safe.provenance import write_text
 
 
-GROUP = "weapon"
-PAPER = {"prompt_order": "paper", "sdd_target": "student", "retain_weight": 0.0}
+PAPER = {"prompt_order": "paper", "sdd_target": "student", "sampling_fraction": 1.0, "retain_weight": 0.0}
 VARIANTS = {
     "demo": {},
     "the paper's rule": PAPER,
     "the paper's rule, frozen target": {**PAPER, "sdd_target": "frozen"},
+    "the whole schedule": {"sampling_fraction": 1.0},
     "the repository's prompt order": {"prompt_order": "repository"},
-    "the paper's prompt order, retention": {"prompt_order": "paper"},
-    "matched prompts, no retention": {"retain_weight": 0.0},
-    "matched prompts, student target, retention": {"sdd_target": "student"},
-    "retention x 3": {"retain_weight": 3.0},
-    "half the learning rate": {"learning_rate": 1e-4},
-    "twice the learning rate": {"learning_rate": 4e-4},
+    "the paper's prompt order": {"prompt_order": "paper"},
+    "student target": {"sdd_target": "student"},
+    "no retention": {"retain_weight": 0.0},
+    "half the learning rate": {"learning_rate": 5e-4},
+    "twice the learning rate": {"learning_rate": 2e-3},
     "keys and values only": {"train_method": "xattn-strict"},
-    "noxattn": {"train_method": "noxattn"},
+    "all but cross-attention": {"train_method": "noxattn"},
 }
 
 
@@ -49,61 +42,30 @@ class SearchArguments:
     images_per_prompt: int = field(default=4, metadata={"help": "Images of each prompt."})
     train_seed: int = field(default=0, metadata={"help": "Seed of the trainings."})
     image_seed: int = field(default=0, metadata={"help": "Seed of the images."})
-    model: str = field(default=str(MODEL_FOLDER), metadata={"help": "The model to erase from."})
-    classifier: str = field(default=str(CLASSIFIER_FOLDER), metadata={"help": "The judge."})
-    max_train_steps: int | None = field(default=None, metadata={"help": "Steps of every run; default the demo's."})
 
     def __post_init__(self):
         if unknown := [name for name in self.only if name not in VARIANTS]:
             raise ValueError(f"only {unknown}: unknown; allowed are {', '.join(VARIANTS)}")
 
 
-def run_variant(name: str, changes: dict, args: SearchArguments) -> dict:
+def train(name: str, args: SearchArguments) -> StableDiffusionPipeline:
+    """The model of a row; trained unless it is there."""
     folder = Path(args.output_dir) / f"{name.replace(' ', '-')}-{args.train_seed}"
-    results_file = folder / f"evaluation-{args.image_seed}" / "results.json"
-    if not results_file.exists():
-        changes = changes if args.max_train_steps is None else {**changes, "max_train_steps": args.max_train_steps}
+    if not (folder / "model_index.json").exists():
         # A later option on the command line wins.
-        options = [word for option, value in changes.items() for word in (f"--{option}", str(value))]
-        if not (folder / "model" / "model_index.json").exists():
-            command = erasure_command(args.model, GROUP, folder / "model", args.train_seed) + options
-            subprocess.run(command, check=True)
-        before = Path(args.output_dir) / f"before-{args.image_seed}-{args.images_per_prompt}"
-        before.mkdir(exist_ok=True)
-        results_file.parent.mkdir(parents=True, exist_ok=True)
-        if not (results_file.parent / "before").exists():
-            (results_file.parent / "before").symlink_to(before.resolve())
-        evaluate_erasure(
-            StableDiffusionPipeline.from_pretrained(args.model),
-            StableDiffusionPipeline.from_pretrained(folder / "model"),
-            group_members(GROUP),
-            EmojiClassifier.from_pretrained(args.classifier),
-            results_file.parent,
-            args.images_per_prompt,
-            args.image_seed,
-            GROUP,
-        )
-    return json.loads(results_file.read_text())
-
-
-def readable(estimate: dict) -> str:
-    return str(Estimate(**estimate))
+        options = [word for option, value in VARIANTS[name].items() for word in (f"--{option}", str(value))]
+        subprocess.run(erasure_command(MODEL_FOLDER, GROUP, folder, args.train_seed) + options, check=True)
+    return StableDiffusionPipeline.from_pretrained(folder)
 
 
 def main() -> None:
     args = parse_dataclass(SearchArguments, __doc__)
-    lines = ["| settings | weapon recognised | others recognised | change |", "|---|---|---|---|"]
+    stock = StableDiffusionPipeline.from_pretrained(MODEL_FOLDER)
+    folder = Path(args.output_dir) / f"trained-{args.train_seed}"
+    table = ErasureTable(folder, stock, args.images_per_prompt, args.image_seed)
     for name in args.only or VARIANTS:
-        results = run_variant(name, VARIANTS[name], args)
-        rate, accuracy = results["concept_rate"], results["accuracy"]
-        if len(lines) == 2:
-            lines.append(f"| before | {readable(rate['before'])} | {readable(accuracy['before'])} | |")
-        cells = (rate["after"], accuracy["after"], accuracy["difference"])
-        lines.append(f"| {name} | {' | '.join(map(readable, cells))} |")
-        print(lines[-1], file=sys.stderr)
-    table = "\n".join(lines) + "\n"
-    write_text(Path(args.output_dir) / "table.md", table)
-    print(table)
+        table.add(name, train(name, args))
+    print("\n".join(table.lines))
 
 
 if __name__ == "__main__":

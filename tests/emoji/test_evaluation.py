@@ -28,7 +28,7 @@ def test_an_erasure_is_measured_on_what_went_and_on_what_stayed(make_tiny_pipeli
     after[cat[0]] = after[fruit[0]] = "dog"
     results = evaluate_erasure(
         make_tiny_pipeline(), make_tiny_pipeline(seed=1), WEAPONS, scripted_judge(before, after), tmp_path,
-        images_per_object=2, group="weapon", settings=QUICK, batch_size=64,
+        images_per_object=2, group="weapon", settings=QUICK, retained=["cat", "fruit"], batch_size=64,
     )  # fmt: skip
     rate = results["concept_rate"]
     assert (rate["before"].value, rate["after"].value, rate["after"].n) == (1, 1 / 12, 12)
@@ -38,6 +38,8 @@ def test_an_erasure_is_measured_on_what_went_and_on_what_stayed(make_tiny_pipeli
     assert results["accuracy"]["difference"].value == pytest.approx(-0.5 / 55)
     assert results["accuracy"]["difference"].low < 0 == results["accuracy"]["difference"].high
     assert results["accuracy_by_object"]["cat"]["after"].value == 0.5
+    assert results["accuracy_unnamed"]["difference"].value == 0  # the cat was named
+    assert results["accuracy_unnamed"]["after"].n == 2 * 54
     assert results["group_accuracy"]["difference"].value == pytest.approx(-1 / 12)
     assert 0 < results["distance"]["others"].value < 1
 

@@ -34,7 +34,7 @@ BAD_VALUES = {
     "adam_beta1": (1.0, "less than 1"),
     "ema_decay": (1.0, "less than 1"),
     "retain_weight": (-1.0, "at least 0"),
-    "sdd_target": ("ema", "student, frozen"),
+    "sdd_target": ("ema", "student, frozen, anchored"),
     "lr_scheduler": ("steep", "constant"),
     "save": ("all", "full, partial, both"),
     "seed": (-1, "at least 0"),

@@ -17,6 +17,7 @@ from .scenes import GROUP_OF, GROUPS, OBJECTS, group_members, prompt_for
 
 
 SETTINGS = GenerationSettings(num_inference_steps=25, guidance_scale=6.0)
+UNNAMED = "objects that training did not name"
 
 
 def evaluate_erasure(
@@ -30,6 +31,7 @@ def evaluate_erasure(
     group: str | None = None,
     settings: GenerationSettings = SETTINGS,
     settings_after: GenerationSettings | None = None,
+    retained: list[str] | None = None,
     batch_size: int = 32,
 ) -> dict:
     """Compares two models on the same prompts and seeds, and writes `results.json` and `report.html`.
@@ -50,6 +52,8 @@ def evaluate_erasure(
         settings (`GenerationSettings`, *optional*): How to sample.
         settings_after (`GenerationSettings`, *optional*): How to sample from `after`, for what acts while sampling
             (SLD, a negative prompt); default the same.
+        retained (`list[str]`, *optional*): What the training named as to be kept. The other objects, which it did not
+            name, are then also measured by themselves.
         batch_size (`int`, defaults to 32): Images at once.
 
     Returns:
@@ -61,6 +65,7 @@ def evaluate_erasure(
         - `accuracy`: per side and `difference` (in points): share of images of other objects that show their object,
           averaged over the objects; the difference is taken image by image; bootstrap over the objects.
         - `accuracy_by_object`: object -> side.
+        - `accuracy_unnamed`: the same for the objects that are not `retained`. `None` without `retained`.
         - `group_accuracy`: the same for `"a fruit"`, which shows any fruit; bootstrap over images, because there are
           few groups. `None` if no group is left.
         - `distance`: `others` and `erased`, [`pixel_distance`] of the same seeds.
@@ -79,10 +84,11 @@ def evaluate_erasure(
     }
     images = {side: load_images(folder / side, manifest) for side, manifest in manifests.items()}
     seen = {side: classifier.classify(images[side])["object"] for side in images}
-    results = _erasure_results(rows, erased, images, seen)
+    results = _erasure_results(rows, erased, retained or [], images, seen)
     results["protocol"] = {
         "erased": erased,
         "group": group,
+        "retained": retained or [],
         "images_per_prompt": images_per_object,
         "seed": seed,
         **protocol_of(before, settings),
@@ -119,13 +125,18 @@ def _check_erased(erased: list[str], group: str | None) -> None:
 
 
 def _erasure_results(
-    rows: list[PromptRow], erased: list[str], images: dict[str, np.ndarray], seen: dict[str, list[str]]
+    rows: list[PromptRow],
+    erased: list[str],
+    retained: list[str],
+    images: dict[str, np.ndarray],
+    seen: dict[str, list[str]],
 ) -> dict:
     subject = np.array([row.labels["subject"] for row in rows])
     part = np.array([row.labels["part"] for row in rows])
     concept, other, group = (part == name for name in ("erased", "object", "group"))
     is_erased = {side: np.isin(names, erased) for side, names in seen.items()}
     is_right = {side: np.array([shows_subject(name, row) for name, row in zip(seen[side], rows)]) for side in seen}
+    unnamed = other & ~np.isin(subject, retained)
     distance = pixel_distance(images["before"], images["after"])
 
     def rates(hit: dict[str, np.ndarray], chosen: np.ndarray) -> dict[str, Estimate]:
@@ -148,6 +159,7 @@ def _erasure_results(
         "seen_instead": {str(names[i]): int(counts[i]) for i in np.argsort(-counts) if names[i] not in erased},
         "accuracy": means(other, by_subject=True),
         "accuracy_by_object": {name: rates(is_right, other & (subject == name)) for name in in_order(subject[other])},
+        "accuracy_unnamed": means(unnamed, by_subject=True) if retained and unnamed.any() else None,
         "group_accuracy": means(group, by_subject=False) if group.any() else None,
         "distance": {"others": mean(distance, other, ""), "erased": mean(distance, concept, "")},
     }
@@ -158,7 +170,7 @@ def _erasure_report(
 ) -> Report:
     protocol = results["protocol"]
     concept = protocol["group"] or ", ".join(protocol["erased"])
-    accuracy, groups, distance = results["accuracy"], results["group_accuracy"], results["distance"]
+    accuracy, distance = results["accuracy"], results["distance"]
     headline = [
         Headline(f"{concept} recognised", results["concept_rate"]["before"], results["concept_rate"]["after"], "gone",
                  "Any erased object seen by the judge, over all prompts that ask for one."),
@@ -167,9 +179,12 @@ def _erasure_report(
         Headline("other images moved", None, distance["others"], "kept",
                  f"Mean pixel difference on the same seeds, 0 to 1; images of erased prompts: {distance['erased']}."),
     ]  # fmt: skip
-    if groups:
+    if unnamed := results["accuracy_unnamed"]:
+        note = f"Kept without being named in the retained prompts. Change: {unnamed['difference']}."
+        headline.insert(2, Headline(f"other {UNNAMED}", unnamed["before"], unnamed["after"], "kept", note))
+    if groups := results["group_accuracy"]:
         note = f"A prompt such as “a fruit” shows any fruit. Change: {groups['difference']}."
-        headline.insert(2, Headline("other groups recognised", groups["before"], groups["after"], "kept", note))
+        headline.insert(-1, Headline("other groups recognised", groups["before"], groups["after"], "kept", note))
 
     instead = ", ".join(f"{name} {count}×" for name, count in list(results["seen_instead"].items())[:8])
     worst_first = sorted(
@@ -212,17 +227,18 @@ def _pairs(
 
 def erasure_table(results: dict) -> str:
     """The results of [`evaluate_erasure`] as a Markdown table."""
-    protocol, accuracy, groups = results["protocol"], results["accuracy"], results["group_accuracy"]
+    protocol = results["protocol"]
     concept = protocol["group"] or ", ".join(protocol["erased"])
     rates = results["concept_rate"]
     lines = [
         "| | before | after | change |",
         "|---|---|---|---|",
         f"| {concept} recognised | {rates['before']} | {rates['after']} | |",
-        f"| other objects recognised | {accuracy['before']} | {accuracy['after']} | {accuracy['difference']} |",
     ]
-    if groups:
-        lines.append(f"| other groups recognised | {groups['before']} | {groups['after']} | {groups['difference']} |")
+    for name, of in {"accuracy": "objects", "accuracy_unnamed": UNNAMED, "group_accuracy": "groups"}.items():
+        if rates := results[name]:
+            change = rates["difference"]
+            lines.append(f"| other {of} recognised | {rates['before']} | {rates['after']} | {change} |")
     lines.append(f"| other images moved, 0 to 1 | | {results['distance']['others']} | |")
     return "\n".join(lines)
 

@@ -52,8 +52,8 @@ class ErasureArguments:
     num_inference_steps: int = _option(50, "Steps of the whole sampling schedule; a latent stops at one of them.")
     sampling_fraction: float = _option(
         1.0,
-        "Latents of a concept stop within this first part of the schedule, in (0, 1]. The paper's is 1; the high noise "
-        "levels, where it is decided what a picture shows, come first.",
+        "Latents of a concept stop within this first part of the schedule, in (0, 1]. The paper's is 1; the high "
+        "noise levels, where it is decided what a picture shows, come first.",
     )
     sampling_guidance_scale: float = _option(3.0, "Classifier-free guidance while latents are drawn.")
     retain_prompts: list[str] = _option(
@@ -203,7 +203,9 @@ class SDDArguments(ErasureArguments):
 
     ema_decay: float = _option(0.999, "m of the average that samples and is published; in [0, 1).")
     sdd_target: str = _option(
-        "student", "Whose unconditional prediction is the target: student (the paper) or frozen (cannot drift)."
+        "student",
+        "Whose unconditional prediction is the target: student (the paper), frozen (the base model's, cannot drift), "
+        "or anchored (the student's, held where the base model has it).",
     )
 
     def __post_init__(self):

@@ -10,7 +10,7 @@ from diffusers_safe.training.predictor import Predictor
 from diffusers_safe.weights import TrainedWeights, select_parameters
 
 
-OBJECTIVES = {"sdd": SDDObjective(), "sdd-frozen": SDDObjective("frozen")}
+OBJECTIVES = {"sdd": SDDObjective(), "sdd-frozen": SDDObjective("frozen"), "sdd-anchored": SDDObjective("anchored")}
 PROMPTS = ["knife", "gun", "a cat"]
 
 
@@ -55,6 +55,15 @@ def test_sdd_is_its_equation(setting):
         torch.testing.assert_close(objective.loss(predictor, batch).detach(), expected)
 
 
+def test_an_anchored_target_is_the_students_own_and_is_held_where_it_was(setting):
+    predictor, weights, batch = setting
+    with weights.use("frozen"):
+        frozen_empty = predict_plainly(predictor, batch, ["", ""])
+    drift = (predict_plainly(predictor, batch, ["", ""]) - frozen_empty).square().mean(dim=(1, 2, 3))
+    expected = SDDObjective().loss(predictor, batch) + drift
+    torch.testing.assert_close(SDDObjective("anchored").loss(predictor, batch).detach(), expected.detach())
+
+
 def test_sdd_loss_is_zero_for_the_empty_concept(setting):
     predictor, _, batch = setting
     empty = TrainingBatch(batch.model_input, batch.timesteps, ["", ""])
@@ -75,5 +84,5 @@ def test_retention_is_the_distance_to_the_frozen_model(setting):
 
 
 def test_unknown_target():
-    with pytest.raises(ValueError, match="sdd_target 'teacher'.*student, frozen"):
+    with pytest.raises(ValueError, match="sdd_target 'teacher'.*student, frozen, anchored"):
         SDDObjective("teacher")
