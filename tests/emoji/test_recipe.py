@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,12 +50,13 @@ def arguments(folder, **changes):
         ("autoencoder_steps", 0, "at least 1"),
         ("classifier_steps", -1, "at least 1"),
         ("denoiser_steps", 0, "at least 1"),
+        ("emphasized_objects", ["sword", "spoon"], "allowed are knife"),
     ],
 )
 def test_bad_values_name_argument_value_and_what_is_allowed(tmp_path, name, value, allowed):
     with pytest.raises(ValueError) as error:
         arguments(tmp_path, **{name: value})
-    told = "unet" if name == "stages" else str(value)
+    told = {"stages": "unet", "emphasized_objects": "spoon"}.get(name, str(value))
     assert name in str(error.value) and told in str(error.value) and allowed in str(error.value)
 
 
@@ -152,6 +155,25 @@ def test_the_learning_rate_warms_up_stays_and_goes_to_zero():
 
 
 # --- pictures and the whole ------------------------------------------------------------------------------------------
+
+
+def test_emphasized_objects_are_seen_more_often(tmp_path, monkeypatch):
+    counts = Counter()
+
+    def count_batches(stage, args):
+        for step in range(100):
+            stage.make_batch(np.random.default_rng(step), 32)
+        return stage.module
+
+    monkeypatch.setattr(recipe, "train_stage", count_batches)
+    monkeypatch.setattr(recipe, "draw_caption", lambda scene, rng: counts.update([scene.name]) or scene.name)
+    scenes = render_many(0, 0, 2, hold_out=False)[1]
+    scenes = [replace(scenes[0], name="sword"), replace(scenes[1], name="cat")]
+    moments = np.ones((2, 8, 16, 16), dtype=np.float16)
+    for emphasized, share in ([], 1), (["sword"], 4):
+        counts.clear()
+        recipe.train_denoiser(arguments(tmp_path, emphasized_objects=emphasized), moments, scenes)
+        assert counts["sword"] / counts["cat"] == pytest.approx(share, rel=0.15)
 
 
 def test_pictures_are_rendered_once_and_are_those_of_the_seed(tmp_path, monkeypatch):

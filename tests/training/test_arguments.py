@@ -36,6 +36,7 @@ BAD_VALUES = {
     "retain_weight": (-1.0, "at least 0"),
     "sdd_target": ("ema", "student, frozen, anchored"),
     "lr_scheduler": ("steep", "constant"),
+    "loss_space": ("image", "prediction, velocity"),
     "save": ("all", "full, partial, both"),
     "seed": (-1, "at least 0"),
     "sampling_guidance_scale": (float("inf"), "finite"),

@@ -12,6 +12,7 @@ from ..backbones import check_model
 from ..concepts import CONCEPT_SCHEDULES, PROMPT_ORDERS, read_concepts
 from ..weights import TRAIN_METHODS, resolve_train_method
 from .checkpoints import checkpoint_step, list_checkpoints
+from .loss_space import LOSS_SPACES
 from .objectives.sdd import SDD_TARGETS
 
 
@@ -56,6 +57,11 @@ class ErasureArguments:
         "noise levels, where it is decided what a picture shows, come first.",
     )
     sampling_guidance_scale: float = _option(3.0, "Classifier-free guidance while latents are drawn.")
+    loss_space: str = _option(
+        "prediction",
+        "In what errors are measured: prediction (what the model predicts, the papers) or velocity (high noise levels "
+        "count more).",
+    )
     retain_prompts: list[str] = _option(
         [], "Prompts whose predictions are kept where the base model has them (names, or one .txt file)."
     )
@@ -103,6 +109,7 @@ class ErasureArguments:
             prompt_order=PROMPT_ORDERS,
             save=SAVES,
             lr_scheduler=LR_SCHEDULERS,
+            loss_space=LOSS_SPACES,
         )
         self._check_at_least(
             0,

@@ -22,6 +22,7 @@ from ..trajectories import Trajectories
 from ..weights import TrainedWeights, select_parameters
 from .arguments import ErasureArguments
 from .checkpoints import checkpoint_step, save_checkpoint
+from .loss_space import LossSpace
 from .objectives import Objective, TrainingBatch
 from .objectives.retention import retention_loss
 from .predictor import Predictor
@@ -89,6 +90,7 @@ class ErasureLoop:
         self.trajectories = Trajectories(
             backbone.make_scheduler, backbone.latent_shape, args.num_inference_steps, args.sampling_guidance_scale
         )
+        self.loss_space = LossSpace(args.loss_space, backbone.pipeline.scheduler)
         self.watch = Watch(self.predictor, self.trajectories, args.concepts, args.watch_prompts, args.seed)
         self._make_resumable()
 
@@ -131,11 +133,13 @@ class ErasureLoop:
         first += self.accelerator.process_index * size
         sampler, fraction = self.objective.sampler, self.args.sampling_fraction
         batch = self.draw_batch(first, self.schedule.prompts, sampler, "erase", fraction)
-        terms = {"erase": self.objective.loss(self.predictor, batch).mean()}
+        losses = self.objective.loss(self.predictor, batch)
+        terms = {"erase": self.loss_space.weigh(losses, batch.timesteps).mean()}
         if self.args.retain_prompts and self.args.retain_weight > 0:
             # What is kept is kept at every noise level.
             kept = self.draw_batch(first, self._retained, "frozen", "retain")
-            terms["retain"] = retention_loss(self.predictor, kept).mean()
+            losses = retention_loss(self.predictor, kept)
+            terms["retain"] = self.loss_space.weigh(losses, kept.timesteps).mean()
         return terms
 
     def train_step(self, step: int) -> dict[str, float]:

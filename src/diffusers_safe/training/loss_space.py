@@ -1,0 +1,37 @@
+"""In what the errors of predictions are measured: how much each noise level counts."""
+
+import torch
+from diffusers import SchedulerMixin
+
+
+LOSS_SPACES = ("prediction", "velocity")
+
+
+class LossSpace:
+    """Weights under which a squared error of the model's predictions is one of something else.
+
+    At a given latent, velocity (Salimans and Ho, arXiv 2202.00512) is epsilon / sqrt(alphas_cumprod) plus what does
+    not depend on the model. A small error of epsilon is therefore a large one of velocity at high noise levels, where
+    it is decided what a picture shows.
+
+    Args:
+        name (`str`): One of `LOSS_SPACES`: `"prediction"`, what the model predicts, as in the papers, or `"velocity"`.
+        scheduler (`SchedulerMixin`): Of the model: its noise levels, and what is predicted.
+
+    Raises:
+        `ValueError`: If the name is unknown, or predictions of this kind cannot be converted.
+    """
+
+    def __init__(self, name: str, scheduler: SchedulerMixin):
+        if name not in LOSS_SPACES:
+            raise ValueError(f"loss_space '{name}': unknown; allowed are {', '.join(LOSS_SPACES)}")
+        kind = scheduler.config.get("prediction_type", "epsilon")
+        if name == "velocity" and kind not in ("epsilon", "v_prediction"):
+            raise ValueError(f"loss_space velocity: the model predicts '{kind}'; it must be epsilon or v_prediction")
+        self._weights = 1 / scheduler.alphas_cumprod if name == "velocity" and kind == "epsilon" else None
+
+    def weigh(self, losses: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Losses of samples at timesteps, all `(B,)`, weighted."""
+        if self._weights is None:
+            return losses
+        return losses * self._weights.to(losses)[timesteps.round().long()]
