@@ -37,6 +37,7 @@ BAD_VALUES = {
     "sdd_target": ("ema", "student, frozen, anchored"),
     "lr_scheduler": ("steep", "constant"),
     "loss_space": ("image", "prediction, velocity"),
+    "negative_guidance_scale": (-0.5, "at least 0"),
     "save": ("all", "full, partial, both"),
     "seed": (-1, "at least 0"),
     "sampling_guidance_scale": (float("inf"), "finite"),

@@ -30,7 +30,8 @@ class StableDiffusionBackbone(Backbone):
             if count > tokenizer.model_max_length:
                 raise ValueError(
                     f"prompt '{prompt[:60]}...' has {count} tokens; this model takes {tokenizer.model_max_length}, "
-                    "and what is cut would not be trained. --prompt_order matched does not join concepts"
+                    "and what is cut would not be trained. Concepts are not joined with --prompt_order matched and "
+                    "no --negative_guidance_scale"
                 )
         home = encoder.device
         encoder.to(device)

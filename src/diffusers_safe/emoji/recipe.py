@@ -333,10 +333,11 @@ def train_denoiser(args: RecipeArguments, moments: np.ndarray, scenes: list[Scen
     pool = np.concatenate([np.arange(len(scenes)), np.array(3 * emphasized, dtype=int)])
 
     def make_batch(rng, size):
-        chosen = pool[rng.integers(len(pool), size=size)]
+        untold = rng.random(size) < 0.1  # pictures without a caption, in which no object is emphasized
+        chosen = np.where(untold, rng.integers(len(scenes), size=size), pool[rng.integers(len(pool), size=size)])
         mean, std = np.split(moments[chosen].astype(np.float32), 2, axis=1)
         latents = scale * (mean + std * rng.standard_normal(mean.shape, dtype=np.float32))
-        captions = ["" if rng.random() < 0.1 else draw_caption(scenes[i], rng) for i in chosen]
+        captions = ["" if skip else draw_caption(scenes[i], rng) for i, skip in zip(chosen, untold)]
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         # Half of the timesteps lie above 750, where the caption matters. Strata within each batch: less noise in the
         # loss than independent draws.

@@ -53,7 +53,7 @@ class ErasureArguments:
     num_inference_steps: int = _option(50, "Steps of the whole sampling schedule; a latent stops at one of them.")
     sampling_fraction: float = _option(
         1.0,
-        "Latents of a concept stop within this first part of the schedule, in (0, 1]. The paper's is 1; the high "
+        "Latents stop within this first part of the schedule, in (0, 1]. The paper's is 1; the high "
         "noise levels, where it is decided what a picture shows, come first.",
     )
     sampling_guidance_scale: float = _option(3.0, "Classifier-free guidance while latents are drawn.")
@@ -214,10 +214,16 @@ class SDDArguments(ErasureArguments):
         "Whose unconditional prediction is the target: student (the paper), frozen (the base model's, cannot drift), "
         "or anchored (the student's, held where the base model has it).",
     )
+    negative_guidance_scale: float = _option(
+        0.0,
+        "Moves the target away from all concepts joined, by this much of what they say: for models that draw the "
+        "concept unasked, too. The paper's is 0.",
+    )
 
     def __post_init__(self):
         super().__post_init__()
         self._check_choices(sdd_target=SDD_TARGETS)
+        self._check_at_least(0, "negative_guidance_scale")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay {self.ema_decay}: must be at least 0 and less than 1")
 

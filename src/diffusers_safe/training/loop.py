@@ -82,7 +82,7 @@ class ErasureLoop:
         self.schedule = ConceptSchedule(
             args.concepts, args.concept_schedule, args.prompt_order, args.max_train_steps * self.samples_a_step or 1
         )
-        prompts = [*self.schedule.all_prompts(), *args.retain_prompts, *args.watch_prompts]
+        prompts = [*self.schedule.all_prompts(), *objective.prompts, *args.retain_prompts, *args.watch_prompts]
         # The loop accumulates itself; what `accelerate launch` set would divide gradients a second time.
         accelerator.gradient_accumulation_steps = 1
         student, self.optimizer = accelerator.prepare(denoiser, self.optimizer)
@@ -103,14 +103,12 @@ class ErasureLoop:
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
-    def draw_batch(
-        self, first: int, prompts: Callable, sampler: str, purpose: str, fraction: float = 1.0
-    ) -> TrainingBatch:
-        """This process's samples from number `first` on; `prompts(index, generator)` as in [`ConceptSchedule`],
-        `fraction` as in [`Trajectories.draw_steps`]."""
+    def draw_batch(self, first: int, prompts: Callable, sampler: str, purpose: str) -> TrainingBatch:
+        """This process's samples from number `first` on; `prompts(index, generator)` as in [`ConceptSchedule`]."""
         indices = range(first, first + self.args.train_batch_size)
         generators = [sample_generator(self.args.seed, purpose, index) for index in indices]
         pairs = [prompts(index, generator) for index, generator in zip(indices, generators)]
+        fraction = self.args.sampling_fraction
         num_steps = [self.trajectories.draw_steps(generator, fraction) for generator in generators]
         model_input, timesteps = self.trajectories.sample(
             lambda *inputs: self.predictor.predict(*inputs, weights=sampler),
@@ -131,12 +129,10 @@ class ErasureLoop:
         size = self.args.train_batch_size
         first = step * self.samples_a_step + batch_number * size * self.accelerator.num_processes
         first += self.accelerator.process_index * size
-        sampler, fraction = self.objective.sampler, self.args.sampling_fraction
-        batch = self.draw_batch(first, self.schedule.prompts, sampler, "erase", fraction)
+        batch = self.draw_batch(first, self.schedule.prompts, self.objective.sampler, "erase")
         losses = self.objective.loss(self.predictor, batch)
         terms = {"erase": self.loss_space.weigh(losses, batch.timesteps).mean()}
         if self.args.retain_prompts and self.args.retain_weight > 0:
-            # What is kept is kept at every noise level.
             kept = self.draw_batch(first, self._retained, "frozen", "retain")
             losses = retention_loss(self.predictor, kept)
             terms["retain"] = self.loss_space.weigh(losses, kept.timesteps).mean()

@@ -3,6 +3,7 @@
 from accelerate import Accelerator
 
 from ..arguments import told_in_one_line
+from ..concepts import joined
 from .arguments import SDDArguments, parse_arguments
 from .erasure import erase_and_save
 from .objectives import SDDObjective
@@ -14,7 +15,8 @@ DESCRIPTION = "Erases concepts from a Stable Diffusion model by safe self-distil
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(SDDArguments, DESCRIPTION, argv)
     with told_in_one_line():
-        erase_and_save(Accelerator(), SDDObjective(args.sdd_target), args, args.ema_decay)
+        objective = SDDObjective(args.sdd_target, args.negative_guidance_scale, joined(args.concepts))
+        erase_and_save(Accelerator(), objective, args, args.ema_decay)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,13 @@ from diffusers_safe.training.predictor import Predictor
 from diffusers_safe.weights import TrainedWeights, select_parameters
 
 
-OBJECTIVES = {"sdd": SDDObjective(), "sdd-frozen": SDDObjective("frozen"), "sdd-anchored": SDDObjective("anchored")}
-PROMPTS = ["knife", "gun", "a cat"]
+OBJECTIVES = {
+    "sdd": SDDObjective(),
+    "sdd-frozen": SDDObjective("frozen"),
+    "sdd-anchored": SDDObjective("anchored"),
+    "sdd-negative": SDDObjective("anchored", 0.2, "knife, gun"),
+}
+PROMPTS = ["knife", "gun", "a cat", "knife, gun"]
 
 
 @pytest.fixture
@@ -62,6 +67,20 @@ def test_an_anchored_target_is_the_students_own_and_is_held_where_it_was(setting
     drift = (predict_plainly(predictor, batch, ["", ""]) - frozen_empty).square().mean(dim=(1, 2, 3))
     expected = SDDObjective().loss(predictor, batch) + drift
     torch.testing.assert_close(SDDObjective("anchored").loss(predictor, batch).detach(), expected.detach())
+
+
+@pytest.mark.parametrize("target", ["student", "frozen"])
+def test_negative_guidance_moves_the_target_away_from_all_concepts(setting, target):
+    predictor, weights, batch = setting
+    with_concept = predict_plainly(predictor, batch, batch.prompts)
+    own_empty = predict_plainly(predictor, batch, ["", ""])
+    with weights.use("frozen"):
+        frozen_empty = predict_plainly(predictor, batch, ["", ""])
+        said = predict_plainly(predictor, batch, ["knife, gun"] * 2) - frozen_empty
+    target_noise = (own_empty if target == "student" else frozen_empty) - 0.5 * said
+    expected = (target_noise - with_concept).square().mean(dim=(1, 2, 3))
+    objective = SDDObjective(target, 0.5, "knife, gun")
+    torch.testing.assert_close(objective.loss(predictor, batch).detach(), expected)
 
 
 def test_sdd_loss_is_zero_for_the_empty_concept(setting):

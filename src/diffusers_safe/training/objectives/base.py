@@ -30,11 +30,13 @@ class Objective(ABC):
         name (`str`): As in `erasure.json`.
         sampler (`str`): Whose weights draw the latents: `"student"`, `"ema"` or `"frozen"`.
         publishes (`str`): Whose weights are the result: `"student"` or `"ema"`.
+        prompts (`tuple[str, ...]`): Prompts that it asks the predictor for, beside `""` and those of a batch.
     """
 
     name: str
     sampler: str
     publishes: str
+    prompts: tuple[str, ...] = ()
 
     @abstractmethod
     def loss(self, predictor: Predictor, batch: TrainingBatch) -> torch.Tensor:

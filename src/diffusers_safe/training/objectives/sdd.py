@@ -21,18 +21,32 @@ class SDDObjective(Objective):
     `target="anchored"` therefore keeps the paper's target, and adds a second term that holds it where the base model
     has it. What else keeps other concepts is [`retention_loss`].
 
+    A model that draws the concept now and then without being asked has it in its unconditional prediction, too, and
+    no erasure towards that can be complete. With `negative_guidance_scale` eta > 0 the target moves away from
+    `negative_prompt` n, as ESD's does (Gandikota et al., arXiv 2303.07345):
+
+        target - eta * (eps*(z_t, n) - eps*(z_t, ""))           with the base model eps*
+
     Args:
         target (`str`, defaults to `"student"`): One of `SDD_TARGETS`.
+        negative_guidance_scale (`float`, defaults to 0.0): eta, at least 0; 0 is the paper's rule.
+        negative_prompt (`str`, *optional*): n, all concepts joined; eta needs it.
+
+    Raises:
+        `ValueError`: If the target is unknown, or the scale is below 0.
     """
 
     name = "sdd"
     sampler = "ema"
     publishes = "ema"
 
-    def __init__(self, target: str = "student"):
+    def __init__(self, target: str = "student", negative_guidance_scale: float = 0.0, negative_prompt: str = ""):
         if target not in SDD_TARGETS:
             raise ValueError(f"sdd_target '{target}': unknown; allowed are {', '.join(SDD_TARGETS)}")
-        self.target = target
+        if negative_guidance_scale < 0:
+            raise ValueError(f"negative_guidance_scale {negative_guidance_scale}: must be at least 0")
+        self.target, self.negative_guidance_scale = target, negative_guidance_scale
+        self.prompts = (negative_prompt,) if negative_guidance_scale else ()
 
     def loss(self, predictor: Predictor, batch: TrainingBatch) -> torch.Tensor:
         # Equation 6: || stopgrad(eps(z_t, "")) - eps(z_t, c_s) ||^2
@@ -40,6 +54,13 @@ class SDDObjective(Objective):
         with torch.no_grad():
             source = "frozen" if self.target == "frozen" else "student"
             target = predictor(batch.model_input, batch.timesteps, empty.prompts, source)
+            if self.negative_guidance_scale:
+                target = target - self.negative_guidance_scale * self._said(predictor, batch, empty)
         noise_pred = predictor(batch.model_input, batch.timesteps, batch.prompts, "student")
         loss = squared_error(noise_pred, target)
         return loss + retention_loss(predictor, empty) if self.target == "anchored" else loss
+
+    def _said(self, predictor: Predictor, batch: TrainingBatch, empty: TrainingBatch) -> torch.Tensor:
+        """What the negative prompt says to the base model."""
+        negative = predictor(batch.model_input, batch.timesteps, [*self.prompts] * len(batch.prompts), "frozen")
+        return negative - predictor(batch.model_input, batch.timesteps, empty.prompts, "frozen")
