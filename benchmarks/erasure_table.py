@@ -17,20 +17,33 @@ GROUP = "weapon"
 
 
 class ErasureTable:
-    """Every row draws the same prompts with the same seeds. Images are kept: what is there is not drawn again.
+    """Every row draws the same prompts with the same seeds. Images are kept: what is there is not drawn again, and
+    if it is of another model or other settings, that is a `ValueError`.
 
     Args:
         folder (`str`): For all images, a folder a row, and `table.md`.
         before ([`~diffusers.StableDiffusionPipeline`]): The model without any change, the first row.
         images_per_prompt (`int`): Images of each prompt.
         seed (`int`): Every image's own seed follows from it.
+        retained (`list[str]`, *optional*): What trainings name as to be kept; the column of changes is then about the
+            objects that they do not name.
     """
 
-    def __init__(self, folder: str, before: StableDiffusionPipeline, images_per_prompt: int, seed: int):
+    def __init__(
+        self,
+        folder: str,
+        before: StableDiffusionPipeline,
+        images_per_prompt: int,
+        seed: int,
+        retained: list[str] | None = None,
+    ):
         self.folder = Path(folder) / f"images-{images_per_prompt}-{seed}"
         self._before, self._images_per_prompt, self._seed = before, images_per_prompt, seed
+        self._retained = retained
         self._classifier = EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER)
-        self.lines = ["| | weapon recognised | others recognised | change of others |", "|---|---|---|---|"]
+        unnamed = " | change of those that training did not name" if retained else ""
+        self.lines = [f"| | weapon recognised | others recognised | change of others{unnamed} |"]
+        self.lines.append("|---" * (self.lines[0].count("|") - 1) + "|")
 
     def add(self, name: str, after: StableDiffusionPipeline, settings_after: GenerationSettings | None = None) -> None:
         """Measures one way, and prints its row."""
@@ -41,11 +54,14 @@ class ErasureTable:
             (row / "before").symlink_to(shared.resolve())
         results = evaluate_erasure(
             self._before, after, group_members(GROUP), self._classifier, row,
-            self._images_per_prompt, self._seed, GROUP, settings_after=settings_after,
+            self._images_per_prompt, self._seed, GROUP, settings_after=settings_after, retained=self._retained,
         )  # fmt: skip
         rate, accuracy = results["concept_rate"], results["accuracy"]
         if len(self.lines) == 2:
-            self.lines.append(f"| before | {rate['before']} | {accuracy['before']} | |")
-        self.lines.append(f"| {name} | {rate['after']} | {accuracy['after']} | {accuracy['difference']} |")
+            self.lines.append(f"| before | {rate['before']} | {accuracy['before']} | |{' |' * bool(self._retained)}")
+        cells = [rate["after"], accuracy["after"], accuracy["difference"]]
+        if self._retained:
+            cells.append(results["accuracy_unnamed"]["difference"])
+        self.lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
         print(self.lines[-1], file=sys.stderr)
         write_text(self.folder / "table.md", "\n".join(self.lines) + "\n")

@@ -6,6 +6,7 @@ Every row is one run of `train_sdd.py` that erases "weapon" with all its members
 table (Markdown, also in `table.md`) shows erasure beside retention. Finished rows are kept when it is run again.
 """
 
+import shlex
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,25 +14,33 @@ from pathlib import Path
 from diffusers import StableDiffusionPipeline
 from erasure_table import GROUP, ErasureTable
 
-from diffusers_safe.arguments import parse_dataclass
+from diffusers_safe.arguments import check_output_dir, parse_dataclass, told_in_one_line
 from diffusers_safe.emoji import MODEL_FOLDER
-from diffusers_safe.emoji.demo import erasure_command
+from diffusers_safe.emoji.demo import erasure_command, retained_prompts
+from diffusers_safe.provenance import write_text
 
 
-PAPER = {"prompt_order": "paper", "sdd_target": "student", "sampling_fraction": 1.0, "retain_weight": 0.0}
+PAPER = {
+    "prompt_order": "paper",
+    "sdd_target": "student",
+    "negative_guidance_scale": 0.0,
+    "loss_space": "prediction",
+    "sampling_fraction": 1.0,
+    "retain_weight": 0.0,
+}
 VARIANTS = {
     "demo": {},
     "the paper's rule": PAPER,
-    "the paper's rule, frozen target": {**PAPER, "sdd_target": "frozen"},
-    "the whole schedule": {"sampling_fraction": 1.0},
-    "the repository's prompt order": {"prompt_order": "repository"},
-    "the paper's prompt order": {"prompt_order": "paper"},
+    "the paper's rule, retention": {**PAPER, "retain_weight": 1.0},
     "student target": {"sdd_target": "student"},
+    "frozen target": {"sdd_target": "frozen"},
+    "no negative guidance": {"negative_guidance_scale": 0.0},
+    "more negative guidance": {"negative_guidance_scale": 0.6},
+    "errors of epsilon": {"loss_space": "prediction"},
+    "the whole schedule": {"sampling_fraction": 1.0},
     "no retention": {"retain_weight": 0.0},
-    "half the learning rate": {"learning_rate": 5e-4},
-    "twice the learning rate": {"learning_rate": 2e-3},
+    "half the learning rate": {"learning_rate": 1e-3},
     "keys and values only": {"train_method": "xattn-strict"},
-    "all but cross-attention": {"train_method": "noxattn"},
 }
 
 
@@ -46,25 +55,36 @@ class SearchArguments:
     def __post_init__(self):
         if unknown := [name for name in self.only if name not in VARIANTS]:
             raise ValueError(f"only {unknown}: unknown; allowed are {', '.join(VARIANTS)}")
+        if self.images_per_prompt < 1:
+            raise ValueError(f"images_per_prompt {self.images_per_prompt}: must be at least 1")
+        for name in ("train_seed", "image_seed"):
+            if not 0 <= getattr(self, name) < 2**32:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least 0 and less than 2**32")
 
 
 def train(name: str, args: SearchArguments) -> StableDiffusionPipeline:
     """The model of a row; trained unless it is there."""
-    folder = Path(args.output_dir) / f"{name.replace(' ', '-')}-{args.train_seed}"
+    # A later option on the command line wins.
+    options = [word for option, value in VARIANTS[name].items() for word in (f"--{option}", str(value))]
+    folder = Path(args.output_dir) / "models" / f"{name.replace(' ', '-')}-{args.train_seed}"
+    command = erasure_command(MODEL_FOLDER, GROUP, folder, args.train_seed) + options
+    note = folder.with_suffix(".txt")
     if not (folder / "model_index.json").exists():
-        # A later option on the command line wins.
-        options = [word for option, value in VARIANTS[name].items() for word in (f"--{option}", str(value))]
-        subprocess.run(erasure_command(MODEL_FOLDER, GROUP, folder, args.train_seed) + options, check=True)
+        subprocess.run(command, check=True)
+        write_text(note, shlex.join(command))
+    elif note.read_text() != shlex.join(command):
+        raise ValueError(f"{folder}: was trained with other settings, see {note}; give another --output_dir")
     return StableDiffusionPipeline.from_pretrained(folder)
 
 
 def main() -> None:
-    args = parse_dataclass(SearchArguments, __doc__)
+    args = parse_dataclass(SearchArguments, __doc__, check=lambda args: check_output_dir(args.output_dir))
     stock = StableDiffusionPipeline.from_pretrained(MODEL_FOLDER)
-    folder = Path(args.output_dir) / f"trained-{args.train_seed}"
-    table = ErasureTable(folder, stock, args.images_per_prompt, args.image_seed)
-    for name in args.only or VARIANTS:
-        table.add(name, train(name, args))
+    with told_in_one_line():
+        folder = Path(args.output_dir) / f"trained-{args.train_seed}"
+        table = ErasureTable(folder, stock, args.images_per_prompt, args.image_seed, retained_prompts(GROUP))
+        for name in args.only or VARIANTS:
+            table.add(name, train(name, args))
     print("\n".join(table.lines))
 
 

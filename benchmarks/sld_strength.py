@@ -15,7 +15,7 @@ from erasure_table import ErasureTable
 from PIL import Image
 
 from diffusers_safe import SafetyConfig, StableDiffusionPipelineSafe
-from diffusers_safe.arguments import parse_dataclass
+from diffusers_safe.arguments import check_output_dir, parse_dataclass, told_in_one_line
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.evaluation import SETTINGS
 from diffusers_safe.evaluation.generate import load_images, read_manifest
@@ -32,6 +32,10 @@ class StrengthArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the images."})
     safety_concept: str = field(default="a weapon", metadata={"help": "What to steer away from."})
 
+    def __post_init__(self):
+        if self.images_per_prompt < 1:
+            raise ValueError(f"images_per_prompt {self.images_per_prompt}: must be at least 1")
+
 
 def draw_grid(table: ErasureTable) -> None:
     """One row of pictures without SLD, one with `SafetyConfig.MAX`, the same seeds."""
@@ -46,15 +50,16 @@ def draw_grid(table: ErasureTable) -> None:
 
 
 def main() -> None:
-    args = parse_dataclass(StrengthArguments, __doc__)
+    args = parse_dataclass(StrengthArguments, __doc__, check=lambda args: check_output_dir(args.output_dir))
     stock = StableDiffusionPipeline.from_pretrained(MODEL_FOLDER)
     safe = StableDiffusionPipelineSafe.from_pipe(stock, safety_concept=args.safety_concept)
-    table = ErasureTable(args.output_dir, stock, args.images_per_prompt, args.seed)
-    table.add("negative prompt", stock, replace(SETTINGS, negative_prompt=args.safety_concept))
-    for name in SAFETY_CONFIGS:
-        call = {**SafetyConfig.named(name), "safety_concept": args.safety_concept}
-        table.add(f"SLD {name}", safe, replace(SETTINGS, call=call))
-    draw_grid(table)
+    with told_in_one_line():
+        table = ErasureTable(args.output_dir, stock, args.images_per_prompt, args.seed)
+        table.add("negative prompt", stock, replace(SETTINGS, negative_prompt=args.safety_concept))
+        for name in SAFETY_CONFIGS:
+            call = {**SafetyConfig.named(name), "safety_concept": args.safety_concept}
+            table.add(f"SLD {name}", safe, replace(SETTINGS, call=call))
+        draw_grid(table)
     print("\n".join(table.lines))
 
 

@@ -68,13 +68,21 @@ def test_a_table_gives_ids_and_seeds_and_survives_newlines(tmp_path):
         (["--prompts", "{twice}"], "occurs twice"),
         (["--prompts", "{no_prompt}"], "has no column 'prompt', only text, seed"),
         (["--prompts", "{bad_seed}"], "seed 'seven' is no whole number"),
+        (["--prompts", "{endless}"], "cannot be read (field larger than field limit"),
+        (["--prompts", "a", "--height", "64"], "height 64, width None: give both or neither"),
+        (["--prompts", "a", "--model", "nowhere"], "model 'nowhere': no folder or Hub repository"),
+        (["--prompts", "a", "--model", "{strange}"], "its pipeline class 'DreamPipeline' is none of diffusers"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(tmp_path, capsys, options, message):
     files = {"no_prompt": "text,seed\na,1\n", "bad_seed": "prompt,seed\na,seven\n", "twice": "id,prompt\nx,a\nx,b\n"}
+    files["endless"] = f"prompt\n{'a' * 200_000}\n"
     for name, text in files.items():
         (tmp_path / f"{name}.csv").write_text(text)
-    options = [option.format(**{name: tmp_path / f"{name}.csv" for name in files}) for option in options]
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "model_index.json").write_text('{"_class_name": "DreamPipeline"}')
+    paths = {name: tmp_path / f"{name}.csv" for name in files} | {"strange": tmp_path / "strange"}
+    options = [option.format(**paths) for option in options]
     with pytest.raises(SystemExit) as stop:
         cli.main(["generate", "--output_dir", str(tmp_path / "out"), *options])
     error = capsys.readouterr().err

@@ -49,7 +49,8 @@ def test_quality_is_measured_printed_and_put_on_the_card(tiny_pipeline, tmp_path
     assert results["backgrounds"]["white"].value == 1 and results["backgrounds"]["red"].value == 0
     assert results["held_out"]["backgrounds"].n == 60
     assert results["classifier"]["reconstructions"]["object"].n == 20
-    assert "least: frog 0.0 %" in capsys.readouterr().out
+    assert results["mean"]["objects with styles"].value == results["mean"]["objects with backgrounds"].value == 1
+    assert "least: frog 0.0 % [0.0, 79.3], N=1" in capsys.readouterr().out
 
     card = tmp_path / "README.md"
     for _ in range(2):  # the second time replaces the first

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import diffusers
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
@@ -61,6 +62,8 @@ class GenerateArguments:
             raise ValueError(f"safety_concept needs --safety: {', '.join(SAFETY_CONFIGS)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype '{self.dtype}': unknown; allowed are {', '.join(DTYPES)}")
+        if (self.height is None) != (self.width is None):
+            raise ValueError(f"height {self.height}, width {self.width}: give both or neither")
         for name in ("images_per_prompt", "num_inference_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
@@ -82,7 +85,7 @@ def read_rows(prompts: list[str], images_per_prompt: int, seed: int) -> list[Pro
             with path.open(newline="", encoding="utf-8-sig") as file:
                 table = csv.DictReader(file)
                 entries, columns = list(table), table.fieldnames or []
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"prompts file {path}: cannot be read ({error})") from None
         if "prompt" not in columns:
             raise ValueError(f"prompts file {path}: has no column 'prompt', only {', '.join(columns) or 'nothing'}")
@@ -102,16 +105,38 @@ def read_rows(prompts: list[str], images_per_prompt: int, seed: int) -> list[Pro
     return rows
 
 
+def pipeline_class(model: str) -> type[DiffusionPipeline]:
+    """The class that loads a model, by its index: one of ours, or diffusers' loader of all its own.
+
+    Raises:
+        `ValueError`: If there is no pipeline, or its class is neither ours nor one of diffusers.
+    """
+    try:
+        name = DiffusionPipeline.load_config(model).get("_class_name")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model '{model}': no folder or Hub repository of a diffusers pipeline ({reason})") from None
+    name = name[-1] if isinstance(name, list) else name
+    if name in pipelines.__all__:
+        return getattr(pipelines, name)
+    if not hasattr(diffusers, str(name)):
+        raise ValueError(f"model '{model}': its pipeline class '{name}' is none of diffusers {diffusers.__version__}")
+    return DiffusionPipeline
+
+
 def load_any_pipeline(model: str, dtype: torch.dtype) -> DiffusionPipeline:
     """A pipeline of whatever class the model names; a safe one of ours, too."""
-    name = DiffusionPipeline.load_config(model).get("_class_name")
-    name = name[-1] if isinstance(name, list) else name
-    cls = getattr(pipelines, name) if name in pipelines.__all__ else DiffusionPipeline
-    return cls.from_pretrained(model, dtype=dtype)
+    return pipeline_class(model).from_pretrained(model, dtype=dtype)
+
+
+def check_surroundings(args: GenerateArguments) -> None:
+    """The model's index, and then the output folder, which is created."""
+    pipeline_class(args.model)
+    check_output_dir(args.output_dir)
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
-    args = parse_dataclass(GenerateArguments, __doc__, argv, prog, lambda args: check_output_dir(args.output_dir))
+    args = parse_dataclass(GenerateArguments, __doc__, argv, prog, check_surroundings)
     with told_in_one_line():
         pipeline = load_any_pipeline(args.model, DTYPES[args.dtype]).to(PartialState().device)
         call = safety_call(pipeline, args.safety, args.safety_concept)

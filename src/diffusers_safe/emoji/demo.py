@@ -26,16 +26,16 @@ SETTINGS = {
     "train_method": "xattn",
     "prompt_order": "matched",
     "sdd_target": "anchored",
-    "negative_guidance_scale": 0.2,
+    "negative_guidance_scale": 0.3,
     "loss_space": "velocity",
     "num_inference_steps": 25,
     "sampling_fraction": 0.4,
     "max_train_steps": 160,
-    "train_batch_size": 4,
+    "train_batch_size": 8,
     "learning_rate": 2e-3,
     "lr_scheduler": "cosine",
     "ema_decay": 0.9,
-    "retain_weight": 0.5,
+    "retain_weight": 1.0,
 }
 
 
@@ -50,7 +50,7 @@ def erasure_command(model: str | Path, group: str, output_dir: str | Path, seed:
     options = {**SETTINGS, "checkpointing_steps": 0, "seed": seed}
     return [
         *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"),
-        *("--mixed_precision", "no", "--num_machines", "1", "--dynamo_backend", "no"),
+        *("--quiet", "--mixed_precision", "no", "--num_machines", "1", "--dynamo_backend", "no"),
         *("-m", "diffusers_safe.training.sdd", "--pretrained_model_name_or_path", str(model)),
         *("--concepts", *group_members(group), group),
         *("--retain_prompts", *retained_prompts(group)),
@@ -71,8 +71,8 @@ class DemoArguments:
             raise ValueError(f"group '{self.group}': unknown; allowed are {', '.join(GROUPS)}")
         if self.images_per_prompt < 1:
             raise ValueError(f"images_per_prompt {self.images_per_prompt}: must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed {self.seed}: must be at least 0")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed {self.seed}: must be at least 0 and less than 2**32")
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:

@@ -13,20 +13,20 @@ import torch
 from accelerate import PartialState
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
-from ..arguments import parse_dataclass
+from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
 from ..evaluation.generate import GenerationSettings, PromptRow, generate, load_images
 from ..evaluation.report import write_results
 from ..evaluation.statistics import Estimate
 from ..provenance import write_text
 from . import CLASSIFIER_FOLDER, MODEL_FOLDER
 from .classifier import HEADS, EmojiClassifier, to_tensor
-from .evaluation import SETTINGS, in_order, prompt_rows, protocol_of, rate, shows_subject
+from .evaluation import SETTINGS, prompt_rows, protocol_of, rate, shows_subject
 from .render import render_many
 from .scenes import BACKGROUNDS, GROUPS, OBJECTS, STYLES, is_held_out, prompt_for
 
 
 IMAGES_PER_GROUP = 4  # times as many as of an object
-RENDER_SEED = 1  # training uses 0
+RENDER_SEED = 2**32  # more than a training's seed can be
 CARD_MARKERS = ("<!-- quality:begin -->", "<!-- quality:end -->")
 
 
@@ -58,7 +58,8 @@ def evaluate_model(
 
         - `objects`, `groups`, `styles`, `backgrounds`: name -> share of images recognised. Combinations held out of
           training do not count here.
-        - `mean`: the same four names -> average over the prompts; bootstrap over the prompts, of groups over images.
+        - `objects with styles`, `objects with backgrounds`: name -> share of the same images that show their object.
+        - `mean`: the same six names -> average over the prompts; bootstrap over the prompts, of groups over images.
         - `held_out`: `styles`, `backgrounds` -> share of images of held-out combinations with both object and style
           (background) right.
         - `classifier`: `renders`, `reconstructions` (by the pipeline's autoencoder) -> head -> accuracy.
@@ -111,7 +112,7 @@ def quality_table(results: dict) -> str:
     lines = ["| | recognised |", "|---|---|"]
     for part, mean in results["mean"].items():
         name, worst = min(results[part].items(), key=lambda item: item[1].value)
-        lines.append(f"| {part} | {mean}; least: {name} {worst.headline} |")
+        lines.append(f"| {part} | {mean}; least: {name} {worst} |")
     for part, held_out in results["held_out"].items():
         lines.append(f"| object and {part.removesuffix('s')}, never seen together in training | {held_out} |")
     for source, accuracy in results["classifier"].items():
@@ -150,17 +151,22 @@ def _quality_results(rows: list[PromptRow], seen: dict[str, list[str]]) -> dict:
     held_out = np.array([label.get("held_out", False) for label in labels])
     shows = np.array([shows_subject(name, row) for name, row in zip(seen["object"], rows)])
     results, means, held = {}, {}, {}
-    for name, head in {"objects": None, "groups": None, "styles": "style", "backgrounds": "background"}.items():
-        key = head or "subject"
-        asked = np.array([label.get(key, "") for label in labels])
-        right = shows if head is None else asked == np.array(seen[head])
-        chosen = (part == name) & ~held_out
-        results[name] = {entry: rate(right[chosen & (asked == entry)]) for entry in in_order(asked[part == name])}
+
+    def measure(name: str, right: np.ndarray, chosen: np.ndarray, asked: np.ndarray, entries: list[str]) -> None:
+        results[name] = {entry: rate(right[chosen & (asked == entry)]) for entry in entries}
         # Images of one prompt resemble each other. The groups are too few to be drawn again themselves.
         prompts = None if name == "groups" else [row.prompt for row, take in zip(rows, chosen) if take]
         means[name] = Estimate.mean(right[chosen], prompts)
-        if head:
-            held[name] = rate((right & shows)[(part == name) & held_out])
+
+    subject = np.array([label["subject"] for label in labels])
+    for name, entries in (("objects", OBJECTS), ("groups", GROUPS)):
+        measure(name, shows, part == name, subject, entries)
+    for name, head, entries in (("styles", "style", STYLES), ("backgrounds", "background", list(BACKGROUNDS))):
+        asked = np.array([label.get(head, "") for label in labels])
+        right, chosen = asked == np.array(seen[head]), (part == name) & ~held_out
+        measure(name, right, chosen, asked, entries)
+        measure(f"objects with {name}", shows, chosen, asked, entries)
+        held[name] = rate((right & shows)[(part == name) & held_out])
     return {**results, "mean": means, "held_out": held}
 
 
@@ -209,6 +215,9 @@ class QualityArguments:
     card: str | None = field(default=None, metadata={"help": "README.md that gets the table, between its markers."})
 
     def __post_init__(self):
+        for name in ("images_per_object", "num_inference_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
         for folder, file in {self.model: "model_index.json", self.classifier: "config.json"}.items():
             if not (Path(folder) / file).is_file():
                 raise ValueError(f"{folder}: no such model; the folder must hold {file}")
@@ -233,4 +242,6 @@ def main(args: QualityArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_dataclass(QualityArguments, __doc__))
+    arguments = parse_dataclass(QualityArguments, __doc__, check=lambda args: check_output_dir(args.output_dir))
+    with told_in_one_line():
+        main(arguments)

@@ -27,7 +27,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..arguments import parse_dataclass
+from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
 from ..provenance import fingerprint
 from ..training.checkpoints import checkpoint_step, list_checkpoints, save_checkpoint
 from .architecture import build_autoencoder, build_scheduler, build_text_encoder, build_tokenizer, build_unet
@@ -72,9 +72,10 @@ class RecipeArguments:
         for name in ("autoencoder_lr", "classifier_lr", "denoiser_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be a finite number greater than 0")
-        for name in ("checkpoint_minutes", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 0")
+        if not self.checkpoint_minutes >= 0:
+            raise ValueError(f"--checkpoint_minutes {self.checkpoint_minutes}: must be at least 0")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed {self.seed}: must be at least 0 and less than 2**32")
         if self.start_from is not None and not (Path(self.start_from) / "model_index.json").is_file():
             raise ValueError(f"--start_from {self.start_from}: no model; the folder must hold a model_index.json")
 
@@ -431,4 +432,6 @@ def main(args: RecipeArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_dataclass(RecipeArguments, __doc__))
+    arguments = parse_dataclass(RecipeArguments, __doc__, check=lambda args: check_output_dir(args.output_dir))
+    with told_in_one_line():
+        main(arguments)

@@ -224,6 +224,11 @@ class SDDArguments(ErasureArguments):
         super().__post_init__()
         self._check_choices(sdd_target=SDD_TARGETS)
         self._check_at_least(0, "negative_guidance_scale")
+        if self.negative_guidance_scale and self.concept_schedule == "sequential":
+            raise ValueError(
+                f"negative_guidance_scale {self.negative_guidance_scale}: moves away from all concepts at once, which "
+                "concept_schedule sequential must not know yet; allowed are the other schedules"
+            )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay {self.ema_decay}: must be at least 0 and less than 1")
 

@@ -28,7 +28,14 @@ class LossSpace:
         kind = scheduler.config.get("prediction_type", "epsilon")
         if name == "velocity" and kind not in ("epsilon", "v_prediction"):
             raise ValueError(f"loss_space velocity: the model predicts '{kind}'; it must be epsilon or v_prediction")
-        self._weights = 1 / scheduler.alphas_cumprod if name == "velocity" and kind == "epsilon" else None
+        self._weights = None
+        if name == "velocity" and kind == "epsilon":
+            alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
+            if alphas_cumprod is None or not alphas_cumprod.min() > 0:
+                raise ValueError(
+                    f"loss_space velocity: {type(scheduler).__name__} has no noise levels above 0; use prediction"
+                )
+            self._weights = 1 / alphas_cumprod
 
     def weigh(self, losses: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Losses of samples at timesteps, all `(B,)`, weighted."""

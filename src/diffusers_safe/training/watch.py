@@ -42,7 +42,7 @@ class Watch:
             predictor.device,
         )
         self._frozen, frozen_empty = self._predictions("frozen")
-        self._said = _norm(self._frozen - frozen_empty)
+        self._said = self._frozen - frozen_empty
 
     @torch.no_grad()
     def _predictions(self, weights: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,16 +53,22 @@ class Watch:
         )
 
     def measure(self, weights: str) -> dict[str, float]:
-        """Returns `"concept_left"`, 1 at the start and 0 when the concepts' words say nothing, and `"drift"`, the
-        distance of unrelated predictions from the frozen ones relative to what their prompts say; 0 at the start."""
+        """Returns `"concept_left"`, how much of what the concepts' words said they still say: 1 at the start, 0 when
+        they say nothing, below 0 when they say the opposite; and `"drift"`, the distance of unrelated predictions from
+        the frozen ones relative to what their prompts say, 0 at the start."""
         predictions, empty = self._predictions(weights)
         count = len(self.concepts)
-        left = (_norm(predictions - empty) / self._said)[:count].mean().item()
-        result = {"concept_left": left}
+        said = _length(self._said)
+        left = _dot(predictions - empty, self._said) / said**2
+        result = {"concept_left": left[:count].mean().item()}
         if self.unrelated:
-            result["drift"] = (_norm(predictions - self._frozen) / self._said)[count:].mean().item()
+            result["drift"] = (_length(predictions - self._frozen) / said)[count:].mean().item()
         return result
 
 
-def _norm(difference: torch.Tensor) -> torch.Tensor:
-    return difference.flatten(1).norm(dim=1).clamp_min(1e-12)
+def _dot(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    return (first * second).flatten(1).sum(dim=1)
+
+
+def _length(difference: torch.Tensor) -> torch.Tensor:
+    return _dot(difference, difference).sqrt().clamp_min(1e-6)

@@ -33,7 +33,7 @@ class SDDObjective(Objective):
         negative_prompt (`str`, *optional*): n, all concepts joined; eta needs it.
 
     Raises:
-        `ValueError`: If the target is unknown, or the scale is below 0.
+        `ValueError`: If the target is unknown, or the scale is below 0 or without a prompt.
     """
 
     name = "sdd"
@@ -45,6 +45,8 @@ class SDDObjective(Objective):
             raise ValueError(f"sdd_target '{target}': unknown; allowed are {', '.join(SDD_TARGETS)}")
         if negative_guidance_scale < 0:
             raise ValueError(f"negative_guidance_scale {negative_guidance_scale}: must be at least 0")
+        if negative_guidance_scale and not negative_prompt:
+            raise ValueError(f"negative_guidance_scale {negative_guidance_scale}: needs a negative_prompt")
         self.target, self.negative_guidance_scale = target, negative_guidance_scale
         self.prompts = (negative_prompt,) if negative_guidance_scale else ()
 
