@@ -121,6 +121,12 @@ def test_a_finished_stage_is_read_and_not_trained_again(tmp_path):
     assert same(train_stage(toy_stage(3, kill_at=0), arguments(tmp_path)), trained)
 
 
+def test_a_stage_does_not_go_on_with_other_arguments(tmp_path):
+    train_stage(toy_stage(2), arguments(tmp_path))
+    with pytest.raises(ValueError, match="holds a run with other arguments .seed 0 there, 1 here"):
+        train_stage(toy_stage(2), arguments(tmp_path, seed=1))
+
+
 def test_more_steps_continue_a_finished_stage_and_fewer_are_refused(tmp_path):
     kept = arguments(tmp_path, checkpoint_minutes=0)  # a checkpoint after every step but the last
     train_stage(toy_stage(4), kept)

@@ -28,7 +28,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
-from ..provenance import fingerprint
+from ..provenance import fingerprint, write_text
 from ..training.checkpoints import checkpoint_step, list_checkpoints, save_checkpoint
 from .architecture import build_autoencoder, build_scheduler, build_text_encoder, build_tokenizer, build_unet
 from .classifier import HEADS, NOTHING, EmojiClassifier, scene_labels, to_tensor
@@ -107,6 +107,7 @@ def train_stage(stage: Stage, args: RecipeArguments) -> nn.Module:
         `nn.Module`: `stage.module` with its averaged weights, on the CPU.
     """
     folder = Path(args.output_dir) / stage.name
+    _check_same_run(folder, stage, args)
     finished = folder / f"ema-{stage.steps}.pt"
     if finished.exists():
         stage.module.load_state_dict(torch.load(finished, weights_only=True))
@@ -166,6 +167,19 @@ def train_stage(stage: Stage, args: RecipeArguments) -> nn.Module:
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return module
+
+
+def _check_same_run(folder: Path, stage: Stage, args: RecipeArguments) -> None:
+    """A stage continues, or is finished, only with the arguments it began with; its number of steps may grow."""
+    names = ("seed", "num_pictures", "start_from", "emphasized_objects")
+    mine = {"learning_rate": stage.learning_rate, **{name: getattr(args, name) for name in names}}
+    path = folder / "arguments.json"
+    if not path.exists():
+        write_text(path, json.dumps(mine, indent=2) + "\n")
+    theirs = json.loads(path.read_text(encoding="utf-8"))
+    if changed := [name for name in mine if mine[name] != theirs.get(name)]:
+        told = ", ".join(f"{name} {theirs.get(name)} there, {mine[name]} here" for name in changed)
+        raise ValueError(f"{folder}: holds a run with other arguments ({told}); give another --output_dir")
 
 
 # --- autoencoder -----------------------------------------------------------------------------------------------------
