@@ -21,12 +21,12 @@ from .evaluation import erasure_table, evaluate_erasure
 from .scenes import GROUPS, group_members
 
 
-# Found with benchmarks/sdd_search.py; docs/methods.md says what each of them does.
+# docs/methods.md says what each of them does; benchmarks/sdd_ablation.py changes one at a time.
 SETTINGS = {
     "train_method": "xattn",
     "prompt_order": "matched",
     "sdd_target": "anchored",
-    "negative_guidance_scale": 0.3,
+    "negative_guidance_scale": 0.45,
     "loss_space": "velocity",
     "num_inference_steps": 25,
     "sampling_fraction": 0.4,
@@ -35,7 +35,7 @@ SETTINGS = {
     "learning_rate": 2e-3,
     "lr_scheduler": "cosine",
     "ema_decay": 0.9,
-    "retain_weight": 1.0,
+    "retain_weight": 2.0,
 }
 
 
