@@ -59,12 +59,22 @@ def test_the_configs_are_those_of_the_authors():
         ({"sld_warmup_steps": -1}, "sld_warmup_steps -1: must be at least 0"),
         ({"sld_threshold": math.nan}, "sld_threshold nan: must be a number"),
         ({"sld_momentum_scale": 1.5}, r"sld_momentum_scale 1.5: must be in \[0, 1\]"),
+        ({"sld_guidance_scale": None}, "sld_guidance_scale None: must be a number"),
+        ({"sld_threshold": "0.1"}, "sld_threshold '0.1': must be a number"),
+        ({"sld_warmup_steps": 0.5}, "sld_warmup_steps 0.5: must be a whole number"),
         ({"sld_mom_beta": 1}, r"sld_mom_beta 1: must be in \[0, 1\)"),
     ],
 )
 def test_values_out_of_range_are_named(values, message):
     with pytest.raises(ValueError, match=message):
         SafetyConfig(**values)
+
+
+def test_a_config_is_a_mapping_as_the_dicts_of_diffusers_are():
+    config = SafetyConfig.WEAK
+    assert dict(config) == dict(config.items()) == {name: getattr(config, name) for name in config}
+    assert len(config) == 5 and "sld_threshold" in config and config.get("strength") is None
+    assert {config: "weak"}[SafetyConfig(**config)] == "weak"
 
 
 def test_an_unknown_preset_is_named_with_those_that_exist():

@@ -5,6 +5,7 @@ is moved away from the prediction for a safety concept, where the two agree.
 """
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar, NamedTuple
 
@@ -20,7 +21,7 @@ SAFETY_CONCEPT = (
 
 
 @dataclass(frozen=True)
-class SafetyConfig:
+class SafetyConfig(Mapping):
     """How strongly SLD steers. `WEAK`, `MEDIUM`, `STRONG` and `MAX` are the authors' four configs.
 
     A config can be passed on as keywords: `pipeline(prompt, **SafetyConfig.MAX)`.
@@ -51,6 +52,10 @@ class SafetyConfig:
     MAX: ClassVar["SafetyConfig"]
 
     def __post_init__(self):
+        for name, value in self.items():
+            kind, told = (int, "a whole number") if name == "sld_warmup_steps" else ((int, float), "a number")
+            if not isinstance(value, kind):
+                raise ValueError(f"{name} {value!r}: must be {told}")
         for name, fits, allowed in (
             ("sld_guidance_scale", 0 <= self.sld_guidance_scale < math.inf, "at least 0, and finite"),
             ("sld_warmup_steps", self.sld_warmup_steps >= 0, "at least 0"),
@@ -82,11 +87,14 @@ class SafetyConfig:
         only the momentum does."""
         return step >= self.sld_warmup_steps or self.sld_momentum_scale > 0
 
-    def keys(self) -> list[str]:
-        return [field.name for field in fields(self)]
+    def __iter__(self) -> Iterator[str]:
+        return (field.name for field in fields(self))
+
+    def __len__(self) -> int:
+        return len(fields(self))
 
     def __getitem__(self, name: str) -> float:
-        if name not in self.keys():
+        if name not in list(self):
             raise KeyError(name)
         return getattr(self, name)
 

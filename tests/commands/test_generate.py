@@ -38,7 +38,7 @@ def test_a_safe_repository_keeps_its_concept(make_tiny_pipeline, tmp_path):
     StableDiffusionPipelineSafe(**parts, requires_safety_checker=False, safety_concept="a gun").save_pretrained(
         tmp_path / "model"
     )
-    rows = generate(tmp_path / "model", tmp_path / "images", "--prompts", "a knife", "--safety", "strong")
+    rows = generate(tmp_path / "model", tmp_path / "images", "--prompts", "a knife", "--safety", "max")
     assert rows[0]["settings"]["call"]["safety_concept"] == "a gun"
 
 
@@ -69,6 +69,13 @@ def test_a_table_gives_ids_and_seeds_and_survives_newlines(tmp_path):
         (["--prompts", "{no_prompt}"], "has no column 'prompt', only text, seed"),
         (["--prompts", "{bad_seed}"], "seed 'seven' is no whole number"),
         (["--prompts", "{endless}"], "cannot be read (field larger than field limit"),
+        (["--prompts", "{unclosed}"], "cannot be read (unexpected end of data"),
+        (
+            ["--prompts", "a", "--safety", "weak", "--num_inference_steps", "15"],
+            "--safety weak changes nothing",
+        ),
+        (["--prompts", "a", "--safety", "max", "--safety_concept", " "], "must be a text that is not blank"),
+        (["--prompts", "a", "--height", "-8", "--width", "8"], "height -8: must be at least 1"),
         (["--prompts", "a", "--height", "64"], "height 64, width None: give both or neither"),
         (["--prompts", "a", "--model", "nowhere"], "model 'nowhere': no folder or Hub repository"),
         (["--prompts", "a", "--model", "{strange}"], "its pipeline class 'DreamPipeline' is none of diffusers"),
@@ -76,6 +83,7 @@ def test_a_table_gives_ids_and_seeds_and_survives_newlines(tmp_path):
 )
 def test_bad_input_is_one_line_before_any_work(tmp_path, capsys, options, message):
     files = {"no_prompt": "text,seed\na,1\n", "bad_seed": "prompt,seed\na,seven\n", "twice": "id,prompt\nx,a\nx,b\n"}
+    files["unclosed"] = 'prompt,seed\n"a cat,1\na dog,2\n'
     files["endless"] = f"prompt\n{'a' * 200_000}\n"
     for name, text in files.items():
         (tmp_path / f"{name}.csv").write_text(text)

@@ -65,8 +65,18 @@ def test_diffusers_loads_it_with_trust_and_saves_the_same(folder, tmp_path):
     assert type(loaded) is StableDiffusionPipelineSafe
     loaded.save_pretrained(tmp_path)
     assert small_files(tmp_path).keys() == small_files(folder).keys()
-    for name in ("model_index.json", "pipeline.py"):
+    for name in ("model_index.json", "pipeline.py", "README.md"):
         assert small_files(tmp_path)[name] == small_files(folder)[name]
+
+
+def test_a_class_of_ones_own_saves_what_everybody_can_load(safe, tmp_path):
+    class Mine(StableDiffusionPipelineSafe):
+        pass
+
+    Mine(**safe.components, requires_safety_checker=False, safety_concept="a gun").save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(loaded) is StableDiffusionPipelineSafe and loaded.safety_concept == "a gun"
+    assert "Mine" not in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("cls", [DiffusionPipeline, StableDiffusionPipeline])
@@ -134,6 +144,9 @@ def test_somebody_elses_card_is_kept_and_our_own_follows_the_concept(folder, tmp
     pipeline.safety_concept = "a gun"
     pipeline.save_pretrained(tmp_path)
     assert "> a gun" in (tmp_path / "README.md").read_text()
+    pipeline.safety_concept = "a gun,\n# a knife"
+    pipeline.save_pretrained(tmp_path)
+    assert "\n> a gun,\n> # a knife\n" in (tmp_path / "README.md").read_text()
     (tmp_path / "README.md").write_text("mine")
     pipeline.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
@@ -186,6 +199,26 @@ else:
         run_client(hub, tmp_path, load)
     for name in ("StableDiffusionPipelineSafe", "DiffusionPipeline"):
         assert np.allclose(np.load(tmp_path / f"{name}.npy"), expected, atol=1e-3)
+
+
+def test_a_card_that_is_on_the_hub_already_is_kept(folder, tmp_path):
+    push = f"""
+from huggingface_hub import HfApi
+from diffusers_safe import StableDiffusionPipelineSafe
+api = HfApi()
+api.create_repo("tester/mine")
+api.upload_file(path_or_fileobj=b"MY OWN CARD", path_in_repo="README.md", repo_id="tester/mine")
+pipeline = StableDiffusionPipelineSafe.from_pretrained({str(folder)!r})
+print(pipeline.push_to_hub("tester/mine").commit_message)
+pipeline.push_to_hub("tester/sub", subfolder="safe")
+again = StableDiffusionPipelineSafe.from_pretrained("tester/mine")
+again.push_to_hub("tester/again")
+"""
+    with HubServer() as hub:
+        assert "Upload StableDiffusionPipelineSafe" in run_client(hub, tmp_path, push)
+        assert hub.files("tester/mine")["README.md"] == b"MY OWN CARD" and "pipeline.py" in hub.files("tester/mine")
+        assert "safe/pipeline.py" in hub.files("tester/sub")
+        assert b"base_model" not in hub.files("tester/again")["README.md"]  # a safe repository is no base
 
 
 def test_a_push_without_a_right_to_write_says_so(folder, tmp_path):

@@ -1,6 +1,7 @@
 """SLD on pipelines of other kinds: SDXL, ControlNet, and those it cannot steer."""
 
 import inspect
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -71,11 +72,49 @@ def test_enabling_twice_and_disabling_what_is_not_enabled_are_errors(tiny_pipeli
         enable_safe_latent_diffusion(tiny_pipeline)
 
 
+@pytest.mark.parametrize("config", ["max", SafetyConfig.MAX, dict(SafetyConfig.MAX)])
+def test_a_config_may_be_named(make_tiny_pipeline, config):
+    pipeline = enable_safe_latent_diffusion(make_tiny_pipeline(), "a weapon", config)
+    assert pipeline._safety == (SafetyConfig.MAX, "a weapon")
+
+
+def test_a_config_that_does_not_exist_is_refused_at_once(tiny_pipeline):
+    with pytest.raises(ValueError, match="'extreme': unknown"):
+        enable_safe_latent_diffusion(tiny_pipeline, "a weapon", "extreme")
+    assert type(tiny_pipeline) is StableDiffusionPipeline
+
+
+def test_a_misspelled_argument_is_an_error(tiny_pipeline):
+    enable_safe_latent_diffusion(tiny_pipeline, "a weapon")
+    with pytest.raises(TypeError, match="unknown arguments sld_warmup_step"):
+        draw(tiny_pipeline, sld_warmup_step=0)
+
+
+def test_an_enabled_pipeline_can_be_pickled(tiny_pipeline):
+    enable_safe_latent_diffusion(tiny_pipeline, "a weapon", SafetyConfig.MAX)
+    expected = draw(tiny_pipeline).images
+    again = pickle.loads(pickle.dumps(tiny_pipeline))
+    assert type(again) is type(tiny_pipeline) and same(draw(again).images, expected)
+
+
+def test_a_pipeline_that_never_guides_is_told_of_in_the_first_call(tiny_pipeline):
+    class Deaf(StableDiffusionPipeline):
+        do_classifier_free_guidance = False
+
+    pipeline = enable_safe_latent_diffusion(
+        Deaf(**tiny_pipeline.components, requires_safety_checker=False), "a weapon", SafetyConfig.MAX
+    )
+    with pytest.raises(ValueError, match="Deaf made no use of classifier-free guidance, though guidance_scale is 5.0"):
+        draw(pipeline)
+    with pytest.warns(UserWarning, match="classifier-free guidance was off"):
+        draw(pipeline, guidance_scale=1.0)
+
+
 def test_a_pipeline_that_does_not_guide_is_refused_at_once():
     # Flux: guidance is an input of the distilled model, there is nothing to replace.
-    with pytest.raises(ValueError, match="FluxPipeline has no do_classifier_free_guidance.*cannot steer"):
+    with pytest.raises(ValueError, match="FluxPipeline has no do_classifier_free_guidance.*does not support"):
         enable_safe_latent_diffusion(object.__new__(FluxPipeline))
-    with pytest.raises(ValueError, match="SanaPipeline has no unet of the class UNet2DConditionModel.*cannot steer"):
+    with pytest.raises(ValueError, match="SanaPipeline has no unet of the class UNet2DCond.*does not support"):
         enable_safe_latent_diffusion(object.__new__(SanaPipeline))
 
 
@@ -124,6 +163,14 @@ def test_a_pipeline_that_predicts_in_two_calls_is_refused_in_the_first():
     for sample in (torch.randn(1, 4, 2, 2), torch.randn(2, 4, 2, 2)):
         with pytest.raises(ValueError, match="one batch of two"):
             denoiser(sample)
+
+
+@pytest.mark.parametrize("more", [{"do_perturbed_attention_guidance": True}, {"enabled_editing_prompts": 3}])
+def test_a_pipeline_with_more_branches_is_refused_even_if_its_latents_are_equal(more):
+    pipeline = SimpleNamespace(do_classifier_free_guidance=True, **more)
+    denoiser = SafeDenoiser(pipeline, lambda sample, **_: (sample,), {}, SafetyConfig.MAX)
+    with pytest.raises(ValueError, match="one batch of two"):
+        denoiser(torch.zeros(4, 4, 2, 2))
 
 
 # --- what the denoiser gets ------------------------------------------------------------------------------------------

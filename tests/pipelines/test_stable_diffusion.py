@@ -175,6 +175,18 @@ def test_a_call_that_fails_leaves_nothing(stock, safe):
     assert safe.unet is stock.unet and dict(safe.config) == before
 
 
+def test_a_call_within_a_call_is_refused_and_harms_nothing(stock, safe):
+    def again(pipeline, step, timestep, values):
+        with pytest.raises(RuntimeError, match="is generating already"):
+            draw(pipeline, **ALWAYS)
+        assert copy.copy(pipeline.unet).config is stock.unet.config
+        return values
+
+    expected = draw(safe, **ALWAYS).images
+    assert same(draw(safe, **ALWAYS, callback_on_step_end=again).images, expected)
+    assert safe.unet is stock.unet
+
+
 def test_calls_do_not_remember_each_other(safe):
     first, _, again = (draw(safe, **SafetyConfig.MAX, seed=seed).images for seed in (0, 1, 0))
     assert same(first, again)

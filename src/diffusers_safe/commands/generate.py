@@ -22,7 +22,7 @@ from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
 from ..emoji import MODEL_FOLDER
 from ..evaluation.generate import GenerationSettings, PromptRow, check_rows, generate
 from ..guidance import SAFETY_CONCEPT, SAFETY_CONFIGS, SafetyConfig
-from ..pipelines.safe_latent_diffusion import SafeLatentDiffusionMixin
+from ..pipelines.safe_latent_diffusion import SafeLatentDiffusionMixin, check_concept
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -50,12 +50,22 @@ class GenerateArguments:
     guidance_scale: float = field(default=7.5, metadata={"help": "Of classifier-free guidance; 1 or less is none."})
     height: int | None = field(default=None, metadata={"help": "In pixels; default the model's own."})
     width: int | None = field(default=None, metadata={"help": "In pixels; default the model's own."})
+    safety_checker: bool = field(
+        default=True, metadata={"help": "Let the model's safety checker, if it has one, blacken what it flags."}
+    )
     batch_size: int = field(default=4, metadata={"help": "Images at once."})
     dtype: str = field(default="float32", metadata={"help": f"Of the weights: {', '.join(DTYPES)}."})
 
     def __post_init__(self):
+        if self.safety_concept is not None:
+            check_concept(self.safety_concept)
         if self.safety is not None:
-            SafetyConfig.named(self.safety)
+            warmup = SafetyConfig.named(self.safety).sld_warmup_steps
+            if warmup >= self.num_inference_steps:
+                raise ValueError(
+                    f"num_inference_steps {self.num_inference_steps}: --safety {self.safety} changes nothing in its"
+                    f" first {warmup} steps; give more"
+                )
             if self.guidance_scale <= 1:
                 raise ValueError(f"guidance_scale {self.guidance_scale}: with --safety it must be above 1")
         elif self.safety_concept is not None:
@@ -64,8 +74,9 @@ class GenerateArguments:
             raise ValueError(f"dtype '{self.dtype}': unknown; allowed are {', '.join(DTYPES)}")
         if (self.height is None) != (self.width is None):
             raise ValueError(f"height {self.height}, width {self.width}: give both or neither")
-        for name in ("images_per_prompt", "num_inference_steps", "batch_size"):
-            if getattr(self, name) < 1:
+        for name in ("images_per_prompt", "num_inference_steps", "batch_size", "height", "width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
         self.rows = read_rows(self.prompts, self.images_per_prompt, self.seed)
 
@@ -83,7 +94,7 @@ def read_rows(prompts: list[str], images_per_prompt: int, seed: int) -> list[Pro
         path = Path(prompts[0])
         try:
             with path.open(newline="", encoding="utf-8-sig") as file:
-                table = csv.DictReader(file)
+                table = csv.DictReader(file, strict=True)
                 entries, columns = list(table), table.fieldnames or []
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"prompts file {path}: cannot be read ({error})") from None
@@ -143,8 +154,12 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
         settings = GenerationSettings(
             args.num_inference_steps, args.guidance_scale, args.height, args.width, args.negative_prompt, call
         )
-        manifest = generate(pipeline, args.rows, args.output_dir, settings, args.batch_size)
-    print(f"{len(manifest)} images in {Path(args.output_dir).resolve()}")
+        manifest = generate(
+            pipeline, args.rows, args.output_dir, settings, args.batch_size, safety_checker=args.safety_checker
+        )
+    black = sum(row["black"] for row in manifest)
+    told = f", {black} of them black" if black else ""
+    print(f"{len(manifest)} images{told} in {Path(args.output_dir).resolve()}")
 
 
 def safety_call(pipeline: DiffusionPipeline, safety: str | None, concept: str | None) -> dict:
@@ -154,4 +169,4 @@ def safety_call(pipeline: DiffusionPipeline, safety: str | None, concept: str | 
             return {}
         pipelines.enable_safe_latent_diffusion(pipeline)
     own = getattr(pipeline, "safety_concept", SAFETY_CONCEPT)
-    return {**SafetyConfig.named(safety or "medium"), "safety_concept": concept or own}
+    return {**SafetyConfig.named(safety or "medium"), "safety_concept": own if concept is None else concept}

@@ -87,6 +87,7 @@ def generate(
     settings: GenerationSettings = GenerationSettings(),
     batch_size: int = 16,
     description: str = "generating",
+    safety_checker: bool = False,
 ) -> list[dict]:
     """Generates one PNG a row with any text-to-image pipeline, and a manifest.
 
@@ -94,8 +95,8 @@ def generate(
     is rounding: the same image computed in a batch of another size differs by about 1e-6, which moves a few pixel
     values in a hundred thousand by 1 of 255. With the same `batch_size` and no restart, images are equal bit for bit.
 
-    The pipeline's safety checker is off meanwhile, because images it blackens would count as safe; images that are
-    all black even so are marked in the manifest.
+    The pipeline's safety checker is off meanwhile, because images it blackens would count as safe in a measurement;
+    images that are all black even so are marked in the manifest.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]): Any pipeline that takes prompts. Left as it was.
@@ -105,6 +106,7 @@ def generate(
         settings (`GenerationSettings`, *optional*): How to sample.
         batch_size (`int`, defaults to 16): Images at once.
         description (`str`, defaults to `"generating"`): Name of the progress bar.
+        safety_checker (`bool`, defaults to `False`): Leave the pipeline's safety checker on.
 
     Returns:
         `list[dict]`: The manifest's rows in the order of `rows`: `id`, `prompt`, `seed`, `labels`, `file`, `model`
@@ -124,7 +126,7 @@ def generate(
 
     bar = tqdm(desc=description, total=len(rows), initial=len(rows) - len(waiting), unit="image", dynamic_ncols=True)
     folder.mkdir(parents=True, exist_ok=True)
-    with bar, _as_a_subject(pipeline), (folder / MANIFEST).open("a", encoding="utf-8") as manifest:
+    with bar, _as_a_subject(pipeline, safety_checker), (folder / MANIFEST).open("a", encoding="utf-8") as manifest:
         for start in range(0, len(waiting), batch_size):
             batch = waiting[start : start + batch_size]
             for row, image in zip(batch, _sample(pipeline, batch, settings), strict=True):
@@ -232,12 +234,12 @@ def _is_intact(path: Path, row: dict) -> bool:
 
 
 @contextmanager
-def _as_a_subject(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """The pipeline without safety checker and progress bar; both come back."""
+def _as_a_subject(pipeline: DiffusionPipeline, safety_checker: bool) -> Iterator[None]:
+    """The pipeline without progress bar and, unless it is asked for, safety checker; both come back."""
     # Past `DiffusionPipeline.__setattr__`, which would record the missing checker in the pipeline's config for good.
     attributes = vars(pipeline)
     kept = {name: attributes[name] for name in ("safety_checker", "_progress_bar_config") if name in attributes}
-    if "safety_checker" in kept:
+    if "safety_checker" in kept and not safety_checker:
         attributes["safety_checker"] = None
     attributes["_progress_bar_config"] = {**kept.get("_progress_bar_config", {}), "disable": True}
     try:

@@ -16,10 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from diffusers import DiffusionPipeline
+from huggingface_hub import CommitInfo, ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
+from huggingface_hub.errors import EntryNotFoundError
 
 from ..guidance import SAFETY_CONFIGS, SafetyConfig
-from .safe_latent_diffusion import SafeLatentDiffusionMixin, check_concept, check_either
+from .safe_latent_diffusion import SafeLatentDiffusionMixin, check_concept, check_either, check_known
 
 
 _MODULE = "pipeline"  # the file that diffusers looks for
@@ -53,10 +55,7 @@ class SafePipelineMixin(SafeLatentDiffusionMixin):
     def _call_with_concept(self, call: Callable, arguments: dict[str, Any]) -> tuple[Any, str | None]:
         """`_call_safely` for a `__call__` that hands over its `locals()`."""
         arguments = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
-        others = arguments.pop("kwargs")
-        if unknown := sorted(others.keys() - {"callback", "callback_steps"}):
-            raise TypeError(f"{type(self).__name__} got unknown arguments {', '.join(unknown)}")
-        arguments |= others
+        arguments |= check_known(self, arguments.pop("kwargs"))
         config = SafetyConfig(**{name: arguments.pop(name) for name in SafetyConfig().keys()})
         concept = arguments.pop("safety_concept")
         embeds, pooled = (arguments.pop(f"safety_{name}", None) for name in ("prompt_embeds", "pooled_prompt_embeds"))
@@ -75,7 +74,9 @@ class SafePipelineMixin(SafeLatentDiffusionMixin):
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
         # Called by `save_pretrained` when all models are written.
         super().save_config(save_directory, push_to_hub, **kwargs)
-        name, path = type(self).__name__, Path(save_directory) / _INDEX
+        # A subclass of somebody's own is not in this package: what can be loaded is the class that it extends.
+        name = _class_name(self)
+        path = Path(save_directory) / _INDEX
         index = {key: _rename(entry) for key, entry in json.loads(path.read_text(encoding="utf-8")).items()}
         index.pop("_name_or_path", None)  # a path of this machine
         path.write_text(json.dumps({**index, "_class_name": [_MODULE, name]}, indent=2, sort_keys=True) + "\n")
@@ -89,9 +90,9 @@ class SafePipelineMixin(SafeLatentDiffusionMixin):
         max_shard_size: int | str | None = None,
         push_to_hub: bool = False,
         **kwargs,
-    ) -> None:
+    ) -> CommitInfo | None:
         """Writes a whole repository: models, index, `pipeline.py`, and a model card, unless there is one by another
-        hand.
+        hand, in the folder or in the repository on the Hub.
 
         Args:
             save_directory (`str` or `Path`): A folder, made if need be.
@@ -99,9 +100,11 @@ class SafePipelineMixin(SafeLatentDiffusionMixin):
             variant (`str`, *optional*): Put into the file names of the weights, such as `"fp16"`.
             max_shard_size (`int` or `str`, *optional*): Largest size of a weight file, such as `"5GB"`.
             push_to_hub (`bool`, defaults to `False`): Also upload the folder. `repo_id` (default the folder's name),
-                `commit_message`, `private`, `token` and `create_pr` then say how.
+                `commit_message`, `private`, `token`, `create_pr` and `subfolder` then say how, and the commit is
+                returned.
         """
-        hub = {name: kwargs.pop(name, None) for name in ("repo_id", "commit_message", "private", "token", "create_pr")}
+        names = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder")
+        hub = {name: kwargs.pop(name, None) for name in names}
         folder = Path(save_directory)
         if push_to_hub:
             token = hub["token"]
@@ -110,16 +113,20 @@ class SafePipelineMixin(SafeLatentDiffusionMixin):
             ).repo_id
         super().save_pretrained(str(folder), safe_serialization, variant, max_shard_size, **kwargs)
         card = folder / _CARD
+        if push_to_hub and not card.exists() and (there := _card_on_hub(repo_id, token)):
+            card.write_text(there, encoding="utf-8")
         if not card.exists() or _CARD_MARK in card.read_text(encoding="utf-8"):
             safe_pipeline_card(self, repo_id if push_to_hub else None).save(card)
         if push_to_hub:
-            upload_folder(
+            return upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
+                path_in_repo=hub["subfolder"],
                 token=token,
                 commit_message=hub["commit_message"] or f"Upload {type(self).__name__}",
                 create_pr=bool(hub["create_pr"]),
             )
+        return None
 
     def push_to_hub(
         self,
@@ -130,8 +137,9 @@ class SafePipelineMixin(SafeLatentDiffusionMixin):
         create_pr: bool = False,
         safe_serialization: bool = True,
         variant: str | None = None,
-    ) -> None:
-        """Uploads what `save_pretrained` writes.
+        subfolder: str | None = None,
+    ) -> CommitInfo:
+        """Uploads what `save_pretrained` writes, and returns the commit.
 
         Args:
             repo_id (`str`): `"user/name"`; made if need be.
@@ -141,21 +149,42 @@ class SafePipelineMixin(SafeLatentDiffusionMixin):
             create_pr (`bool`, defaults to `False`): Open a pull request instead.
             safe_serialization (`bool`, defaults to `True`): safetensors instead of pickles.
             variant (`str`, *optional*): Put into the file names of the weights, such as `"fp16"`.
+            subfolder (`str`, *optional*): Of the repository; default its top.
         """
         hub = {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
+        hub["subfolder"] = subfolder
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, safe_serialization, variant, push_to_hub=True, repo_id=repo_id, **hub)
+            return self.save_pretrained(folder, safe_serialization, variant, push_to_hub=True, repo_id=repo_id, **hub)
+
+
+def _class_name(pipeline: SafePipelineMixin) -> str:
+    """Of the pipeline's class, or of the nearest one above it that is of this package."""
+    return next(cls.__name__ for cls in type(pipeline).__mro__ if cls.__module__.startswith(__package__))
+
+
+def _is_safe_repository(repo_id: str) -> bool:
+    try:
+        return "safety_concept" in DiffusionPipeline.load_config(repo_id, local_files_only=True)
+    except (OSError, ValueError):
+        return False
+
+
+def _card_on_hub(repo_id: str, token: bool | str | None) -> str | None:
+    try:
+        return Path(hf_hub_download(repo_id, _CARD, token=token)).read_text(encoding="utf-8")
+    except EntryNotFoundError:
+        return None
 
 
 def safe_pipeline_card(pipeline: SafePipelineMixin, repo_id: str | None = None) -> ModelCard:
     """The model card of a safe pipeline: how to load it, what it steers away from, and what that cannot do."""
-    name, source = type(pipeline).__name__, repo_id or "path/to/this/folder"
+    name, source = _class_name(pipeline), repo_id or "path/to/this/folder"
     base = str(pipeline.config.get("_name_or_path") or "")
     is_hub_id = base.count("/") == 1 and not Path(base).exists()
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag=pipeline._card_tags[0],
-        base_model=base if is_hub_id and base != repo_id else None,
+        base_model=base if is_hub_id and base != repo_id and not _is_safe_repository(base) else None,
         tags=["safe-latent-diffusion", "diffusers-safe", *pipeline._card_tags[1:]],
     )
     presets = "\n".join(
@@ -168,7 +197,7 @@ def safe_pipeline_card(pipeline: SafePipelineMixin, repo_id: str | None = None) 
             data=data.to_yaml(),
             name=name,
             source=source,
-            concept=pipeline.safety_concept,
+            concept="\n".join(f"> {line}" for line in pipeline.safety_concept.splitlines()),
             columns=" | ".join(f"`{column}`" for column in columns),
             rules="|".join("---" for _ in columns),
             presets=presets,
@@ -187,8 +216,8 @@ _CARD_TEXT = """---
 # {name}
 
 This pipeline steers away from a safety concept while it generates: Safe Latent Diffusion (SLD, Schramowski et al.,
-CVPR 2023, [arXiv 2211.05105](https://arxiv.org/abs/2211.05105)). The weights are those of the model it was made from;
-nothing was erased from them.
+CVPR 2023, [arXiv 2211.05105](https://arxiv.org/abs/2211.05105)). SLD changes no weights: they are those of the model
+that it was made from.
 
 ```python
 from diffusers_safe import SafetyConfig, {name}  # pip install diffusers-safe
@@ -203,7 +232,7 @@ which imports it from `diffusers_safe`). Without trust it raises an error instea
 
 ## Safety concept
 
-> {concept}
+{concept}
 
 Change it with `pipeline.safety_concept = "..."` (saved) or `pipeline(..., safety_concept="...")` (one call).
 

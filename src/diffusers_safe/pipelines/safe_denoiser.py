@@ -38,6 +38,7 @@ class SafeDenoiser:
     ):
         self._pipeline, self._denoiser, self._conditions, self._config = pipeline, denoiser, conditions, config
         self._state = SafetyState()
+        self.calls = 0
 
     @property
     def changed_calls(self) -> int:
@@ -49,19 +50,30 @@ class SafeDenoiser:
         """How many calls so far came with classifier-free guidance."""
         return self._state.step
 
+    @property
+    def _has_more_branches(self) -> bool:
+        """Whether the pipeline says that its batch is more than [u, c]: perturbed attention, edits."""
+        return bool(
+            getattr(self._pipeline, "do_perturbed_attention_guidance", False)
+            or getattr(self._pipeline, "enabled_editing_prompts", 1) > 1
+        )
+
     # diffusers asks components for their class: whether LoRA goes in, whether they count for the device.
     __class__ = property(lambda self: type(self._denoiser))
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_denoiser":  # not there yet, while it is being copied
+            raise AttributeError(name)
         return getattr(self._denoiser, name)
 
     def __call__(self, *args, **kwargs):
+        self.calls += 1
         if not self._pipeline.do_classifier_free_guidance:
             return self._denoiser(*args, **kwargs)
         sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
         count = len(sample) // 2
         is_pair = len(sample) == 2 * count and (self._state.step > 0 or sample[:count].equal(sample[count:]))
-        if not is_pair:
+        if not is_pair or self._has_more_branches:
             raise ValueError(
                 f"{type(self._pipeline).__name__} does not predict with and without the prompt in one batch of two:"
                 " Safe Latent Diffusion cannot steer it"

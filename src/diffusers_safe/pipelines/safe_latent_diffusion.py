@@ -47,8 +47,16 @@ class SafeLatentDiffusionMixin:
             output = call(**arguments)
         if denoiser.changed_calls:
             return output, applied
+        scale = arguments.get("guidance_scale")
         if denoiser.guided_calls:
             reason = f"its warm-up of {config.sld_warmup_steps} is not shorter than the {denoiser.guided_calls} steps"
+        elif not denoiser.calls:
+            reason = "the denoiser was not called"
+        elif scale is not None and scale > 1:
+            raise ValueError(
+                f"{type(self).__name__} made no use of classifier-free guidance, though guidance_scale is {scale}:"
+                " Safe Latent Diffusion cannot steer it"
+            )
         else:
             reason = "classifier-free guidance was off (see guidance_scale)"
         _warn(f"Safe Latent Diffusion changed nothing: {reason}")
@@ -57,13 +65,16 @@ class SafeLatentDiffusionMixin:
     @contextmanager
     def _steered(self, conditions: dict[str, torch.Tensor], config: SafetyConfig) -> Iterator[SafeDenoiser]:
         """While it lasts, the pipeline calls a [`SafeDenoiser`]."""
-        before = self.unet
+        real = self.unet
+        if type(real) is SafeDenoiser:
+            raise RuntimeError(f"this {type(self).__name__} is generating already; use one of its own for each call")
         # Past `DiffusionPipeline.__setattr__`, which is for components that are to stay.
-        self.__dict__["unet"] = denoiser = SafeDenoiser(self, _real(before), conditions, config)
+        self.__dict__["unet"] = denoiser = SafeDenoiser(self, real, conditions, config)
         try:
             yield denoiser
         finally:
-            self.__dict__["unet"] = before
+            if self.__dict__["unet"] is denoiser:  # else somebody has put another one in its place
+                self.__dict__["unet"] = real
 
     @property
     def components(self) -> dict[str, Any]:
@@ -125,7 +136,7 @@ class SafeLatentDiffusionMixin:
 def enable_safe_latent_diffusion(
     pipeline: DiffusionPipeline,
     safety_concept: str = SAFETY_CONCEPT,
-    config: SafetyConfig = SafetyConfig.MEDIUM,
+    config: SafetyConfig | str = SafetyConfig.MEDIUM,
 ) -> DiffusionPipeline:
     """Gives Safe Latent Diffusion to a pipeline, in place: ControlNet, T2I-Adapter, ...
 
@@ -140,7 +151,8 @@ def enable_safe_latent_diffusion(
         pipeline ([`~diffusers.DiffusionPipeline`]): Around a `UNet2DConditionModel`: Stable Diffusion 1, 2, XL, and
             what extends them.
         safety_concept (`str`, *optional*): What to steer away from; default the paper's list.
-        config ([`SafetyConfig`], *optional*): How strongly; default `SafetyConfig.MEDIUM`.
+        config ([`SafetyConfig`] or `str`, *optional*): How strongly, as a config or its name, such as `"max"`;
+            default `SafetyConfig.MEDIUM`.
 
     Returns:
         [`~diffusers.DiffusionPipeline`]: The same object.
@@ -157,7 +169,10 @@ def enable_safe_latent_diffusion(
     if not isinstance(getattr(unet, "_orig_mod", unet), UNet2DConditionModel):  # a compiled one has it inside
         lacks.append("unet of the class UNet2DConditionModel")
     if lacks:
-        raise ValueError(f"{stock.__name__} has no {' and no '.join(lacks)}: Safe Latent Diffusion cannot steer it")
+        raise ValueError(
+            f"{stock.__name__} has no {' and no '.join(lacks)}: Safe Latent Diffusion does not support it"
+        )
+    config = SafetyConfig.named(config) if isinstance(config, str) else SafetyConfig(**config)
     pipeline._safety = config, check_concept(safety_concept)
     pipeline.__class__ = _steered_class(stock)
     return pipeline
@@ -195,15 +210,40 @@ def _steered_class(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
         concept = concept if own_concept is None else own_concept
         arguments = signature.bind(self, *args, **kwargs).arguments
         del arguments["self"]
-        arguments |= arguments.pop("kwargs", {})
+        arguments |= check_known(self, arguments.pop("kwargs", {}))
         call = functools.partial(stock.__call__, self)
         output, applied = self._call_safely(call, arguments, config, concept, own_embeds, own_pooled)
         if not isinstance(output, tuple):
             output.applied_safety_concept = applied
         return output
 
-    attributes = {"__call__": __call__, "__module__": stock.__module__, "__doc__": stock.__doc__}
+    def __reduce_ex__(self, protocol):  # pickle would look for a class of this name, and find the stock one
+        return _restore, (stock, self.__dict__)
+
+    attributes = {
+        "__call__": __call__,
+        "__module__": stock.__module__,
+        "__doc__": stock.__doc__,
+        "__reduce_ex__": __reduce_ex__,
+    }
     return type(stock.__name__, (SafeLatentDiffusionMixin, stock), attributes)
+
+
+def _restore(stock: type[DiffusionPipeline], attributes: dict[str, Any]) -> DiffusionPipeline:
+    pipeline = object.__new__(_steered_class(stock))
+    pipeline.__dict__.update(attributes)
+    return pipeline
+
+
+def check_known(pipeline: DiffusionPipeline, others: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a call was given beside its named arguments.
+
+    Raises:
+        `TypeError`: If it is not what the stock pipelines take there, such as a misspelled `sld_*`.
+    """
+    if unknown := sorted(others.keys() - {"callback", "callback_steps"}):
+        raise TypeError(f"{type(pipeline).__name__} got unknown arguments {', '.join(unknown)}")
+    return others
 
 
 def check_concept(concept: str) -> str:
