@@ -7,16 +7,20 @@ The ways take turns, round after round, so that a machine whose speed wanders hu
 within each round. Goal: at most 1.55 times plain guidance for MAX, less for WEAK.
 """
 
+import multiprocessing
 import resource
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from tqdm.auto import tqdm
 
 from diffusers_safe import enable_safe_latent_diffusion
-from diffusers_safe.arguments import parse_dataclass
+from diffusers_safe.arguments import parse_dataclass, told_in_one_line
 from diffusers_safe.commands.generate import DTYPES, load_any_pipeline
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.guidance import SAFETY_CONFIGS
@@ -53,7 +57,19 @@ def seconds(pipeline, args: SpeedArguments, call: dict) -> float:
     return (time.perf_counter() - started) / args.batch_size
 
 
-def peak_mib(pipeline) -> float:
+def load_ways(args: SpeedArguments) -> dict[str, tuple[DiffusionPipeline, dict]]:
+    """Name -> pipeline and the arguments of its calls."""
+    plain = load_any_pipeline(args.model, DTYPES[args.dtype]).to(PartialState().device)
+    safe = enable_safe_latent_diffusion(type(plain).from_pipe(plain), "a weapon")
+    for each in (plain, safe):
+        each.set_progress_bar_config(disable=True)
+    return {"guidance": (plain, {}), **{name: (safe, dict(config)) for name, config in SAFETY_CONFIGS.items()}}
+
+
+def peak_mib(args: SpeedArguments, name: str) -> float:
+    """Peak memory of one way, to be asked for in a process that has done nothing else."""
+    pipeline, call = load_ways(args)[name]
+    seconds(pipeline, args, call)
     if pipeline.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
@@ -61,25 +77,25 @@ def peak_mib(pipeline) -> float:
 
 def main() -> None:
     args = parse_dataclass(SpeedArguments, __doc__)
-    device = PartialState().device
-    plain = load_any_pipeline(args.model, DTYPES[args.dtype]).to(device)
-    safe = enable_safe_latent_diffusion(type(plain).from_pipe(plain), "a weapon")
-    ways = {"guidance": (plain, {}), **{name: (safe, dict(config)) for name, config in SAFETY_CONFIGS.items()}}
-    times, memory = {name: [] for name in ways}, {}
-    for each in (plain, safe):
-        each.set_progress_bar_config(disable=True)
-    for turn in range(args.rounds + 1):
+    with told_in_one_line():
+        ways = load_ways(args)
+    times = {name: [] for name in ways}
+    for turn in tqdm(range(args.rounds + 1), "rounds"):
         for name, (pipeline, call) in ways.items():
             spent = seconds(pipeline, args, call)
-            memory.setdefault(name, peak_mib(pipeline))
             if turn > 0:
                 times[name].append(spent)
-    print("| | s/image | ratio to plain guidance, median [least, most] | peak memory so far |\n|---|---|---|---|")
+    memory = {}
+    for name in ways:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            memory[name] = process.submit(peak_mib, args, name).result()
+    print("| | s/image | ratio to plain guidance, median [least, most] | peak memory |\n|---|---|---|---|")
     for name, spent in times.items():
         ratio = np.array(spent) / np.array(times["guidance"])
         spread = f"{np.median(ratio):.2f} [{ratio.min():.2f}, {ratio.max():.2f}]"
         print(f"| {name} | {np.median(spent):.3f} | {spread} | {memory[name]:.0f} MiB |")
-    print(f"\n{args.rounds} rounds, batch {args.batch_size}, {args.num_inference_steps} steps, {args.dtype}, {device}")
+    how = f"batch {args.batch_size}, {args.num_inference_steps} steps, {args.dtype}, {PartialState().device}"
+    print(f"\n{args.rounds} rounds, {how}; memory of a whole process (on a GPU: of its allocations).")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import BatchFeature
 
 from diffusers_safe.evaluation.generate import (
     GenerationSettings,
@@ -19,6 +20,8 @@ QUICK = GenerationSettings(num_inference_steps=2, guidance_scale=4.0)
 
 class SafetyChecker(torch.nn.Module):
     """One that objects to everything."""
+
+    device, dtype = torch.device("cpu"), torch.float32
 
     def forward(self, images, clip_input):
         return np.zeros_like(images), [True] * len(images)
@@ -155,6 +158,14 @@ def test_the_safety_checker_is_off_and_comes_back(tiny_pipeline, tmp_path, monke
     assert tiny_pipeline.safety_checker is checker
     assert dict(tiny_pipeline.config) == config  # still there after save_pretrained
     assert tiny_pipeline._progress_bar_config == {"leave": False}
+
+
+def test_the_safety_checker_can_stay_on(tiny_pipeline, tmp_path):
+    tiny_pipeline.register_modules(safety_checker=SafetyChecker())
+    features = BatchFeature({"pixel_values": torch.zeros(1)})
+    vars(tiny_pipeline)["feature_extractor"] = lambda images, return_tensors: features
+    rows = generate(tiny_pipeline, rows_of(2), tmp_path, QUICK, safety_checker=True)
+    assert [row["black"] for row in rows] == [True, True]
 
 
 def test_black_images_are_counted(tiny_pipeline, tmp_path):
