@@ -26,7 +26,7 @@ SETTINGS = {
     "train_method": "xattn",
     "prompt_order": "matched",
     "sdd_target": "anchored",
-    "negative_guidance_scale": 0.8,
+    "negative_guidance_scale": 0.3,
     "loss_space": "velocity",
     "num_inference_steps": 25,
     "sampling_fraction": 0.4,
@@ -35,7 +35,7 @@ SETTINGS = {
     "learning_rate": 2e-3,
     "lr_scheduler": "cosine",
     "ema_decay": 0.9,
-    "retain_weight": 3.0,
+    "retain_weight": 1.0,
 }
 
 

@@ -216,8 +216,8 @@ class SDDArguments(ErasureArguments):
     )
     negative_guidance_scale: float = _option(
         0.0,
-        "Moves the target away from the concept and from all joined, by this much of what they say: for models that "
-        "draw the concept unasked, too. The paper's is 0.",
+        "Moves the target away from all concepts joined, by this much of what they say: for models that draw the "
+        "concept unasked, too. The paper's is 0.",
     )
 
     def __post_init__(self):

@@ -22,12 +22,10 @@ class SDDObjective(Objective):
     has it. What else keeps other concepts is [`retention_loss`].
 
     A model that draws the concept now and then without being asked has it in its unconditional prediction, too, and
-    no erasure towards that can be complete. With `negative_guidance_scale` eta > 0 the target moves away from what the
-    concept and all concepts joined, n, say to the base model eps*, as ESD's does (Gandikota et al., arXiv 2303.07345):
+    no erasure towards that can be complete. With `negative_guidance_scale` eta > 0 the target moves away from
+    `negative_prompt` n, as ESD's does (Gandikota et al., arXiv 2303.07345):
 
-        target - eta * ((eps*(z_t, c_s) + eps*(z_t, n)) / 2 - eps*(z_t, ""))
-
-    The concept alone is not enough where there are several: what moves away from a knife may become an axe.
+        target - eta * (eps*(z_t, n) - eps*(z_t, ""))           with the base model eps*
 
     Args:
         target (`str`, defaults to `"student"`): One of `SDD_TARGETS`.
@@ -65,9 +63,6 @@ class SDDObjective(Objective):
         return loss + retention_loss(predictor, empty) if self.target == "anchored" else loss
 
     def _said(self, predictor: Predictor, batch: TrainingBatch, empty: TrainingBatch) -> torch.Tensor:
-        """What the concept and the negative prompt say to the base model, in the mean."""
-        together = replace(batch, prompts=[*self.prompts] * len(batch.prompts))
-        alone, joined, nothing = (
-            predictor(batch.model_input, batch.timesteps, each.prompts, "frozen") for each in (batch, together, empty)
-        )
-        return (alone + joined) / 2 - nothing
+        """What the negative prompt says to the base model."""
+        negative = predictor(batch.model_input, batch.timesteps, [*self.prompts] * len(batch.prompts), "frozen")
+        return negative - predictor(batch.model_input, batch.timesteps, empty.prompts, "frozen")
