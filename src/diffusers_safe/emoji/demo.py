@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from diffusers import StableDiffusionPipeline
 
 from ..arguments import check_output_dir, parse_dataclass
@@ -48,9 +49,11 @@ def retained_prompts(group: str) -> list[str]:
 def erasure_command(model: str | Path, group: str, output_dir: str | Path, seed: int) -> list[str]:
     """The command line that erases a group, all its members and its own name, and keeps the other groups."""
     options = {**SETTINGS, "checkpointing_steps": 0, "seed": seed}
+    threads = str(torch.get_num_threads())  # accelerate's own default on a CPU is one
     return [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"),
-        *("--quiet", "--mixed_precision", "no", "--num_machines", "1", "--dynamo_backend", "no"),
+        *(sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1"),
+        *("--num_cpu_threads_per_process", threads, "--mixed_precision", "no", "--num_machines", "1"),
+        *("--dynamo_backend", "no"),
         *("-m", "diffusers_safe.training.sdd", "--pretrained_model_name_or_path", str(model)),
         *("--concepts", *group_members(group), group),
         *("--retain_prompts", *retained_prompts(group)),
