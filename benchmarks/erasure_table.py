@@ -25,8 +25,8 @@ class ErasureTable:
         before ([`~diffusers.StableDiffusionPipeline`]): The model without any change, the first row.
         images_per_prompt (`int`): Images of each prompt.
         seed (`int`): Every image's own seed follows from it.
-        retained (`list[str]`, *optional*): What trainings name as to be kept; the column of changes is then about the
-            objects that they do not name.
+        retained (`list[str]`, *optional*): What trainings name as to be kept. A column more then tells the change of
+            the objects that they do not name.
     """
 
     def __init__(

@@ -41,7 +41,7 @@ VARIANTS = {
 
 
 @dataclass
-class SearchArguments:
+class AblationArguments:
     output_dir: str = field(metadata={"help": "Folder for all runs; finished ones are kept."})
     only: list[str] = field(default_factory=list, metadata={"help": "Names of rows; default all."})
     images_per_prompt: int = field(default=4, metadata={"help": "Images of each prompt."})
@@ -58,23 +58,25 @@ class SearchArguments:
                 raise ValueError(f"{name} {getattr(self, name)}: must be at least 0 and less than 2**32")
 
 
-def train(name: str, args: SearchArguments) -> StableDiffusionPipeline:
+def train(name: str, args: AblationArguments) -> StableDiffusionPipeline:
     """The model of a row; trained unless it is there."""
     # A later option on the command line wins.
     options = [word for option, value in VARIANTS[name].items() for word in (f"--{option}", str(value))]
     folder = Path(args.output_dir) / "models" / f"{name.replace(' ', '-')}-{args.train_seed}"
     command = erasure_command(MODEL_FOLDER, GROUP, folder, args.train_seed) + options
     note = folder.with_suffix(".txt")
+    settings = shlex.join(command[command.index("diffusers_safe.training.sdd") :])  # not how many threads
     if not (folder / "model_index.json").exists():
-        subprocess.run(command, check=True)
-        write_text(note, shlex.join(command))
-    elif note.read_text() != shlex.join(command):
+        if code := subprocess.run(command).returncode:
+            raise SystemExit(code)
+        write_text(note, settings)
+    elif note.read_text() != settings:
         raise ValueError(f"{folder}: was trained with other settings, see {note}; give another --output_dir")
     return StableDiffusionPipeline.from_pretrained(folder)
 
 
 def main() -> None:
-    args = parse_dataclass(SearchArguments, __doc__, check=lambda args: check_output_dir(args.output_dir))
+    args = parse_dataclass(AblationArguments, __doc__, check=lambda args: check_output_dir(args.output_dir))
     stock = StableDiffusionPipeline.from_pretrained(MODEL_FOLDER)
     with told_in_one_line():
         folder = Path(args.output_dir) / f"trained-{args.train_seed}"

@@ -229,11 +229,11 @@ def erasure_table(results: dict) -> str:
     """The results of [`evaluate_erasure`] as a Markdown table."""
     protocol = results["protocol"]
     concept = protocol["group"] or ", ".join(protocol["erased"])
-    rates = results["concept_rate"]
+    concept_rate = results["concept_rate"]
     lines = [
         "| | before | after | change |",
         "|---|---|---|---|",
-        f"| {concept} recognised | {rates['before']} | {rates['after']} | |",
+        f"| {concept} recognised | {concept_rate['before']} | {concept_rate['after']} | |",
     ]
     for name, of in {"accuracy": "objects", "accuracy_unnamed": UNNAMED, "group_accuracy": "groups"}.items():
         if rates := results[name]:

@@ -113,7 +113,7 @@ class SafePipelineMixin(SafeLatentDiffusionMixin):
             ).repo_id
         super().save_pretrained(str(folder), safe_serialization, variant, max_shard_size, **kwargs)
         card = folder / _CARD
-        if push_to_hub and not card.exists() and (there := _card_on_hub(repo_id, token)):
+        if push_to_hub and not card.exists() and (there := _card_on_hub(repo_id, hub)):
             card.write_text(there, encoding="utf-8")
         if not card.exists() or _CARD_MARK in card.read_text(encoding="utf-8"):
             safe_pipeline_card(self, repo_id if push_to_hub else None).save(card)
@@ -169,9 +169,10 @@ def _is_safe_repository(repo_id: str) -> bool:
         return False
 
 
-def _card_on_hub(repo_id: str, token: bool | str | None) -> str | None:
+def _card_on_hub(repo_id: str, hub: dict[str, Any]) -> str | None:
     try:
-        return Path(hf_hub_download(repo_id, _CARD, token=token)).read_text(encoding="utf-8")
+        path = hf_hub_download(repo_id, _CARD, subfolder=hub["subfolder"], token=hub["token"])
+        return Path(path).read_text(encoding="utf-8")
     except EntryNotFoundError:
         return None
 
