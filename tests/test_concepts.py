@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diffusers_safe.concepts import CONCEPT_SCHEDULES, PROMPT_ORDERS, ConceptSchedule, read_concepts
+from diffusers_safe.concepts import CONCEPT_SCHEDULES, PROMPT_ORDERS, ConceptSchedule, names_concept, read_concepts
 
 
 def test_read_concepts_from_names_and_files(tmp_path):
@@ -23,6 +23,11 @@ def test_read_concepts_refuses_missing_and_empty_files(tmp_path):
     (tmp_path / "empty.txt").write_text("# only a comment\n")
     with pytest.raises(ValueError, match="holds no concept"):
         read_concepts([str(tmp_path / "empty.txt")])
+
+
+def test_a_prompt_names_a_concept_by_whole_words():
+    assert names_concept("a Gun, on the table", "gun") and names_concept("art by Van Gogh", "van gogh")
+    assert not names_concept("it has begun", "gun") and not names_concept("", "gun")
 
 
 def prompts_of(schedule, count=6):

@@ -1,5 +1,6 @@
 """What to erase: reading lists of concepts, and the order in which several are trained."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,11 @@ def read_concepts(values: list[str]) -> list[str]:
         if not concepts or not all(concepts):
             raise ValueError(f"concepts {values}: give at least one concept, and none that is blank")
     return list(dict.fromkeys(concepts))
+
+
+def names_concept(prompt: str, concept: str) -> bool:
+    """Whether a prompt has a concept's words in it, as whole words and in whatever case."""
+    return re.search(rf"(?<!\w){re.escape(concept)}(?!\w)", prompt, re.IGNORECASE) is not None
 
 
 def joined(concepts: list[str]) -> str:

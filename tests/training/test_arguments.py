@@ -38,6 +38,7 @@ BAD_VALUES = {
     "lr_scheduler": ("steep", "constant"),
     "loss_space": ("image", "prediction, velocity"),
     "negative_guidance_scale": (-0.5, "at least 0"),
+    "target_prompt": ("a big Knife", "names knife"),
     "save": ("all", "full, partial, both"),
     "seed": (-1, "at least 0"),
     "sampling_guidance_scale": (float("inf"), "finite"),

@@ -9,7 +9,7 @@ from diffusers.optimization import SchedulerType
 
 from ..arguments import check_output_dir, parse_dataclass
 from ..backbones import check_model
-from ..concepts import CONCEPT_SCHEDULES, PROMPT_ORDERS, read_concepts
+from ..concepts import CONCEPT_SCHEDULES, PROMPT_ORDERS, names_concept, read_concepts
 from ..weights import TRAIN_METHODS, resolve_train_method
 from .checkpoints import checkpoint_step, list_checkpoints
 from .loss_space import LOSS_SPACES
@@ -99,7 +99,7 @@ class ErasureArguments:
         self.watch_prompts = [
             prompt
             for prompt in (read_concepts(self.watch_prompts) if self.watch_prompts else [])
-            if not any(concept.lower() in prompt.lower() for concept in self.concepts)
+            if not any(names_concept(prompt, concept) for concept in self.concepts)
         ]
         self.train_method = resolve_train_method(self.train_method)
         if both := sorted(set(self.concepts) & set(self.retain_prompts)):
@@ -211,8 +211,11 @@ class SDDArguments(ErasureArguments):
     ema_decay: float = _option(0.999, "m of the average that samples and is published; in [0, 1).")
     sdd_target: str = _option(
         "student",
-        "Whose unconditional prediction is the target: student (the paper), frozen (the base model's, cannot drift), "
-        "or anchored (the student's, held where the base model has it).",
+        "Whose prediction is the target: student (the paper), frozen (the base model's, cannot drift), or anchored "
+        "(frozen, and the student's own unconditional prediction is held there, too).",
+    )
+    target_prompt: str = _option(
+        "", "What the concept becomes: nothing (the paper), or what another prompt says, as in Concept Ablation."
     )
     negative_guidance_scale: float = _option(
         0.0,
@@ -223,6 +226,8 @@ class SDDArguments(ErasureArguments):
     def __post_init__(self):
         super().__post_init__()
         self._check_choices(sdd_target=SDD_TARGETS)
+        if named := [concept for concept in self.concepts if names_concept(self.target_prompt, concept)]:
+            raise ValueError(f"target_prompt '{self.target_prompt}': names {', '.join(named)}, which is to be erased")
         self._check_at_least(0, "negative_guidance_scale")
         if self.negative_guidance_scale and self.concept_schedule == "sequential":
             raise ValueError(

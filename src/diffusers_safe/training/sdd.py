@@ -15,7 +15,9 @@ DESCRIPTION = "Erases concepts from a Stable Diffusion model by safe self-distil
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(SDDArguments, DESCRIPTION, argv)
     with told_in_one_line():
-        objective = SDDObjective(args.sdd_target, args.negative_guidance_scale, joined(args.concepts))
+        objective = SDDObjective(
+            args.sdd_target, args.target_prompt, args.negative_guidance_scale, joined(args.concepts)
+        )
         erase_and_save(Accelerator(), objective, args, args.ema_decay)
 
 

@@ -14,7 +14,8 @@ OBJECTIVES = {
     "sdd": SDDObjective(),
     "sdd-frozen": SDDObjective("frozen"),
     "sdd-anchored": SDDObjective("anchored"),
-    "sdd-negative": SDDObjective("anchored", 0.2, "knife, gun"),
+    "sdd-target-prompt": SDDObjective("anchored", "a cat"),
+    "sdd-negative": SDDObjective("anchored", "", 0.2, "knife, gun"),
 }
 PROMPTS = ["knife", "gun", "a cat", "knife, gun"]
 
@@ -60,13 +61,22 @@ def test_sdd_is_its_equation(setting):
         torch.testing.assert_close(objective.loss(predictor, batch).detach(), expected)
 
 
-def test_an_anchored_target_is_the_students_own_and_is_held_where_it_was(setting):
+def test_an_anchored_target_is_frozen_and_the_students_own_unconditional_prediction_is_held_there(setting):
     predictor, weights, batch = setting
     with weights.use("frozen"):
         frozen_empty = predict_plainly(predictor, batch, ["", ""])
     drift = (predict_plainly(predictor, batch, ["", ""]) - frozen_empty).square().mean(dim=(1, 2, 3))
-    expected = SDDObjective().loss(predictor, batch) + drift
+    expected = SDDObjective("frozen").loss(predictor, batch) + drift
     torch.testing.assert_close(SDDObjective("anchored").loss(predictor, batch).detach(), expected.detach())
+
+
+@pytest.mark.parametrize("target", ["student", "frozen"])
+def test_a_target_prompt_is_what_the_concept_becomes(setting, target):
+    predictor, weights, batch = setting
+    with weights.use(target):
+        goal = predict_plainly(predictor, batch, ["a cat", "a cat"])
+    expected = (goal - predict_plainly(predictor, batch, batch.prompts)).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(SDDObjective(target, "a cat").loss(predictor, batch).detach(), expected)
 
 
 @pytest.mark.parametrize("target", ["student", "frozen"])
@@ -79,7 +89,7 @@ def test_negative_guidance_moves_the_target_away_from_all_concepts(setting, targ
         said = predict_plainly(predictor, batch, ["knife, gun"] * 2) - frozen_empty
     target_noise = (own_empty if target == "student" else frozen_empty) - 0.5 * said
     expected = (target_noise - with_concept).square().mean(dim=(1, 2, 3))
-    objective = SDDObjective(target, 0.5, "knife, gun")
+    objective = SDDObjective(target, "", 0.5, "knife, gun")
     torch.testing.assert_close(objective.loss(predictor, batch).detach(), expected)
 
 

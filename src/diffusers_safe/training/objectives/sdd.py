@@ -16,19 +16,24 @@ class SDDObjective(Objective):
     """The student's prediction for the concept moves to its own prediction without any.
 
     With `target="student"`, the paper's rule, "ignore the text altogether" is a solution: the loss is 0 and every
-    concept is gone. `target="frozen"` is the unconditional prediction of the base model, which cannot wander. While
-    generating, however, guidance multiplies the concept's distance to the model's *own* unconditional prediction.
-    `target="anchored"` therefore keeps the paper's target, and adds a second term that holds it where the base model
-    has it. What else keeps other concepts is [`retention_loss`].
+    concept is gone. `target="frozen"` is the prediction of the base model, which cannot wander. While generating,
+    however, guidance multiplies the concept's distance to the model's *own* unconditional prediction.
+    `target="anchored"` therefore holds that one, too, where the base model has it. What else keeps other concepts is
+    [`retention_loss`].
 
-    A model that draws the concept now and then without being asked has it in its unconditional prediction, too, and
-    no erasure towards that can be complete. With `negative_guidance_scale` eta > 0 the target moves away from
-    `negative_prompt` n, as ESD's does (Gandikota et al., arXiv 2303.07345):
+    A model that draws the concept now and then without being asked has it in its unconditional prediction, and no
+    erasure towards that can be complete. There are two ways past it:
 
-        target - eta * (eps*(z_t, n) - eps*(z_t, ""))           with the base model eps*
+    * `target_prompt` a: the concept becomes this one instead of nothing (a weapon, a plant), as in Concept Ablation
+      (Kumari et al., arXiv 2303.13516).
+    * `negative_guidance_scale` eta > 0: the target moves away from `negative_prompt` n, as ESD's does (Gandikota et
+      al., arXiv 2303.07345), with the base model eps*:
+
+            target - eta * (eps*(z_t, n) - eps*(z_t, ""))
 
     Args:
         target (`str`, defaults to `"student"`): One of `SDD_TARGETS`.
+        target_prompt (`str`, defaults to `""`): a; `""` is the paper's rule.
         negative_guidance_scale (`float`, defaults to 0.0): eta, at least 0; 0 is the paper's rule.
         negative_prompt (`str`, *optional*): n, all concepts joined; eta needs it.
 
@@ -40,22 +45,30 @@ class SDDObjective(Objective):
     sampler = "ema"
     publishes = "ema"
 
-    def __init__(self, target: str = "student", negative_guidance_scale: float = 0.0, negative_prompt: str = ""):
+    def __init__(
+        self,
+        target: str = "student",
+        target_prompt: str = "",
+        negative_guidance_scale: float = 0.0,
+        negative_prompt: str = "",
+    ):
         if target not in SDD_TARGETS:
             raise ValueError(f"sdd_target '{target}': unknown; allowed are {', '.join(SDD_TARGETS)}")
         if negative_guidance_scale < 0:
             raise ValueError(f"negative_guidance_scale {negative_guidance_scale}: must be at least 0")
         if negative_guidance_scale and not negative_prompt:
             raise ValueError(f"negative_guidance_scale {negative_guidance_scale}: needs a negative_prompt")
-        self.target, self.negative_guidance_scale = target, negative_guidance_scale
-        self.prompts = (negative_prompt,) if negative_guidance_scale else ()
+        self.target, self.target_prompt = target, target_prompt
+        self.negative_guidance_scale, self.negative_prompt = negative_guidance_scale, negative_prompt
+        self.prompts = (target_prompt, *([negative_prompt] if negative_guidance_scale else []))
 
     def loss(self, predictor: Predictor, batch: TrainingBatch) -> torch.Tensor:
         # Equation 6: || stopgrad(eps(z_t, "")) - eps(z_t, c_s) ||^2
-        empty = replace(batch, prompts=[""] * len(batch.prompts))
+        count = len(batch.prompts)
+        empty = replace(batch, prompts=[""] * count)
         with torch.no_grad():
-            source = "frozen" if self.target == "frozen" else "student"
-            target = predictor(batch.model_input, batch.timesteps, empty.prompts, source)
+            source = "student" if self.target == "student" else "frozen"
+            target = predictor(batch.model_input, batch.timesteps, [self.target_prompt] * count, source)
             if self.negative_guidance_scale:
                 target = target - self.negative_guidance_scale * self._said(predictor, batch, empty)
         noise_pred = predictor(batch.model_input, batch.timesteps, batch.prompts, "student")
@@ -64,5 +77,5 @@ class SDDObjective(Objective):
 
     def _said(self, predictor: Predictor, batch: TrainingBatch, empty: TrainingBatch) -> torch.Tensor:
         """What the negative prompt says to the base model."""
-        negative = predictor(batch.model_input, batch.timesteps, [*self.prompts] * len(batch.prompts), "frozen")
+        negative = predictor(batch.model_input, batch.timesteps, [self.negative_prompt] * len(batch.prompts), "frozen")
         return negative - predictor(batch.model_input, batch.timesteps, empty.prompts, "frozen")
