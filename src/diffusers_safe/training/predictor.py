@@ -19,6 +19,9 @@ class Predictor:
         prompts (`list[str]`): Every prompt that will ever be asked for; `""` is added.
         device (`torch.device`): Where the denoiser computes.
         student (`nn.Module`, *optional*): The denoiser as it is trained, possibly wrapped for several processes.
+
+    Attributes:
+        forwards (`int`): How many samples the denoiser has seen so far.
     """
 
     def __init__(
@@ -31,9 +34,11 @@ class Predictor:
     ):
         self.backbone, self.weights, self.device = backbone, weights, device
         self.student = backbone.denoiser if student is None else student
+        self.forwards = 0
         texts = list(dict.fromkeys(["", *prompts]))
         self._rows = {text: row for row, text in enumerate(texts)}
-        self._encoded = backbone.encode(texts, device)
+        # Trained weights are float32, whatever the text encoder is.
+        self._encoded = {name: value.float() for name, value in backbone.encode(texts, device).items()}
 
     def conditioning(self, prompts: list[str]) -> Conditioning:
         """The encoded prompts, batch size `len(prompts)`."""
@@ -48,6 +53,7 @@ class Predictor:
     def predict(
         self, model_input: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, weights: str
     ) -> torch.Tensor:
+        self.forwards += len(model_input)
         learns = weights == "student" and torch.is_grad_enabled()
         denoiser = self.student if learns else self.backbone.denoiser
         with self.weights.use(weights), nullcontext() if learns else torch.no_grad():

@@ -1,25 +1,20 @@
 """Safe self-Distillation Diffusion: Kim et al., ICML 2023 workshop, arXiv 2307.05977."""
 
-from dataclasses import replace
-
 import torch
 
 from ..predictor import Predictor
 from .base import Objective, TrainingBatch, squared_error
-from .retention import retention_loss
 
 
-SDD_TARGETS = ("student", "frozen", "anchored")
+SDD_TARGETS = ("student", "frozen")
 
 
 class SDDObjective(Objective):
     """The student's prediction for the concept moves to its own prediction without any.
 
     With `target="student"`, the paper's rule, "ignore the text altogether" is a solution: the loss is 0 and every
-    concept is gone. `target="frozen"` is the prediction of the base model, which cannot wander. While generating,
-    however, guidance multiplies the concept's distance to the model's *own* unconditional prediction.
-    `target="anchored"` therefore holds that one, too, where the base model has it. What else keeps other concepts is
-    [`retention_loss`].
+    concept is gone. `target="frozen"` is the prediction of the base model, which cannot wander. What else keeps other
+    concepts, and the unconditional prediction, is [`retention_loss`].
 
     A model that draws the concept now and then without being asked has it in its unconditional prediction, and no
     erasure towards that can be complete. There are two ways past it:
@@ -64,18 +59,12 @@ class SDDObjective(Objective):
 
     def loss(self, predictor: Predictor, batch: TrainingBatch) -> torch.Tensor:
         # Equation 6: || stopgrad(eps(z_t, "")) - eps(z_t, c_s) ||^2
-        count = len(batch.prompts)
-        empty = replace(batch, prompts=[""] * count)
+        inputs, count = (batch.model_input, batch.timesteps), len(batch.prompts)
         with torch.no_grad():
-            source = "student" if self.target == "student" else "frozen"
-            target = predictor(batch.model_input, batch.timesteps, [self.target_prompt] * count, source)
+            target = predictor(*inputs, [self.target_prompt] * count, self.target)
             if self.negative_guidance_scale:
-                target = target - self.negative_guidance_scale * self._said(predictor, batch, empty)
-        noise_pred = predictor(batch.model_input, batch.timesteps, batch.prompts, "student")
-        loss = squared_error(noise_pred, target)
-        return loss + retention_loss(predictor, empty) if self.target == "anchored" else loss
-
-    def _said(self, predictor: Predictor, batch: TrainingBatch, empty: TrainingBatch) -> torch.Tensor:
-        """What the negative prompt says to the base model."""
-        negative = predictor(batch.model_input, batch.timesteps, [self.negative_prompt] * len(batch.prompts), "frozen")
-        return negative - predictor(batch.model_input, batch.timesteps, empty.prompts, "frozen")
+                negative = predictor(*inputs, [self.negative_prompt] * count, "frozen")
+                target = target - self.negative_guidance_scale * (
+                    negative - predictor(*inputs, [""] * count, "frozen")
+                )
+        return squared_error(predictor(*inputs, batch.prompts, "student"), target)
