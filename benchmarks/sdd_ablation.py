@@ -28,13 +28,15 @@ PAPER = {
     "sampling_fraction": 1.0,
     "target_prompt": "",
     "retain_weight": 0.0,
+    "retain_unconditional": False,
 }
 VARIANTS = {
     "demo": {},
     "the paper's rule": PAPER,
     "student target": {"sdd_target": "student"},
     "unconditional prediction not retained": {"retain_unconditional": False},
-    "no negative guidance": {"negative_guidance_scale": 0.0},
+    "no target prompt": {"target_prompt": ""},
+    "no target prompt but negative guidance": {"target_prompt": "", "negative_guidance_scale": 0.3},
     "errors of epsilon": {"loss_space": "prediction"},
     "the whole schedule": {"sampling_fraction": 1.0},
     "no retention": {"retain_weight": 0.0},

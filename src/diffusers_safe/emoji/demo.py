@@ -28,7 +28,6 @@ SETTINGS = {
     "prompt_order": "matched",
     "sdd_target": "frozen",
     "retain_unconditional": True,
-    "negative_guidance_scale": 0.3,
     "loss_space": "velocity",
     "num_inference_steps": 25,
     "sampling_fraction": 0.4,
@@ -47,9 +46,14 @@ def retained_prompts(group: str) -> list[str]:
     return [*others, *(name for other in others for name in group_members(other)[::2])]
 
 
+def target_prompt(group: str) -> str:
+    """What the erased group becomes: the largest of the others."""
+    return max((other for other in GROUPS if other != group), key=lambda other: len(group_members(other)))
+
+
 def erasure_command(model: str | Path, group: str, output_dir: str | Path, seed: int) -> list[str]:
     """The command line that erases a group, all its members and its own name, and keeps the other groups."""
-    options = {**SETTINGS, "checkpointing_steps": 0, "seed": seed}
+    options = {**SETTINGS, "target_prompt": target_prompt(group), "checkpointing_steps": 0, "seed": seed}
     threads = str(torch.get_num_threads())  # accelerate's own default on a CPU is one
     return [
         *(sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1"),

@@ -129,8 +129,9 @@ def train(
     backbone = make_backbone(pipeline)
     objective = args.make_objective()
     denoiser = backbone.denoiser
-    home = {"device": denoiser.device, "dtype": denoiser.dtype}
-    denoiser.to(torch.float32)
+    device, dtype = denoiser.device, denoiser.dtype
+    if dtype != torch.float32:
+        denoiser.to(torch.float32)
     provenance = Provenance(
         base_model=args.pretrained_model_name_or_path,
         base_fingerprint=fingerprint(denoiser),
@@ -150,5 +151,7 @@ def train(
     if args.output_dir is not None and accelerator.is_main_process:
         save_result(pipeline, loop.weights.values("student"), provenance, args.output_dir, args.save)
     accelerator.wait_for_everyone()
-    denoiser.to(**home)
+    denoiser.to(device)
+    if dtype != torch.float32:
+        denoiser.to(dtype)
     return pipeline
