@@ -10,7 +10,7 @@ from diffusers.optimization import SchedulerType
 from ..arguments import check_output_dir, parse_dataclass
 from ..backbones import check_model
 from ..concepts import CONCEPT_SCHEDULES, PROMPT_ORDERS, names_concept, read_concepts
-from ..weights import TRAIN_METHODS, resolve_train_method
+from ..weights import TRAIN_METHODS, resolve_train_method, select_parameters
 from .checkpoints import checkpoint_step, list_checkpoints
 from .loss_space import LOSS_SPACES
 from .objectives.sdd import SDD_TARGETS
@@ -41,6 +41,11 @@ class ErasureArguments:
     revision: str | None = _option(None, "Revision of the model on the Hub.")
     variant: str | None = _option(None, "Variant of the weight files, such as fp16.")
     cache_dir: str | None = _option(None, "Where downloads from the Hub are kept.")
+    resolution: int | None = _option(
+        None,
+        "Height and width, in pixels, of the pictures whose latents are trained; the model's own if left out. A "
+        "multiple of what the autoencoder divides it by (8 for Stable Diffusion).",
+    )
     train_method: str = _option(
         "xattn", f"Which weights train: {'; '.join(f'{n} ({m.description})' for n, m in TRAIN_METHODS.items())}."
     )
@@ -121,6 +126,7 @@ class ErasureArguments:
         )
         self._check_at_least(
             1,
+            "resolution",
             "max_train_steps",
             "num_inference_steps",
             "train_batch_size",
@@ -183,14 +189,15 @@ class ErasureArguments:
         return path
 
     def check_surroundings(self) -> None:
-        """Checks what lies outside the arguments: the model's index, the checkpoint, and the output folder, last,
+        """Checks what lies outside the arguments: the model's configs, the checkpoint, and the output folder, last,
         which is created.
 
         Raises:
             `ValueError`: One line that says what is wrong.
         """
         hub_arguments = {name: value for name, value in self.hub_arguments.items() if name != "variant"}
-        check_model(self.pretrained_model_name_or_path, **hub_arguments)
+        denoiser = check_model(self.pretrained_model_name_or_path, self.resolution, **hub_arguments)
+        select_parameters(denoiser, self.train_method)
         if Path(self.output_dir).resolve() == Path(self.pretrained_model_name_or_path).resolve():
             raise ValueError(f"output_dir {self.output_dir}: is the base model's own folder; give another")
         checkpoint = self.find_checkpoint()

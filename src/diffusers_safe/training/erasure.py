@@ -19,7 +19,7 @@ def erase_and_save(
     """Loads the base model, trains the objective, writes the result to `args.output_dir`."""
     set_seed(args.seed)
     pipeline = load_pipeline(args.pretrained_model_name_or_path, **args.hub_arguments)
-    backbone = make_backbone(pipeline)
+    backbone = make_backbone(pipeline, args.resolution)
     provenance = Provenance(
         base_model=args.pretrained_model_name_or_path,
         base_fingerprint=fingerprint(backbone.denoiser),
