@@ -45,6 +45,13 @@ def test_a_prompt_that_would_be_cut_off_is_refused(pipeline):
         make_backbone(pipeline).encode(["a knife", "knife, gun, " * 30])
 
 
+def test_a_learned_word_counts_as_the_tokens_it_stands_for(pipeline):
+    """Textual inversion: the pipeline puts several tokens in the place of one word."""
+    pipeline.tokenizer.add_tokens(["<w>", "<w>_1", "<w>_2", "<w>_3"])
+    with pytest.raises(ValueError, match="42 tokens; this model takes 32"):
+        make_backbone(pipeline).encode(["<w> " * 10])
+
+
 def test_the_empty_prompt_is_the_pipelines_unconditional_one(pipeline):
     _, unconditional = pipeline.encode_prompt("a knife", "cpu", 1, True)
     encoded = make_backbone(pipeline).encode([""])["encoder_hidden_states"]
