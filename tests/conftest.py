@@ -7,8 +7,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffusers_safe.emoji.architecture import MAX_TOKENS, build_scheduler, build_tokenizer
 
@@ -59,10 +66,90 @@ def build_tiny_pipeline(seed: int = 0) -> StableDiffusionPipeline:
     )
 
 
+def build_tiny_sd_2_pipeline(seed: int = 0) -> StableDiffusionPipeline:
+    """The same in the shape of SD 2.x: OpenCLIP's activation and another text width, linear projections, heads by
+    level, v prediction down to no signal at all."""
+    pipeline = build_tiny_pipeline(seed)
+    text_config = {**pipeline.text_encoder.config.to_dict(), "hidden_size": 40, "hidden_act": "gelu"}
+    unet_config = {
+        **pipeline.unet.config,
+        "cross_attention_dim": 40,
+        "use_linear_projection": True,
+        "attention_head_dim": [1, 2, 2, 4],
+        "upcast_attention": True,
+    }
+    schedule = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        pipeline.register_modules(
+            text_encoder=CLIPTextModel(CLIPTextConfig(**text_config)).eval(),
+            unet=UNet2DConditionModel.from_config(unet_config).eval(),
+            scheduler=DDIMScheduler.from_config(pipeline.scheduler.config, **schedule),
+        )
+    return pipeline
+
+
+def build_tiny_xl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
+    """A Stable Diffusion XL pipeline with random weights: its three levels, its two encoders of different widths (32
+    and 48, projected to 24) and tokenizers that pad differently, its scheduler; latents 4 x 8 x 8."""
+    parts = build_tiny_pipeline(seed)
+    config = {**parts.text_encoder.config.to_dict(), "num_hidden_layers": 2}
+    config_2 = {**config, "hidden_size": 48, "projection_dim": 24, "hidden_act": "gelu"}
+    tokenizer_2 = build_tokenizer()
+    tokenizer_2.pad_token = "!"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 2)
+        text_encoder = CLIPTextModel(CLIPTextConfig(**config))
+        text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**config_2))
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16, 16),
+            layers_per_block=2,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 1, 2),
+            attention_head_dim=(1, 2, 2),
+            use_linear_projection=True,
+            cross_attention_dim=32 + 48,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 24,
+            norm_num_groups=4,
+        )
+    return StableDiffusionXLPipeline(
+        vae=parts.vae,
+        text_encoder=text_encoder.eval(),
+        text_encoder_2=text_encoder_2.eval(),
+        tokenizer=parts.tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=unet.eval(),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
+        ),
+        add_watermarker=False,
+    )
+
+
 @pytest.fixture(scope="session")
 def make_tiny_pipeline():
     """The function `(seed=0) -> StableDiffusionPipeline`: new each call, the same weights for a seed."""
     return build_tiny_pipeline
+
+
+@pytest.fixture(scope="session")
+def make_tiny_sd_2_pipeline():
+    """The function `(seed=0) -> StableDiffusionPipeline` in the shape of SD 2.x."""
+    return build_tiny_sd_2_pipeline
+
+
+@pytest.fixture(scope="session")
+def make_tiny_xl_pipeline():
+    """The function `(seed=0) -> StableDiffusionXLPipeline`."""
+    return build_tiny_xl_pipeline
 
 
 @pytest.fixture

@@ -12,14 +12,72 @@ def sd_unet():
         return UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, sample_size=64)
 
 
-def test_published_sizes_on_sd_1(sd_unet):
-    """80 tensors in `xattn`, 5 % of the UNet (SDD); 32 in `xattn-strict`."""
-    sizes = {name: parameter.numel() for name, parameter in sd_unet.named_parameters()}
-    chosen = select_parameters(sd_unet, "xattn")
-    assert len(chosen) == 80
-    assert 0.045 < sum(sizes[name] for name in chosen) / sum(sizes.values()) < 0.055
-    assert len(select_parameters(sd_unet, "xattn-strict")) == 32
-    assert len(select_parameters(sd_unet, "full")) == len(sizes) == 686
+@pytest.fixture(scope="module")
+def xl_unet():
+    """SDXL's."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            use_linear_projection=True,
+            cross_attention_dim=2048,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+
+
+# Tensors and parameters that each method trains.
+SIZES = {
+    "sd_unet": {
+        "xattn": (80, 43_962_560),  # 5 % of the UNet (SDD)
+        "xattn-strict": (32, 19_169_280),
+        "noxattn": (598, 813_495_680),
+        "selfattn": (80, 49_574_080),
+        "full": (686, 859_520_964),
+        "notime": (678, 857_458_240),
+        "esd-u": (388, 815_358_084),
+        "xlayer": (10, 3_605_760),
+        "selflayer": (10, 8_193_920),
+    },
+    "xl_unet": {
+        "xattn": (350, 545_670_400),  # 70 transformer blocks, 21 % of the UNet
+        "xattn-strict": (140, 340_787_200),
+        "noxattn": (1322, 2_019_730_560),
+        "selfattn": (350, 409_683_200),
+        "full": (1680, 2_567_463_684),
+        "notime": (1672, 2_565_400_960),
+        "esd-u": (818, 2_021_205_124),
+        "xlayer": None,
+        "selflayer": None,
+    },
+}
+
+
+@pytest.mark.parametrize("model", SIZES)
+@pytest.mark.parametrize("train_method", TRAIN_METHODS)
+def test_sizes_of_the_real_models(request, model, train_method):
+    unet, expected = request.getfixturevalue(model), SIZES[model][train_method]
+    if expected is None:
+        with pytest.raises(ValueError, match=f"'{train_method}'.*blocks of Stable Diffusion 1.x and 2.x.*xattn, "):
+            select_parameters(unet, train_method)
+        return
+    sizes = {name: parameter.numel() for name, parameter in unet.named_parameters()}
+    chosen = select_parameters(unet, train_method)
+    assert (len(chosen), sum(sizes[name] for name in chosen)) == expected
+
+
+def test_what_embeds_sdxls_pooled_text_is_no_cross_attention_and_no_time_embedding(xl_unet):
+    """It carries the prompt, too: methods that leave it alone leave that way open."""
+    embedding = {name for name, _ in xl_unet.named_parameters() if name.startswith("add_embedding.")}
+    for method in TRAIN_METHODS:
+        if SIZES["xl_unet"][method]:
+            trained = embedding & set(select_parameters(xl_unet, method))
+            assert trained == (embedding if method in ("noxattn", "full", "notime", "esd-u") else set()), method
 
 
 def test_rules(sd_unet):

@@ -4,6 +4,7 @@ Cross-attention training touches 5 % of an SD UNet, so the three models of an er
 one denoiser in memory, and `TrainedWeights` swaps the values of the selected parameters in and out.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +15,15 @@ from torch import nn
 
 @dataclass(frozen=True)
 class TrainMethod:
-    """A rule that selects parameters: `selects(name, module)` with the parameter's full name and its owner."""
+    """A rule that selects parameters: `selects(name, module)` with the parameter's full name and its owner.
+
+    `by_number`: it names blocks by their numbers in Stable Diffusion 1.x, which are other blocks in other UNets.
+    """
 
     description: str
     selects: Callable[[str, nn.Module], bool]
     alias: str | None = None
+    by_number: bool = False
 
 
 def _is_time_or_output(name: str) -> bool:
@@ -27,6 +32,19 @@ def _is_time_or_output(name: str) -> bool:
 
 def _inside(name: str, attention: str, blocks: tuple[str, ...]) -> bool:
     return f".{attention}." in name and name.startswith(blocks)
+
+
+# Where SD 1.x and 2.x attend outside the middle: on three of four levels, one transformer block a place.
+_SD_BLOCKS = {
+    f"{side}_blocks.{level}.attentions.{place}.transformer_blocks.0"
+    for side, levels, places in (("down", (0, 1, 2), 2), ("up", (1, 2, 3), 3))
+    for level in levels
+    for place in range(places)
+}
+
+
+def _numbered_as_sd(modules: dict[str, nn.Module]) -> bool:
+    return _SD_BLOCKS == {name for name in modules if re.match(r"(down|up)_blocks.*\.transformer_blocks\.\d+$", name)}
 
 
 TRAIN_METHODS: dict[str, TrainMethod] = {
@@ -52,10 +70,12 @@ TRAIN_METHODS: dict[str, TrainMethod] = {
     "xlayer": TrainMethod(
         "cross-attention of up_blocks.2.attentions.0 and .2",
         lambda name, _: _inside(name, "attn2", ("up_blocks.2.attentions.0.", "up_blocks.2.attentions.2.")),
+        by_number=True,
     ),
     "selflayer": TrainMethod(
         "self-attention of down_blocks.1.attentions.0 and down_blocks.2.attentions.0",
         lambda name, _: _inside(name, "attn1", ("down_blocks.1.attentions.0.", "down_blocks.2.attentions.0.")),
+        by_number=True,
     ),
 }
 _ALIASES = {method.alias: name for name, method in TRAIN_METHODS.items() if method.alias}
@@ -88,10 +108,17 @@ def select_parameters(denoiser: nn.Module, train_method: str) -> list[str]:
         `list[str]`: Names in the order of `denoiser.named_parameters()`; never empty.
 
     Raises:
-        `ValueError`: If the name is unknown or selects nothing in this denoiser.
+        `ValueError`: If the name is unknown, selects nothing in this denoiser, or means blocks that are elsewhere in
+            it.
     """
     method = TRAIN_METHODS[resolve_train_method(train_method)]
     modules = dict(denoiser.named_modules())
+    if method.by_number and not _numbered_as_sd(modules):
+        allowed = ", ".join(name for name, other in TRAIN_METHODS.items() if not other.by_number)
+        raise ValueError(
+            f"train_method '{train_method}' ({method.description}) means blocks of Stable Diffusion 1.x and 2.x, and "
+            f"this model's are others; allowed are {allowed}"
+        )
     names = [name for name, _ in denoiser.named_parameters() if method.selects(name, modules[name.rpartition(".")[0]])]
     if not names:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 
 from diffusers_safe.backbones import StableDiffusionBackbone, check_model, make_backbone
 from diffusers_safe.training.objectives import SDDObjective, TrainingBatch
@@ -11,20 +11,9 @@ from diffusers_safe.trajectories import Trajectories
 from diffusers_safe.weights import TrainedWeights, select_parameters
 
 
-def sd_2_shaped(pipeline):
-    config = {**pipeline.unet.config, "use_linear_projection": True, "attention_head_dim": (1, 2, 2, 4)}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        pipeline.register_modules(
-            unet=UNet2DConditionModel.from_config(config).eval(),
-            scheduler=DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type="v_prediction"),
-        )
-    return pipeline
-
-
-@pytest.fixture(params=["epsilon", "v_prediction"])
-def pipeline(request, tiny_pipeline):
-    return tiny_pipeline if request.param == "epsilon" else sd_2_shaped(tiny_pipeline)
+@pytest.fixture(params=["sd-1", "sd-2"])
+def pipeline(request, make_tiny_pipeline, make_tiny_sd_2_pipeline):
+    return make_tiny_pipeline() if request.param == "sd-1" else make_tiny_sd_2_pipeline()
 
 
 @pytest.fixture
@@ -44,7 +33,7 @@ def test_encode_is_the_pipelines_own(pipeline):
     encoded = make_backbone(pipeline).encode(prompts)
     assert set(encoded) == {"encoder_hidden_states"}
     states = encoded["encoder_hidden_states"]
-    assert states.shape == (3, 32, 32) and not states.requires_grad
+    assert states.shape[:2] == (3, 32) and not states.requires_grad
     for row, prompt in enumerate(prompts):
         expected, _ = pipeline.encode_prompt(prompt, "cpu", 1, False)
         torch.testing.assert_close(states[row : row + 1], expected)
@@ -54,6 +43,13 @@ def test_encode_is_the_pipelines_own(pipeline):
 def test_a_prompt_that_would_be_cut_off_is_refused(pipeline):
     with pytest.raises(ValueError, match="122 tokens; this model takes 32"):
         make_backbone(pipeline).encode(["a knife", "knife, gun, " * 30])
+
+
+def test_a_learned_word_counts_as_the_tokens_it_stands_for(pipeline):
+    """Textual inversion: the pipeline puts several tokens in the place of one word."""
+    pipeline.tokenizer.add_tokens(["<w>", "<w>_1", "<w>_2", "<w>_3"])
+    with pytest.raises(ValueError, match="42 tokens; this model takes 32"):
+        make_backbone(pipeline).encode(["<w> " * 10])
 
 
 def test_the_empty_prompt_is_the_pipelines_unconditional_one(pipeline):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from diffusers import (
     ControlNetModel,
-    EulerDiscreteScheduler,
     FluxPipeline,
     SanaPipeline,
     StableDiffusionControlNetPipeline,
@@ -17,7 +16,6 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffusers_safe import (
     SafetyConfig,
@@ -221,34 +219,8 @@ def test_everything_of_the_batch_is_widened():
 
 
 @pytest.fixture(scope="module")
-def xl_parts(make_tiny_pipeline):
-    tiny = make_tiny_pipeline()
-    torch.manual_seed(0)
-    config = CLIPTextConfig(**{**tiny.text_encoder.config.to_dict(), "projection_dim": 32, "num_hidden_layers": 2})
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        transformer_layers_per_block=(1, 1),
-        projection_class_embeddings_input_dim=80,  # 6 * 8 + 32
-        cross_attention_dim=64,
-        norm_num_groups=4,
-    )
-    return {
-        "vae": tiny.vae,
-        "text_encoder": CLIPTextModel(config).eval(),
-        "text_encoder_2": CLIPTextModelWithProjection(config).eval(),
-        "tokenizer": tiny.tokenizer,
-        "tokenizer_2": tiny.tokenizer,
-        "unet": unet.eval(),
-        "scheduler": EulerDiscreteScheduler.from_config(tiny.scheduler.config),
-    }
+def xl_parts(make_tiny_xl_pipeline):
+    return make_tiny_xl_pipeline().components
 
 
 def test_sdxl_is_stock_without_sld_and_steers_with_it(xl_parts, tmp_path):

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig
 
 from diffusers_safe.backbones import make_backbone
 from diffusers_safe.emoji.architecture import build_tokenizer
@@ -63,9 +64,13 @@ def real_size_folder(tmp_path_factory):
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
     unet.save_config(folder / "unet")
+    AutoencoderKL(block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4,
+                  up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4).save_config(folder / "vae")  # fmt: skip
+    CLIPTextConfig().save_pretrained(folder / "text_encoder")
     DDIMScheduler(beta_schedule="scaled_linear").save_config(folder / "scheduler")
     build_tokenizer().save_pretrained(folder / "tokenizer")
     index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
+             "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"],
              "scheduler": ["diffusers", "DDIMScheduler"], "tokenizer": ["transformers", "CLIPTokenizer"]}  # fmt: skip
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
@@ -79,4 +84,6 @@ def test_a_model_of_real_size_is_planned_without_its_weights(make_args, real_siz
     assert less.memory["activations"] < 0.5 * plan.memory["activations"]
     twice = make_plan(make_args(model=real_size_folder, train_batch_size=2))
     assert twice.memory["activations"] == pytest.approx(2 * plan.memory["activations"], rel=0.01)
+    larger = make_plan(make_args(model=real_size_folder, resolution=768))
+    assert larger.flops > 2 * plan.flops
     assert twice.flops == pytest.approx(plan.flops, rel=0.01)

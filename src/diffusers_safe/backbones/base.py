@@ -1,29 +1,54 @@
 """The interface of a model family, and how a pipeline on disk or on the Hub finds its family."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from torch import nn
 
 
 # What a denoiser needs to know of a prompt beside latents and timesteps: named tensors, the batch first.
 Conditioning = dict[str, torch.Tensor]
+# A component's config by the component's name; None where the pipeline has no such component.
+ComponentConfig = Callable[[str], dict[str, Any] | None]
 
 
 class Backbone(ABC):
     """A text-to-image pipeline as training sees it: encode a prompt, predict noise, and the shapes in between.
 
-    Attributes:
+    Args:
         pipeline (`DiffusionPipeline`): The pipeline, whole; training changes its denoiser in place.
+        resolution (`int`, *optional*): Height and width of a picture; the model's own if left out.
+
+    Attributes:
         pipeline_classes (`tuple[str, ...]`): Names of the diffusers pipelines of this family.
+
+    Raises:
+        `ValueError`: As [`~Backbone.check`].
     """
 
     pipeline_classes: tuple[str, ...] = ()
 
-    def __init__(self, pipeline: DiffusionPipeline):
+    def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None):
+        self.check(_loaded_configs(pipeline), resolution)
         self.pipeline = pipeline
+
+    @classmethod
+    @abstractmethod
+    def check(cls, config: ComponentConfig, resolution: int | None = None) -> None:
+        """Looks at the configs of a pipeline's components, loaded or not.
+
+        Raises:
+            `ValueError`: If training cannot give this model all that it takes, or not at this resolution.
+        """
+
+    @classmethod
+    @abstractmethod
+    def skeleton(cls, config: ComponentConfig) -> nn.Module:
+        """The denoiser's structure: on the meta device, without weights."""
 
     @property
     @abstractmethod
@@ -33,13 +58,14 @@ class Backbone(ABC):
     @property
     @abstractmethod
     def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of one latent at the model's own resolution."""
+        """Channels, height and width of one latent."""
 
     @abstractmethod
     def encode(self, prompts: list[str], device: torch.device | str = "cpu") -> Conditioning:
-        """Encodes prompts on a device, without gradients; the encoder goes back to where it was.
+        """Encodes prompts on a device, without gradients; the encoders go back to where they were.
 
-        Every tensor has batch size `len(prompts)`.
+        Every tensor has batch size `len(prompts)`. `""` is the unconditional prompt: what the pipeline itself takes
+        for guidance where no negative prompt is given.
 
         Raises:
             `ValueError`: If a prompt is longer than the text encoder takes: what is cut would not be trained.
@@ -69,36 +95,67 @@ class Backbone(ABC):
 
 def _families() -> tuple[type[Backbone], ...]:
     from .stable_diffusion import StableDiffusionBackbone
+    from .stable_diffusion_xl import StableDiffusionXLBackbone
 
-    return (StableDiffusionBackbone,)
-
-
-def _supported() -> list[str]:
-    return [name for family in _families() for name in family.pipeline_classes]
+    return (StableDiffusionBackbone, StableDiffusionXLBackbone)
 
 
-def _unsupported(class_name: str) -> ValueError:
-    known = ", ".join(_supported())
-    return ValueError(f"{class_name}: this model family is not supported yet; supported pipelines are {known}")
+def _find_family(*class_names: str) -> type[Backbone]:
+    """The family of the first name that has one."""
+    families = {name: family for family in _families() for name in family.pipeline_classes}
+    for name in class_names:
+        if name in families:
+            return families[name]
+    raise ValueError(
+        f"{class_names[0]}: this model family is not supported yet; supported pipelines are {', '.join(families)}"
+    )
 
 
-def check_model(name_or_path: str, **hub_arguments) -> None:
-    """Looks at a model's index only, so that a wrong path or family is told before anything is loaded.
+def _loaded_configs(pipeline: DiffusionPipeline) -> ComponentConfig:
+    def config(name: str) -> dict[str, Any] | None:
+        component = getattr(pipeline, name, None)
+        if component is None:
+            return None
+        return component.config if isinstance(component.config, dict) else component.config.to_dict()
+
+    return config
+
+
+def check_model(name_or_path: str, resolution: int | None = None, **hub_arguments) -> nn.Module:
+    """Looks at a model's configs only, so that what cannot be trained is told before anything is loaded.
+
+    Args:
+        name_or_path (`str`): Hub id or folder of a diffusers pipeline.
+        resolution (`int`, *optional*): As [`make_backbone`] takes it.
+
+    Returns:
+        `nn.Module`: The denoiser's structure, on the meta device.
 
     Raises:
-        `ValueError`: If there is no diffusers pipeline there, or it is of a family that is not supported.
+        `ValueError`: If there is no diffusers pipeline there, its family is not supported, or [`Backbone.check`]
+            refuses it.
     """
-    try:
-        index = DiffusionPipeline.load_config(name_or_path, **hub_arguments)
-    except (OSError, ValueError) as error:
-        where = "folder" if Path(name_or_path).exists() else "folder or Hub repository"
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"pretrained_model_name_or_path '{name_or_path}': no {where} of a diffusers pipeline "
-                         f"(a folder needs a model_index.json): {reason}") from None  # fmt: skip
+
+    def read(**where) -> dict[str, Any]:
+        loader = UNet2DConditionModel if where else DiffusionPipeline  # they differ in the name of the file
+        try:
+            return loader.load_config(name_or_path, **where, **hub_arguments)
+        except (OSError, ValueError) as error:
+            kind = "folder" if Path(name_or_path).exists() else "folder or Hub repository"
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"pretrained_model_name_or_path '{name_or_path}': no {kind} of a diffusers pipeline "
+                             f"(a folder needs a model_index.json): {reason}") from None  # fmt: skip
+
+    index = read()
     class_name = index.get("_class_name", "a model_index.json without _class_name")
-    class_name = class_name if isinstance(class_name, str) else class_name[-1]
-    if class_name not in _supported():
-        raise _unsupported(class_name)
+    family = _find_family(class_name if isinstance(class_name, str) else class_name[-1])
+
+    def config(name: str) -> dict[str, Any] | None:
+        library, _ = index.get(name, (None, None))
+        return None if library is None else read(subfolder=name)
+
+    family.check(config, resolution)
+    return family.skeleton(config)
 
 
 def load_pipeline(name_or_path: str, **hub_arguments) -> DiffusionPipeline:
@@ -106,14 +163,16 @@ def load_pipeline(name_or_path: str, **hub_arguments) -> DiffusionPipeline:
     return DiffusionPipeline.from_pretrained(name_or_path, dtype=torch.float32, **hub_arguments)
 
 
-def make_backbone(pipeline: DiffusionPipeline) -> Backbone:
+def make_backbone(pipeline: DiffusionPipeline, resolution: int | None = None) -> Backbone:
     """The backbone for a loaded pipeline.
 
+    Args:
+        pipeline (`DiffusionPipeline`): Of a supported family.
+        resolution (`int`, *optional*): Height and width of a picture, in pixels; latents have the size that belongs
+            to it. The model's own if left out.
+
     Raises:
-        `ValueError`: If its family is not supported.
+        `ValueError`: If its family is not supported, or [`Backbone.check`] refuses it.
     """
-    for base in type(pipeline).__mro__:
-        for family in _families():
-            if base.__name__ in family.pipeline_classes:
-                return family(pipeline)
-    raise _unsupported(type(pipeline).__name__)
+    family = _find_family(*(base.__name__ for base in type(pipeline).__mro__))
+    return family(pipeline, resolution)

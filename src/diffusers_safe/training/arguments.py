@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from diffusers.optimization import SchedulerType
+from torch import nn
 
 from ..arguments import check_output_dir, parse_dataclass
 from ..backbones import check_model
 from ..concepts import CONCEPT_SCHEDULES, PROMPT_ORDERS, joined, names_concept, read_concepts
-from ..weights import TRAIN_METHODS, resolve_train_method
+from ..weights import TRAIN_METHODS, resolve_train_method, select_parameters
 from .checkpoints import checkpoint_step, list_checkpoints
 from .loss_space import LOSS_SPACES
 from .objectives import ESDObjective, Objective, SDDObjective
@@ -47,6 +48,11 @@ class ErasureArguments:
     revision: str | None = _option(None, "Revision of the model on the Hub.")
     variant: str | None = _option(None, "Variant of the weight files, such as fp16.")
     cache_dir: str | None = _option(None, "Where downloads from the Hub are kept.")
+    resolution: int | None = _option(
+        None,
+        "Height and width, in pixels, of the pictures whose latents are trained; the model's own if left out. A "
+        "multiple of what the autoencoder divides it by (8 for Stable Diffusion).",
+    )
     train_method: str = _option(
         "xattn", f"Which weights train: {'; '.join(f'{n} ({m.description})' for n, m in TRAIN_METHODS.items())}."
     )
@@ -156,6 +162,7 @@ class ErasureArguments:
         )
         self._check_at_least(
             1,
+            "resolution",
             "max_train_steps",
             "num_inference_steps",
             "train_batch_size",
@@ -236,15 +243,21 @@ class ErasureArguments:
         return path
 
     def check_surroundings(self) -> None:
-        """Checks what lies outside the arguments: the model's index, the checkpoint, and the output folder, last,
+        """Checks what lies outside the arguments: the model's configs, the checkpoint, and the output folder, last,
         which is created.
 
         Raises:
             `ValueError`: One line that says what is wrong.
         """
-        check_model(self.pretrained_model_name_or_path, **self.index_arguments)
+        self.check_base_model()
         if not self.dry_run:
             self.check_output()
+
+    def check_base_model(self) -> nn.Module:
+        """The part of [`~ErasureArguments.check_surroundings`] about the model; returns its denoiser's structure."""
+        denoiser = check_model(self.pretrained_model_name_or_path, self.resolution, **self.index_arguments)
+        select_parameters(denoiser, self.train_method)
+        return denoiser
 
     def check_output(self) -> None:
         """The part of [`~ErasureArguments.check_surroundings`] about the output folder and what it holds."""

@@ -11,7 +11,7 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import DiffusionPipeline
 
 from ..arguments import told_in_one_line
-from ..backbones import check_model, load_pipeline, make_backbone
+from ..backbones import load_pipeline, make_backbone
 from ..provenance import Provenance, fingerprint
 from .arguments import METHODS, ErasureArguments, parse_arguments, preset_options
 from .loop import ErasureLoop
@@ -55,7 +55,7 @@ def erase(
     args = _arguments(pipeline, concepts, method, output_dir, options)
     accelerator = make_accelerator(args)
     if isinstance(pipeline, str):
-        check_model(pipeline, **args.index_arguments)
+        args.check_base_model()
         pipeline = load_pipeline(pipeline, **args.hub_arguments)
     return train(accelerator, pipeline, args, progress_bar, callback)
 
@@ -126,7 +126,7 @@ def train(
 ) -> DiffusionPipeline:
     """Erases from a loaded pipeline, and writes the result where there is an output folder."""
     set_seed(args.seed)
-    backbone = make_backbone(pipeline)
+    backbone = make_backbone(pipeline, args.resolution)
     objective = args.make_objective()
     denoiser = backbone.denoiser
     device, dtype = denoiser.device, denoiser.dtype

@@ -5,12 +5,13 @@ from unittest.mock import patch
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
+from ..backbones.unet import vae_scale_factor
 from ..trajectories import Trajectories
 from ..weights import TRAIN_METHODS, select_parameters
 from .arguments import ErasureArguments
@@ -73,9 +74,8 @@ class Plan:
 def make_plan(args: ErasureArguments, num_processes: int = 1) -> Plan:
     """The plan of a run; reads configs and the tokenizer, no weights."""
     name, hub = args.pretrained_model_name_or_path, args.index_arguments
+    unet = args.check_base_model()
     index = DiffusionPipeline.load_config(name, **hub)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(name, subfolder="unet", **hub))
     scheduler = getattr(diffusers, index["scheduler"][1])
     schedule = scheduler.load_config(name, subfolder="scheduler", **hub)
     tokens = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", **hub).model_max_length
@@ -92,7 +92,12 @@ def make_plan(args: ErasureArguments, num_processes: int = 1) -> Plan:
         lambda: scheduler.from_config(schedule), (1, 1, 1), args.num_inference_steps, args.sampling_guidance_scale
     )
     forwards = _forwards(args, trajectories)
-    forward, backward, activations = _measure(unet, args.train_batch_size, tokens)
+    size = unet.config.sample_size
+    if args.resolution is not None:
+        size = args.resolution // vae_scale_factor(AutoencoderKL.load_config(name, subfolder="vae", **hub))
+    height, width = (size, size) if isinstance(size, int) else size
+    inputs = _blank_inputs(unet, (args.train_batch_size, unet.config.in_channels, height, width), tokens)
+    forward, backward, activations = _measure(unet, inputs)
     trained = sum(parameters[name].numel() for name in names)
     everything = sum(parameter.numel() for parameter in parameters.values())
     copies = 2 if args.ema_decay is None else 3  # frozen, EMA, gradients
@@ -139,7 +144,7 @@ def _forwards(args: ErasureArguments, trajectories: Trajectories) -> dict[str, f
     return forwards
 
 
-def _measure(unet: UNet2DConditionModel, batch_size: int, tokens: int) -> tuple[float, float, float]:
+def _measure(unet: UNet2DConditionModel, inputs: dict) -> tuple[float, float, float]:
     """FLOPs of a sample's forward and backward, and the bytes that a batch keeps for its backward."""
     own = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
     kept = {}
@@ -150,7 +155,6 @@ def _measure(unet: UNet2DConditionModel, batch_size: int, tokens: int) -> tuple[
             kept[storage._cdata] = storage  # held, so that its address is not used again
         return tensor
 
-    inputs = _blank_inputs(unet, batch_size, tokens)
     # The attention for meta tensors keeps the matrix of weights; the kernels of CPUs and GPUs do not.
     with patch.object(functional, "scaled_dot_product_attention", lambda q, k, v, **_: _Attention.apply(q, k, v)):
         with FlopCounterMode(display=False) as forward, saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -158,16 +162,16 @@ def _measure(unet: UNet2DConditionModel, batch_size: int, tokens: int) -> tuple[
         with FlopCounterMode(display=False) as backward:
             output.sum().backward()
     activations = sum(storage.nbytes() for storage in kept.values())
+    batch_size = len(inputs["sample"])
     return forward.get_total_flops() / batch_size, backward.get_total_flops() / batch_size, activations
 
 
-def _blank_inputs(unet: UNet2DConditionModel, batch_size: int, tokens: int) -> dict:
-    config = unet.config
-    size = config.sample_size if isinstance(config.sample_size, (list, tuple)) else (config.sample_size,) * 2
+def _blank_inputs(unet: UNet2DConditionModel, shape: tuple[int, int, int, int], tokens: int) -> dict:
+    config, batch_size = unet.config, shape[0]
     widths = config.cross_attention_dim
     width = widths if isinstance(widths, int) else widths[0]
     inputs = {
-        "sample": torch.empty(batch_size, config.in_channels, *size, device="meta"),
+        "sample": torch.empty(shape, device="meta"),
         "timestep": torch.empty(batch_size, dtype=torch.long, device="meta"),
         "encoder_hidden_states": torch.empty(batch_size, tokens, width, device="meta"),
     }

@@ -1,0 +1,71 @@
+"""Stable Diffusion XL: two CLIP text encoders, the pooled states of the second, and the picture's size as time ids."""
+
+import torch
+from torch import nn
+from transformers import CLIPTextConfig
+
+from .base import ComponentConfig, Conditioning
+from .unet import UNetBackbone, vae_scale_factor
+
+
+NUM_TIME_IDS = 6  # original height and width, crop's top and left, target height and width
+
+
+class StableDiffusionXLBackbone(UNetBackbone):
+    """SDXL and every pipeline of its shape (Podell et al., arXiv 2307.01952).
+
+    A `Conditioning` holds `encoder_hidden_states`, `(B, length, width)`, and what the UNet takes as
+    `added_cond_kwargs`: `text_embeds`, `(B, projection_dim)`, and `time_ids`, `(B, 6)`: a picture of the resolution
+    that is trained, not cropped, as the pipeline itself asks for.
+
+    `""` is what the pipeline guides away from without a negative prompt: zeros where its config says
+    `force_zeros_for_empty_prompt`, as SDXL's does. An encoded `""` is another prompt, which such a model never learned
+    as its unconditional one.
+    """
+
+    pipeline_classes = ("StableDiffusionXLPipeline",)
+    text_encoders = ("text_encoder", "text_encoder_2")
+    tokenizers = ("tokenizer", "tokenizer_2")
+    addition_embed_type = "text_time"
+
+    @classmethod
+    def check(cls, config: ComponentConfig, resolution: int | None = None) -> None:
+        super().check(config, resolution)
+        unet = config("unet")
+        text = CLIPTextConfig.from_dict(config("text_encoder_2")).projection_dim
+        times, width = unet["addition_time_embed_dim"], unet["projection_class_embeddings_input_dim"]
+        if text + NUM_TIME_IDS * times != width:
+            raise ValueError(
+                f"unet projection_class_embeddings_input_dim {width}: must be {text + NUM_TIME_IDS * times}, for "
+                f"{text} of text and {NUM_TIME_IDS} time ids of {times}; a refiner, which takes an aesthetics score, "
+                "cannot be trained"
+            )
+
+    def _encode(self, prompts: list[str], device: torch.device | str) -> Conditioning:
+        # One by one: the pipeline keeps the hidden states of every layer of both encoders.
+        hidden_states, pooled = zip(*(self._encode_one(prompt, device) for prompt in prompts))
+        encoder_hidden_states = torch.cat(hidden_states)
+        _, *latent_size = self.latent_shape
+        height, width = (size * vae_scale_factor(self.pipeline.vae.config) for size in latent_size)
+        time_ids = torch.tensor([height, width, 0, 0, height, width]).to(encoder_hidden_states)
+        return {
+            "encoder_hidden_states": encoder_hidden_states,
+            "text_embeds": torch.cat(pooled),
+            "time_ids": time_ids.repeat(len(prompts), 1),
+        }
+
+    def _encode_one(self, prompt: str, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+        unconditional = prompt == ""
+        prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds = (
+            self.pipeline.encode_prompt(prompt, device=device, do_classifier_free_guidance=unconditional)
+        )
+        if unconditional:
+            return negative_prompt_embeds, negative_pooled_prompt_embeds
+        return prompt_embeds, pooled_prompt_embeds
+
+    def predict(
+        self, denoiser: nn.Module, model_input: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
+    ) -> torch.Tensor:
+        added = dict(conditioning)
+        hidden_states = added.pop("encoder_hidden_states")
+        return denoiser(model_input, timesteps, hidden_states, added_cond_kwargs=added, return_dict=False)[0]

@@ -1,0 +1,120 @@
+"""What the families around a `UNet2DConditionModel` share: sizes, encoders, and what training can do with a UNet."""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from torch import nn
+
+from .base import Backbone, ComponentConfig, Conditioning
+
+
+class UNetBackbone(Backbone):
+    """A UNet with cross-attention, in the latent space of an autoencoder.
+
+    Attributes:
+        text_encoders (`tuple[str, ...]`): Names of the text encoders in the pipeline.
+        tokenizers (`tuple[str, ...]`): Names of their tokenizers.
+        addition_embed_type (`str`, *optional*): What the UNet must take beside the prompt's hidden states.
+    """
+
+    text_encoders: tuple[str, ...]
+    tokenizers: tuple[str, ...]
+    addition_embed_type: str | None = None
+
+    def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None):
+        super().__init__(pipeline, resolution)
+        self._resolution = resolution
+
+    @classmethod
+    def check(cls, config: ComponentConfig, resolution: int | None = None) -> None:
+        for name in ("unet", "vae", *cls.text_encoders):
+            if config(name) is None:
+                raise ValueError(f"{name}: this pipeline has none (as a refiner has no text_encoder); "
+                                 f"{cls.pipeline_classes[0]} needs one to be trained")  # fmt: skip
+        unet, vae = config("unet"), config("vae")
+        cls._check_inputs(unet, vae.get("latent_channels", 4))
+        scale = vae_scale_factor(vae)
+        if resolution is not None and (resolution < scale or resolution % scale):
+            below = max(resolution // scale, 1) * scale
+            raise ValueError(
+                f"resolution {resolution}: must be a multiple of {scale}, by which this model's autoencoder divides "
+                f"it, such as {below} or {below + scale}"
+            )
+        if resolution is None and unet.get("sample_size") is None:
+            raise ValueError("resolution: this model's UNet does not say its own (no sample_size); it must be given")
+
+    @classmethod
+    def _check_inputs(cls, unet: dict[str, Any], latent_channels: int) -> None:
+        for name in ("in_channels", "out_channels"):
+            if unet[name] != latent_channels:
+                raise ValueError(
+                    f"unet {name} {unet[name]}: must be {latent_channels}, as latents have; a UNet for inpainting, "
+                    "editing or upscaling cannot be trained"
+                )
+        if (dim := unet.get("time_cond_proj_dim")) is not None:
+            raise ValueError(
+                f"unet time_cond_proj_dim {dim}: must be none; this model takes its guidance scale as an input, as "
+                "latent consistency models do, and has no unconditional prediction; erase from the model it was "
+                "distilled from"
+            )
+        for name, allowed in {
+            "addition_embed_type": (cls.addition_embed_type,),
+            "encoder_hid_dim_type": (None, "text_proj"),
+            "class_embed_type": (None,),
+            "num_class_embeds": (None,),
+        }.items():
+            if (value := unet.get(name)) not in allowed:
+                raise ValueError(f"unet {name} {value}: {cls.pipeline_classes[0]} can be trained with "
+                                 f"{' or '.join(str(item).lower() for item in allowed)} only")  # fmt: skip
+
+    @classmethod
+    def skeleton(cls, config: ComponentConfig) -> nn.Module:
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(config("unet"))
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.pipeline.unet
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        config = self.pipeline.unet.config
+        size = config.sample_size
+        if self._resolution is not None:
+            size = self._resolution // vae_scale_factor(self.pipeline.vae.config)
+        height, width = (size, size) if isinstance(size, int) else size
+        return config.in_channels, height, width
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], device: torch.device | str = "cpu") -> Conditioning:
+        for name in self.tokenizers:
+            self._check_lengths(prompts, getattr(self.pipeline, name))
+        encoders = [getattr(self.pipeline, name) for name in self.text_encoders]
+        homes = [encoder.device for encoder in encoders]
+        for encoder in encoders:
+            encoder.to(device)
+        encoded = self._encode(prompts, device)
+        for encoder, home in zip(encoders, homes):
+            encoder.to(home)
+        return encoded
+
+    def _check_lengths(self, prompts: list[str], tokenizer) -> None:
+        for prompt in prompts:
+            count = len(tokenizer(self.pipeline.maybe_convert_prompt(prompt, tokenizer)).input_ids)
+            if count > tokenizer.model_max_length:
+                raise ValueError(
+                    f"prompt '{prompt[:60]}...' has {count} tokens; this model takes {tokenizer.model_max_length}, "
+                    "and what is cut would not be trained. Concepts are not joined with --prompt_order matched and "
+                    "no --negative_guidance_scale"
+                )
+
+    @abstractmethod
+    def _encode(self, prompts: list[str], device: torch.device | str) -> Conditioning:
+        """Encodes prompts that fit, with encoders that are on the device."""
+
+
+def vae_scale_factor(vae: dict[str, Any]) -> int:
+    """Pixels a latent's pixel stands for, in each direction; as diffusers' pipelines compute it."""
+    return 2 ** (len(vae["block_out_channels"]) - 1)

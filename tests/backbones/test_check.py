@@ -1,0 +1,121 @@
+"""What cannot be trained is refused by its config: loaded, and on disk before anything is loaded."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusers_safe.backbones import check_model, make_backbone
+
+
+@pytest.fixture
+def families(make_tiny_pipeline, make_tiny_xl_pipeline):
+    return {"sd": make_tiny_pipeline, "xl": make_tiny_xl_pipeline}
+
+
+@pytest.fixture(scope="module")
+def folders(make_tiny_pipeline, make_tiny_xl_pipeline, tmp_path_factory):
+    """Saved pipelines without weights: only configs may be read."""
+    root = tmp_path_factory.mktemp("models")
+    for name, make in (("sd", make_tiny_pipeline), ("xl", make_tiny_xl_pipeline)):
+        make().save_pretrained(root / name)
+    for weights in root.rglob("*.safetensors"):
+        weights.unlink()
+    return root
+
+
+def refused(change, match, families, folders, tmp_path, family, resolution=None):
+    """Whether a changed UNet config is refused in both places."""
+    pipeline = families[family]()
+    pipeline.unet.register_to_config(**change)
+    with pytest.raises(ValueError, match=match):
+        make_backbone(pipeline, resolution)
+    shutil.copytree(folders / family, tmp_path / "model")
+    path = tmp_path / "model" / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=match) as error:
+        check_model(str(tmp_path / "model"), resolution)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["sd", "xl"])
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"in_channels": 9}, "in_channels 9: must be 4.*inpainting"),
+        ({"in_channels": 8}, "in_channels 8: must be 4.*editing"),
+        ({"out_channels": 8}, "out_channels 8: must be 4"),
+        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim 256.*guidance scale.*distilled"),
+        ({"encoder_hid_dim_type": "ip_image_proj"}, "encoder_hid_dim_type ip_image_proj: .*none or text_proj only"),
+        ({"num_class_embeds": 10}, "num_class_embeds 10.*none only"),
+        ({"sample_size": None}, "resolution: this model's UNet does not say"),
+    ],
+)
+def test_unets_that_take_what_training_does_not_give(change, match, families, folders, tmp_path, family):
+    refused(change, match, families, folders, tmp_path, family)
+
+
+def test_each_family_has_its_added_conditions(families, folders, tmp_path):
+    match = "addition_embed_type None: StableDiffusionXLPipeline can be trained with text_time only"
+    refused({"addition_embed_type": None}, match, families, folders, tmp_path / "1", "xl")
+    match = "addition_embed_type text_time: StableDiffusionPipeline can be trained with none only"
+    refused({"addition_embed_type": "text_time"}, match, families, folders, tmp_path / "2", "sd")
+    match = "projection_class_embeddings_input_dim 64: must be 72"
+    refused({"projection_class_embeddings_input_dim": 64}, match, families, folders, tmp_path / "3", "xl")
+
+
+@pytest.mark.parametrize("resolution, allowed", [(60, "56 or 64"), (4, "8 or 16"), (65, "64 or 72")])
+@pytest.mark.parametrize("family", ["sd", "xl"])
+def test_a_resolution_that_the_autoencoder_cannot_divide(resolution, allowed, families, folders, tmp_path, family):
+    match = f"resolution {resolution}: must be a multiple of 8, .* such as {allowed}"
+    refused({}, match, families, folders, tmp_path, family, resolution)
+
+
+@pytest.mark.parametrize("family", ["sd", "xl"])
+def test_a_resolution_is_a_latent_shape(families, folders, family):
+    assert make_backbone(families[family]()).latent_shape == (4, 8, 8)
+    pipeline = families[family]()
+    pipeline.unet.register_to_config(sample_size=None)
+    for resolution in (8, 40, 512):
+        assert make_backbone(pipeline, resolution).latent_shape == (4, resolution // 8, resolution // 8)
+        check_model(str(folders / family), resolution)
+
+
+@pytest.mark.parametrize("family", ["sd", "xl"])
+def test_every_multiple_of_the_autoencoders_factor_goes_through_the_unet(families, family):
+    """The UNet itself needs no more: it makes up for what halving loses."""
+    for resolution in (8, 24, 56, 72):
+        backbone = make_backbone(families[family](), resolution)
+        latents = torch.randn((1, *backbone.latent_shape), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            noise_pred = backbone.predict(backbone.denoiser, latents, torch.tensor([500]), backbone.encode(["knife"]))
+        assert noise_pred.shape == latents.shape
+
+
+@pytest.mark.parametrize("family", ["sd", "xl"])
+def test_check_model_gives_the_denoisers_structure_without_its_weights(families, folders, family):
+    skeleton = check_model(str(folders / family))
+    shapes = {name: value.shape for name, value in families[family]().unet.named_parameters()}
+    assert {name: value.shape for name, value in skeleton.named_parameters()} == shapes
+    assert all(value.is_meta for value in skeleton.parameters())
+
+
+@pytest.mark.parametrize(
+    "class_name",
+    [
+        "FluxPipeline",
+        "StableDiffusion3Pipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionXLImg2ImgPipeline",  # the refiner's
+        "LatentConsistencyModelPipeline",
+    ],
+)
+def test_other_families_are_refused_by_name(class_name, tmp_path):
+    Path(tmp_path, "model_index.json").write_text(json.dumps({"_class_name": class_name}))
+    supported = "supported pipelines are StableDiffusionPipeline, StableDiffusionXLPipeline$"
+    with pytest.raises(ValueError, match=f"^{class_name}: .*{supported}"):
+        check_model(str(tmp_path))
+    with pytest.raises(ValueError, match=f"^{class_name}: .*{supported}"):
+        make_backbone(type(class_name, (), {})())
