@@ -3,7 +3,7 @@
 import logging
 import os
 import tempfile
-from argparse import ArgumentDefaultsHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -37,10 +37,7 @@ def parse_dataclass(
         `SystemExit`: With code 2 after one line on stderr, where `__post_init__` or `check` raises a `ValueError`.
     """
     parser = HfArgumentParser(kind, description=description, prog=prog, formatter_class=ArgumentDefaultsHelpFormatter)
-    # One line from one process, instead of argparse's page of usage from each.
-    first_process = os.environ.get("RANK", "0") == "0"
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n" if first_process else None)
-    parser.allow_abbrev = False
+    tell_errors_in_one_line(parser)
     namespace = parser.parse_args(argv)
     try:
         arguments = kind(**{item.name: getattr(namespace, item.name) for item in fields(kind)})
@@ -49,6 +46,13 @@ def parse_dataclass(
     except ValueError as error:
         parser.error(str(error))
     return arguments
+
+
+def tell_errors_in_one_line(parser: ArgumentParser) -> None:
+    """One line from one process, instead of argparse's page of usage from each; and options by their full names."""
+    first_process = os.environ.get("RANK", "0") == "0"
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n" if first_process else None)
+    parser.allow_abbrev = False
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Command-line arguments of the erasure scripts: defined once, typed, checked before any model is loaded."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,6 +10,7 @@ from diffusers.optimization import SchedulerType
 from ..arguments import check_output_dir, parse_dataclass
 from ..backbones import check_model
 from ..concepts import CONCEPT_SCHEDULES, PROMPT_ORDERS, names_concept, read_concepts
+from ..hub import check_model_id, check_push, default_model_id
 from ..weights import TRAIN_METHODS, resolve_train_method
 from .checkpoints import checkpoint_step, list_checkpoints
 from .loss_space import LOSS_SPACES
@@ -87,6 +88,16 @@ class ErasureArguments:
     checkpointing_steps: int = _option(500, "Steps between checkpoints; 0 saves none but when the run is stopped.")
     checkpoints_total_limit: int | None = _option(2, "Keep only this many checkpoints.")
     resume_from_checkpoint: str | None = _option(None, "A checkpoint folder, or latest.")
+    push_to_hub: bool = _option(False, "Publish the finished result on the Hugging Face Hub, with a model card.")
+    hub_model_id: str | None = _option(
+        None, "Repository on the Hub: user/name, or a name in your own account; default the output folder's name."
+    )
+    hub_token: str | None = field(
+        default=None,
+        repr=False,
+        metadata={"help": "Default HF_TOKEN, or the one of `hf auth login`. It is written nowhere."},
+    )
+    hub_private: bool = _option(False, "Make the repository private, if it is a new one.")
 
     def __post_init__(self):
         """Checks every value that can be checked without a model.
@@ -144,6 +155,15 @@ class ErasureArguments:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be at least 0 and less than 1")
 
+        self._check_hub()
+
+    def _check_hub(self) -> None:
+        if self.push_to_hub:
+            self.hub_model_id = self.hub_model_id or default_model_id(self.output_dir)
+            check_model_id(self.hub_model_id)
+        elif useless := [name for name in ("hub_model_id", "hub_token", "hub_private") if getattr(self, name)]:
+            raise ValueError(f"{', '.join(useless)}: without --push_to_hub nothing is published; give it, too")
+
     def _check_choices(self, **choices) -> None:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -154,6 +174,12 @@ class ErasureArguments:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ValueError(f"{name} {value}: must be at least {least}")
+
+    @property
+    def recorded(self) -> dict:
+        """The arguments as records of the run hold them: without what is secret, or does not touch the result."""
+        unrecorded = {"cache_dir", "push_to_hub", *(name for name in vars(self) if name.startswith("hub_"))}
+        return {name: value for name, value in asdict(self).items() if name not in unrecorded}
 
     @property
     def hub_arguments(self) -> dict:
@@ -189,6 +215,8 @@ class ErasureArguments:
         Raises:
             `ValueError`: One line that says what is wrong.
         """
+        if self.push_to_hub:
+            check_push(self.hub_model_id, self.hub_token)
         hub_arguments = {name: value for name, value in self.hub_arguments.items() if name != "variant"}
         check_model(self.pretrained_model_name_or_path, **hub_arguments)
         if Path(self.output_dir).resolve() == Path(self.pretrained_model_name_or_path).resolve():

@@ -7,7 +7,6 @@ import math
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -223,11 +222,11 @@ class RunIdentity:
 
     # Where a run writes and how often, and how long it goes on, changes no step that was done.
     free = {"output_dir", "save", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
-            "cache_dir", "watch_prompts", "pretrained_model_name_or_path", "train_batch_size",
+            "watch_prompts", "pretrained_model_name_or_path", "train_batch_size",
             "gradient_accumulation_steps"}  # fmt: skip
 
     def __init__(self, args: ErasureArguments, weights: TrainedWeights, samples_a_step: int):
-        self.state = {name: value for name, value in asdict(args).items() if name not in self.free}
+        self.state = {name: value for name, value in args.recorded.items() if name not in self.free}
         self.state["samples_a_step"] = samples_a_step
         # The frozen weights are the base model's: their sums tell another base model at once.
         self.state["base_weights"] = [float(value.double().sum()) for value in weights.frozen.values()]
