@@ -312,11 +312,12 @@ def test_trying_again_is_told_and_has_an_end(hub, folder, caplog):
     assert len(hub.repositories["tester/x"]) == 1 and is_ours((folder / CARD_NAME).read_text())
 
 
-def test_a_card_that_cannot_be_read_is_not_written_over(hub, folder):
+@pytest.mark.parametrize("status", [500, 403, 0])
+def test_a_card_that_cannot_be_read_is_not_written_over(hub, folder, status):
     push_result(folder, "tester/x")
     HfApi().upload_file(path_or_fileobj=b"MINE", path_in_repo=CARD_NAME, repo_id="tester/x")
-    hub.fail("resolve/main/README", 500)
-    with pytest.raises(PushError, match="500"):
+    hub.fail("resolve/main/README", status)
+    with pytest.raises(PushError, match=f"not pushed: .*{status or 'no connection'}"):
         push_result(folder, "tester/x")
     assert hub.files("tester/x")[CARD_NAME] == b"MINE"
 
