@@ -1,8 +1,9 @@
 """A Hugging Face Hub on the loopback interface, for the real `huggingface_hub` client: create a repository, commit
 with LFS, list, resolve.
 
-It keeps everything in memory, and every commit as a whole tree. The client reads `HF_ENDPOINT` when it is imported, so
-tests run it in a process of its own, with [`HubServer.environment`].
+It keeps everything in memory, and every commit as a whole tree. [`HubServer.fail`] makes it fail as servers and
+networks do. The client reads `HF_ENDPOINT` when it is imported, so tests that load models run it in a process of its
+own, with [`HubServer.environment`]; for the rest there is [`HubServer.connect`].
 """
 
 import base64
@@ -10,14 +11,30 @@ import hashlib
 import json
 import os
 import re
+import socket
+import struct
 import threading
+import time
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import huggingface_hub.constants
+
 
 TOKEN = "hf_test"
 USER = "tester"
+
+
+@dataclass
+class Fault:
+    """What the next `times` requests that match get: a status, or, with status 0, a connection that is cut when half
+    of their body has arrived."""
+
+    pattern: str
+    status: int
+    times: int
 
 
 class HubServer:
@@ -25,9 +42,12 @@ class HubServer:
 
     def __init__(self):
         self.repositories: dict[str, list[tuple[str, str, dict[str, bytes]]]] = {}
+        self.private: dict[str, bool] = {}
         self.lfs_objects: dict[str, bytes] = {}
         self.lfs_paths: set[str] = set()
         self.requests: list[str] = []
+        self.faults: list[Fault] = []
+        self.pauses: list[float] = []
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
 
     @property
@@ -38,6 +58,25 @@ class HubServer:
         """What a client's process needs: this server as the Hub, a token, an empty cache."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         return {**kept, "HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+
+    def connect(self, monkeypatch) -> None:
+        """Leads the client of this process here, as far as it makes its `HfApi` from now on; pauses take no time."""
+        for name, value in {
+            "ENDPOINT": self.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+        }.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(time, "sleep", lambda seconds: self.pauses.append(seconds))
+
+    def fail(self, pattern: str, status: int, times: int = 10**9) -> None:
+        """Makes requests fail whose `"METHOD /path"` has a regular expression in it; see [`Fault`]."""
+        self.faults.append(Fault(pattern, status, times))
+
+    def heal(self) -> None:
+        self.faults.clear()
 
     def files(self, repo_id: str) -> dict[str, bytes]:
         """The newest commit's."""
@@ -67,13 +106,34 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self):
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
+        if (status := self._fault(f"{self.command} {path}")) is not None:
+            return self._fail(status)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         for methods, pattern, answer in _ROUTES:
             if self.command in methods and (match := re.fullmatch(pattern, path)):
-                if "write" in answer.__name__ and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                token = self.headers.get("Authorization")
+                if token not in (None, f"Bearer {TOKEN}") or (token is None and "write" in answer.__name__):
                     return self._json({"error": "Invalid credentials"}, 401)
                 return answer(self, body, **match.groupdict())
         self._json({"error": f"no such route: {self.command} {path}"}, 404)
+
+    def _fault(self, request: str) -> int | None:
+        for fault in self.hub.faults:
+            if fault.times > 0 and re.search(fault.pattern, request):
+                fault.times -= 1
+                return fault.status
+        return None
+
+    def _fail(self, status: int) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        if status:
+            self.rfile.read(length)
+            return self._json({"error": "on purpose"}, status)
+        self.rfile.read(length // 2)
+        self.close_connection = True
+        # Closed at once and for good: the client sees a reset, as when a cable is pulled.
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.shutdown(socket.SHUT_RDWR)
 
     def _json(self, value, status=200):
         self._bytes(json.dumps(value).encode(), status, {"Content-Type": "application/json"})
@@ -109,11 +169,12 @@ class _Handler(BaseHTTPRequestHandler):
         answer = {"url": f"{self.hub.url}/{repo_id}", "name": repo_id, "id": repo_id}
         if repo_id in self.hub.repositories:
             return self._json({**answer, "error": "You already created this model repo"}, 409)
+        self.hub.private[repo_id] = request.get("visibility") == "private"
         self.hub.repositories[repo_id] = [(hashlib.sha1(repo_id.encode()).hexdigest(), "initial commit", {})]
         self._json(answer)
 
     def write_preupload(self, body, repo_id, revision):
-        if self._commit(repo_id, revision) is None:
+        if (commit := self._commit(repo_id, revision)) is None:
             return
         is_large = re.compile(r".*\.(safetensors|bin|png|ckpt)")
         self._json({"files": [
@@ -121,9 +182,16 @@ class _Handler(BaseHTTPRequestHandler):
                 "path": file["path"],
                 "uploadMode": "lfs" if is_large.fullmatch(file["path"]) else "regular",
                 "shouldIgnore": False,
+                **({"oid": self._oid(file["path"], commit[2][file["path"]])} if file["path"] in commit[2] else {}),
             }
             for file in json.loads(body)["files"]
         ]})  # fmt: skip
+
+    def _oid(self, path, content):
+        """As git and LFS name contents, so that the client knows what has not changed."""
+        if path in self.hub.lfs_paths:
+            return hashlib.sha256(content).hexdigest()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
     def write_lfs_batch(self, body, repo_id):
         objects = []
@@ -153,7 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.hub.lfs_objects[value["oid"]]
                 self.hub.lfs_paths.add(value["path"])
             elif item["key"] == "deletedFile":
-                files.pop(value["path"])
+                del files[value["path"]]
             else:
                 return self._json({"error": f"unknown operation {item['key']}"}, 400)
         sha = hashlib.sha1(body + parent[0].encode()).hexdigest()

@@ -11,15 +11,15 @@ import diffusers_safe
 SOURCE = Path(diffusers_safe.__file__).parent
 # Each layer may import from those above it and from itself.
 LAYERS = [
-    {"arguments", "concepts", "guidance", "weights", "provenance"},
-    {"backbones", "trajectories"},
+    {"arguments", "cards", "concepts", "guidance", "weights", "provenance"},
+    {"backbones", "trajectories", "evaluation"},
     {"formats"},
+    {"hub"},
     {"training", "pipelines", "students"},
-    {"evaluation", "hub"},
     {"emoji"},
     {"commands", "cli"},
 ]
-STRANGERS = [("pipelines", "training"), ("evaluation", "training"), ("evaluation", "pipelines")]
+STRANGERS = [("pipelines", "training"), ("training", "pipelines"), ("pipelines", "hub"), ("evaluation", "backbones")]
 
 
 def package_imports():

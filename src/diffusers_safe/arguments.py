@@ -44,10 +44,7 @@ def parse_dataclass(
         `SystemExit`: With code 2 after one line on stderr, where `__post_init__` or `check` raises a `ValueError`.
     """
     parser = HfArgumentParser(kind, description=description, prog=prog, formatter_class=ArgumentDefaultsHelpFormatter)
-    # One line from one process, instead of argparse's page of usage from each.
-    first_process = os.environ.get("RANK", "0") == "0"
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n" if first_process else None)
-    parser.allow_abbrev = False
+    tell_errors_in_one_line(parser)
     parser.add_argument("--config", help="YAML file with options, a key for each; those given here win.")
     words = sys.argv[1:] if argv is None else argv
     try:
@@ -95,6 +92,13 @@ def _words(options: dict[str, Any]) -> list[str]:
         elif value is not None:
             words.append(f"--{name}={value}")
     return words
+
+
+def tell_errors_in_one_line(parser: ArgumentParser) -> None:
+    """One line from one process, instead of argparse's page of usage from each; and options by their full names."""
+    first_process = os.environ.get("RANK", "0") == "0"
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n" if first_process else None)
+    parser.allow_abbrev = False
 
 
 @contextmanager

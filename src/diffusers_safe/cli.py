@@ -15,6 +15,10 @@ COMMANDS = {
         "diffusers_safe.commands.generate",
         "draw prompts with any pipeline, steered by Safe Latent Diffusion or not",
     ),
+    "push": (
+        "diffusers_safe.commands.push",
+        "publish an erased model on the Hugging Face Hub, with a model card",
+    ),
 }
 
 

@@ -211,6 +211,7 @@ api.upload_file(path_or_fileobj=b"MY OWN CARD", path_in_repo="README.md", repo_i
 pipeline = StableDiffusionPipelineSafe.from_pretrained({str(folder)!r})
 print(pipeline.push_to_hub("tester/mine").commit_message)
 pipeline.push_to_hub("tester/sub", subfolder="safe")
+pipeline.save_pretrained("local", push_to_hub=True, repo_id="tester/mine")  # with a card of ours in the folder
 again = StableDiffusionPipelineSafe.from_pretrained("tester/mine")
 again.push_to_hub("tester/again")
 """

@@ -137,6 +137,21 @@ def generate(
     return [finished[row.id] for row in rows]
 
 
+def sample_images(
+    pipeline: DiffusionPipeline,
+    prompts: list[str],
+    seeds: list[int],
+    settings: GenerationSettings = GenerationSettings(),
+    batch_size: int = 4,
+    safety_checker: bool = False,
+) -> list[Image.Image]:
+    """Generates images into memory, an image for each prompt and its seed; the rest is as in [`generate`]."""
+    rows = [PromptRow(str(i), prompt, seed) for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
+    with _as_a_subject(pipeline, safety_checker):
+        batches = [_sample(pipeline, rows[i : i + batch_size], settings) for i in range(0, len(rows), batch_size)]
+    return [image.convert("RGB") for batch in batches for image in batch]
+
+
 def read_manifest(folder: str | Path) -> list[dict]:
     """The rows of a folder's manifest, as [`generate`] returns them. A last line cut off by a kill is left out.
 

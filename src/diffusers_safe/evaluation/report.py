@@ -138,14 +138,15 @@ def write_report(folder: str | Path, results: dict, report: Report) -> Path:
 
     Args:
         folder (`str` or `Path`): Where to.
-        results (`dict`): Everything measured, of what JSON knows, NumPy numbers and [`Estimate`]s.
+        results (`dict`): Everything measured, of what JSON knows, NumPy numbers and [`Estimate`]s. The report's
+            headline is written beside it, under `"headline"`, for [`headline_table`].
         report (`Report`): The page.
 
     Returns:
         `Path`: Of the page.
     """
     page = render_page(report)
-    write_results(folder, results)
+    write_results(folder, {**results, "headline": report.headline})
     path = Path(folder) / "report.html"
     write_text(path, page)
     return path
@@ -161,6 +162,24 @@ def write_results(folder: str | Path, results: dict) -> Path:
     path = Path(folder) / "results.json"
     write_text(path, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False, default=_to_json) + "\n")
     return path
+
+
+def headline_table(results: dict) -> str:
+    """The headline of a `results.json`, read back, as a Markdown table with 95 % intervals.
+
+    Raises:
+        `ValueError`: If it has none.
+    """
+
+    def told(estimate: dict | None) -> str:
+        return str(Estimate(**estimate)) if estimate else ""
+
+    try:
+        rows = [[row["label"], told(row["before"]), told(row["after"]), row["note"]] for row in results["headline"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the results have no headline as evaluations write it ({error!r})") from None
+    lines = [" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in rows]
+    return "\n".join(["| | before | after | |", "|---|---|---|---|", *(f"| {line} |" for line in lines)])
 
 
 def render_page(report: Report) -> str:

@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import CommitInfo, ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import CommitInfo, ModelCard, ModelCardData, create_repo, upload_folder
 
+from ..cards import CARD_NAME, card_on_hub, is_ours, make_card, write_card
 from ..guidance import SAFETY_CONFIGS, SafetyConfig
 from .safe_latent_diffusion import SafeLatentDiffusionMixin, check_concept, check_either, check_known
 
 
 _MODULE = "pipeline"  # the file that diffusers looks for
 _INDEX = "model_index.json"
-_CARD = "README.md"
 # Entries of older repositories and of environments without torchvision -> what every environment can load.
 _RENAMED = {
     ("stable_diffusion_safe", "SafeStableDiffusionSafetyChecker"): (
@@ -112,12 +111,9 @@ class SafePipelineMixin(SafeLatentDiffusionMixin):
                 hub["repo_id"] or folder.resolve().name, private=hub["private"], token=token, exist_ok=True
             ).repo_id
         super().save_pretrained(str(folder), safe_serialization, variant, max_shard_size, **kwargs)
-        card = folder / _CARD
-        if push_to_hub and not card.exists() and (there := _card_on_hub(repo_id, hub)):
-            card.write_text(there, encoding="utf-8")
-        if not card.exists() or _CARD_MARK in card.read_text(encoding="utf-8"):
-            safe_pipeline_card(self, repo_id if push_to_hub else None).save(card)
+        write_card(safe_pipeline_card(self, repo_id if push_to_hub else None), folder)
         if push_to_hub:
+            there = card_on_hub(repo_id, token, hub["subfolder"])
             return upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
@@ -125,6 +121,7 @@ class SafePipelineMixin(SafeLatentDiffusionMixin):
                 token=token,
                 commit_message=hub["commit_message"] or f"Upload {type(self).__name__}",
                 create_pr=bool(hub["create_pr"]),
+                ignore_patterns=[] if there is None or is_ours(there) else [CARD_NAME],
             )
         return None
 
@@ -169,14 +166,6 @@ def _is_safe_repository(repo_id: str) -> bool:
         return False
 
 
-def _card_on_hub(repo_id: str, hub: dict[str, Any]) -> str | None:
-    try:
-        path = hf_hub_download(repo_id, _CARD, subfolder=hub["subfolder"], token=hub["token"])
-        return Path(path).read_text(encoding="utf-8")
-    except EntryNotFoundError:
-        return None
-
-
 def safe_pipeline_card(pipeline: SafePipelineMixin, repo_id: str | None = None) -> ModelCard:
     """The model card of a safe pipeline: how to load it, what it steers away from, and what that cannot do."""
     name, source = _class_name(pipeline), repo_id or "path/to/this/folder"
@@ -193,9 +182,9 @@ def safe_pipeline_card(pipeline: SafePipelineMixin, repo_id: str | None = None) 
         for preset, config in SAFETY_CONFIGS.items()
     )
     columns = list(dict(SAFETY_CONFIGS["medium"]))
-    return ModelCard(
+    return make_card(
+        data,
         _CARD_TEXT.format(
-            data=data.to_yaml(),
             name=name,
             source=source,
             concept="\n".join(f"> {line}" for line in pipeline.safety_concept.splitlines()),
@@ -203,18 +192,11 @@ def safe_pipeline_card(pipeline: SafePipelineMixin, repo_id: str | None = None) 
             rules="|".join("---" for _ in columns),
             presets=presets,
             example=pipeline._card_example,
-        )
+        ),
     )
 
 
-_CARD_MARK = "<!-- written by diffusers_safe -->"  # a card without it is somebody's own, and is kept
-_CARD_TEXT = """---
-{data}
----
-
-<!-- written by diffusers_safe -->
-
-# {name}
+_CARD_TEXT = """# {name}
 
 This pipeline steers away from a safety concept while it generates: Safe Latent Diffusion (SLD, Schramowski et al.,
 CVPR 2023, [arXiv 2211.05105](https://arxiv.org/abs/2211.05105)). SLD changes no weights: they are those of the model

@@ -1,7 +1,7 @@
 """Command-line arguments of the erasure scripts: defined once, typed, checked before any model is loaded."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -12,6 +12,7 @@ from torch import nn
 from ..arguments import check_output_dir, parse_dataclass
 from ..backbones import check_model
 from ..concepts import CONCEPT_SCHEDULES, PROMPT_ORDERS, joined, names_concept, read_concepts
+from ..hub import check_model_id, check_push, default_model_id
 from ..weights import TRAIN_METHODS, resolve_train_method, select_parameters
 from .checkpoints import checkpoint_step, list_checkpoints
 from .loss_space import LOSS_SPACES
@@ -116,6 +117,16 @@ class ErasureArguments:
         "none", f"Where to follow the run, beside log.jsonl in the output folder: {', '.join(TRACKERS)}."
     )
     logging_dir: str = _option("logs", "Folder of the tracker's files, in the output folder.")
+    push_to_hub: bool = _option(False, "Publish the finished result on the Hugging Face Hub, with a model card.")
+    hub_model_id: str | None = _option(
+        None, "Repository on the Hub: user/name, or a name in your own account; default the output folder's name."
+    )
+    hub_token: str | None = field(
+        default=None,
+        repr=False,
+        metadata={"help": "Default HF_TOKEN, or the one of `hf auth login`. It is written nowhere."},
+    )
+    hub_private: bool = _option(False, "Make the repository private, if it is a new one.")
     dry_run: bool = _option(False, "Tell what would be done: weights, forwards, memory. Nothing is written.")
 
     # Set where a subclass has them.
@@ -186,6 +197,7 @@ class ErasureArguments:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be at least 0 and less than 1")
 
+        self._check_hub()
         for option, package in self._needed_packages().items():
             if find_spec(package) is None:
                 raise ValueError(f"{option}: needs the package {package}, which is not installed")
@@ -193,6 +205,15 @@ class ErasureArguments:
     def _needed_packages(self) -> dict[str, str]:
         needed = {"use_8bit_adam": "bitsandbytes"} if self.use_8bit_adam else {}
         return needed if self.report_to == "none" else {**needed, f"report_to {self.report_to}": self.report_to}
+
+    def _check_hub(self) -> None:
+        if self.push_to_hub:
+            if self.output_dir is None:
+                raise ValueError("push_to_hub: needs an output_dir")
+            self.hub_model_id = self.hub_model_id or default_model_id(self.output_dir)
+            check_model_id(self.hub_model_id)
+        elif useless := [name for name in ("hub_model_id", "hub_token", "hub_private") if getattr(self, name)]:
+            raise ValueError(f"{', '.join(useless)}: without --push_to_hub nothing is published; give it, too")
 
     def _check_choices(self, **choices) -> None:
         for name, allowed in choices.items():
@@ -205,6 +226,12 @@ class ErasureArguments:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ValueError(f"{name} {value}: must be at least {least}")
+
+    @property
+    def recorded(self) -> dict:
+        """The arguments as records of the run hold them: without what is secret, or does not touch the result."""
+        unrecorded = {"cache_dir", "push_to_hub", *(name for name in vars(self) if name.startswith("hub_"))}
+        return {name: value for name, value in asdict(self).items() if name not in unrecorded}
 
     @property
     def hub_arguments(self) -> dict:
@@ -249,6 +276,8 @@ class ErasureArguments:
         Raises:
             `ValueError`: One line that says what is wrong.
         """
+        if self.push_to_hub:
+            check_push(self.hub_model_id, self.hub_token)
         self.check_base_model()
         if not self.dry_run:
             self.check_output()

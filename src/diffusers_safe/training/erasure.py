@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,11 +12,14 @@ from diffusers import DiffusionPipeline
 
 from ..arguments import told_in_one_line
 from ..backbones import load_pipeline, make_backbone
+from ..evaluation.grid import save_grid
+from ..hub import push_or_exit
 from ..provenance import Provenance, fingerprint
 from .arguments import METHODS, ErasureArguments, parse_arguments, preset_options
 from .loop import ErasureLoop
 from .output import save_result
 from .plan import make_plan
+from .samples import sample_grid
 
 
 def erase(
@@ -124,7 +127,10 @@ def train(
     progress_bar: bool = True,
     callback: Callable[[int, dict[str, float]], None] | None = None,
 ) -> DiffusionPipeline:
-    """Erases from a loaded pipeline, and writes the result where there is an output folder."""
+    """Erases from a loaded pipeline; where there is an output folder, writes the result, and publishes it if asked.
+
+    A result that cannot be published is complete on disk; the program then ends with code `PUSH_FAILED`.
+    """
     set_seed(args.seed)
     backbone = make_backbone(pipeline, args.resolution)
     objective = args.make_objective()
@@ -139,7 +145,7 @@ def train(
         method=objective.name,
         train_method=args.train_method,
         arguments={
-            **{name: value for name, value in asdict(args).items() if name != "cache_dir"},
+            **args.recorded,
             "num_processes": accelerator.num_processes,
             "mixed_precision": accelerator.mixed_precision,
         },
@@ -150,8 +156,25 @@ def train(
     denoiser.eval().requires_grad_(False)
     if args.output_dir is not None and accelerator.is_main_process:
         save_result(pipeline, loop.weights.values("student"), provenance, args.output_dir, args.save)
+        if args.push_to_hub:
+            _save_samples(pipeline, loop, args)
     accelerator.wait_for_everyone()
+    if args.push_to_hub and accelerator.is_main_process:  # the others need not wait for the network
+        push_or_exit(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private)
     denoiser.to(device)
     if dtype != torch.float32:
         denoiser.to(dtype)
     return pipeline
+
+
+def _save_samples(pipeline: DiffusionPipeline, loop: ErasureLoop, args: ErasureArguments) -> None:
+    pipeline.to(loop.accelerator.device)
+    picture = sample_grid(
+        pipeline,
+        loop.weights,
+        args.concepts,
+        [*args.watch_prompts, *args.retain_prompts],
+        num_inference_steps=args.num_inference_steps,
+        seed=args.seed,
+    )
+    save_grid(picture, args.output_dir)

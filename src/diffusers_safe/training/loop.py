@@ -6,7 +6,7 @@ import math
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -252,12 +252,12 @@ class RunIdentity:
 
     # Where a run writes and how often, and how long it goes on, changes no step that was done.
     free = {"output_dir", "save", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
-            "cache_dir", "watch_prompts", "pretrained_model_name_or_path", "train_batch_size", "report_to",
+            "watch_prompts", "pretrained_model_name_or_path", "train_batch_size", "report_to",
             "gradient_accumulation_steps", "gradient_checkpointing", "allow_tf32", "logging_dir", "dry_run",
             "preset"}  # fmt: skip
 
     def __init__(self, args: ErasureArguments, weights: TrainedWeights, samples_a_step: int):
-        self.state = {name: value for name, value in asdict(args).items() if name not in self.free}
+        self.state = {name: value for name, value in args.recorded.items() if name not in self.free}
         self.state["samples_a_step"] = samples_a_step
         # The frozen weights are the base model's: their sums tell another base model at once.
         self.state["base_weights"] = [float(value.double().sum()) for value in weights.frozen.values()]

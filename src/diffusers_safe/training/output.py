@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
+from ..evaluation.grid import GRID_NAME
 from ..formats import PARTIAL_NAME, save_partial
 from ..provenance import FILE_NAME, Provenance
 
@@ -37,7 +38,7 @@ def save_result(
     if save in ("partial", "both"):
         save_partial(erased_weights, provenance, aside / PARTIAL_NAME)
     provenance.save(aside)
-    for name in (FILE_NAME, "model_index.json", PARTIAL_NAME):
+    for name in (FILE_NAME, "model_index.json", PARTIAL_NAME, GRID_NAME):
         (output_dir / name).unlink(missing_ok=True)
     for item in sorted(aside.iterdir(), key=lambda item: (item.suffix == ".json", item.name)):
         target = output_dir / item.name

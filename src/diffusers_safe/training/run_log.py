@@ -2,7 +2,6 @@
 
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -53,7 +52,7 @@ class RunLog:
         self._tracks = args.output_dir is not None and args.report_to != "none"
         if self._tracks:
             config = {name: value if isinstance(value, (int, float)) else str(value)
-                      for name, value in asdict(args).items()}  # fmt: skip
+                      for name, value in args.recorded.items()}  # fmt: skip
             accelerator.init_trackers("diffusers-safe", config)
         self._before = (time.monotonic(), 0)
 

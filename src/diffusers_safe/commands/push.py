@@ -1,0 +1,32 @@
+"""Publishes an erased model on the Hugging Face Hub: what --push_to_hub does, later.
+
+    diffusers-safe push runs/sd-1.5-safe --hub_model_id user/sd-1.5-safe
+
+The folder's model card is made anew, unless you edited it: evaluate first, and the card shows the numbers. If the Hub
+cannot be reached or refuses, the exit code is 3.
+"""
+
+import argparse
+
+from ..arguments import tell_errors_in_one_line
+from ..hub import check_folder, check_push, default_model_id, push_or_exit
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    tell_errors_in_one_line(parser)
+    parser.add_argument("folder", help="Output folder of an erasure.")
+    parser.add_argument(
+        "--hub_model_id", help="user/name, or a name in your own account. (default: the name of the folder)"
+    )
+    parser.add_argument("--hub_token", help="(default: HF_TOKEN, or the one of `hf auth login`)")
+    parser.add_argument("--private", action="store_true", help="Make the repository private, if it is a new one.")
+    args = parser.parse_args(argv)
+    try:
+        check_folder(args.folder)
+        check_push(args.hub_model_id or default_model_id(args.folder), args.hub_token)
+    except ValueError as error:
+        parser.error(str(error))
+    push_or_exit(args.folder, args.hub_model_id, args.hub_token, args.private)
