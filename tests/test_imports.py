@@ -11,7 +11,7 @@ import diffusers_safe
 SOURCE = Path(diffusers_safe.__file__).parent
 # Each layer may import from those above it and from itself.
 LAYERS = [
-    {"arguments", "concepts", "guidance", "weights", "provenance"},
+    {"arguments", "concepts", "guidance", "weights", "lora", "provenance"},
     {"backbones", "trajectories"},
     {"formats"},
     {"training", "pipelines", "students"},

@@ -37,6 +37,6 @@ def erase_and_save(
     loop.run()
     if accelerator.is_main_process:
         backbone.denoiser.eval()
-        save_result(pipeline, loop.weights.values("student"), provenance, args.output_dir, args.save)
+        save_result(pipeline, loop.weights, provenance, args.output_dir, args.save)
         print(f"erased {', '.join(args.concepts)}; the result is in {args.output_dir}")
     accelerator.wait_for_everyone()

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..backbones import Backbone
 from ..concepts import ConceptSchedule
+from ..lora import LoRAWeights
 from ..provenance import write_text
 from ..trajectories import Trajectories
 from ..weights import TrainedWeights, select_parameters
@@ -63,7 +64,13 @@ class ErasureLoop:
         device = accelerator.device
         denoiser = backbone.denoiser.to(device)
         denoiser.train()
-        self.weights = TrainedWeights(denoiser, select_parameters(denoiser, args.train_method), ema_decay)
+        names = select_parameters(denoiser, args.train_method)
+        if args.rank is None:
+            self.weights = TrainedWeights(denoiser, names, ema_decay)
+        else:
+            self.weights = LoRAWeights(
+                denoiser, names, ema_decay, rank=args.rank, alpha=args.lora_alpha, seed=args.seed
+            )
         self.optimizer = torch.optim.AdamW(
             self.weights.student.values(),
             lr=args.learning_rate,
