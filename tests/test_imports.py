@@ -11,7 +11,7 @@ import diffusers_safe
 SOURCE = Path(diffusers_safe.__file__).parent
 # Each layer may import from those above it and from itself.
 LAYERS = [
-    {"arguments", "cards", "concepts", "guidance", "weights", "provenance"},
+    {"arguments", "cards", "concepts", "guidance", "weights", "lora", "provenance"},
     {"backbones", "trajectories", "evaluation"},
     {"formats"},
     {"hub"},

@@ -142,13 +142,17 @@ class TrainedWeights:
     def __init__(self, denoiser: nn.Module, names: list[str], ema_decay: float | None = None):
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay {ema_decay}: must be at least 0 and less than 1")
-        parameters = dict(denoiser.named_parameters())
         denoiser.requires_grad_(False)
-        self.student = {name: parameters[name].requires_grad_(True) for name in names}
-        self.frozen = self._copy()
+        self._set_up(denoiser, names)
         self.ema_decay = ema_decay
         self.ema = None if ema_decay is None else self._copy()
         self._in_use = "student"
+
+    def _set_up(self, denoiser: nn.Module, names: list[str]) -> None:
+        """Sets `student`, what trains, and `frozen`, what it starts from in the base model."""
+        parameters = dict(denoiser.named_parameters())
+        self.student = {name: parameters[name].requires_grad_(True) for name in names}
+        self.frozen = self._copy()
 
     def _copy(self) -> dict[str, torch.Tensor]:
         return {name: value.detach().clone() for name, value in self.student.items()}
@@ -166,14 +170,23 @@ class TrainedWeights:
 
         It must be closed before the backward of a student's forward: autograd would see other weights.
         """
-        values = self.values(which)
+        self.values(which)  # an unknown name is told before anything is swapped
         if which == self._in_use:
             yield
             return
         if self._in_use != "student":
             raise RuntimeError(f"weights '{self._in_use}' are in use; leave their block before using '{which}'")
-        held = {name: parameter.data for name, parameter in self.student.items()}
         self._in_use = which
+        try:
+            with self._in_place_of_student(which):
+                yield
+        finally:
+            self._in_use = "student"
+
+    @contextmanager
+    def _in_place_of_student(self, which: str) -> Iterator[None]:
+        values = self.values(which)
+        held = {name: parameter.data for name, parameter in self.student.items()}
         try:
             for name, parameter in self.student.items():
                 parameter.data = values[name]
@@ -183,7 +196,6 @@ class TrainedWeights:
             for name, parameter in self.student.items():
                 parameter.data = held[name]
             torch.clear_autocast_cache()
-            self._in_use = "student"
 
     @torch.no_grad()
     def update_ema(self) -> None:

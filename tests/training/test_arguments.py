@@ -45,6 +45,8 @@ BAD_VALUES = {
     "negative_guidance_scale": (-0.5, "at least 0"),
     "target_prompt": ("a big Knife", "names knife"),
     "save": ("all", "full, partial, both"),
+    "rank": (0, "at least 1"),
+    "lora_alpha": (4.0, "needs --rank"),
     "seed": (-1, "at least 0"),
     "sampling_guidance_scale": (float("inf"), "finite"),
     "sampling_fraction": (0.0, "greater than 0 and at most 1"),
@@ -59,6 +61,24 @@ def test_bad_values_name_argument_value_and_what_is_allowed(arguments, name):
         SDDArguments(**arguments(**{name: value}))
     message = str(error.value)
     assert name in message and str(value) in message and allowed in message and "\n" not in message
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"rank": -4}, "rank -4: must be at least 1"),
+    ({"rank": 4, "lora_alpha": 0.0}, "lora_alpha 0.0: must be greater than 0"),
+    ({"rank": 4, "save": "partial"}, "save 'partial': allowed with --rank are lora, full, both"),
+    ({"save": "lora"}, "save 'lora': allowed without --rank are full, partial, both"),
+])  # fmt: skip
+def test_bad_values_around_rank(arguments, changes, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        SDDArguments(**arguments(**changes))
+
+
+def test_what_rank_decides_where_nothing_else_is_said(arguments):
+    plain, lora = SDDArguments(**arguments()), SDDArguments(**arguments(rank=4))
+    assert (plain.rank, plain.lora_alpha, plain.save) == (None, None, "full")
+    assert (lora.rank, lora.lora_alpha, lora.save) == (4, 4.0, "lora")
+    assert SDDArguments(**arguments(rank=4, lora_alpha=2.0, save="full")).save == "full"
 
 
 def test_nan_is_no_learning_rate(arguments):
@@ -89,6 +109,7 @@ def run(capsys, **options):
         ({"concepts": "nowhere.txt"}, "nowhere.txt: no such file"),
         ({"train_method": "half"}, "train_method 'half': unknown"),
         ({"max_train_steps": -3}, "max_train_steps -3"),
+        ({"rank": 0}, "rank 0: must be at least 1"),
         ({"output_dir": "/proc/nowhere/out"}, "output_dir /proc/nowhere/out: cannot be written"),
         ({"resume_from_checkpoint": "latest"}, "no checkpoint in"),
         ({"resume_from_checkpoint": "checkpoint-7"}, "checkpoint-7: no such folder"),

@@ -11,11 +11,12 @@ from diffusers_safe.backbones import make_backbone
 from diffusers_safe.training.arguments import LR_SCHEDULERS, SDDArguments
 from diffusers_safe.training.loop import ErasureLoop, sample_generator
 from diffusers_safe.training.objectives import SDDObjective
+from diffusers_safe.training.objectives.sdd import SDD_TARGETS
 
 
 @pytest.fixture
 def make_loop(make_tiny_pipeline, tmp_path):
-    def make(folder="run", mixed_precision="no", **changes):
+    def make(folder="run", mixed_precision="no", pipeline=None, **changes):
         AcceleratorState._reset_state(reset_partial_state=True)
         (tmp_path / folder).mkdir(exist_ok=True)
         settings = {
@@ -30,7 +31,7 @@ def make_loop(make_tiny_pipeline, tmp_path):
             "checkpointing_steps": 0,
         }
         args = SDDArguments(**{**settings, **changes})
-        backbone = make_backbone(make_tiny_pipeline())
+        backbone = make_backbone(pipeline or make_tiny_pipeline())
         accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
         return ErasureLoop(accelerator, backbone, SDDObjective(args.sdd_target), args, args.ema_decay)
 
@@ -45,12 +46,28 @@ def same(first, second):
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
+with_and_without_lora = pytest.mark.parametrize("rank", [None, 2])
+
+
 def test_frozen_weights_stay_bit_identical_and_selected_ones_move(make_loop, make_tiny_pipeline):
     loop = make_loop(retain_prompts=["a cat"])
     loop.run()
     before = dict(make_tiny_pipeline().unet.named_parameters())
     changed = {name for name, value in result(loop).items() if not torch.equal(value, before[name])}
     assert changed == set(loop.weights.student)
+
+
+@pytest.mark.parametrize("target", SDD_TARGETS)
+def test_a_lora_leaves_the_base_bit_identical(make_loop, make_tiny_pipeline, target):
+    loop = make_loop(rank=2, train_method="full", sdd_target=target, retain_prompts=["a cat"])
+    start = {name: value.detach().clone() for name, value in loop.weights.student.items()}
+    loop.run()
+    after = {name.replace(".base_layer.", "."): value for name, value in result(loop).items() if ".lora_" not in name}
+    before = dict(make_tiny_pipeline().unet.named_parameters())
+    assert after.keys() == before.keys() and same(after, before)
+    # Attention from one place to itself, as in the middle of the tiny model, has no gradient.
+    moved = {name for name, value in loop.weights.student.items() if not torch.equal(value, start[name])}
+    assert moved >= {name for name in start if ".attn1." not in name}
 
 
 def test_the_same_seed_is_the_same_run_and_another_is_not(make_loop):
@@ -61,8 +78,9 @@ def test_the_same_seed_is_the_same_run_and_another_is_not(make_loop):
     assert same(first, second) and not same(first, other)
 
 
-def test_the_ema_is_published(make_loop):
-    loop = make_loop()
+@with_and_without_lora
+def test_the_ema_is_published(make_loop, rank):
+    loop = make_loop(rank=rank)
     loop.run()
     assert all(torch.equal(loop.weights.student[name], value) for name, value in loop.weights.ema.items())
 
@@ -82,9 +100,13 @@ def test_learning_rate_schedules(make_loop, name):
     assert (rates[-1] == pytest.approx(0.5)) == name.startswith("constant")
 
 
-def test_mixed_precision_keeps_student_ema_and_frozen_apart(make_loop):
+@with_and_without_lora
+def test_mixed_precision_keeps_student_ema_and_frozen_apart(make_loop, rank):
     """Autocast remembers low-precision copies of parameters; a swap must not be answered with an old one."""
-    loop = make_loop(mixed_precision="bf16", retain_prompts=["a cat"], learning_rate=1e-2)
+    loop = make_loop(
+        mixed_precision="bf16", retain_prompts=["a cat"], learning_rate=1e-2 if rank is None else 1e-1, rank=rank
+    )
+    assert all(value.dtype == torch.float32 for value in loop.weights.student.values())
     terms = [loop.train_step(step) for step in range(3)]
     assert terms[0]["retain"] == 0 and terms[2]["retain"] > 1e-4
     inputs = (torch.randn(1, 4, 8, 8), torch.tensor([500]), ["knife"])
@@ -101,6 +123,31 @@ def test_a_checkpoint_of_another_run_is_refused(make_loop, tmp_path):
         other.run()
 
 
+def test_a_checkpoint_that_trained_other_weights_is_refused_by_name(make_loop, tmp_path):
+    make_loop("first", max_train_steps=2, checkpointing_steps=1).run()
+    checkpoint = tmp_path / "first" / "checkpoint-1"
+    with pytest.raises(ValueError, match="another run: .*train_method xattn there, selfattn here"):
+        make_loop("second", train_method="selfattn", resume_from_checkpoint=str(checkpoint)).run()
+    (checkpoint / "run.json").unlink()
+    with pytest.raises(ValueError, match="holds no run.json"):
+        make_loop("third", resume_from_checkpoint=str(checkpoint)).run()
+
+
+def test_a_lora_is_not_continued_by_another_or_on_another_base(make_loop, make_tiny_pipeline, tmp_path):
+    make_loop("first", max_train_steps=2, checkpointing_steps=1, rank=2).run()
+    checkpoint = str(tmp_path / "first" / "checkpoint-1")
+    for changes, message in (
+        ({"rank": None}, "rank 2 there, None here"),
+        ({"lora_alpha": 1.0}, "lora_alpha 2.0 there"),
+    ):
+        other = make_loop("second", resume_from_checkpoint=checkpoint, **{"rank": 2, **changes})
+        with pytest.raises(ValueError, match=f"another run: .*{message}"):
+            other.run()
+    other = make_loop("third", rank=2, resume_from_checkpoint=checkpoint, pipeline=make_tiny_pipeline(seed=1))
+    with pytest.raises(ValueError, match="another run: base_weights"):
+        other.run()
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(make_loop, tmp_path):
     loop = make_loop()
     with torch.no_grad():
@@ -109,15 +156,16 @@ def test_a_loss_that_is_not_finite_ends_the_run(make_loop, tmp_path):
         loop.run()
 
 
-@pytest.mark.parametrize("schedule", ["sequential", "random"])
-def test_resumed_equals_uninterrupted_bit_for_bit(make_loop, tmp_path, schedule):
-    whole = make_loop("whole", max_train_steps=6, checkpointing_steps=2, concept_schedule=schedule)
+@pytest.mark.parametrize("schedule, rank", [("sequential", None), ("random", None), ("random", 2)])
+def test_resumed_equals_uninterrupted_bit_for_bit(make_loop, tmp_path, schedule, rank):
+    whole = make_loop("whole", max_train_steps=6, checkpointing_steps=2, concept_schedule=schedule, rank=rank)
     whole.run()
     assert (tmp_path / "whole" / "checkpoint-4").is_dir()
     resumed = make_loop(
         "resumed",
         max_train_steps=6,
         concept_schedule=schedule,
+        rank=rank,
         resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"),
     )
     resumed.run()
@@ -130,12 +178,15 @@ def test_a_checkpoint_holds_the_trained_weights_only(make_loop, tmp_path):
     assert not any(name.endswith(".safetensors") for name in names)
 
 
-def test_accumulation_equals_a_larger_batch(make_loop, monkeypatch):
+@with_and_without_lora
+def test_accumulation_equals_a_larger_batch(make_loop, monkeypatch, rank):
     """Gradients, not weights after Adam: its division by sqrt(v) turns rounding into steps."""
     gradients = []
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")  # as `accelerate launch` may set it
     for batch_size, accumulation in ((2, 1), (1, 2)):
-        loop = make_loop(f"{batch_size}", train_batch_size=batch_size, gradient_accumulation_steps=accumulation)
+        loop = make_loop(
+            f"{batch_size}", train_batch_size=batch_size, gradient_accumulation_steps=accumulation, rank=rank
+        )
         loop.optimizer.step = loop.optimizer.zero_grad = lambda: None
         loop.args.max_grad_norm = 1e9
         loop.train_step(0)

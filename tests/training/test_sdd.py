@@ -9,13 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from diffusers_safe.formats import PARTIAL_NAME, load_partial
+from diffusers_safe.formats import LORA_NAME, PARTIAL_NAME, load_partial
 from diffusers_safe.provenance import Provenance, fingerprint
 from diffusers_safe.training.loop import ErasureLoop
 from diffusers_safe.training.sdd import main
@@ -73,6 +74,13 @@ def succeed(command, cwd, **env):
     done = run(command, cwd, **env)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def in_two_processes(words, cwd):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    return succeed([*TORCHRUN, port, SCRIPT, *words], cwd, ACCELERATE_USE_CPU="true")
 
 
 def log_rows(folder):
@@ -188,11 +196,7 @@ def test_sigterm_ends_the_program_with_130_after_a_checkpoint(tiny_model_folder,
 
 
 def test_two_processes_are_one_with_twice_the_batch(erased, tiny_model_folder, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    command = [*TORCHRUN, port, SCRIPT, *options(tiny_model_folder, tmp_path / "out", train_batch_size=1)]
-    succeed(command, tmp_path, ACCELERATE_USE_CPU="true")
+    in_two_processes(options(tiny_model_folder, tmp_path / "out", train_batch_size=1), tmp_path)
     two, one = log_rows(tmp_path / "out"), log_rows(erased)
     assert [row["step"] for row in two] == [row["step"] for row in one]  # logged once, not by each process
     assert two[0]["erase"] == pytest.approx(one[0]["erase"], rel=1e-4)  # before Adam makes steps of rounding
@@ -204,6 +208,56 @@ def test_two_processes_are_one_with_twice_the_batch(erased, tiny_model_folder, t
     ]
     apart = (moved[0] - moved[1]).norm() / moved[0].norm()
     assert apart < 1e-3  # 8e-6 where it was measured; other draws would make it about 1
+
+
+# --- as a LoRA -------------------------------------------------------------------------------------------------------
+
+LORA = {"rank": 4, "train_method": "esd-u", "learning_rate": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def lora_erased(tiny_model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora")
+    succeed([*LAUNCH, SCRIPT, *options(tiny_model_folder, folder / "out", **LORA)], folder)
+    return folder / "out"
+
+
+def test_a_lora_and_its_fused_pipeline_draw_the_same_picture(lora_erased, tiny_model_folder):
+    stock = StableDiffusionPipeline.from_pretrained(tiny_model_folder)
+    before = picture(stock)
+    stock.load_lora_weights(lora_erased)
+    fused = StableDiffusionPipeline.from_pretrained(lora_erased)
+    assert np.allclose(picture(stock), picture(fused), atol=1e-4)
+    assert not np.allclose(picture(stock), before, atol=1e-3)
+    assert {path.name for path in lora_erased.iterdir() if path.is_file()} == {
+        "model_index.json", "erasure.json", "log.jsonl", LORA_NAME
+    }  # fmt: skip
+    arguments = Provenance.load(lora_erased).arguments
+    assert (arguments["rank"], arguments["lora_alpha"], arguments["save"]) == (4, 4.0, "both")
+
+
+def test_the_fused_pipeline_has_no_adapters_and_only_the_adapted_weights_left_the_base(lora_erased, tiny_model_folder):
+    before, after = load_file(Path(tiny_model_folder) / UNET), load_file(lora_erased / UNET)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    adapted = {name.removeprefix("unet.").split(".lora_")[0] for name in load_file(lora_erased / LORA_NAME)}
+    assert changed == {f"{name}.weight" for name in adapted}
+
+
+def test_a_lora_is_what_is_saved_where_nothing_else_is_said_and_in_two_processes(
+    lora_erased, tiny_model_folder, tmp_path
+):
+    changes = {**LORA, "train_batch_size": 1}
+    words = options(tiny_model_folder, tmp_path / "out", **changes)
+    del words[words.index("--save") : words.index("--save") + 2]
+    in_two_processes(words, tmp_path)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"erasure.json", "log.jsonl", LORA_NAME}
+    one, two = load_file(lora_erased / LORA_NAME), load_file(tmp_path / "out" / LORA_NAME)
+    assert one.keys() == two.keys()
+    ups = [
+        torch.cat([weights[name].flatten() for name in sorted(one) if ".lora_B." in name]) for weights in (one, two)
+    ]
+    assert (ups[0] - ups[1]).norm() < 1e-2 * ups[0].norm()  # Adam makes steps of rounding; other draws make it about 1
 
 
 def test_a_bad_argument_is_one_clear_line_and_nothing_else(tiny_model_folder, tmp_path):

@@ -23,6 +23,7 @@ from .presets import ESD_PRESETS, Preset
 
 
 SAVES = ("full", "partial", "both")
+LORA_SAVES = ("lora", "full", "both")
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
 TRACKERS = ("tensorboard", "wandb", "none")
 # All of diffusers' but piecewise_constant, whose rules have no option.
@@ -56,6 +57,16 @@ class ErasureArguments:
     )
     train_method: str = _option(
         "xattn", f"Which weights train: {'; '.join(f'{n} ({m.description})' for n, m in TRAIN_METHODS.items())}."
+    )
+    rank: int | None = _option(
+        None,
+        "Train a LoRA of this rank instead of the weights themselves: adapters on the linear and convolution layers "
+        "that train_method selects.",
+    )
+    lora_alpha: float | None = _option(
+        None,
+        "The LoRA counts alpha / rank times. Default rank, which is what programs assume that do not read diffusers' "
+        "metadata.",
     )
     concept_schedule: str = _option("iterative", f"How several concepts take turns: {', '.join(CONCEPT_SCHEDULES)}.")
     prompt_order: str = _option(
@@ -109,7 +120,12 @@ class ErasureArguments:
     adam_epsilon: float = _option(1e-8, "AdamW's epsilon.")
     max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm; 0 leaves them.")
     seed: int = _option(0, "Every draw of the run follows from it.")
-    save: str = _option("full", "full: a stock pipeline folder; partial: the erased weights only; both.")
+    save: str | None = _option(
+        None,
+        "full: a stock pipeline folder; partial: the erased weights only; both. With --rank: lora, a file for "
+        "load_lora_weights; full, a stock pipeline folder with the LoRA fused in; both. The default is full, with "
+        "--rank lora.",
+    )
     checkpointing_steps: int = _option(500, "Steps between checkpoints; 0 saves none but when the run is stopped.")
     checkpoints_total_limit: int | None = _option(2, "Keep only this many checkpoints.")
     resume_from_checkpoint: str | None = _option(None, "A checkpoint folder, or latest.")
@@ -153,10 +169,10 @@ class ErasureArguments:
         self.train_method = resolve_train_method(self.train_method)
         if both := sorted(set(self.concepts) & set(self.retain_prompts)):
             raise ValueError(f"retain_prompts {both}: a concept cannot be erased and retained")
+        self._resolve_lora()
         self._check_choices(
             concept_schedule=CONCEPT_SCHEDULES,
             prompt_order=PROMPT_ORDERS,
-            save=SAVES,
             lr_scheduler=LR_SCHEDULERS,
             loss_space=LOSS_SPACES,
             report_to=TRACKERS,
@@ -214,6 +230,21 @@ class ErasureArguments:
             check_model_id(self.hub_model_id)
         elif useless := [name for name in ("hub_model_id", "hub_token", "hub_private") if getattr(self, name)]:
             raise ValueError(f"{', '.join(useless)}: without --push_to_hub nothing is published; give it, too")
+
+    def _resolve_lora(self) -> None:
+        self._check_at_least(1, "rank")
+        if self.rank is None and self.lora_alpha is not None:
+            raise ValueError(f"lora_alpha {self.lora_alpha}: needs --rank")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise ValueError(f"lora_alpha {self.lora_alpha}: must be greater than 0")
+        if self.rank is not None and self.lora_alpha is None:
+            self.lora_alpha = float(self.rank)
+        if self.save is None:
+            self.save = "full" if self.rank is None else "lora"
+        allowed = SAVES if self.rank is None else LORA_SAVES
+        if self.save not in allowed:
+            given = "without" if self.rank is None else "with"
+            raise ValueError(f"save '{self.save}': allowed {given} --rank are {', '.join(allowed)}")
 
     def _check_choices(self, **choices) -> None:
         for name, allowed in choices.items():

@@ -155,7 +155,7 @@ def train(
     loop.run(progress_bar, callback)
     denoiser.eval().requires_grad_(False)
     if args.output_dir is not None and accelerator.is_main_process:
-        save_result(pipeline, loop.weights.values("student"), provenance, args.output_dir, args.save)
+        save_result(pipeline, loop.weights, provenance, args.output_dir, args.save)
         if args.push_to_hub:
             _save_samples(pipeline, loop, args)
     accelerator.wait_for_everyone()

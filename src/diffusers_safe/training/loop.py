@@ -1,6 +1,7 @@
 """The loop of every erasure: draw latents, loss, step, EMA, checkpoint."""
 
 import hashlib
+import json
 import logging
 import math
 import signal
@@ -12,10 +13,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
+from torch import nn
 from tqdm.auto import tqdm
 
 from ..backbones import Backbone
 from ..concepts import ConceptSchedule
+from ..lora import LoRAWeights
+from ..provenance import write_text
 from ..trajectories import Trajectories
 from ..weights import TrainedWeights, select_parameters
 from .arguments import ErasureArguments
@@ -37,6 +41,14 @@ def sample_generator(seed: int, purpose: str, index: int) -> torch.Generator:
     accumulation and resuming change no draw."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def make_weights(denoiser: nn.Module, args: ErasureArguments, ema_decay: float | None = None) -> TrainedWeights:
+    """What a run trains in a denoiser: the selected weights themselves, or a LoRA on them."""
+    names = select_parameters(denoiser, args.train_method)
+    if args.rank is None:
+        return TrainedWeights(denoiser, names, ema_decay)
+    return LoRAWeights(denoiser, names, ema_decay, rank=args.rank, alpha=args.lora_alpha, seed=args.seed)
 
 
 class ErasureLoop:
@@ -64,7 +76,7 @@ class ErasureLoop:
         denoiser.train()
         if args.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
-        self.weights = TrainedWeights(denoiser, select_parameters(denoiser, args.train_method), ema_decay)
+        self.weights = make_weights(denoiser, args, ema_decay)
         self.batches_a_step = args.gradient_accumulation_steps
         self.samples_a_step = args.train_batch_size * self.batches_a_step * accelerator.num_processes
         self.optimizer = _adam_class(args.use_8bit_adam)(
@@ -98,11 +110,22 @@ class ErasureLoop:
         self._make_resumable()
 
     def _make_resumable(self) -> None:
-        # The base model is on disk already: a checkpoint holds the trained weights only.
-        self.accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-        self.accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
         identity = RunIdentity(self.args, self.weights, self.samples_a_step)
-        self.accelerator.register_for_checkpointing(identity, self.weights, self.lr_scheduler)
+
+        # The base model is on disk already: a checkpoint holds the trained weights only.
+        def before_saving(models, weights, folder):
+            weights.clear()
+            if self.accelerator.is_main_process:
+                identity.save(folder)
+
+        # An optimizer of other weights would be refused, too, but without a word that helps.
+        def before_loading(models, folder):
+            models.clear()
+            identity.check(folder)
+
+        self.accelerator.register_save_state_pre_hook(before_saving)
+        self.accelerator.register_load_state_pre_hook(before_loading)
+        self.accelerator.register_for_checkpointing(self.weights, self.lr_scheduler)
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
@@ -250,6 +273,7 @@ class ErasureLoop:
 class RunIdentity:
     """What a checkpoint must share with the run that continues it."""
 
+    file_name = "run.json"
     # Where a run writes and how often, and how long it goes on, changes no step that was done.
     free = {"output_dir", "save", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
             "watch_prompts", "pretrained_model_name_or_path", "train_batch_size", "report_to",
@@ -260,12 +284,18 @@ class RunIdentity:
         self.state = {name: value for name, value in args.recorded.items() if name not in self.free}
         self.state["samples_a_step"] = samples_a_step
         # The frozen weights are the base model's: their sums tell another base model at once.
-        self.state["base_weights"] = [float(value.double().sum()) for value in weights.frozen.values()]
+        sums = [float(value.double().sum()) for value in weights.frozen.values()]
+        self.state["base_weights"] = hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
 
-    def state_dict(self) -> dict:
-        return self.state
+    def save(self, folder: str | Path) -> None:
+        write_text(Path(folder) / self.file_name, json.dumps(self.state, indent=2))
 
-    def load_state_dict(self, state: dict) -> None:
+    def check(self, folder: str | Path) -> None:
+        """Raises a `ValueError` if the checkpoint in a folder is of another run."""
+        path = Path(folder) / self.file_name
+        if not path.is_file():
+            raise ValueError(f"resume_from_checkpoint {folder}: holds no {self.file_name}; it is of another program")
+        state = json.loads(path.read_text(encoding="utf-8"))
         if different := sorted(name for name in self.state if state.get(name) != self.state[name]):
             told = ", ".join(f"{name} {state.get(name)} there, {self.state[name]} here" for name in different)
             raise ValueError(f"resume_from_checkpoint: the checkpoint is of another run: {told[:400]}")

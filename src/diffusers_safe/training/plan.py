@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 
 from ..backbones.unet import vae_scale_factor
 from ..trajectories import Trajectories
-from ..weights import TRAIN_METHODS, select_parameters
+from ..weights import TRAIN_METHODS
 from .arguments import ErasureArguments
+from .loop import make_weights
 from .objectives import TrainingBatch
 from .objectives.retention import retention_loss
 
@@ -51,6 +52,8 @@ class Plan:
     def __str__(self) -> str:
         args, per_sample = self.args, sum(self.forwards.values())
         method = TRAIN_METHODS[args.train_method].description
+        if args.rank is not None:
+            method = f"a LoRA of rank {args.rank} on {method}"
         petaflops = self.flops * self.num_samples / 1e15
         rows = {
             "erase": f"{', '.join(args.concepts)} by {args.make_objective().name.upper()}",
@@ -80,11 +83,8 @@ def make_plan(args: ErasureArguments, num_processes: int = 1) -> Plan:
     schedule = scheduler.load_config(name, subfolder="scheduler", **hub)
     tokens = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", **hub).model_max_length
 
-    names = select_parameters(unet, args.train_method)
-    parameters = dict(unet.named_parameters())
-    unet.requires_grad_(False).train()
-    for selected in names:
-        parameters[selected].requires_grad_(True)
+    total = [parameter.numel() for parameter in unet.parameters()]
+    weights = make_weights(unet.train(), args, args.ema_decay)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
 
@@ -98,18 +98,24 @@ def make_plan(args: ErasureArguments, num_processes: int = 1) -> Plan:
     height, width = (size, size) if isinstance(size, int) else size
     inputs = _blank_inputs(unet, (args.train_batch_size, unet.config.in_channels, height, width), tokens)
     forward, backward, activations = _measure(unet, inputs)
-    trained = sum(parameters[name].numel() for name in names)
-    everything = sum(parameter.numel() for parameter in parameters.values())
-    copies = 2 if args.ema_decay is None else 3  # frozen, EMA, gradients
+    selected = [value.numel() for value in weights.student.values()]
+    own = set(map(id, unet.parameters()))
+    copies = [
+        value.numel()
+        for side in (weights.frozen, weights.ema or {})
+        for value in side.values()
+        if id(value) not in own
+    ]
+    trained = sum(selected)
     return Plan(
         args,
-        (len(names), trained),
-        (len(parameters), everything),
+        (len(selected), trained),
+        (len(total), sum(total)),
         forwards,
         len(forwards) - 1,
         {
-            "model": 4 * everything,
-            "copies and gradients": 4 * trained * copies,
+            "model": 4 * sum(total),
+            "copies and gradients": 4 * (sum(copies) + trained),
             "Adam": (2 if args.use_8bit_adam else 8) * trained,
             "activations": activations,
         },
