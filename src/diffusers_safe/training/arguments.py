@@ -16,7 +16,7 @@ from .loss_space import LOSS_SPACES
 from .objectives.sdd import SDD_TARGETS
 
 
-SAVES = ("full", "partial", "both")
+SAVES = ("full", "partial", "both", "unet")
 # All of diffusers' but piecewise_constant, whose rules have no option.
 LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)
 
@@ -83,7 +83,9 @@ class ErasureArguments:
     adam_epsilon: float = _option(1e-8, "AdamW's epsilon.")
     max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm.")
     seed: int = _option(0, "Every draw of the run follows from it.")
-    save: str = _option("full", "full: a stock pipeline folder; partial: the erased weights only; both.")
+    save: str = _option(
+        "full", "full: a stock pipeline folder; partial: the erased weights only; both; unet: the whole UNet only."
+    )
     checkpointing_steps: int = _option(500, "Steps between checkpoints; 0 saves none but when the run is stopped.")
     checkpoints_total_limit: int | None = _option(2, "Keep only this many checkpoints.")
     resume_from_checkpoint: str | None = _option(None, "A checkpoint folder, or latest.")

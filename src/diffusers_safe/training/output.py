@@ -1,14 +1,12 @@
 """What a finished erasure leaves in its output folder."""
 
-import os
-import shutil
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 
-from ..formats import PARTIAL_NAME, save_partial
-from ..provenance import FILE_NAME, Provenance
+from ..formats import PARTIAL_NAME, UNET_FOLDER, rewrite_index, save_partial, stock_class_name, written_aside
+from ..provenance import Provenance
 
 
 def save_result(
@@ -18,30 +16,20 @@ def save_result(
     output_dir: str | Path,
     save: str = "full",
 ) -> None:
-    """Writes the erased pipeline as a stock diffusers folder, the erased weights alone, or both, and erasure.json.
-
-    Everything is written aside first and moved into place when it is whole. What an earlier run left goes first, and
-    `model_index.json` and `erasure.json` come last: a folder that has them is complete.
+    """Writes the erased pipeline as a stock diffusers folder, the erased weights alone, both, or the UNet alone; and
+    erasure.json. Whole or not at all, see [`written_aside`].
 
     Args:
         pipeline (`DiffusionPipeline`): With the erased weights in its denoiser.
         erased_weights (`dict[str, torch.Tensor]`): The trained parameters, by name.
-        save (`str`, defaults to `"full"`): `"full"`, `"partial"` or `"both"`.
+        save (`str`, defaults to `"full"`): `"full"`, `"partial"`, `"both"` or `"unet"`.
     """
-    output_dir = Path(output_dir)
-    aside = output_dir / ".result.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    if save in ("full", "both"):
-        pipeline.save_pretrained(aside, safe_serialization=True)
-    if save in ("partial", "both"):
-        save_partial(erased_weights, provenance, aside / PARTIAL_NAME)
-    provenance.save(aside)
-    for name in (FILE_NAME, "model_index.json", PARTIAL_NAME):
-        (output_dir / name).unlink(missing_ok=True)
-    for item in sorted(aside.iterdir(), key=lambda item: (item.suffix == ".json", item.name)):
-        target = output_dir / item.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(item, target)
-    aside.rmdir()
+    with written_aside(output_dir) as aside:
+        if save in ("full", "both"):
+            pipeline.save_pretrained(aside, safe_serialization=True)
+            rewrite_index(aside, stock_class_name(pipeline))
+        if save in ("partial", "both"):
+            save_partial(erased_weights, provenance, aside / PARTIAL_NAME)
+        if save == "unet":
+            pipeline.unet.save_pretrained(aside / UNET_FOLDER, safe_serialization=True)
+        provenance.save(aside)
