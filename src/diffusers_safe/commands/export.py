@@ -15,8 +15,6 @@ of ESD, 2023 and 2025), a CompVis checkpoint, a LoRA. Beside the result goes an 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
 from ..backbones import check_model, load_pipeline, make_backbone
 from ..formats import (
@@ -26,6 +24,7 @@ from ..formats import (
     UNET_FOLDER,
     ErasedWeights,
     LoRA,
+    assign,
     facts,
     fetch,
     low_rank,
@@ -81,8 +80,7 @@ class ExportArguments:
 
 def check_surroundings(args: ExportArguments) -> None:
     """The source's place and the output folder, which is created."""
-    if Path(args.source).suffix and not Path(args.source).exists() and "/" not in args.source:
-        raise ValueError(f"source {args.source}: no such file")
+    fetch(args.source, args.weight_name, only_records=True, **_revision(args))
     if found := [name for name in RESULTS if (Path(args.output_dir) / name).exists()]:
         raise ValueError(f"output_dir {args.output_dir}: holds a model already ({found[0]}); give another")
     check_output_dir(args.output_dir)
@@ -94,15 +92,14 @@ def export(args: ExportArguments) -> LoRA | None:
     Raises:
         `ValueError`: If there is no erasure, its base model is not known or another one, or a LoRA cannot hold it.
     """
-    revision = {"revision": args.revision} if args.revision else {}
-    erased = read_erased_weights(fetch(args.source, args.weight_name, **revision))
+    erased = read_erased_weights(fetch(args.source, args.weight_name, **_revision(args)))
     base_model, base_revision = _base_model(args, erased)
     hub = {"revision": base_revision} if base_revision else {}
     variant = erased.known.get("arguments", {}).get("variant") if args.base_model is None else None
     check_model(base_model, **hub)
     pipeline = load_pipeline(base_model, **hub, **({"variant": variant} if variant else {}))
     denoiser = make_backbone(pipeline).denoiser
-    changed = _changed(erased, denoiser)
+    changed = erased.changes(denoiser)
     own = erased.known.get("base_fingerprint") or fingerprint(denoiser)
     provenance = replace(erased.provenance(base_model, base_revision, own), export={"to": args.to})
     lora = None
@@ -114,7 +111,7 @@ def export(args: ExportArguments) -> LoRA | None:
         elif args.to == "partial":
             save_partial(changed, provenance, aside / PARTIAL_NAME)
         else:
-            erased.apply(denoiser)
+            assign(denoiser, changed)
             if args.to == "full":
                 pipeline.save_pretrained(aside, safe_serialization=True)
                 rewrite_index(aside, stock_class_name(pipeline))
@@ -124,22 +121,16 @@ def export(args: ExportArguments) -> LoRA | None:
     return lora
 
 
+def _revision(args: ExportArguments) -> dict[str, str]:
+    return {"revision": args.revision} if args.revision else {}
+
+
 def _base_model(args: ExportArguments, erased: ErasedWeights) -> tuple[str, str | None]:
     if args.base_model is not None:
         return args.base_model, args.base_revision
     if (name := erased.known.get("base_model")) is None:
         raise ValueError(f"source {args.source}: does not say which model it was made from; give --base_model")
     return name, args.base_revision or erased.known.get("revision")
-
-
-def _changed(erased: ErasedWeights, denoiser: torch.nn.Module) -> dict[str, torch.Tensor]:
-    parameters = dict(denoiser.named_parameters())
-    changed = {
-        name: value for name, value in erased.values(denoiser).items() if not torch.equal(parameters[name], value)
-    }
-    if not changed:
-        raise ValueError(f"{erased.source}: nothing was erased, all weights are the base model's")
-    return changed
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:

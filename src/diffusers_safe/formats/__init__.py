@@ -2,7 +2,7 @@
 
 from .folders import INDEX, RESULTS, UNET_FOLDER, rewrite_index, stock_class_name, written_aside
 from .lora import LoRA, low_rank
-from .read import FORMATS, ErasedWeights, load_partial, load_unet, read_erased_weights
+from .read import FORMATS, ErasedWeights, assign, load_partial, load_unet, plain_parameters, read_erased_weights
 from .source import HUB_ARGUMENTS, fetch
 from .write import LORA_NAME, PARTIAL_NAME, facts, save_partial, save_whole
 
@@ -17,10 +17,12 @@ __all__ = [
     "UNET_FOLDER",
     "ErasedWeights",
     "LoRA",
+    "assign",
     "facts",
     "fetch",
     "load_partial",
     "load_unet",
+    "plain_parameters",
     "low_rank",
     "read_erased_weights",
     "rewrite_index",

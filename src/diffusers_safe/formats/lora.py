@@ -166,6 +166,7 @@ def low_rank(denoiser: nn.Module, erased: dict[str, torch.Tensor], rank: int, on
             tensors[f"{_PREFIX}{layer}.lora_B.bias"] = bias
             if "bias" in parts:
                 squares[f"{layer}.bias"] = (parts["bias"] - bias).norm().item() ** 2
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
     errors = {name: square**0.5 / (sizes[name] or 1) for name, square in squares.items()}
     return LoRA(tensors, largest, sum(squares.values()) ** 0.5 / total, errors, left_out)
 

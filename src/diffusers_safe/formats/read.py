@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,7 +60,6 @@ class ErasedWeights:
             base |= {name: self.known.get(name) for name in ("base_model", "revision")}  # the same, by its own name
         return Provenance(**{**UNKNOWN, **self.known, **base})
 
-    @torch.no_grad()
     def values(self, denoiser: nn.Module) -> dict[str, torch.Tensor]:
         """The values that parameters of the base model's denoiser get, in its dtype and on its device.
 
@@ -70,8 +70,13 @@ class ErasedWeights:
             `ValueError`: If it is not the base model of this erasure, as far as that is known; or a name, a shape or a
                 value does not fit; or a whole UNet lacks something.
         """
+        return dict(self._values(denoiser))
+
+    @torch.no_grad()
+    def _values(self, denoiser: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        """All of it is checked before the first value is given; one at a time is on the denoiser's device."""
         self._check_base(denoiser)
-        parameters = dict(denoiser.named_parameters())
+        parameters = plain_parameters(denoiser)
         weights = self._converted(denoiser) if self.format == "ldm" else self.weights
         for name, value in weights.items():
             if name not in parameters:
@@ -83,21 +88,29 @@ class ErasedWeights:
                 raise self._error(f"{name} holds values that are not finite numbers")
         if self.format in ("ldm", "unet") and (missing := [name for name in parameters if name not in weights]):
             raise self._error(f"a whole UNet, but {len(missing)} parameters are missing, such as {missing[0]}")
-        values = {name: value.to(parameters[name].device) for name, value in weights.items()}
-        if self.format == "lora":
-            values = {name: parameters[name].float() + value for name, value in values.items()}
-        return {name: value.to(parameters[name].dtype) for name, value in values.items()}
+        for name, value in weights.items():
+            parameter, value = parameters[name], value.to(parameters[name].device)
+            yield name, (parameter.float() + value if self.format == "lora" else value).to(parameter.dtype)
 
-    @torch.no_grad()
+    def changes(self, denoiser: nn.Module) -> dict[str, torch.Tensor]:
+        """Those of [`~ErasedWeights.values`] that are not the denoiser's own already.
+
+        Raises:
+            `ValueError`: As [`~ErasedWeights.values`], or if there are none.
+        """
+        parameters = plain_parameters(denoiser)
+        changes = {name: value for name, value in self._values(denoiser) if not torch.equal(parameters[name], value)}
+        if not changes:
+            raise self._error("nothing was erased, all weights are the base model's")
+        return changes
+
     def apply(self, denoiser: nn.Module) -> None:
         """Gives the base model's denoiser these weights; nothing changes unless all of it fits.
 
         Raises:
             `ValueError`: As [`~ErasedWeights.values`].
         """
-        parameters = dict(denoiser.named_parameters())
-        for name, value in self.values(denoiser).items():
-            parameters[name].copy_(value)
+        assign(denoiser, self.values(denoiser))
 
     def _error(self, reason: str) -> ValueError:
         return ValueError(f"{self.source}: {reason}")
@@ -125,6 +138,23 @@ class ErasedWeights:
         if none := [name for name, value in converted.items() if value is None]:
             raise self._error(f"lacks {none[0]}")
         return converted
+
+
+def plain_parameters(denoiser: nn.Module) -> dict[str, nn.Parameter]:
+    """By the names of the plain network, also where it is compiled or has LoRAs, whose own are left out."""
+    return {
+        name.replace("_orig_mod.", "").replace(".base_layer.", "."): parameter
+        for name, parameter in denoiser.named_parameters()
+        if ".lora_" not in name
+    }
+
+
+@torch.no_grad()
+def assign(denoiser: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    """Copies values into a denoiser's parameters; all names must be theirs."""
+    parameters = plain_parameters(denoiser)
+    for name, value in values.items():
+        parameters[name].copy_(value)
 
 
 def read_erased_weights(path: str | Path) -> ErasedWeights:

@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from torch import nn
 
 from ..formats import (
     HUB_ARGUMENTS,
     INDEX,
+    UNET_FOLDER,
     ErasedWeights,
+    assign,
     fetch,
     load_unet,
+    plain_parameters,
     read_erased_weights,
     rewrite_index,
     stock_class_name,
@@ -108,20 +110,18 @@ class ErasedPipelineMixin(RepositoryMixin):
             dtype.get("default", torch.float32), dtype.get("unet", dtype.get("default", torch.float32))
         )  # fmt: skip
         dtypes = {**(dtype if isinstance(dtype, dict) else {}), "default": default, "unet": torch.float32}
-        cls._check_index(base["name"], fetch(base["name"], only_records=True, **base["hub"]))
+        try:
+            cls._check_index(base["name"], fetch(base["name"], only_records=True, **base["hub"]))
+        except ValueError as error:
+            raise ValueError(f"base model of {erased.source}: {error}") from None
         kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "variant")}
         options = {"dtype": dtypes, **base["hub"], **base["variant"]}
         pipeline = super().from_pretrained(base["name"], **{**kwargs, **options})
-        values = erased.values(pipeline.unet)
-        parameters = dict(pipeline.unet.named_parameters())
-        pipeline._other_values = _different(
-            {name: parameters[name].detach() for name in values}, values, erased.source
-        )
+        changes, parameters = erased.changes(pipeline.unet), plain_parameters(pipeline.unet)
+        pipeline._other_values = {name: parameters[name].detach().to("cpu", copy=True) for name in changes}
         own = erased.known.get("base_fingerprint") or fingerprint(pipeline.unet)
         pipeline._erasure = erased.provenance(base["name"], base["hub"].get("revision"), own)
-        with torch.no_grad():
-            for name in pipeline._other_values:
-                parameters[name].copy_(values[name])
+        assign(pipeline.unet, changes)
         pipeline.unet.to(wanted)
         return pipeline
 
@@ -150,6 +150,8 @@ class ErasedPipelineMixin(RepositoryMixin):
         if self._erasure_is_off:
             yield
             return
+        if any(parameter.device.type == "meta" for parameter in self.unet.parameters()):
+            raise RuntimeError("erasure_disabled: the UNet's weights are not at hand, as with sequential offloading")
         if self._other_values is None:
             self._other_values = self._base_values()
         self._exchange()
@@ -164,28 +166,23 @@ class ErasedPipelineMixin(RepositoryMixin):
         if self._base is None or self._base["name"] is None:
             raise ValueError("the base model of this pipeline is not known; load it with from_pretrained(base_model=)")
         name, hub = self._base["name"], self._base["hub"]
-        unet = load_unet(name, subfolder="unet", **hub, **self._base["variant"])
+        try:
+            unet = load_unet(name, subfolder=UNET_FOLDER, **hub, **self._base["variant"])
+        except ValueError as error:
+            raise ValueError(f"base model of the erasure: {error}; from_pretrained takes another") from None
         own, expected = fingerprint(unet), self._erasure.base_fingerprint
         if expected not in (None, own):
             raise ValueError(f"base_model {name}: its fingerprint is {own}, the erasure was made from {expected}")
         self._erasure.base_fingerprint = own
-        return _different(dict(unet.named_parameters()), self._parameters(), name)
-
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        """By the names of a plain UNet, also where it is compiled or has LoRAs."""
-        return {
-            name.replace("_orig_mod.", "").replace(".base_layer.", "."): parameter
-            for name, parameter in self.unet.named_parameters()
-            if ".lora_" not in name
-        }
+        changes = ErasedWeights(dict(unet.named_parameters()), "unet", name).changes(self.unet)
+        return {key: value.cpu() for key, value in changes.items()}
 
     @torch.no_grad()
     def _exchange(self) -> None:
         """The parameters' values and the others change places, so neither is ever lost."""
-        parameters = self._parameters()
-        for name in self._other_values:
-            if name not in parameters or parameters[name].device.type == "meta":
-                raise RuntimeError(f"erasure_disabled: {name} is not at hand (sequential offloading, or another UNet)")
+        parameters = plain_parameters(self.unet)
+        if foreign := self._other_values.keys() - parameters.keys():
+            raise RuntimeError(f"erasure_disabled: the UNet is not the one that was loaded, it has no {min(foreign)}")
         for name, other in self._other_values.items():
             held = parameters[name].detach().to("cpu", copy=True)
             parameters[name].copy_(other)
@@ -225,20 +222,6 @@ def _base_arguments(
         "hub": {**hub, **({"revision": revision} if revision else {})},
         "variant": {"variant": variant} if variant else {},
     }
-
-
-def _different(base: dict[str, torch.Tensor], erased: dict[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
-    """The base model's values of the parameters that an erasure changed, copied to the CPU."""
-    values = {}
-    for name, value in erased.items():
-        if name not in base or base[name].shape != value.shape:
-            raise ValueError(f"{source}: the base model's UNet has no {name} of shape {tuple(value.shape)}")
-        other = base[name].detach().to("cpu", value.dtype, copy=True)
-        if not torch.equal(other, value.detach().cpu()):
-            values[name] = other
-    if not values:
-        raise ValueError(f"{source}: nothing was erased, all weights are the base model's")
-    return values
 
 
 class ErasedStableDiffusionPipeline(ErasedPipelineMixin, StableDiffusionPipeline):
