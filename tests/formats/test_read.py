@@ -193,7 +193,7 @@ def test_files_that_are_nothing(tiny_pipeline, tmp_path):
         refused(tmp_path / "value.pt", unet, message)
     (tmp_path / "folder").mkdir()
     refused(tmp_path / "folder", unet, "holds no erased weights")
-    refused(tmp_path, unet, "several files, of which one must be named")
+    refused(tmp_path, unet, "several files, of which weight_name must name one")
 
 
 @pytest.mark.parametrize(

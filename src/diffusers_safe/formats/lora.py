@@ -144,7 +144,7 @@ def low_rank(denoiser: nn.Module, erased: dict[str, torch.Tensor], rank: int, on
         lost = sum(sizes[name] ** 2 for name in left_out) ** 0.5 / total
         raise ValueError(
             f"a LoRA cannot hold {left_out[0]}{f' and {len(left_out) - 1} more' if left_out[1:] else ''}: "
-            f"{lost:.1%} of the change would be lost; allow it with only_weights, or use another format"
+            f"{lost:.1%} of the change would be lost; allow it with --only_weights, or use another format"
         )
     if not layers:
         raise ValueError(f"a LoRA cannot hold any of the {len(left_out)} changed parameters, such as {left_out[0]}")

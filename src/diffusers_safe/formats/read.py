@@ -29,6 +29,7 @@ FORMATS = {
     "lora": "diffusers LoRA of a UNet",
 }
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+SUFFIXES = (".safetensors", *_PICKLES)
 _ESD_FORMAT = "erasing-esd-v2"
 _ESD_NAME = re.compile(r"esd-(?P<concept>.+)-from-(?P<erase_from>.+)-(?P<method>[^-]+)")
 _LDM_UNET = "model.diffusion_model."
@@ -177,7 +178,7 @@ def read_erased_weights(path: str | Path) -> ErasedWeights:
     elif path.suffix in _PICKLES:
         erased = _read_pickle(path)
     else:
-        raise ValueError(f"{path}: erased weights are in files ending in .safetensors, {', '.join(_PICKLES)}")
+        raise ValueError(f"{path}: erased weights are in files ending in {', '.join(SUFFIXES)}")
     if not erased.weights:
         raise ValueError(f"{path}: holds no weights")
     return erased
@@ -247,10 +248,19 @@ def _read_unet(folder: Path) -> ErasedWeights:
 
 
 def _only_file(folder: Path) -> Path:
-    found = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", *_PICKLES))
+    return folder / only_weight_file([path.name for path in folder.iterdir()], str(folder))
+
+
+def only_weight_file(names: list[str], where: str) -> str:
+    """The one among the files of a folder or repository that can hold weights.
+
+    Raises:
+        `ValueError`: If there is none, or more than one.
+    """
+    found = sorted(name for name in names if "/" not in name and name.endswith(SUFFIXES))
     if len(found) != 1:
-        told = f"several files, of which one must be named: {', '.join(path.name for path in found)}"
-        raise ValueError(f"{folder}: {told if found else 'holds no erased weights that can be read'}")
+        several = f"holds several files, of which weight_name must name one: {', '.join(found)}"
+        raise ValueError(f"{where}: {several if found else 'holds no erased weights that can be read'}")
     return found[0]
 
 

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from ..provenance import FILE_NAME
 from .folders import INDEX, UNET_FOLDER
+from .read import only_weight_file
 from .write import LORA_NAME, PARTIAL_NAME
 
 
@@ -15,13 +16,14 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", 
 RECORDS = [INDEX, FILE_NAME]
 _UNET = [f"{UNET_FOLDER}/*.json", f"{UNET_FOLDER}/*.safetensors", "diffusion_pytorch_model*"]
 _ERASURES = [*RECORDS, PARTIAL_NAME, LORA_NAME, "config.json", *_UNET]
+_FOUND_BY_NAME = (INDEX, PARTIAL_NAME, LORA_NAME, "config.json", UNET_FOLDER)
 
 
 def fetch(source: str | Path, weight_name: str | None = None, only_records: bool = False, **hub_arguments) -> Path:
     """The local path of an erased model: itself, or what the Hub's cache holds of a repository.
 
     Of a repository only what can hold an erasure is downloaded: indices, `erasure.json`, a partial file, a LoRA, a
-    UNet. A file of another name is downloaded if `weight_name` asks for it.
+    UNet. A file of another name is downloaded if it is the only one or `weight_name` asks for it.
 
     Args:
         source (`str` or `Path`): A file, a folder or a Hub id.
@@ -31,7 +33,7 @@ def fetch(source: str | Path, weight_name: str | None = None, only_records: bool
         hub_arguments: Some of `HUB_ARGUMENTS`.
 
     Raises:
-        `ValueError`: If there is nothing.
+        `ValueError`: If there is nothing, or several files of other names.
     """
     path = Path(source)
     if path.exists():
@@ -43,7 +45,12 @@ def fetch(source: str | Path, weight_name: str | None = None, only_records: bool
         if weight_name:
             return Path(hf_hub_download(str(source), weight_name, **hub_arguments))
         patterns = RECORDS if only_records else _ERASURES
-        return Path(snapshot_download(str(source), allow_patterns=patterns, **hub_arguments))
+        folder = Path(snapshot_download(str(source), allow_patterns=patterns, **hub_arguments))
+        if only_records or any((folder / name).exists() for name in _FOUND_BY_NAME):
+            return folder
+        hub = {name: hub_arguments[name] for name in ("revision", "token") if name in hub_arguments}
+        name = only_weight_file(list_repo_files(str(source), **hub), str(source))
+        return Path(hf_hub_download(str(source), name, **hub_arguments))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         reason = str(error).strip().splitlines()[0]
         named = f" with a file {weight_name}" if weight_name else ""

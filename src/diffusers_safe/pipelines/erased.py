@@ -122,7 +122,8 @@ class ErasedPipelineMixin(RepositoryMixin):
         own = erased.known.get("base_fingerprint") or fingerprint(pipeline.unet)
         pipeline._erasure = erased.provenance(base["name"], base["hub"].get("revision"), own)
         assign(pipeline.unet, changes)
-        pipeline.unet.to(wanted)
+        # Not diffusers' own `to`, which warns of modules that want fp32 even where there are none.
+        torch.nn.Module.to(pipeline.unet, wanted)
         return pipeline
 
     @classmethod
