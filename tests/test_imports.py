@@ -19,7 +19,7 @@ LAYERS = [
     {"emoji"},
     {"commands", "cli"},
 ]
-STRANGERS = [("pipelines", "training"), ("training", "pipelines"), ("pipelines", "hub"), ("evaluation", "backbones")]
+STRANGERS = [("pipelines", "training"), ("training", "pipelines"), ("evaluation", "backbones")]
 
 
 def package_imports():

@@ -5,6 +5,8 @@ import importlib
 
 # Public name -> where it is. Read when asked for: nothing heavy happens at import.
 _HOMES = {
+    "ErasedStableDiffusionPipeline": "pipelines",
+    "ErasedStableDiffusionXLPipeline": "pipelines",
     "SAFETY_CONCEPT": "guidance",
     "SafetyConfig": "guidance",
     "StableDiffusionImg2ImgPipelineSafe": "pipelines",

@@ -15,6 +15,10 @@ COMMANDS = {
         "diffusers_safe.commands.generate",
         "draw prompts with any pipeline, steered by Safe Latent Diffusion or not",
     ),
+    "export": (
+        "diffusers_safe.commands.export",
+        "save an erased model as something else: pipeline, UNet, erased weights alone, LoRA",
+    ),
     "push": (
         "diffusers_safe.commands.push",
         "publish an erased model on the Hugging Face Hub, with a model card",

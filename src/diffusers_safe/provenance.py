@@ -12,6 +12,15 @@ from torch import nn
 
 
 FILE_NAME = "erasure.json"
+# What a record says of an erasure that somebody else made and did not describe.
+UNKNOWN = {
+    "concepts": [],
+    "method": "unknown",
+    "train_method": "unknown",
+    "arguments": {},
+    "versions": {},
+    "created": "unknown",
+}
 _LIBRARIES = ("diffusers-safe", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
 
 
@@ -41,18 +50,20 @@ class Provenance:
 
     Attributes:
         base_model (`str`): Path or Hub id of the model that was changed.
-        base_fingerprint (`str`): [`fingerprint`] of its denoiser before the change.
-        concepts (`list[str]`): What was erased.
-        method (`str`): `"sdd"`, ...
-        train_method (`str`): Which weights were trained, a name of `weights.TRAIN_METHODS`.
+        base_fingerprint (`str`, *optional*): [`fingerprint`] of its denoiser before the change; `None` if unknown.
+        concepts (`list[str]`): What was erased; empty if unknown.
+        method (`str`): `"sdd"`, ..., or `"unknown"`.
+        train_method (`str`): Which weights were trained, a name of `weights.TRAIN_METHODS`, or `"unknown"`.
         arguments (`dict`): Every argument of the run.
         revision (`str`, *optional*): Revision of the base model on the Hub.
         versions (`dict[str, str]`): Of the libraries.
         created (`str`): UTC time, ISO 8601.
+        export (`dict`, *optional*): What `diffusers-safe export` made of it: `to`, and of a LoRA its rank and errors.
+            `None` for what training wrote.
     """
 
     base_model: str
-    base_fingerprint: str
+    base_fingerprint: str | None
     concepts: list[str]
     method: str
     train_method: str
@@ -60,6 +71,7 @@ class Provenance:
     revision: str | None = None
     versions: dict[str, str] = field(default_factory=library_versions)
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    export: dict | None = None
 
     def save(self, folder: str | Path) -> None:
         write_text(Path(folder) / FILE_NAME, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")

@@ -1,5 +1,6 @@
-"""Pipelines with Safe Latent Diffusion."""
+"""Pipelines with Safe Latent Diffusion, and pipelines with erased weights."""
 
+from .erased import ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline
 from .output import StableDiffusionSafePipelineOutput
 from .safe_latent_diffusion import disable_safe_latent_diffusion, enable_safe_latent_diffusion
 from .stable_diffusion import (
@@ -11,6 +12,8 @@ from .stable_diffusion_xl import StableDiffusionXLPipelineSafe
 
 
 __all__ = [
+    "ErasedStableDiffusionPipeline",
+    "ErasedStableDiffusionXLPipeline",
     "StableDiffusionImg2ImgPipelineSafe",
     "StableDiffusionInpaintPipelineSafe",
     "StableDiffusionPipelineSafe",

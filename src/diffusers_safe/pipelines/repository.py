@@ -1,4 +1,4 @@
-"""Safe pipelines as repositories: a folder, on disk or on the Hugging Face Hub, that cannot lose its safety unnoticed.
+"""Pipelines as repositories: folders, on disk or on the Hugging Face Hub; safe ones cannot lose their safety silently.
 
 diffusers writes only a class name for a class from outside, and what it then loads, if anything, does not steer. Here
 the index names a `pipeline.py` beside it, which imports the class from this package:
@@ -10,7 +10,6 @@ the index names a `pipeline.py` beside it, which imports the class from this pac
 What reads the folders of the models one by one (Modular Diffusers, or a copy without `pipeline.py`) cannot know.
 """
 
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,66 +19,24 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, ModelCard, ModelCardData, create_repo, upload_folder
 
 from ..cards import CARD_NAME, card_on_hub, is_ours, make_card, write_card
+from ..formats.folders import rename_entry, rewrite_index
 from ..guidance import SAFETY_CONFIGS, SafetyConfig
 from .safe_latent_diffusion import SafeLatentDiffusionMixin, check_concept, check_either, check_known
 
 
 _MODULE = "pipeline"  # the file that diffusers looks for
-_INDEX = "model_index.json"
-# Entries of older repositories and of environments without torchvision -> what every environment can load.
-_RENAMED = {
-    ("stable_diffusion_safe", "SafeStableDiffusionSafetyChecker"): (
-        "stable_diffusion",
-        "StableDiffusionSafetyChecker",
-    ),
-    ("transformers", "CLIPImageProcessorPil"): ("transformers", "CLIPImageProcessor"),
-}
 
 
-class SafePipelineMixin(SafeLatentDiffusionMixin):
-    """A safe pipeline class: its safety concept is part of its config, and its folder is a whole repository."""
-
-    _card_tags: tuple[str, ...] = ()
-    _card_example = 'pipeline("a portrait", **SafetyConfig.MAX)'
-
-    @property
-    def safety_concept(self) -> str:
-        """What every call steers away from, unless it says otherwise. Saved with the pipeline."""
-        return self.config.safety_concept
-
-    @safety_concept.setter
-    def safety_concept(self, concept: str) -> None:
-        self.register_to_config(safety_concept=check_concept(concept))
-
-    def _call_with_concept(self, call: Callable, arguments: dict[str, Any]) -> tuple[Any, str | None]:
-        """`_call_safely` for a `__call__` that hands over its `locals()`."""
-        arguments = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
-        arguments |= check_known(self, arguments.pop("kwargs"))
-        config = SafetyConfig(**{name: arguments.pop(name) for name in SafetyConfig().keys()})
-        concept = arguments.pop("safety_concept")
-        embeds, pooled = (arguments.pop(f"safety_{name}", None) for name in ("prompt_embeds", "pooled_prompt_embeds"))
-        check_either(concept, embeds, pooled)
-        concept = self.safety_concept if concept is None else concept
-        return self._call_safely(call, arguments, config, concept, embeds, pooled)
+class RepositoryMixin:
+    """A pipeline class whose folder is a whole repository, written and pushed as one."""
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | Path) -> dict[str, Any]:
-        # diffusers reads every index through this. Asked for this class, it needs neither `pipeline.py` nor trust.
+        # diffusers reads every index through this. A class of ours needs neither `pipeline.py` nor trust.
         index = super()._dict_from_json_file(json_file)
         if isinstance(index.get("_class_name"), list):
             index["_class_name"] = index["_class_name"][-1]
-        return {name: _rename(entry) for name, entry in index.items()}
-
-    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
-        # Called by `save_pretrained` when all models are written.
-        super().save_config(save_directory, push_to_hub, **kwargs)
-        # A subclass of somebody's own is not in this package: what can be loaded is the class that it extends.
-        name = _class_name(self)
-        path = Path(save_directory) / _INDEX
-        index = {key: _rename(entry) for key, entry in json.loads(path.read_text(encoding="utf-8")).items()}
-        index.pop("_name_or_path", None)  # a path of this machine
-        path.write_text(json.dumps({**index, "_class_name": [_MODULE, name]}, indent=2, sort_keys=True) + "\n")
-        (path.parent / f"{_MODULE}.py").write_text(f'from diffusers_safe import {name}\n\n\n__all__ = ["{name}"]\n')
+        return {name: rename_entry(entry) for name, entry in index.items()}
 
     def save_pretrained(
         self,
@@ -90,8 +47,7 @@ class SafePipelineMixin(SafeLatentDiffusionMixin):
         push_to_hub: bool = False,
         **kwargs,
     ) -> CommitInfo | None:
-        """Writes a whole repository: models, index, `pipeline.py`, and a model card, unless there is one by another
-        hand, in the folder or in the repository on the Hub.
+        """Writes a whole repository, as the class describes it.
 
         Args:
             save_directory (`str` or `Path`): A folder, made if need be.
@@ -110,8 +66,8 @@ class SafePipelineMixin(SafeLatentDiffusionMixin):
             repo_id = create_repo(
                 hub["repo_id"] or folder.resolve().name, private=hub["private"], token=token, exist_ok=True
             ).repo_id
-        super().save_pretrained(str(folder), safe_serialization, variant, max_shard_size, **kwargs)
-        write_card(safe_pipeline_card(self, repo_id if push_to_hub else None), folder)
+        options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
+        self._write_repository(folder, {**hub, "repo_id": repo_id if push_to_hub else None}, **options, **kwargs)
         if push_to_hub:
             there = card_on_hub(repo_id, token, hub["subfolder"])
             return upload_folder(
@@ -152,6 +108,51 @@ class SafePipelineMixin(SafeLatentDiffusionMixin):
         hub["subfolder"] = subfolder
         with tempfile.TemporaryDirectory() as folder:
             return self.save_pretrained(folder, safe_serialization, variant, push_to_hub=True, repo_id=repo_id, **hub)
+
+    def _write_repository(self, folder: Path, hub: dict[str, Any], **options) -> None:
+        """Writes all files; `hub` has `repo_id`, `None` for a folder that stays here, and how it will be pushed."""
+        super().save_pretrained(str(folder), **options)
+
+
+class SafePipelineMixin(RepositoryMixin, SafeLatentDiffusionMixin):
+    """A safe pipeline class: its safety concept is part of its config. Its repository holds the models, the index,
+    `pipeline.py`, and a model card, unless there is one by another hand, in the folder or on the Hub."""
+
+    _card_tags: tuple[str, ...] = ()
+    _card_example = 'pipeline("a portrait", **SafetyConfig.MAX)'
+
+    @property
+    def safety_concept(self) -> str:
+        """What every call steers away from, unless it says otherwise. Saved with the pipeline."""
+        return self.config.safety_concept
+
+    @safety_concept.setter
+    def safety_concept(self, concept: str) -> None:
+        self.register_to_config(safety_concept=check_concept(concept))
+
+    def _call_with_concept(self, call: Callable, arguments: dict[str, Any]) -> tuple[Any, str | None]:
+        """`_call_safely` for a `__call__` that hands over its `locals()`."""
+        arguments = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
+        arguments |= check_known(self, arguments.pop("kwargs"))
+        config = SafetyConfig(**{name: arguments.pop(name) for name in SafetyConfig().keys()})
+        concept = arguments.pop("safety_concept")
+        embeds, pooled = (arguments.pop(f"safety_{name}", None) for name in ("prompt_embeds", "pooled_prompt_embeds"))
+        check_either(concept, embeds, pooled)
+        concept = self.safety_concept if concept is None else concept
+        return self._call_safely(call, arguments, config, concept, embeds, pooled)
+
+    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
+        # Called by `save_pretrained` when all models are written.
+        super().save_config(save_directory, push_to_hub, **kwargs)
+        # A subclass of somebody's own is not in this package: what can be loaded is the class that it extends.
+        name = _class_name(self)
+        rewrite_index(save_directory, [_MODULE, name])
+        code = f'from diffusers_safe import {name}\n\n\n__all__ = ["{name}"]\n'
+        (Path(save_directory) / f"{_MODULE}.py").write_text(code)
+
+    def _write_repository(self, folder: Path, hub: dict[str, Any], **options) -> None:
+        super()._write_repository(folder, hub, **options)
+        write_card(safe_pipeline_card(self, hub["repo_id"]), folder)
 
 
 def _class_name(pipeline: SafePipelineMixin) -> str:
@@ -234,8 +235,3 @@ the concept's words do not cover, and prompts made to get around it, still get t
 harmless pictures too. Whoever has the weights can switch it off. It does not work without classifier-free guidance
 (`guidance_scale` 1); the pipeline warns then, and `applied_safety_concept` is `None`.
 """
-
-
-def _rename(entry: Any) -> Any:
-    key = tuple(entry) if isinstance(entry, (list, tuple)) and len(entry) == 2 else None
-    return list(_RENAMED[key]) if key in _RENAMED else entry

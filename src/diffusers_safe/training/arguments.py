@@ -22,8 +22,8 @@ from .objectives.sdd import SDD_TARGETS
 from .presets import ESD_PRESETS, Preset
 
 
-SAVES = ("full", "partial", "both")
-LORA_SAVES = ("lora", "full", "both")
+SAVES = ("full", "partial", "both", "unet")
+LORA_SAVES = ("lora", "full", "both", "unet")
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
 TRACKERS = ("tensorboard", "wandb", "none")
 # All of diffusers' but piecewise_constant, whose rules have no option.
@@ -122,9 +122,9 @@ class ErasureArguments:
     seed: int = _option(0, "Every draw of the run follows from it.")
     save: str | None = _option(
         None,
-        "full: a stock pipeline folder; partial: the erased weights only; both. With --rank: lora, a file for "
-        "load_lora_weights; full, a stock pipeline folder with the LoRA fused in; both. The default is full, with "
-        "--rank lora.",
+        "full: a stock pipeline folder; unet: its UNet only; partial: the erased weights only; both: full and "
+        "partial. With --rank: lora, a file for load_lora_weights; full or unet, with the LoRA fused in; both: full "
+        "and lora. The default is full, with --rank lora.",
     )
     checkpointing_steps: int = _option(500, "Steps between checkpoints; 0 saves none but when the run is stopped.")
     checkpoints_total_limit: int | None = _option(2, "Keep only this many checkpoints.")

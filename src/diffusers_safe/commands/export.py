@@ -1,0 +1,147 @@
+"""Saves an erased model as something else, or what another program erased as something that loads everywhere.
+
+    diffusers-safe export runs/knife --to lora --rank 16 --output_dir runs/knife-lora
+    diffusers-safe export esd-dog-from-dog-esdx.safetensors --base_model user/base --to full --output_dir runs/dog
+
+The source is a file, a folder or a Hub id: a whole pipeline, a UNet, a file of erased weights (of this package, or
+of ESD, 2023 and 2025), a CompVis checkpoint, a LoRA. Beside the result goes an erasure.json.
+
+  full     a stock pipeline folder
+  unet     the whole UNet, a stock diffusers folder
+  partial  the changed weights alone, with the base model's fingerprint
+  lora     for load_lora_weights of a stock pipeline; its error is told
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
+from ..backbones import check_model, load_pipeline, make_backbone
+from ..formats import (
+    LORA_NAME,
+    PARTIAL_NAME,
+    RESULTS,
+    UNET_FOLDER,
+    ErasedWeights,
+    LoRA,
+    assign,
+    facts,
+    fetch,
+    low_rank,
+    read_erased_weights,
+    rewrite_index,
+    save_partial,
+    save_whole,
+    stock_class_name,
+    written_aside,
+)
+from ..provenance import fingerprint
+
+
+FORMS = ("full", "unet", "partial", "lora")
+DEFAULT_RANK = 16
+
+
+@dataclass
+class ExportArguments:
+    source: str = field(metadata={"help": "The erased model: file, folder or Hub id. May be given without --source."})
+    to: str = field(metadata={"help": f"What it becomes: {', '.join(FORMS)}."})
+    output_dir: str = field(metadata={"help": "Where it goes; a folder without an erased model."})
+    base_model: str | None = field(
+        default=None, metadata={"help": "What it was erased from, folder or Hub id; default what the source says."}
+    )
+    base_revision: str | None = field(
+        default=None, metadata={"help": "Of the base model on the Hub; default what the source says."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Of the source on the Hub."})
+    weight_name: str | None = field(
+        default=None, metadata={"help": "The file of the source that holds the erasure, if there are several."}
+    )
+    rank: int | None = field(default=None, metadata={"help": f"Of the LoRA; default {DEFAULT_RANK}."})
+    only_weights: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave changed biases and norms out of the LoRA. Biases need a loader that knows lora_B.bias "
+            "(diffusers does, others may not, and such a LoRA cannot be fused); norms fit into no LoRA."
+        },
+    )
+
+    def __post_init__(self):
+        if self.to not in FORMS:
+            raise ValueError(f"to '{self.to}': unknown; allowed are {', '.join(FORMS)}")
+        if self.to != "lora" and (self.rank is not None or self.only_weights):
+            given = f"rank {self.rank}" if self.rank is not None else "only_weights"
+            raise ValueError(f"{given}: needs --to lora")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank {self.rank}: must be at least 1")
+        if Path(self.output_dir).resolve() == Path(self.source).resolve():
+            raise ValueError(f"output_dir {self.output_dir}: is the source; give another")
+
+
+def check_surroundings(args: ExportArguments) -> None:
+    """The source's place and the output folder, which is created."""
+    fetch(args.source, args.weight_name, only_records=True, **_revision(args))
+    if found := [name for name in RESULTS if (Path(args.output_dir) / name).exists()]:
+        raise ValueError(f"output_dir {args.output_dir}: holds a model already ({found[0]}); give another")
+    check_output_dir(args.output_dir)
+
+
+def export(args: ExportArguments) -> LoRA | None:
+    """Reads the source, finds its base model, writes the result; returns the LoRA if it is one.
+
+    Raises:
+        `ValueError`: If there is no erasure, its base model is not known or another one, or a LoRA cannot hold it.
+    """
+    erased = read_erased_weights(fetch(args.source, args.weight_name, **_revision(args)))
+    base_model, base_revision = _base_model(args, erased)
+    hub = {"revision": base_revision} if base_revision else {}
+    variant = erased.known.get("arguments", {}).get("variant") if args.base_model is None else None
+    check_model(base_model, **hub)
+    pipeline = load_pipeline(base_model, **hub, **({"variant": variant} if variant else {}))
+    denoiser = make_backbone(pipeline).denoiser
+    changed = erased.changes(denoiser)
+    own = erased.known.get("base_fingerprint") or fingerprint(denoiser)
+    provenance = replace(erased.provenance(base_model, base_revision, own), export={"to": args.to})
+    lora = None
+    with written_aside(args.output_dir) as aside:
+        if args.to == "lora":
+            lora = low_rank(denoiser, changed, args.rank or DEFAULT_RANK, args.only_weights)
+            provenance.export |= lora.report()
+            save_whole(lora.tensors, aside / LORA_NAME, {"format": "pt", **facts(provenance)})
+        elif args.to == "partial":
+            save_partial(changed, provenance, aside / PARTIAL_NAME)
+        else:
+            assign(denoiser, changed)
+            if args.to == "full":
+                pipeline.save_pretrained(aside, safe_serialization=True)
+                rewrite_index(aside, stock_class_name(pipeline))
+            else:
+                denoiser.save_pretrained(aside / UNET_FOLDER, safe_serialization=True)
+        provenance.save(aside)
+    return lora
+
+
+def _revision(args: ExportArguments) -> dict[str, str]:
+    return {"revision": args.revision} if args.revision else {}
+
+
+def _base_model(args: ExportArguments, erased: ErasedWeights) -> tuple[str, str | None]:
+    if args.base_model is not None:
+        return args.base_model, args.base_revision
+    if (name := erased.known.get("base_model")) is None:
+        raise ValueError(f"source {args.source}: does not say which model it was made from; give --base_model")
+    return name, args.base_revision or erased.known.get("revision")
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> None:
+    if argv and not argv[0].startswith("-"):
+        argv = ["--source", *argv]
+    args = parse_dataclass(ExportArguments, __doc__, argv, prog, check_surroundings)
+    with told_in_one_line():
+        lora = export(args)
+    if lora is not None:
+        worst = lora.worst
+        print(f"rank {lora.rank}: error {lora.error:.2%} of the change, at worst {lora.errors[worst]:.2%} ({worst})")
+        if lora.left_out:
+            print(f"left out: {len(lora.left_out)} changed biases and norms, such as {lora.left_out[0]}")
+    print(f"{args.to} in {Path(args.output_dir).resolve()}")

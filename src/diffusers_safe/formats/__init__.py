@@ -1,0 +1,34 @@
+"""What an erasure is saved as and loaded from: our files and those that users of other repositories have."""
+
+from .folders import INDEX, RESULTS, UNET_FOLDER, rewrite_index, stock_class_name, written_aside
+from .lora import LoRA, low_rank
+from .read import FORMATS, ErasedWeights, assign, load_partial, load_unet, plain_parameters, read_erased_weights
+from .source import HUB_ARGUMENTS, fetch
+from .write import LORA_NAME, PARTIAL_NAME, facts, save_lora, save_partial, save_whole
+
+
+__all__ = [
+    "FORMATS",
+    "HUB_ARGUMENTS",
+    "INDEX",
+    "LORA_NAME",
+    "PARTIAL_NAME",
+    "RESULTS",
+    "UNET_FOLDER",
+    "ErasedWeights",
+    "LoRA",
+    "assign",
+    "facts",
+    "fetch",
+    "load_partial",
+    "load_unet",
+    "plain_parameters",
+    "low_rank",
+    "read_erased_weights",
+    "rewrite_index",
+    "save_lora",
+    "save_partial",
+    "save_whole",
+    "stock_class_name",
+    "written_aside",
+]

@@ -1,0 +1,187 @@
+"""Erasures as LoRAs (Hu et al., arXiv 2106.09685): a diffusers file to a difference of weights, and back.
+
+A LoRA adds `scale * B @ A` to the weight of a linear or convolution layer (of a convolution, to its weight as a
+matrix, `(out, in * height * width)`), and, where it has one, `scale * b` to its bias.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+
+_PREFIX = "unet."
+_FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<which>A\.weight|B\.weight|B\.bias)")
+
+
+def is_lora(names: list[str]) -> bool:
+    return any(".lora" in name or "_lora" in name for name in names)
+
+
+def read_differences(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> dict[str, torch.Tensor]:
+    """What a diffusers LoRA adds to a UNet's parameters, by their names; fp32.
+
+    Args:
+        tensors (`dict[str, torch.Tensor]`): Of the file; peft's names (`lora_A`, `lora_B`) or diffusers' older ones.
+        metadata (`dict[str, str]`): Of the file; may hold diffusers' `lora_adapter_metadata`.
+
+    Raises:
+        `ValueError`: If there is a weight of something else than the UNet, or anything but pairs of matrices.
+    """
+    for name in tensors:
+        if not name.startswith(_PREFIX):
+            raise ValueError(f"{name}: a LoRA of another part than the UNet, or of another program, cannot be read")
+    tensors = {name.removeprefix(_PREFIX): value.float() for name, value in tensors.items()}
+    if not any(".lora_A." in name for name in tensors):
+        tensors = convert_unet_state_dict_to_peft(tensors)
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        match = _FACTOR.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{name}: not a matrix of a plain LoRA (lora_A.weight, lora_B.weight, lora_B.bias)")
+        layers.setdefault(match["layer"], {})[match["which"]] = value
+    config = _adapter_config(metadata)
+    differences = {}
+    for layer, factors in layers.items():
+        down, up = factors.get("A.weight"), factors.get("B.weight")
+        if down is None or up is None or down.ndim < 2 or up.ndim < 2 or down.shape[0] != up.shape[1]:
+            shapes = ", ".join(f"{which} {tuple(value.shape)}" for which, value in factors.items())
+            raise ValueError(f"{layer}: lora_A and lora_B do not make a pair ({shapes})")
+        scale = _alpha(config, layer, down.shape[0]) / down.shape[0]
+        product = up.flatten(1) @ down.flatten(1)
+        differences[f"{layer}.weight"] = scale * product.reshape(up.shape[0], *down.shape[1:])
+        if "B.bias" in factors:
+            differences[f"{layer}.bias"] = scale * factors["B.bias"]
+    # A file with biases has one for each layer, 0 for layers without.
+    return {name: value for name, value in differences.items() if not name.endswith(".bias") or value.any()}
+
+
+def _adapter_config(metadata: dict[str, str]) -> dict:
+    raw = metadata.get(LORA_ADAPTER_METADATA_KEY)
+    if not raw:
+        return {}
+    try:
+        config = {name.removeprefix(_PREFIX): value for name, value in json.loads(raw).items()}
+    except (json.JSONDecodeError, AttributeError):
+        raise ValueError(f"metadata {LORA_ADAPTER_METADATA_KEY}: not a JSON object") from None
+    if odd := [name for name in ("use_dora", "use_rslora") if config.get(name)]:
+        raise ValueError(f"metadata {LORA_ADAPTER_METADATA_KEY}: {odd[0]} is not supported")
+    return config
+
+
+def _alpha(config: dict, layer: str, rank: int) -> float:
+    """As peft would: the layer's own alpha, or the config's, or, without a config, the rank."""
+    patterns = config.get("alpha_pattern") or {}
+    return patterns.get(get_pattern_key(patterns, layer), config.get("lora_alpha", rank))
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """A LoRA of given rank next to a difference of weights.
+
+    Attributes:
+        tensors (`dict[str, torch.Tensor]`): As stock `load_lora_weights` reads them.
+        rank (`int`): Largest rank of a layer.
+        error (`float`): Relative Frobenius error over all changed parameters: 0 is exact, 1 is no erasure at all.
+        errors (`dict[str, float]`): The same of each changed parameter.
+        left_out (`list[str]`): Changed parameters that the LoRA does not hold at all.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    rank: int
+    error: float
+    errors: dict[str, float]
+    left_out: list[str]
+
+    @property
+    def worst(self) -> str:
+        """The name of the parameter with the largest error among those that the LoRA holds."""
+        held = [name for name in self.errors if name not in self.left_out]
+        return max(held, key=self.errors.get)
+
+    def report(self) -> dict:
+        """What is written down beside the facts of the erasure."""
+        worst = {"parameter": self.worst, "error": self.errors[self.worst]}
+        return {"rank": self.rank, "error": self.error, "worst": worst, "left_out": self.left_out}
+
+
+@torch.no_grad()
+def low_rank(denoiser: nn.Module, erased: dict[str, torch.Tensor], rank: int, only_weights: bool = False) -> LoRA:
+    """The best LoRA of a rank for the difference between erased weights and a base model's (Eckart and Young, 1936).
+
+    Weights of linear and convolution layers become pairs of matrices; biases of these layers are held exactly
+    (`lora_B.bias`, which diffusers and peft load). Nothing in a LoRA can hold a norm's parameters.
+
+    Args:
+        denoiser (`nn.Module`): The base model's.
+        erased (`dict[str, torch.Tensor]`): The changed parameters, by name.
+        rank (`int`): At least 1; a layer's own full rank is enough where that is less.
+        only_weights (`bool`, defaults to `False`): Leave out changed biases and norms, to get a LoRA that every
+            program reads and `fuse_lora` can fuse. What is lost is part of `error`.
+
+    Raises:
+        `ValueError`: If a changed parameter cannot be held and `only_weights` is not given, or nothing can.
+    """
+    modules, parameters = dict(denoiser.named_modules()), dict(denoiser.named_parameters())
+    differences = {name: value.double().cpu() - parameters[name].double().cpu() for name, value in erased.items()}
+    sizes = {name: value.norm().item() for name, value in differences.items()}
+    total = sum(size**2 for size in sizes.values()) ** 0.5
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    left_out = []
+    for name, value in differences.items():
+        layer, _, kind = name.rpartition(".")
+        can_hold = isinstance(modules[layer], (nn.Linear, nn.Conv2d)) and not (only_weights and kind == "bias")
+        if can_hold:
+            layers.setdefault(layer, {})[kind] = value
+        else:
+            left_out.append(name)
+    if left_out and not only_weights:
+        lost = sum(sizes[name] ** 2 for name in left_out) ** 0.5 / total
+        raise ValueError(
+            f"a LoRA cannot hold {left_out[0]}{f' and {len(left_out) - 1} more' if left_out[1:] else ''}: "
+            f"{lost:.1%} of the change would be lost; allow it with --only_weights, or use another format"
+        )
+    if not layers:
+        raise ValueError(f"a LoRA cannot hold any of the {len(left_out)} changed parameters, such as {left_out[0]}")
+    with_bias = any("bias" in parts for parts in layers.values())
+    tensors, squares, largest = {}, {name: sizes[name] ** 2 for name in left_out}, 0
+    for layer, parts in layers.items():
+        weight = modules[layer].weight
+        change = parts.get("weight", torch.zeros(weight.shape, dtype=torch.double))
+        factors = _factors(change.flatten(1), rank if "weight" in parts else 1)
+        up, down = (factor.float() for factor in factors)
+        largest = max(largest, len(down))
+        tensors[f"{_PREFIX}{layer}.lora_A.weight"] = down.reshape(-1, *weight.shape[1:])
+        tensors[f"{_PREFIX}{layer}.lora_B.weight"] = up.reshape(*up.shape, *(1 for _ in weight.shape[2:]))
+        if "weight" in parts:
+            rest = change.flatten(1) - up.double() @ down.double()
+            squares[f"{layer}.weight"] = rest.norm().item() ** 2
+        if with_bias:  # peft has a bias in every layer or in none
+            bias = parts.get("bias", torch.zeros(weight.shape[0], dtype=torch.double)).float()
+            tensors[f"{_PREFIX}{layer}.lora_B.bias"] = bias
+            if "bias" in parts:
+                squares[f"{layer}.bias"] = (parts["bias"] - bias).norm().item() ** 2
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    errors = {name: square**0.5 / (sizes[name] or 1) for name, square in squares.items()}
+    return LoRA(tensors, largest, sum(squares.values()) ** 0.5 / total, errors, left_out)
+
+
+def _factors(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`B (out, r)` and `A (r, in)` whose product is the best of that rank, of about the same length each, so that both
+    survive half precision.
+
+    The singular vectors of the smaller side are the eigenvectors of its Gram matrix: on an SD convolution this takes a
+    twentieth of the time of `torch.linalg.svd`, and in fp64 what squaring loses is below fp32.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        up, down = _factors(matrix.T, rank)
+        return down.T, up.T
+    vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -rank:]
+    down = vectors.T @ matrix
+    balance = down.norm(dim=1).clamp_min(1e-12).sqrt()
+    return vectors * balance, down / balance[:, None]

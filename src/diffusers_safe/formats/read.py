@@ -1,0 +1,369 @@
+"""Reads every kind of file that an erasure comes in, strictly: what does not fit is an error, never a warning."""
+
+import pickle
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ..provenance import FILE_NAME, UNKNOWN, Provenance, fingerprint
+from ..weights import TRAIN_METHODS, resolve_train_method
+from .folders import INDEX, UNET_FOLDER
+from .lora import is_lora, read_differences
+from .write import LORA_NAME, PARTIAL_FORMAT, PARTIAL_NAME, known_facts
+
+
+# format -> what it is; `read_erased_weights` tells them apart by what is in them
+FORMATS = {
+    "partial": "safetensors of this package: the erased weights, and which model they belong to",
+    "esd": "safetensors of ESD (2025): some weights of a diffusers UNet",
+    "esd-alt": 'pickle of ESD\'s alt script: {"unet.<module>": {"weight", "bias"}}',
+    "ldm": "CompVis checkpoint (.ckpt, .pt or .safetensors), whole",
+    "unet": "diffusers UNet, whole: a folder or a pickle",
+    "lora": "diffusers LoRA of a UNet",
+}
+_PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+SUFFIXES = (".safetensors", *_PICKLES)
+_ESD_FORMAT = "erasing-esd-v2"
+_ESD_NAME = re.compile(r"esd-(?P<concept>.+)-from-(?P<erase_from>.+)-(?P<method>[^-]+)")
+_LDM_UNET = "model.diffusion_model."
+# The other parts of a CompVis checkpoint, which ESD does not train; the noise schedule's names have no dots.
+_LDM_OTHERS = ("first_stage_model.", "cond_stage_model.", "conditioner.", "model_ema.", "denoiser.")
+
+
+@dataclass
+class ErasedWeights:
+    """What one file or folder says about a denoiser's weights.
+
+    Attributes:
+        weights (`dict[str, torch.Tensor]`): By the names of the denoiser's parameters; of a LoRA, what is added to
+            them; of a CompVis checkpoint, by its own names, until a denoiser tells how they are converted.
+        format (`str`): A name of `FORMATS`.
+        source (`str`): Where it was read.
+        known (`dict`): Those fields of [`Provenance`] that the file, its name or its folder tell.
+    """
+
+    weights: dict[str, torch.Tensor]
+    format: str
+    source: str
+    known: dict = field(default_factory=dict)
+
+    def provenance(self, base_model: str, revision: str | None, base_fingerprint: str) -> Provenance:
+        """The record of this erasure, given the base model that it fits. What nobody told is `"unknown"` or empty."""
+        base = {"base_model": base_model, "revision": revision, "base_fingerprint": base_fingerprint}
+        if self.known.get("base_fingerprint") == base_fingerprint:
+            base |= {name: self.known.get(name) for name in ("base_model", "revision")}  # the same, by its own name
+        return Provenance(**{**UNKNOWN, **self.known, **base})
+
+    def values(self, denoiser: nn.Module) -> dict[str, torch.Tensor]:
+        """The values that parameters of the base model's denoiser get, in its dtype and on its device.
+
+        Args:
+            denoiser (`nn.Module`): The base model's `UNet2DConditionModel`; it is not changed.
+
+        Raises:
+            `ValueError`: If it is not the base model of this erasure, as far as that is known; or a name, a shape or a
+                value does not fit; or a whole UNet lacks something.
+        """
+        return dict(self._values(denoiser))
+
+    @torch.no_grad()
+    def _values(self, denoiser: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        """All of it is checked before the first value is given; one at a time is on the denoiser's device."""
+        self._check_base(denoiser)
+        parameters = plain_parameters(denoiser)
+        weights = self._converted(denoiser) if self.format == "ldm" else self.weights
+        for name, value in weights.items():
+            if name not in parameters:
+                raise self._error(f"the denoiser has no parameter {name}")
+            if parameters[name].shape != value.shape:
+                shapes = f"{tuple(value.shape)}, the denoiser's has {tuple(parameters[name].shape)}"
+                raise self._error(f"{name} has shape {shapes}")
+            if not (value.is_floating_point() and value.isfinite().all()):
+                raise self._error(f"{name} holds values that are not finite numbers")
+        if self.format in ("ldm", "unet") and (missing := [name for name in parameters if name not in weights]):
+            raise self._error(f"a whole UNet, but {len(missing)} parameters are missing, such as {missing[0]}")
+        for name, value in weights.items():
+            parameter, value = parameters[name], value.to(parameters[name].device)
+            yield name, (parameter.float() + value if self.format == "lora" else value).to(parameter.dtype)
+
+    def changes(self, denoiser: nn.Module) -> dict[str, torch.Tensor]:
+        """Those of [`~ErasedWeights.values`] that are not the denoiser's own already.
+
+        Raises:
+            `ValueError`: As [`~ErasedWeights.values`], or if there are none.
+        """
+        parameters = plain_parameters(denoiser)
+        changes = {name: value for name, value in self._values(denoiser) if not torch.equal(parameters[name], value)}
+        if not changes:
+            raise self._error("nothing was erased, all weights are the base model's")
+        return changes
+
+    def apply(self, denoiser: nn.Module) -> None:
+        """Gives the base model's denoiser these weights; nothing changes unless all of it fits.
+
+        Raises:
+            `ValueError`: As [`~ErasedWeights.values`].
+        """
+        assign(denoiser, self.values(denoiser))
+
+    def _error(self, reason: str) -> ValueError:
+        return ValueError(f"{self.source}: {reason}")
+
+    def _check_base(self, denoiser: nn.Module) -> None:
+        expected = self.known.get("base_fingerprint")
+        if expected is None or expected == (own := fingerprint(denoiser)):
+            return
+        dtype = next(denoiser.parameters()).dtype
+        halved = f", in {dtype}; load it in float32 and cast it afterwards" if dtype != torch.float32 else ""
+        raise self._error(
+            f"made for {self.known.get('base_model')} with fingerprint {expected}, this model's is {own}{halved}"
+        )
+
+    def _converted(self, denoiser: nn.Module) -> dict[str, torch.Tensor]:
+        """A CompVis checkpoint's UNet by diffusers' names. Of two sets of weights, it is that which ESD trains: not
+        the EMA."""
+        try:
+            converted = convert_ldm_unet_checkpoint(self.weights, denoiser.config)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise self._error(f"not the CompVis form of this denoiser ({type(error).__name__}: {error})") from None
+        used = {id(value) for value in converted.values()}
+        if left := [name for name, value in self.weights.items() if id(value) not in used]:
+            raise self._error(f"{left[0]} has no place in this denoiser")
+        if none := [name for name, value in converted.items() if value is None]:
+            raise self._error(f"lacks {none[0]}")
+        return converted
+
+
+def plain_parameters(denoiser: nn.Module) -> dict[str, nn.Parameter]:
+    """By the names of the plain network, also where it is compiled or has LoRAs, whose own are left out."""
+    return {
+        name.replace("_orig_mod.", "").replace(".base_layer.", "."): parameter
+        for name, parameter in denoiser.named_parameters()
+        if ".lora_" not in name
+    }
+
+
+@torch.no_grad()
+def assign(denoiser: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    """Copies values into a denoiser's parameters; all names must be theirs."""
+    parameters = plain_parameters(denoiser)
+    for name, value in values.items():
+        parameters[name].copy_(value)
+
+
+def read_erased_weights(path: str | Path) -> ErasedWeights:
+    """Reads an erasure of any of `FORMATS`.
+
+    Args:
+        path (`str` or `Path`): A file; or a folder: of a UNet, of a pipeline, or with one file of an erasure. An
+            `erasure.json` in the folder tells what the files do not.
+
+    Raises:
+        `ValueError`: If there is no erasure, or a pickle holds more than tensors.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file or folder")
+    if path.suffix == ".safetensors":
+        erased = _read_safetensors(path)
+    elif path.suffix in _PICKLES:
+        erased = _read_pickle(path)
+    else:
+        raise ValueError(f"{path}: erased weights are in files ending in {', '.join(SUFFIXES)}")
+    if not erased.weights:
+        raise ValueError(f"{path}: holds no weights")
+    return erased
+
+
+def load_partial(denoiser: nn.Module, path: str | Path) -> dict[str, str]:
+    """Loads a file of [`save_partial`] into the base model's denoiser; nothing changes unless all of it fits.
+
+    Returns:
+        `dict[str, str]`: The file's metadata.
+
+    Raises:
+        `ValueError`: If it is no such file, or as [`~ErasedWeights.apply`].
+    """
+    erased = read_erased_weights(path)
+    if erased.format != "partial":
+        raise ValueError(f"{path}: format '{erased.format}'; this reads partial; read_erased_weights reads all")
+    erased.apply(denoiser)
+    return _open_safetensors(Path(path))[1]
+
+
+def load_unet(name_or_path: str | Path, **options) -> UNet2DConditionModel:
+    """A UNet in fp32, whole: unlike diffusers' own loading it does not make up for what is missing.
+
+    Args:
+        name_or_path (`str` or `Path`): A folder or Hub id.
+        options: Of `from_pretrained`, such as `subfolder`.
+
+    Raises:
+        `ValueError`: If there is none, or its weights are not those of its config.
+    """
+    try:
+        unet, info = UNet2DConditionModel.from_pretrained(
+            str(name_or_path), dtype=torch.float32, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{name_or_path}: no diffusers UNet ({str(error).strip().splitlines()[0]})") from None
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if odd := sorted(map(str, info[what])):
+            raise ValueError(f"{name_or_path}: the UNet's weights do not fit its config: {what} {odd[0]}")
+    return unet
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def _read_folder(folder: Path) -> ErasedWeights:
+    if (folder / PARTIAL_NAME).is_file():
+        erased = read_erased_weights(folder / PARTIAL_NAME)
+    elif (folder / INDEX).is_file() or (folder / UNET_FOLDER).is_dir():
+        erased = _read_unet(folder / UNET_FOLDER)
+    elif (folder / "config.json").is_file():
+        erased = _read_unet(folder)
+    elif (folder / LORA_NAME).is_file():
+        erased = read_erased_weights(folder / LORA_NAME)
+    else:
+        erased = read_erased_weights(_only_file(folder))
+    if (folder / FILE_NAME).is_file():
+        record = vars(Provenance.load(folder))
+        erased.known |= {name: value for name, value in record.items() if value is not None}
+    return erased
+
+
+def _read_unet(folder: Path) -> ErasedWeights:
+    unet = load_unet(folder)
+    return ErasedWeights({name: value.detach() for name, value in unet.named_parameters()}, "unet", str(folder))
+
+
+def _only_file(folder: Path) -> Path:
+    return folder / only_weight_file([path.name for path in folder.iterdir()], str(folder))
+
+
+def only_weight_file(names: list[str], where: str) -> str:
+    """The one among the files of a folder or repository that can hold weights.
+
+    Raises:
+        `ValueError`: If there is none, or more than one.
+    """
+    found = sorted(name for name in names if "/" not in name and name.endswith(SUFFIXES))
+    if len(found) != 1:
+        several = f"holds several files, of which weight_name must name one: {', '.join(found)}"
+        raise ValueError(f"{where}: {several if found else 'holds no erased weights that can be read'}")
+    return found[0]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _open_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file ({error})") from None
+
+
+def _read_safetensors(path: Path) -> ErasedWeights:
+    tensors, metadata = _open_safetensors(path)
+    written = metadata.get("format", "pt")
+    if written not in ("pt", PARTIAL_FORMAT, _ESD_FORMAT):
+        raise ValueError(f"{path}: format '{written}'; allowed are {PARTIAL_FORMAT}, {_ESD_FORMAT} and none")
+    try:
+        known = known_facts(metadata)
+        if written == PARTIAL_FORMAT:
+            return ErasedWeights(tensors, "partial", str(path), known)
+        if is_lora(list(tensors)):
+            return ErasedWeights(read_differences(tensors, metadata), "lora", str(path), known)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if any(name.startswith(_LDM_UNET) for name in tensors):
+        return ErasedWeights(_ldm_unet(tensors, path), "ldm", str(path))
+    return ErasedWeights(tensors, "esd", str(path), _esd_facts(path, metadata))
+
+
+def _esd_facts(path: Path, metadata: dict[str, str]) -> dict:
+    """What the metadata of an ESD file says and, where it says nothing, its name."""
+    known: dict = {"method": "esd"}
+    if match := _ESD_NAME.fullmatch(path.stem):
+        erase_from = {} if match["erase_from"] == match["concept"] else {"erase_from": match["erase_from"]}
+        known |= {"concepts": [match["concept"]], "train_method": match["method"], "arguments": erase_from}
+    if metadata.get("format") == _ESD_FORMAT:
+        if (component := metadata.get("component", "unet")) != "unet":
+            raise ValueError(f"{path}: component '{component}'; erased weights are read for the unet only")
+        if metadata.get("base_model_id"):
+            known["base_model"] = metadata["base_model_id"]
+        if metadata.get("train_method"):
+            known["train_method"] = metadata["train_method"]
+        said = {name: metadata[name] for name in ("guidance", "negative_guidance") if name in metadata}
+        known["arguments"] = {**known.get("arguments", {}), **said}
+    if "train_method" in known:
+        known["train_method"] = _esd_train_method(known["train_method"])
+    return known if len(known) > 1 else {}
+
+
+def _esd_train_method(written: str) -> str:
+    """Our name of a train method as ESD writes it, with or without its dashes; an unknown one stays."""
+    names = [*TRAIN_METHODS, *(method.alias for method in TRAIN_METHODS.values() if method.alias)]
+    by_letters = {name.replace("-", ""): name for name in names}
+    name = by_letters.get(written.replace("-", ""))
+    return written if name is None else resolve_train_method(name)
+
+
+def _read_pickle(path: Path) -> ErasedWeights:
+    state = _unpickle(path)
+    while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]  # what Lightning puts around it
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"{path}: a {type(state).__name__}; weights by name are needed")
+    if state and all(isinstance(part, dict) for part in state.values()):
+        return ErasedWeights(_flat(state, path), "esd-alt", str(path), {"method": "esd"})
+    if odd := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
+        raise ValueError(f"{path}: {odd[0]} is a {type(state[odd[0]]).__name__}, not a tensor")
+    if any(name.startswith(_LDM_UNET) for name in state):
+        return ErasedWeights(_ldm_unet(state, path), "ldm", str(path))
+    return ErasedWeights(state, "unet", str(path))
+
+
+def _unpickle(path: Path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it names {found[1]}" if found else str(error).strip().splitlines()[0]
+        raise ValueError(f"{path}: refused, the pickle holds more than tensors ({what})") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: not a file of torch.save ({reason})") from None
+
+
+def _flat(state: dict[str, dict], path: Path) -> dict[str, torch.Tensor]:
+    weights = {}
+    for module, parts in state.items():
+        if not module.startswith("unet."):
+            raise ValueError(f"{path}: {module} is no module of the unet")
+        for name, value in parts.items():
+            if name == "bias" and value is None:
+                continue
+            if name not in ("weight", "bias") or not isinstance(value, torch.Tensor):
+                raise ValueError(f"{path}: {module} holds '{name}'; allowed are tensors named weight and bias")
+            weights[f"{module.removeprefix('unet.')}.{name}"] = value
+    return weights
+
+
+def _ldm_unet(state: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    for name in state:
+        if "." in name and not name.startswith((_LDM_UNET, *_LDM_OTHERS)):
+            raise ValueError(f"{path}: {name} is no part of a CompVis checkpoint")
+    return {name: value for name, value in state.items() if name.startswith(_LDM_UNET)}

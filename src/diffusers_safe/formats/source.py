@@ -1,0 +1,57 @@
+"""Where an erased model is: on this disk, or on the Hub."""
+
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from ..provenance import FILE_NAME
+from .folders import INDEX, UNET_FOLDER
+from .read import only_weight_file
+from .write import LORA_NAME, PARTIAL_NAME
+
+
+# What `from_pretrained` of diffusers takes and the Hub's client knows by the same name.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+RECORDS = [INDEX, FILE_NAME]
+_UNET = [f"{UNET_FOLDER}/*.json", f"{UNET_FOLDER}/*.safetensors", "diffusion_pytorch_model*"]
+_ERASURES = [*RECORDS, PARTIAL_NAME, LORA_NAME, "config.json", *_UNET]
+_FOUND_BY_NAME = (INDEX, PARTIAL_NAME, LORA_NAME, "config.json", UNET_FOLDER)
+
+
+def fetch(source: str | Path, weight_name: str | None = None, only_records: bool = False, **hub_arguments) -> Path:
+    """The local path of an erased model: itself, or what the Hub's cache holds of a repository.
+
+    Of a repository only what can hold an erasure is downloaded: indices, `erasure.json`, a partial file, a LoRA, a
+    UNet. A file of another name is downloaded if it is the only one or `weight_name` asks for it.
+
+    Args:
+        source (`str` or `Path`): A file, a folder or a Hub id.
+        weight_name (`str`, *optional*): One file of the folder or repository.
+        only_records (`bool`, defaults to `False`): Of a repository, download only `model_index.json` and
+            `erasure.json`.
+        hub_arguments: Some of `HUB_ARGUMENTS`.
+
+    Raises:
+        `ValueError`: If there is nothing, or several files of other names.
+    """
+    path = Path(source)
+    if path.exists():
+        path = path / weight_name if weight_name else path
+        if not path.exists():
+            raise ValueError(f"{path}: no such file")
+        return path
+    try:
+        if weight_name:
+            return Path(hf_hub_download(str(source), weight_name, **hub_arguments))
+        patterns = RECORDS if only_records else _ERASURES
+        folder = Path(snapshot_download(str(source), allow_patterns=patterns, **hub_arguments))
+        if only_records or any((folder / name).exists() for name in _FOUND_BY_NAME):
+            return folder
+        hub = {name: hub_arguments[name] for name in ("revision", "token") if name in hub_arguments}
+        name = only_weight_file(list_repo_files(str(source), **hub), str(source))
+        return Path(hf_hub_download(str(source), name, **hub_arguments))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        reason = str(error).strip().splitlines()[0]
+        named = f" with a file {weight_name}" if weight_name else ""
+        raise ValueError(f"'{source}': no such file, folder or Hub repository{named} ({reason})") from None

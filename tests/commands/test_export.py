@@ -1,0 +1,162 @@
+"""`diffusers-safe export`: from every form to every form, with the base model found, and nothing half-written."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+
+from diffusers_safe import cli
+from diffusers_safe.formats import LORA_NAME, PARTIAL_NAME, read_erased_weights
+from diffusers_safe.provenance import Provenance, fingerprint
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from erasure_files import FORMS, make_erased, write_form  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model_folder):
+    return DiffusionPipeline.from_pretrained(tiny_model_folder)
+
+
+@pytest.fixture(scope="module")
+def partial(base, tiny_model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("partial")
+    return write_form("partial", base.unet, make_erased(base.unet), folder, tiny_model_folder)
+
+
+def export(source, to, folder, *options):
+    cli.main(["export", str(source), "--to", to, "--output_dir", str(folder), *map(str, options)])
+    return folder
+
+
+def draw(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipeline("a knife", num_inference_steps=2, generator=generator, output_type="np").images
+
+
+@pytest.mark.parametrize("to", ["full", "unet", "partial", "lora"])
+def test_each_form_holds_the_erasure_and_its_record(make_tiny_pipeline, partial, tmp_path, to, capsys):
+    folder = export(partial, to, tmp_path / "out", *(("--rank", 1000) if to == "lora" else ()))
+    unet = make_tiny_pipeline().unet
+    expected = {**dict(unet.named_parameters()), **make_erased(unet)}
+    expected = {name: value.detach().clone() for name, value in expected.items()}
+    read = read_erased_weights(folder)
+    assert read.changes(unet).keys() == make_erased(unet).keys()
+    read.apply(unet)
+    assert all(torch.allclose(value, expected[name], atol=2e-6) for name, value in unet.named_parameters())
+    record = Provenance.load(folder)
+    assert (record.concepts, record.method, record.arguments) == (["knife"], "sdd", {"seed": 1})
+    assert record.export["to"] == to and f"{to} in {folder}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_everything_becomes_a_partial(base, tiny_model_folder, tmp_path, form):
+    path = write_form(form, base.unet, make_erased(base.unet), tmp_path / "in", tiny_model_folder)
+    known = form in ("partial", "esd-v2", "unet-in-folder")
+    export(path, "partial", tmp_path / "out", *(() if known else ("--base_model", tiny_model_folder)))
+    read = read_erased_weights(tmp_path / "out")
+    assert read.known["base_model"] == tiny_model_folder
+    assert read.known["base_fingerprint"] == fingerprint(base.unet)
+    for name, value in make_erased(base.unet).items():
+        assert torch.allclose(read.weights.pop(name), value, atol=2e-6)
+    assert not read.weights
+
+
+def test_a_lora_of_full_rank_draws_what_the_erased_model_draws(base, partial, tmp_path, capsys):
+    erased = DiffusionPipeline.from_pretrained(export(partial, "full", tmp_path / "full"))
+    lora = export(partial, "lora", tmp_path / "lora", "--rank", 1000)
+    stock = DiffusionPipeline.from_pretrained(base.config._name_or_path)
+    before = draw(stock)
+    stock.load_lora_weights(lora)
+    assert np.abs(draw(stock) - draw(erased)).max() < 1e-4 < np.abs(before - draw(erased)).max()
+    assert "error 0.00% of the change" in capsys.readouterr().out
+    stock.load_lora_weights(lora / LORA_NAME, adapter_name="again")  # as a file, too
+
+
+def test_the_error_falls_with_rank_and_is_written_down(partial, tmp_path, capsys):
+    errors = []
+    for rank in (1, 4, 16):
+        export(partial, "lora", tmp_path / str(rank), "--rank", rank)
+        report = Provenance.load(tmp_path / str(rank)).export
+        with safe_open(tmp_path / str(rank) / LORA_NAME, "pt") as file:
+            assert json.loads(file.metadata()["export"]) == report
+        assert report["rank"] <= rank and report["worst"]["error"] >= report["error"] * 0.9
+        assert f"error {report['error']:.2%} of the change, at worst {report['worst']['error']:.2%}" in (
+            capsys.readouterr().out
+        )
+        errors.append(report["error"])
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_what_a_lora_cannot_hold_is_told_or_left_out(base, tiny_model_folder, tmp_path, capsys):
+    path = write_form("partial", base.unet, make_erased(base.unet, "noxattn"), tmp_path / "in", tiny_model_folder)
+    with pytest.raises(SystemExit, match="a LoRA cannot hold .*norm.*of the change would be lost.*--only_weights"):
+        export(path, "lora", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+    export(path, "lora", tmp_path / "out", "--only_weights", "--rank", 1000)
+    told = capsys.readouterr().out
+    assert "left out: " in told and "changed biases and norms, such as" in told
+    stock = DiffusionPipeline.from_pretrained(tiny_model_folder)
+    stock.load_lora_weights(tmp_path / "out")
+    stock.fuse_lora()
+    stock.unload_lora_weights()
+    name = "down_blocks.0.resnets.0.conv1.weight"
+    erased = make_erased(base.unet, "noxattn")
+    assert torch.allclose(stock.unet.get_parameter(name), erased[name], atol=1e-5)
+
+
+def test_a_whole_pipeline_becomes_small_again(partial, tmp_path):
+    full = export(partial, "full", tmp_path / "full")
+    again = export(full, "partial", tmp_path / "partial")
+    first, second = read_erased_weights(partial), read_erased_weights(again / PARTIAL_NAME)
+    assert first.weights.keys() == second.weights.keys()
+    assert all(torch.equal(value, second.weights[name]) for name, value in first.weights.items())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["{partial}", "--to", "gguf"], "to 'gguf': unknown; allowed are full, unet, partial, lora"),
+        (["{partial}", "--to", "full", "--rank", "4"], "rank 4: needs --to lora"),
+        (["{partial}", "--to", "full", "--only_weights"], "only_weights: needs --to lora"),
+        (["{partial}", "--to", "lora", "--rank", "0"], "rank 0: must be at least 1"),
+        (["no/where", "--to", "full"], "'no/where': no such file, folder or Hub repository"),
+        (["{partial}", "--to", "full", "--weight_name", "x.pt"], "no such file"),
+        (["--to", "full"], "required: --source"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(partial, tmp_path, capsys, options, message):
+    options = [option.format(partial=partial) for option in options]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["export", *options, "--output_dir", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_there_already_is_kept(partial, tmp_path, capsys):
+    export(partial, "unet", tmp_path / "out")
+    before = sorted(tmp_path.rglob("*"))
+    for source, message in ((partial, "holds a model already"), (tmp_path / "out", "is the source; give another")):
+        with pytest.raises(SystemExit):
+            export(source, "full", tmp_path / "out")
+        assert message in capsys.readouterr().err and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_base_model_that_is_unknown_or_another_is_told(base, partial, make_tiny_pipeline, tmp_path):
+    esd = write_form("esd", base.unet, make_erased(base.unet), tmp_path / "in")
+    with pytest.raises(SystemExit, match="does not say which model it was made from; give --base_model"):
+        export(esd, "full", tmp_path / "out")
+    make_tiny_pipeline(seed=1).save_pretrained(tmp_path / "other")
+    with pytest.raises(SystemExit, match="made for .* with fingerprint"):
+        export(partial, "full", tmp_path / "out", "--base_model", tmp_path / "other")
+    with pytest.raises(SystemExit, match="no folder or Hub repository|no folder"):
+        export(partial, "full", tmp_path / "out", "--base_model", tmp_path / "nowhere")
+    assert list((tmp_path / "out").iterdir()) == []

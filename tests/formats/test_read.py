@@ -1,0 +1,304 @@
+"""Files of every kind give the same weights, and what does not fit changes nothing."""
+
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from diffusers_safe.formats import load_unet, read_erased_weights
+from diffusers_safe.provenance import Provenance, fingerprint
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from erasure_files import FORMS, make_erased, write_form  # noqa: E402
+
+
+def state_of(unet):
+    return {name: value.detach().clone() for name, value in unet.named_parameters()}
+
+
+@pytest.mark.parametrize("train_method", ["xattn", "esd-u"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_weights(tiny_pipeline, tmp_path, form, train_method):
+    unet = tiny_pipeline.unet
+    expected = {**state_of(unet), **make_erased(unet, train_method)}
+    erased = read_erased_weights(write_form(form, unet, make_erased(unet, train_method), tmp_path))
+    erased.apply(unet)
+    for name, value in unet.named_parameters():
+        # Only a LoRA computes; all else is copied.
+        assert torch.allclose(value, expected[name], atol=2e-6 if form == "lora" else 0, rtol=0), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_each_form_tells(tiny_pipeline, tmp_path, form):
+    unet = tiny_pipeline.unet
+    known = read_erased_weights(write_form(form, unet, make_erased(unet), tmp_path)).known
+    ours = {"base_model": "base", "concepts": ["knife"], "method": "sdd", "train_method": "xattn",
+            "arguments": {"seed": 1}}  # fmt: skip
+    told = {
+        "partial": ours,
+        "unet-in-folder": ours,
+        "esd": {"concepts": ["Van Gogh"], "method": "esd", "train_method": "xattn",
+                "arguments": {"erase_from": "a painting"}},
+        "esd-v2": {"base_model": "base", "method": "esd", "train_method": "xattn", "arguments": {"guidance": "2"}},
+        "esd-alt": {"method": "esd"},
+    }.get(form, {})  # fmt: skip
+    assert {name: known.get(name) for name in told} == told
+    assert ("base_fingerprint" in known) == (told is ours)
+    record = read_erased_weights(tmp_path if form == "unet-in-folder" else _path(tmp_path, form)).provenance(
+        "given", None, "f" * 16
+    )
+    assert record.method == told.get("method", "unknown") and record.base_model == "given"
+
+
+def _path(folder, form):
+    return folder if form == "unet" else next(path for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_values_take_the_denoisers_dtype(make_tiny_pipeline, tmp_path, form):
+    unet = make_tiny_pipeline().unet
+    path = write_form(form, unet, make_erased(unet), tmp_path)
+    half = make_tiny_pipeline().unet.to(torch.bfloat16)
+    if form in ("partial", "unet-in-folder"):
+        with pytest.raises(ValueError, match="in torch.bfloat16; load it in float32"):
+            read_erased_weights(path).apply(half)
+    else:
+        read_erased_weights(path).apply(half)
+        name, value = next(iter(make_erased(unet).items()))
+        assert torch.allclose(dict(half.named_parameters())[name].float(), value, rtol=2e-2, atol=2e-3)
+        assert {value.dtype for value in half.parameters()} == {torch.bfloat16}
+
+
+def refused(path, unet, match):
+    before = fingerprint(unet)
+    with pytest.raises(ValueError, match=match) as refusal:
+        read_erased_weights(path).apply(unet)
+    assert fingerprint(unet) == before and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_name_that_does_not_belong_is_refused(tiny_pipeline, tmp_path, form):
+    unet = tiny_pipeline.unet
+    path = write_form(form, unet, make_erased(unet), tmp_path)
+    if form.startswith("unet") and form != "unet-pickle":
+        weights = next(path.rglob("*.safetensors"))
+        save_file({**load_file(weights), "nowhere.weight": torch.zeros(1)}, weights, {"format": "pt"})
+    elif path.suffix == ".safetensors":
+        extra = {f"unet.nowhere.lora_{x}.weight": torch.zeros(1, 1) for x in "AB"} if form == "lora" else {}
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        save_file({**load_file(path), **(extra or {"nowhere.weight": torch.zeros(1)})}, path, metadata)
+    else:
+        state = torch.load(path)
+        if form == "esd-alt":
+            state["unet.nowhere"] = {"weight": torch.zeros(1)}
+        else:
+            name = "nowhere.weight" if form == "unet-pickle" else "model.diffusion_model.nowhere.weight"
+            state.get("state_dict", state)[name] = torch.zeros(1)
+        torch.save(state, path)
+    refused(path, unet, "nowhere")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_another_architecture_is_refused(tiny_pipeline, tmp_path, form):
+    path = write_form(form, tiny_pipeline.unet, make_erased(tiny_pipeline.unet), tmp_path)
+    config = {**tiny_pipeline.unet.config, "cross_attention_dim": 40}
+    refused(path, type(tiny_pipeline.unet).from_config(config), "shape|fingerprint")
+
+
+@pytest.mark.parametrize("form", ["ldm", "ldm-lightning", "unet-pickle", "unet"])
+def test_a_whole_unet_lacks_nothing(tiny_pipeline, tmp_path, form):
+    unet = tiny_pipeline.unet
+    path = write_form(form, unet, make_erased(unet), tmp_path)
+    if form == "unet":
+        weights = path / "diffusion_pytorch_model.safetensors"
+        state = load_file(weights)
+        state.pop("conv_out.bias")
+        save_file(state, weights, {"format": "pt"})
+    else:
+        state = torch.load(path)
+        tensors = state.get("state_dict", state)
+        tensors.pop("conv_out.bias" if form == "unet-pickle" else "model.diffusion_model.out.2.bias")
+        torch.save(state, path)
+    refused(path, unet, "missing.*conv_out.bias")
+
+
+def test_a_smaller_unet_does_not_pass_for_the_base(tiny_pipeline, tmp_path):
+    """A block-removed student's names are a part of its teacher's."""
+    config = {**tiny_pipeline.unet.config, "layers_per_block": 1}
+    type(tiny_pipeline.unet).from_config(config).save_pretrained(tmp_path)
+    refused(tmp_path, tiny_pipeline.unet, "missing|shape|no parameter")
+
+
+def test_values_that_are_no_numbers_are_refused(tiny_pipeline, tmp_path):
+    erased = make_erased(tiny_pipeline.unet)
+    name = list(erased)[-1]
+    erased[name].view(-1)[0] = float("nan")
+    refused(write_form("esd", tiny_pipeline.unet, erased, tmp_path), tiny_pipeline.unet, f"{name} holds values")
+    erased[name] = torch.zeros_like(erased[name], dtype=torch.long)
+    refused(write_form("esd", tiny_pipeline.unet, erased, tmp_path), tiny_pipeline.unet, f"{name} holds values")
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (self.path,))
+
+
+def test_a_pickle_with_code_is_refused_and_does_not_run(tiny_pipeline, tmp_path):
+    target = tmp_path / "created"
+    evil = {"conv_in.weight": Evil(str(target))}
+    torch.save(evil, tmp_path / "evil.pt")
+    refused(
+        tmp_path / "evil.pt", tiny_pipeline.unet, r"refused, the pickle holds more than tensors \(it names .*mkdir"
+    )
+    (tmp_path / "evil.ckpt").write_bytes(pickle.dumps(evil, protocol=2))
+    refused(tmp_path / "evil.ckpt", tiny_pipeline.unet, "evil.ckpt: (refused|not a file of torch.save)")
+    assert not target.exists()
+    torch.load(tmp_path / "evil.pt", weights_only=False)
+    assert target.exists()  # the code was real
+
+
+def test_files_that_are_nothing(tiny_pipeline, tmp_path):
+    unet = tiny_pipeline.unet
+    files = {
+        "empty.safetensors": "not a safetensors file",
+        "empty.pt": "not a file of torch.save",
+        "text.ckpt": "not a file of torch.save|refused",
+        "table.csv": "erased weights are in files ending in",
+    }
+    for name, message in files.items():
+        (tmp_path / name).write_text("" if name.startswith("empty") else "some text")
+        refused(tmp_path / name, unet, message)
+    refused(tmp_path / "none.pt", unet, "no such file or folder")
+    save_file({}, tmp_path / "nothing.safetensors")
+    refused(tmp_path / "nothing.safetensors", unet, "holds no weights")
+    for value, message in (
+        ({}, "no weights"),
+        ([1], "a list"),
+        (torch.zeros(2), "a Tensor"),
+        ({"a": 1}, "a is a int"),
+    ):
+        torch.save(value, tmp_path / "value.pt")
+        refused(tmp_path / "value.pt", unet, message)
+    (tmp_path / "folder").mkdir()
+    refused(tmp_path / "folder", unet, "holds no erased weights")
+    refused(tmp_path, unet, "several files, of which weight_name must name one")
+
+
+@pytest.mark.parametrize(
+    "metadata, match",
+    [
+        ({"format": "diffusers-safe-partial-9"}, "format 'diffusers-safe-partial-9'; allowed are"),
+        ({"format": "erasing-esd-v2", "component": "transformer"}, "component 'transformer'"),
+        ({"format": "diffusers-safe-partial-1", "concepts": "knife"}, "metadata concepts 'knife'"),
+    ],
+)
+def test_metadata_that_is_not_understood_is_refused(tiny_pipeline, tmp_path, metadata, match):
+    save_file(make_erased(tiny_pipeline.unet), tmp_path / "x.safetensors", metadata)
+    refused(tmp_path / "x.safetensors", tiny_pipeline.unet, match)
+
+
+def test_the_alt_form_knows_weight_and_bias_of_the_unet_only(tiny_pipeline, tmp_path):
+    for state, match in (
+        ({"text_encoder.x": {"weight": torch.zeros(1)}}, "text_encoder.x is no module of the unet"),
+        ({"unet.conv_in": {"running_mean": torch.zeros(1)}}, "holds 'running_mean'"),
+    ):
+        torch.save(state, tmp_path / "alt.pt")
+        refused(tmp_path / "alt.pt", tiny_pipeline.unet, match)
+
+
+def test_a_whole_pipeline_folder(make_tiny_pipeline, tmp_path):
+    pipeline = make_tiny_pipeline()
+    provenance = Provenance("base", fingerprint(pipeline.unet), ["knife"], "sdd", "xattn", {})
+    expected = {**state_of(pipeline.unet), **make_erased(pipeline.unet)}
+    read_erased_weights(write_form("esd", pipeline.unet, make_erased(pipeline.unet), tmp_path / "file")).apply(
+        pipeline.unet
+    )
+    pipeline.save_pretrained(tmp_path / "model")
+    provenance.save(tmp_path / "model")
+    unet = make_tiny_pipeline().unet
+    erased = read_erased_weights(tmp_path / "model")
+    assert erased.provenance("elsewhere", None, fingerprint(unet)) == provenance
+    erased.apply(unet)
+    assert all(torch.equal(value, expected[name]) for name, value in unet.named_parameters())
+    with pytest.raises(ValueError, match="nothing was erased"):
+        read_erased_weights(tmp_path / "model" / "unet").changes(unet)
+    refused(tmp_path / "model", make_tiny_pipeline(seed=3).unet, "made for base with fingerprint")
+
+
+# --- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [None, 3.0])
+def test_a_lora_counts_as_diffusers_counts_it(make_tiny_pipeline, tmp_path, alpha):
+    """The reference is diffusers' own loading and fusing."""
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    donor = make_tiny_pipeline().unet
+    config = LoraConfig(r=2, lora_alpha=alpha or 2, target_modules=["to_q", "to_out.0", "conv1", "proj_in"],
+                        rank_pattern={"conv1": 3}, alpha_pattern={"conv1": 5} if alpha else {})  # fmt: skip
+    donor.add_adapter(config)
+    for name, value in donor.named_parameters():
+        if "lora_" in name:
+            value.data = torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1
+    metadata = None if alpha is None else {**config.to_dict(), "target_modules": sorted(config.target_modules)}
+    metadata = metadata and {key: value for key, value in metadata.items() if key in
+                             ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules")}  # fmt: skip
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path, get_peft_model_state_dict(donor), unet_lora_adapter_metadata=metadata
+    )
+    stock = make_tiny_pipeline()
+    stock.load_lora_weights(tmp_path)
+    stock.fuse_lora()
+    stock.unload_lora_weights()
+    unet = make_tiny_pipeline().unet
+    read_erased_weights(tmp_path).apply(unet)
+    fused = dict(stock.unet.named_parameters())
+    assert all(torch.allclose(value, fused[name], atol=1e-6) for name, value in unet.named_parameters())
+    assert fingerprint(unet) != fingerprint(make_tiny_pipeline().unet)
+
+
+def test_an_old_lora_of_diffusers(tiny_pipeline, tmp_path):
+    unet, layer = tiny_pipeline.unet, "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    before = unet.get_submodule(layer).weight.clone()
+    up, down = torch.randn(8, 2), torch.randn(2, 32)
+    old = layer.replace(".to_k", ".processor.to_k_lora")
+    save_file({f"unet.{old}.up.weight": up, f"unet.{old}.down.weight": down}, tmp_path / "lora.safetensors")
+    read_erased_weights(tmp_path / "lora.safetensors").apply(unet)
+    assert torch.allclose(unet.get_submodule(layer).weight, before + up @ down, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "tensors, match",
+    [
+        ({"text_encoder.x.lora_A.weight": (2, 8), "text_encoder.x.lora_B.weight": (8, 2)}, "text_encoder.x.*another"),
+        ({"lora_unet_conv_in.lora_down.weight": (2, 8)}, "another program"),
+        ({"unet.conv_in.lora_A.weight": (2, 4, 3, 3)}, "conv_in: lora_A and lora_B do not make a pair"),
+        ({"unet.x.lora_A.weight": (2, 8), "unet.x.lora_B.weight": (8, 3)}, r"x: .*\(8, 3\)"),
+        (
+            {"unet.x.lora_A.weight": (2, 8), "unet.x.lora_magnitude_vector": (8,)},
+            "lora_magnitude_vector: not a matrix",
+        ),
+    ],
+)
+def test_what_is_no_lora_of_a_unet_is_refused(tiny_pipeline, tmp_path, tensors, match):
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / "lora.safetensors")
+    refused(tmp_path / "lora.safetensors", tiny_pipeline.unet, match)
+
+
+def test_load_unet_makes_nothing_up(tmp_path, tiny_pipeline):
+    with pytest.raises(ValueError, match="no diffusers UNet"):
+        load_unet(tmp_path)
+    tiny_pipeline.unet.save_pretrained(tmp_path)
+    assert fingerprint(load_unet(tmp_path)) == fingerprint(tiny_pipeline.unet)
