@@ -43,6 +43,8 @@ BAD_VALUES = {
     "seed": (-1, "at least 0"),
     "sampling_guidance_scale": (float("inf"), "finite"),
     "sampling_fraction": (0.0, "greater than 0 and at most 1"),
+    "latents_per_trajectory": (51, "at most 50"),
+    "trajectory_pool": (-1, "at least 0"),
     "lr_warmup_steps": (5, "constant_with_warmup"),
 }
 

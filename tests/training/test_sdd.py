@@ -187,12 +187,15 @@ def test_sigterm_ends_the_program_with_130_after_a_checkpoint(tiny_model_folder,
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
 
-def test_two_processes_are_one_with_twice_the_batch(erased, tiny_model_folder, tmp_path):
+def run_two_processes(words, cwd):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    command = [*TORCHRUN, port, SCRIPT, *options(tiny_model_folder, tmp_path / "out", train_batch_size=1)]
-    succeed(command, tmp_path, ACCELERATE_USE_CPU="true")
+    succeed([*TORCHRUN, port, SCRIPT, *words], cwd, ACCELERATE_USE_CPU="true")
+
+
+def test_two_processes_are_one_with_twice_the_batch(erased, tiny_model_folder, tmp_path):
+    run_two_processes(options(tiny_model_folder, tmp_path / "out", train_batch_size=1), tmp_path)
     two, one = log_rows(tmp_path / "out"), log_rows(erased)
     assert [row["step"] for row in two] == [row["step"] for row in one]  # logged once, not by each process
     assert two[0]["erase"] == pytest.approx(one[0]["erase"], rel=1e-4)  # before Adam makes steps of rounding
@@ -204,6 +207,27 @@ def test_two_processes_are_one_with_twice_the_batch(erased, tiny_model_folder, t
     ]
     apart = (moved[0] - moved[1]).norm() / moved[0].norm()
     assert apart < 1e-3  # 8e-6 where it was measured; other draws would make it about 1
+
+
+def test_reused_trajectories_of_two_processes_go_on_in_one(tiny_model_folder, tmp_path):
+    """Each process draws half of the pool, and the trajectories of its own slots; a checkpoint has all of them."""
+    settings = {
+        "latents_per_trajectory": 3,
+        "trajectory_pool": 3,
+        "retain_prompts": ["cat", "dog"],
+        "max_train_steps": 6,
+        "checkpointing_steps": 4,
+    }
+    out = tmp_path / "out"
+    run_two_processes(options(tiny_model_folder, out, train_batch_size=1, **settings), tmp_path)
+    undisturbed = log_rows(out)
+    state = torch.load(out / "checkpoint-4" / "custom_checkpoint_3.pkl", weights_only=True)
+    assert sorted(number for number, *_ in state["drawn"]) == [2, 3]  # the second trajectory of each slot
+
+    resumed = options(tiny_model_folder, out, resume_from_checkpoint="latest", **settings)
+    succeed([sys.executable, SCRIPT, *resumed], tmp_path, ACCELERATE_USE_CPU="true")
+    for after, before in zip(log_rows(out), undisturbed, strict=True):
+        assert after == pytest.approx(before, rel=1e-3)
 
 
 def test_a_bad_argument_is_one_clear_line_and_nothing_else(tiny_model_folder, tmp_path):

@@ -57,6 +57,16 @@ class ErasureArguments:
         "noise levels, where it is decided what a picture shows, come first.",
     )
     sampling_guidance_scale: float = _option(3.0, "Classifier-free guidance while latents are drawn.")
+    latents_per_trajectory: int = _option(
+        1,
+        "Latents that one run of the sampler gives, at as many stops, for as many successive optimizer steps; they "
+        "are drawn at the first of these, and grow old. The papers' is 1.",
+    )
+    trajectory_pool: int = _option(
+        0,
+        "Where the frozen model draws the latents (always for --retain_prompts), draw this many trajectories once, "
+        "ahead, and take all samples from them; 0, the papers' rule, draws anew for every step.",
+    )
     loss_space: str = _option(
         "prediction",
         "In what errors are measured: prediction (what the model predicts, the papers) or velocity (high noise levels "
@@ -117,12 +127,14 @@ class ErasureArguments:
             "checkpointing_steps",
             "retain_weight",
             "adam_weight_decay",
+            "trajectory_pool",
             "seed",
         )
         self._check_at_least(
             1,
             "max_train_steps",
             "num_inference_steps",
+            "latents_per_trajectory",
             "train_batch_size",
             "gradient_accumulation_steps",
             "checkpoints_total_limit",
@@ -133,6 +145,12 @@ class ErasureArguments:
                 raise ValueError(f"{item.name} {value}: must be a finite number")
         if not 0 < self.sampling_fraction <= 1:
             raise ValueError(f"sampling_fraction {self.sampling_fraction}: must be greater than 0 and at most 1")
+        stops = max(1, round(self.sampling_fraction * self.num_inference_steps))
+        if self.latents_per_trajectory > stops:
+            raise ValueError(
+                f"latents_per_trajectory {self.latents_per_trajectory}: must be at most {stops}, the stops of a "
+                "trajectory (num_inference_steps * sampling_fraction)"
+            )
         if self.seed >= 2**32:
             raise ValueError(f"seed {self.seed}: must be less than 2**32")
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:

@@ -1,11 +1,9 @@
 """The loop of every erasure: draw latents, loss, step, EMA, checkpoint."""
 
-import hashlib
 import json
 import logging
 import math
 import signal
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -23,21 +21,15 @@ from ..weights import TrainedWeights, select_parameters
 from .arguments import ErasureArguments
 from .checkpoints import checkpoint_step, save_checkpoint
 from .loss_space import LossSpace
-from .objectives import Objective, TrainingBatch
+from .objectives import Objective
 from .objectives.retention import retention_loss
 from .predictor import Predictor
+from .samples import make_sources
 from .watch import Watch
 
 
 logger = logging.getLogger(__name__)
 DRIFT_WARNING = 0.5
-
-
-def sample_generator(seed: int, purpose: str, index: int) -> torch.Generator:
-    """The generator of one training sample. It depends on nothing but its arguments, so processes, batch size,
-    accumulation and resuming change no draw."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 class ErasureLoop:
@@ -79,9 +71,8 @@ class ErasureLoop:
         )
         self.batches_a_step = args.gradient_accumulation_steps
         self.samples_a_step = args.train_batch_size * self.batches_a_step * accelerator.num_processes
-        self.schedule = ConceptSchedule(
-            args.concepts, args.concept_schedule, args.prompt_order, args.max_train_steps * self.samples_a_step or 1
-        )
+        num_trajectories = math.ceil(args.max_train_steps / args.latents_per_trajectory) * self.samples_a_step
+        self.schedule = ConceptSchedule(args.concepts, args.concept_schedule, args.prompt_order, num_trajectories or 1)
         prompts = [*self.schedule.all_prompts(), *objective.prompts, *args.retain_prompts, *args.watch_prompts]
         # The loop accumulates itself; what `accelerate launch` set would divide gradients a second time.
         accelerator.gradient_accumulation_steps = 1
@@ -89,6 +80,9 @@ class ErasureLoop:
         self.predictor = Predictor(backbone, self.weights, prompts, device, student)
         self.trajectories = Trajectories(
             backbone.make_scheduler, backbone.latent_shape, args.num_inference_steps, args.sampling_guidance_scale
+        )
+        self.erasing, self.retaining = make_sources(
+            self.predictor, self.trajectories, objective.sampler, self.schedule.prompts, args, self.samples_a_step
         )
         self.loss_space = LossSpace(args.loss_space, backbone.pipeline.scheduler)
         self.watch = Watch(self.predictor, self.trajectories, args.concepts, args.watch_prompts, args.seed)
@@ -99,41 +93,22 @@ class ErasureLoop:
         self.accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
         self.accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
         identity = RunIdentity(self.args, self.weights, self.samples_a_step)
-        self.accelerator.register_for_checkpointing(identity, self.weights, self.lr_scheduler)
+        self.accelerator.register_for_checkpointing(
+            identity, self.weights, self.lr_scheduler, self.erasing, self.retaining
+        )
 
     # --- one step ----------------------------------------------------------------------------------------------------
-
-    def draw_batch(self, first: int, prompts: Callable, sampler: str, purpose: str) -> TrainingBatch:
-        """This process's samples from number `first` on; `prompts(index, generator)` as in [`ConceptSchedule`]."""
-        indices = range(first, first + self.args.train_batch_size)
-        generators = [sample_generator(self.args.seed, purpose, index) for index in indices]
-        pairs = [prompts(index, generator) for index, generator in zip(indices, generators)]
-        fraction = self.args.sampling_fraction
-        num_steps = [self.trajectories.draw_steps(generator, fraction) for generator in generators]
-        model_input, timesteps = self.trajectories.sample(
-            lambda *inputs: self.predictor.predict(*inputs, weights=sampler),
-            self.predictor.conditioning([sampled for sampled, _ in pairs]),
-            self.predictor.conditioning([""]),
-            num_steps,
-            generators,
-            self.accelerator.device,
-        )
-        return TrainingBatch(model_input, timesteps, [trained for _, trained in pairs])
-
-    def _retained(self, index: int, generator: torch.Generator) -> tuple[str, str]:
-        prompt = self.args.retain_prompts[index % len(self.args.retain_prompts)]
-        return prompt, prompt
 
     def batch_loss(self, step: int, batch_number: int) -> dict[str, torch.Tensor]:
         """The terms of the loss of one batch of this process, each a mean over its samples."""
         size = self.args.train_batch_size
-        first = step * self.samples_a_step + batch_number * size * self.accelerator.num_processes
-        first += self.accelerator.process_index * size
-        batch = self.draw_batch(first, self.schedule.prompts, self.objective.sampler, "erase")
+        first = (batch_number * self.accelerator.num_processes + self.accelerator.process_index) * size
+        slots = range(first, first + size)
+        batch = self.erasing.batch(step, slots)
         losses = self.objective.loss(self.predictor, batch)
         terms = {"erase": self.loss_space.weigh(losses, batch.timesteps).mean()}
         if self.args.retain_prompts and self.args.retain_weight > 0:
-            kept = self.draw_batch(first, self._retained, "frozen", "retain")
+            kept = self.retaining.batch(step, slots)
             losses = retention_loss(self.predictor, kept)
             terms["retain"] = self.loss_space.weigh(losses, kept.timesteps).mean()
         return terms
@@ -171,6 +146,8 @@ class ErasureLoop:
         if checkpoint := args.find_checkpoint():
             self.accelerator.load_state(str(checkpoint))
             first = checkpoint_step(checkpoint)
+        self.erasing.prepare()
+        self.retaining.prepare()
         main = self.accelerator.is_main_process
         if main:
             _keep_log(folder / "log.jsonl", first)

@@ -45,6 +45,18 @@ class Predictor:
         """One forward, `(B, C, H, W)`; only the student's carries gradients, and only where they are enabled."""
         return self.predict(model_input, timesteps, self.conditioning(prompts), weights)
 
+    @torch.no_grad()
+    def targets(
+        self, model_input: torch.Tensor, timesteps: torch.Tensor, prompts: list[list[str]], weights: str
+    ) -> list[torch.Tensor]:
+        """Predictions of one model at the same latents for each of several lists of B prompts, in one forward without
+        gradients, each `(B, C, H, W)`; a list that is given twice is computed once."""
+        different = list(dict.fromkeys(map(tuple, prompts)))
+        count = len(different)
+        texts = [text for own in different for text in own]
+        predictions = self(model_input.repeat(count, 1, 1, 1), timesteps.repeat(count), texts, weights).chunk(count)
+        return [predictions[different.index(tuple(own))] for own in prompts]
+
     def predict(
         self, model_input: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, weights: str
     ) -> torch.Tensor:

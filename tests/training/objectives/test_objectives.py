@@ -112,6 +112,24 @@ def test_retention_is_the_distance_to_the_frozen_model(setting):
     assert retention_loss(predictor, batch).tolist() == [0.0, 0.0]
 
 
+def test_targets_of_one_model_are_one_forward_and_none_is_computed_twice(setting, monkeypatch):
+    predictor, weights, batch = setting
+    unet = predictor.backbone.denoiser
+    plain, rows = unet.forward, []
+    monkeypatch.setattr(
+        unet, "forward", lambda sample, *rest, **more: rows.append(len(sample)) or plain(sample, *rest, **more)
+    )
+    lists = [["", ""], ["knife", "gun"], ["", ""]]
+    targets = predictor.targets(batch.model_input, batch.timesteps, lists, "frozen")
+    assert rows == [4]
+    with weights.use("frozen"):
+        for target, prompts in zip(targets, lists):
+            torch.testing.assert_close(target, predict_plainly(predictor, batch, prompts), rtol=1e-4, atol=1e-5)
+    rows.clear()
+    SDDObjective("frozen", "", 0.5, "knife, gun").loss(predictor, batch)
+    assert rows == [4, 2]  # "" and the negative prompt, frozen; the student
+
+
 def test_unknown_target():
     with pytest.raises(ValueError, match="sdd_target 'teacher'.*student, frozen, anchored"):
         SDDObjective("teacher")

@@ -66,16 +66,20 @@ class SDDObjective(Objective):
         # Equation 6: || stopgrad(eps(z_t, "")) - eps(z_t, c_s) ||^2
         count = len(batch.prompts)
         empty = replace(batch, prompts=[""] * count)
-        with torch.no_grad():
-            source = "student" if self.target == "student" else "frozen"
-            target = predictor(batch.model_input, batch.timesteps, [self.target_prompt] * count, source)
-            if self.negative_guidance_scale:
-                target = target - self.negative_guidance_scale * self._said(predictor, batch, empty)
+        target = self._target(predictor, batch, empty)
         noise_pred = predictor(batch.model_input, batch.timesteps, batch.prompts, "student")
         loss = squared_error(noise_pred, target)
         return loss + retention_loss(predictor, empty) if self.target == "anchored" else loss
 
-    def _said(self, predictor: Predictor, batch: TrainingBatch, empty: TrainingBatch) -> torch.Tensor:
-        """What the negative prompt says to the base model."""
-        negative = predictor(batch.model_input, batch.timesteps, [self.negative_prompt] * len(batch.prompts), "frozen")
-        return negative - predictor(batch.model_input, batch.timesteps, empty.prompts, "frozen")
+    def _target(self, predictor: Predictor, batch: TrainingBatch, empty: TrainingBatch) -> torch.Tensor:
+        inputs, count = (batch.model_input, batch.timesteps), len(batch.prompts)
+        source = "student" if self.target == "student" else "frozen"
+        towards, away = [self.target_prompt] * count, [self.negative_prompt] * count
+        if not self.negative_guidance_scale:
+            return predictor.targets(*inputs, [towards], source)[0]
+        if source == "frozen":
+            target, negative, nothing = predictor.targets(*inputs, [towards, away, empty.prompts], "frozen")
+        else:
+            target = predictor.targets(*inputs, [towards], "student")[0]
+            negative, nothing = predictor.targets(*inputs, [away, empty.prompts], "frozen")
+        return target - self.negative_guidance_scale * (negative - nothing)
