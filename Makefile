@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
-CODE := src tests benchmarks setup.py train_sdd.py
+CODE := src tests benchmarks setup.py train_sdd.py train_esd.py
 
 .PHONY: demo test test-slow quality style setup clean
 

@@ -36,12 +36,13 @@ setup(
         "safetensors>=0.5,<1",
         "numpy>=1.26",
         "pillow>=10",
+        "pyyaml>=6",
         "tqdm>=4.66",
     ],
     extras_require={
         "eval": ["torchmetrics>=1.9,<2", "scipy>=1.11"],
         "app": ["gradio>=5"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.14", "scipy>=1.11"],
+        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.14", "tensorboard>=2.18", "scipy>=1.11"],
     },
     entry_points={"console_scripts": ["diffusers-safe=diffusers_safe.cli:main"]},
     classifiers=[

@@ -26,13 +26,14 @@ PAPER = {
     "negative_guidance_scale": 0.0,
     "loss_space": "prediction",
     "sampling_fraction": 1.0,
+    "target_prompt": "",
     "retain_weight": 0.0,
 }
 VARIANTS = {
     "demo": {},
     "the paper's rule": PAPER,
     "student target": {"sdd_target": "student"},
-    "frozen target": {"sdd_target": "frozen"},
+    "unconditional prediction not retained": {"retain_unconditional": False},
     "no negative guidance": {"negative_guidance_scale": 0.0},
     "errors of epsilon": {"loss_space": "prediction"},
     "the whole schedule": {"sampling_fraction": 1.0},

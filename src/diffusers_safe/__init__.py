@@ -13,6 +13,7 @@ _HOMES = {
     "StableDiffusionXLPipelineSafe": "pipelines",
     "disable_safe_latent_diffusion": "pipelines",
     "enable_safe_latent_diffusion": "pipelines",
+    "erase": "training.erasure",
 }
 __all__ = list(_HOMES)
 

@@ -2,14 +2,16 @@
 
 import logging
 import os
+import sys
 import tempfile
-from argparse import ArgumentDefaultsHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import yaml
 from transformers import HfArgumentParser
 
 
@@ -23,8 +25,11 @@ def parse_dataclass(
     argv: list[str] | None = None,
     prog: str | None = None,
     check: Callable[[Arguments], None] | None = None,
+    presets: dict[str, dict[str, Any]] | None = None,
 ) -> Arguments:
     """Reads a command line into a dataclass whose `__post_init__` checks its values.
+
+    `--config FILE` reads options from a YAML file first, a key for each; what the command line says wins.
 
     Args:
         kind (`type`): The dataclass; a field's `help` metadata is its help.
@@ -32,6 +37,8 @@ def parse_dataclass(
         argv (`list[str]`, *optional*): The words; those of the process by default.
         prog (`str`, *optional*): Name of the program in messages.
         check (`Callable`, *optional*): Looks at what lies outside the arguments: files, folders, models.
+        presets (`dict[str, dict]`, *optional*): Values that `--preset NAME` puts in place of the defaults; the
+            dataclass then has a field `preset`.
 
     Raises:
         `SystemExit`: With code 2 after one line on stderr, where `__post_init__` or `check` raises a `ValueError`.
@@ -41,14 +48,53 @@ def parse_dataclass(
     first_process = os.environ.get("RANK", "0") == "0"
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n" if first_process else None)
     parser.allow_abbrev = False
-    namespace = parser.parse_args(argv)
+    parser.add_argument("--config", help="YAML file with options, a key for each; those given here win.")
+    words = sys.argv[1:] if argv is None else argv
     try:
+        words = [*_words(_read_config(_value_of("--config", words))), *words]
+        if presets is not None:
+            preset = _value_of("--preset", words) or parser.get_default("preset")
+            words = [*_words(presets.get(preset, {})), *words]
+        namespace = parser.parse_args(words)
         arguments = kind(**{item.name: getattr(namespace, item.name) for item in fields(kind)})
         if check is not None:
             check(arguments)
     except ValueError as error:
         parser.error(str(error))
     return arguments
+
+
+def _value_of(option: str, words: list[str]) -> str | None:
+    """The last value of an option on a command line."""
+    finder = ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument(option, dest="value", nargs="?")  # that it lacks a value is told by the real parser
+    return finder.parse_known_args(words)[0].value
+
+
+def _read_config(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ValueError(f"config {path}: cannot be read as YAML ({reason})") from None
+    if not isinstance(options, dict):
+        raise ValueError(f"config {path}: must hold a mapping of options to values")
+    if "config" in options:
+        raise ValueError(f"config {path}: names another config")
+    return options
+
+
+def _words(options: dict[str, Any]) -> list[str]:
+    """Options as a command line says them; `None` is left to the default."""
+    words = []
+    for name, value in options.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    return words
 
 
 @contextmanager

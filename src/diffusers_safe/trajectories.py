@@ -51,19 +51,23 @@ class Trajectories:
         scheduler.set_timesteps(self.num_inference_steps)
         return scheduler
 
-    def draw_stops(self, generator: torch.Generator, fraction: float = 1.0, count: int = 1) -> list[int]:
-        """Where one sample stops: a number of steps, uniform over the first `fraction` of `positions`, a number in
-        (0, 1]; with `count`, as many, spread evenly around these positions from a uniform one on. Each of them is then
-        uniform, too.
+    def stop_choices(self, fraction: float = 1.0, count: int = 1) -> list[list[int]]:
+        """All ways to stop `count` times within the first `fraction` of `positions`, a number in (0, 1]: spread evenly
+        around these positions, from each of them on. Over all ways, each of the stops is uniform.
 
         Raises:
             `ValueError`: If there are fewer positions than `count`.
         """
-        available = max(1, round(fraction * len(self.positions)))
-        if count > available:
-            raise ValueError(f"latents_per_trajectory {count}: must be at most {available}, the stops of a trajectory")
-        first = int(torch.randint(available, (), generator=generator))
-        return [self.positions[(first + number * available // count) % available] for number in range(count)]
+        available = self.positions[: max(1, round(fraction * len(self.positions)))]
+        size = len(available)
+        if count > size:
+            raise ValueError(f"latents_per_trajectory {count}: must be at most {size}, the stops of a trajectory")
+        return [[available[(first + i * size // count) % size] for i in range(count)] for first in range(size)]
+
+    def draw_stops(self, generator: torch.Generator, fraction: float = 1.0, count: int = 1) -> list[int]:
+        """One of [`~Trajectories.stop_choices`]."""
+        choices = self.stop_choices(fraction, count)
+        return choices[int(torch.randint(len(choices), (), generator=generator))]
 
     @torch.no_grad()
     def sample(

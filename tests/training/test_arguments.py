@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import pytest
 
-from diffusers_safe.training.arguments import SDDArguments, parse_arguments
+from diffusers_safe.training.arguments import ESDArguments, SDDArguments, parse_arguments
+from diffusers_safe.training.presets import ESD_PRESETS, presets_table
 
 
 @pytest.fixture
@@ -30,11 +33,13 @@ BAD_VALUES = {
     "checkpointing_steps": (-5, "at least 0"),
     "checkpoints_total_limit": (0, "at least 1"),
     "learning_rate": (0.0, "greater than 0"),
-    "max_grad_norm": (-1.0, "greater than 0"),
+    "max_grad_norm": (-1.0, "at least 0"),
+    "mixed_precision": ("fp8", "no, fp16, bf16"),
+    "report_to": ("paper", "tensorboard, wandb, none"),
     "adam_beta1": (1.0, "less than 1"),
     "ema_decay": (1.0, "less than 1"),
     "retain_weight": (-1.0, "at least 0"),
-    "sdd_target": ("ema", "student, frozen, anchored"),
+    "sdd_target": ("ema", "student, frozen"),
     "lr_scheduler": ("steep", "constant"),
     "loss_space": ("image", "prediction, velocity"),
     "negative_guidance_scale": (-0.5, "at least 0"),
@@ -148,3 +153,105 @@ def test_the_base_model_is_not_overwritten(capsys, tiny_model_folder, arguments)
 
 def test_prompts_that_name_a_concept_are_not_watched_as_unrelated(arguments):
     assert SDDArguments(**arguments(concepts=["cat"])).watch_prompts == ["a tree", "a car", "an apple"]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"preset": "esd-2026"}, "preset 'esd-2026': unknown; allowed are paper, esd-2025"),
+        ({"sampling_model": "ema"}, "sampling_model 'ema': unknown; allowed are student, frozen"),
+        ({"erase_from": " "}, "erase_from: is blank"),
+        ({"negative_guidance_scale": -1.0}, "negative_guidance_scale -1.0: must be at least 0"),
+    ],
+)
+def test_bad_values_of_esd(arguments, changes, message):
+    with pytest.raises(ValueError, match=message):
+        ESDArguments(**arguments(**changes))
+
+
+def parse(kind, *words):
+    known = ["--pretrained_model_name_or_path", "MODEL", "--output_dir", "OUT"]
+    return parse_arguments(kind, "", [*known, *words])
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    monkeypatch.setattr("diffusers_safe.training.arguments.ErasureArguments.check_surroundings", lambda self: None)
+
+
+def test_a_preset_is_the_default_of_what_is_not_given(unchecked):
+    args = parse(ESDArguments, "--concepts", "knife", "--preset", "esd-2025", "--learning_rate", "3e-5")
+    assert (args.max_train_steps, args.sampling_model, args.negative_guidance_scale) == (200, "frozen", 1.0)
+    assert args.learning_rate == 3e-5
+    args = parse(ESDArguments, "--concepts", "knife", "--preset", "esd-2025", "--erase_from", "a tool")
+    assert args.negative_guidance_scale == 2.0
+    args = parse(ESDArguments, "--concepts", "knife")
+    assert (args.max_train_steps, args.sampling_model, args.adam_weight_decay) == (1000, "student", 0.0)
+
+
+def test_every_option_of_a_preset_is_one(arguments):
+    for preset in ESD_PRESETS.values():
+        args = ESDArguments(**arguments(**preset.options))
+        assert {name: getattr(args, name) for name in preset.options} == preset.options
+
+
+def test_the_presets_are_documented():
+    docs = Path(__file__).parents[2] / "docs" / "methods.md"
+    assert presets_table() in docs.read_text(encoding="utf-8")
+
+
+def test_a_config_file_gives_options_and_the_command_line_wins(unchecked, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("concepts: [knife, a gun]\npreset: esd-2025\nlearning_rate: 1e-3\nscale_lr: true\nrevision:\n")
+    args = parse(ESDArguments, "--config", str(config))
+    assert args.concepts == ["knife", "a gun"] and args.scale_lr and args.revision is None
+    assert (args.learning_rate, args.sampling_model) == (1e-3, "frozen")
+    args = parse(ESDArguments, "--config", str(config), "--learning_rate", "0.5", "--preset", "paper")
+    assert (args.learning_rate, args.sampling_model) == (0.5, "student")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("learning_rates: 1", "unrecognized arguments: --learning_rates=1"),
+        ("learning_rate: high", "invalid float value: 'high'"),
+        ("- a\n- b", "must hold a mapping"),
+        ("a: [", "cannot be read as YAML"),
+        (None, "cannot be read as YAML (No such file or directory)"),
+    ],
+)
+def test_a_bad_config_file_is_told_in_one_line(capsys, unchecked, tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        parse(SDDArguments, "--concepts", "knife", "--config", str(tmp_path / "run.yaml"))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and message in lines[0]
+
+
+@pytest.mark.parametrize(
+    "kind, changes, message",
+    [
+        (SDDArguments, {}, "the latents are the ema's, which moves, and there are no retain_prompts"),
+        (SDDArguments, {"retain_prompts": ["a"], "retain_weight": 0.0}, "there are no retain_prompts"),
+        (SDDArguments, {"retain_prompts": ["a", "b", "c"]}, "must be at least 3, the prompts to retain"),
+        (ESDArguments, {}, "the latents are the student's"),
+        (
+            ESDArguments,
+            {"sampling_model": "frozen", "concepts": ["a", "b", "c"]},
+            "must be at least 3, the prompts to",
+        ),
+        (ESDArguments, {"sampling_model": "frozen", "concept_schedule": "sequential"}, "concept_schedule sequential"),
+    ],
+)
+def test_a_pool_that_cannot_be(arguments, kind, changes, message):
+    with pytest.raises(ValueError, match=f"trajectory_pool 2: .*{message}") as error:
+        kind(**arguments(trajectory_pool=2, **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_what_the_frozen_model_draws_is_pooled(arguments):
+    assert SDDArguments(**arguments(retain_prompts=["cat"])).pooled_purposes() == set()
+    assert SDDArguments(**arguments(retain_prompts=["cat"], trajectory_pool=2)).pooled_purposes() == {"retain"}
+    both = ESDArguments(**arguments(retain_prompts=["cat"], trajectory_pool=2, sampling_model="frozen"))
+    assert both.pooled_purposes() == {"erase", "retain"}

@@ -156,7 +156,9 @@ def test_the_log_tells_loss_and_what_is_left(make_loop, tmp_path):
     make_loop(retain_prompts=["a cat"]).run()
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
-    assert rows[0].keys() == {"step", "erase", "retain", "concept_left", "drift"}
+    assert rows[0].keys() == {"step", "erase", "retain", "concept_left", "drift", "by_concept"}
+    assert rows[0]["by_concept"].keys() == {"knife"} and rows[1]["by_concept"].keys() == {"gun"}
+    assert rows[0]["by_concept"]["knife"] == pytest.approx(rows[0]["erase"])
     assert rows[-1]["concept_left"] != rows[0]["concept_left"]
 
 

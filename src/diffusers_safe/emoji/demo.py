@@ -26,7 +26,8 @@ from .scenes import GROUPS, group_members
 SETTINGS = {
     "train_method": "xattn",
     "prompt_order": "matched",
-    "sdd_target": "anchored",
+    "sdd_target": "frozen",
+    "retain_unconditional": True,
     "negative_guidance_scale": 0.3,
     "loss_space": "velocity",
     "num_inference_steps": 25,

@@ -2,21 +2,27 @@
 
 import math
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from diffusers.optimization import SchedulerType
 
 from ..arguments import check_output_dir, parse_dataclass
 from ..backbones import check_model
-from ..concepts import CONCEPT_SCHEDULES, PROMPT_ORDERS, names_concept, read_concepts
+from ..concepts import CONCEPT_SCHEDULES, PROMPT_ORDERS, joined, names_concept, read_concepts
 from ..weights import TRAIN_METHODS, resolve_train_method
 from .checkpoints import checkpoint_step, list_checkpoints
 from .loss_space import LOSS_SPACES
+from .objectives import ESDObjective, Objective, SDDObjective
+from .objectives.esd import ESD_SAMPLERS
 from .objectives.sdd import SDD_TARGETS
+from .presets import ESD_PRESETS, Preset
 
 
 SAVES = ("full", "partial", "both")
+MIXED_PRECISIONS = ("no", "fp16", "bf16")
+TRACKERS = ("tensorboard", "wandb", "none")
 # All of diffusers' but piecewise_constant, whose rules have no option.
 LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)
 
@@ -37,7 +43,7 @@ class ErasureArguments:
 
     pretrained_model_name_or_path: str = _required("Hub id or folder of a diffusers pipeline.")
     concepts: list[str] = _required("What to erase: one or more names, or one .txt file with a concept a line.")
-    output_dir: str = _required("Where the erased pipeline, erasure.json and checkpoints go.")
+    output_dir: str | None = _required("Where the erased pipeline, erasure.json and checkpoints go.")
     revision: str | None = _option(None, "Revision of the model on the Hub.")
     variant: str | None = _option(None, "Variant of the weight files, such as fp16.")
     cache_dir: str | None = _option(None, "Where downloads from the Hub are kept.")
@@ -75,7 +81,11 @@ class ErasureArguments:
     retain_prompts: list[str] = _option(
         [], "Prompts whose predictions are kept where the base model has them (names, or one .txt file)."
     )
-    retain_weight: float = _option(1.0, "Weight of the retention term; without --retain_prompts there is none.")
+    retain_unconditional: bool = _option(
+        False,
+        "Also keep the unconditional prediction, on the way to the concepts: guidance multiplies the distance to it.",
+    )
+    retain_weight: float = _option(1.0, "Weight of each of these two retention terms.")
     watch_prompts: list[str] = _option(
         ["a cat", "a tree", "a car", "an apple"],
         "Unrelated prompts that are watched, not trained: a warning says when they start to move. Those that name a "
@@ -84,19 +94,41 @@ class ErasureArguments:
     max_train_steps: int = _option(1500, "Optimizer steps.")
     train_batch_size: int = _option(1, "Samples a process and step.")
     gradient_accumulation_steps: int = _option(1, "Batches an optimizer step.")
+    gradient_checkpointing: bool = _option(False, "Compute activations twice instead of keeping them: less memory.")
+    mixed_precision: str | None = _option(
+        None,
+        f"Of forwards and gradients; trained weights stay float32. {', '.join(MIXED_PRECISIONS)}; default what "
+        "`accelerate launch` says.",
+    )
+    allow_tf32: bool = _option(False, "TensorFloat-32 matrix products on GPUs that have them: faster, less exact.")
     learning_rate: float = _option(1e-5, "Peak learning rate of AdamW.")
+    scale_lr: bool = _option(False, "Multiply the learning rate by processes, accumulation and batch size.")
     lr_scheduler: str = _option("constant", f"One of {', '.join(LR_SCHEDULERS)}.")
     lr_warmup_steps: int = _option(0, "Warm-up steps of the learning rate.")
+    use_8bit_adam: bool = _option(False, "AdamW with 8-bit states, of bitsandbytes.")
     adam_beta1: float = _option(0.9, "AdamW's beta 1.")
     adam_beta2: float = _option(0.999, "AdamW's beta 2.")
     adam_weight_decay: float = _option(1e-4, "AdamW's weight decay.")
     adam_epsilon: float = _option(1e-8, "AdamW's epsilon.")
-    max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm.")
+    max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm; 0 leaves them.")
     seed: int = _option(0, "Every draw of the run follows from it.")
     save: str = _option("full", "full: a stock pipeline folder; partial: the erased weights only; both.")
     checkpointing_steps: int = _option(500, "Steps between checkpoints; 0 saves none but when the run is stopped.")
     checkpoints_total_limit: int | None = _option(2, "Keep only this many checkpoints.")
     resume_from_checkpoint: str | None = _option(None, "A checkpoint folder, or latest.")
+    report_to: str = _option(
+        "none", f"Where to follow the run, beside log.jsonl in the output folder: {', '.join(TRACKERS)}."
+    )
+    logging_dir: str = _option("logs", "Folder of the tracker's files, in the output folder.")
+    dry_run: bool = _option(False, "Tell what would be done: weights, forwards, memory. Nothing is written.")
+
+    # Set where a subclass has them.
+    PRESETS: ClassVar[dict[str, Preset]] = {}
+    ema_decay: ClassVar[float | None] = None
+
+    def make_objective(self) -> Objective:
+        """The method, with its settings."""
+        raise NotImplementedError
 
     def __post_init__(self):
         """Checks every value that can be checked without a model.
@@ -120,6 +152,8 @@ class ErasureArguments:
             save=SAVES,
             lr_scheduler=LR_SCHEDULERS,
             loss_space=LOSS_SPACES,
+            report_to=TRACKERS,
+            mixed_precision=(*MIXED_PRECISIONS, None),
         )
         self._check_at_least(
             0,
@@ -127,6 +161,7 @@ class ErasureArguments:
             "checkpointing_steps",
             "retain_weight",
             "adam_weight_decay",
+            "max_grad_norm",
             "trajectory_pool",
             "seed",
         )
@@ -155,17 +190,26 @@ class ErasureArguments:
             raise ValueError(f"seed {self.seed}: must be less than 2**32")
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
             raise ValueError(f"lr_warmup_steps {self.lr_warmup_steps}: needs --lr_scheduler constant_with_warmup")
-        for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
+        for name in ("learning_rate", "adam_epsilon"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)}: must be greater than 0")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be at least 0 and less than 1")
 
+        for option, package in self._needed_packages().items():
+            if find_spec(package) is None:
+                raise ValueError(f"{option}: needs the package {package}, which is not installed")
+
+    def _needed_packages(self) -> dict[str, str]:
+        needed = {"use_8bit_adam": "bitsandbytes"} if self.use_8bit_adam else {}
+        return needed if self.report_to == "none" else {**needed, f"report_to {self.report_to}": self.report_to}
+
     def _check_choices(self, **choices) -> None:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} '{getattr(self, name)}': unknown; allowed are {', '.join(allowed)}")
+                told = ", ".join(value for value in allowed if value is not None)
+                raise ValueError(f"{name} '{getattr(self, name)}': unknown; allowed are {told}")
 
     def _check_at_least(self, least: int, *names: str) -> None:
         for name in names:
@@ -173,11 +217,47 @@ class ErasureArguments:
             if value is not None and not value >= least:
                 raise ValueError(f"{name} {value}: must be at least {least}")
 
+    def pooled_purposes(self) -> set[str]:
+        """Whose samples come from a pool: those to `"erase"` where the frozen model draws them, those to `"retain"`
+        where there are any.
+
+        Raises:
+            `ValueError`: If a pool is asked for and neither can, or it is too small, or the concepts must not mix.
+        """
+        size, sampler, pooled = self.trajectory_pool, self.make_objective().sampler, {}
+        if size and sampler == "frozen":
+            pooled["erase"] = self.concepts
+            if self.concept_schedule == "sequential":
+                raise ValueError(
+                    f"trajectory_pool {size}: takes the concepts in turn, which concept_schedule sequential must not; "
+                    "allowed is 0"
+                )
+        if size and self.retain_prompts and self.retain_weight > 0:
+            pooled["retain"] = self.retain_prompts
+        if size and not pooled:
+            raise ValueError(
+                f"trajectory_pool {size}: the latents are the {sampler}'s, which moves, and there are no "
+                "retain_prompts, whose latents are the frozen model's; allowed is 0"
+            )
+        for purpose, prompts in pooled.items():
+            if size < len(prompts):
+                raise ValueError(f"trajectory_pool {size}: must be at least {len(prompts)}, the prompts to {purpose}")
+        return set(pooled)
+
     @property
     def hub_arguments(self) -> dict:
         """What `from_pretrained` takes beside the name."""
         chosen = {"revision": self.revision, "variant": self.variant, "cache_dir": self.cache_dir}
         return {name: value for name, value in chosen.items() if value is not None}
+
+    @property
+    def index_arguments(self) -> dict:
+        """The same for the index alone."""
+        return {name: value for name, value in self.hub_arguments.items() if name != "variant"}
+
+    @property
+    def tracker_dir(self) -> str:
+        return str(Path(self.output_dir) / self.logging_dir)
 
     def find_checkpoint(self) -> Path | None:
         """The checkpoint to continue from, if one was asked for.
@@ -207,8 +287,12 @@ class ErasureArguments:
         Raises:
             `ValueError`: One line that says what is wrong.
         """
-        hub_arguments = {name: value for name, value in self.hub_arguments.items() if name != "variant"}
-        check_model(self.pretrained_model_name_or_path, **hub_arguments)
+        check_model(self.pretrained_model_name_or_path, **self.index_arguments)
+        if not self.dry_run:
+            self.check_output()
+
+    def check_output(self) -> None:
+        """The part of [`~ErasureArguments.check_surroundings`] about the output folder and what it holds."""
         if Path(self.output_dir).resolve() == Path(self.pretrained_model_name_or_path).resolve():
             raise ValueError(f"output_dir {self.output_dir}: is the base model's own folder; give another")
         checkpoint = self.find_checkpoint()
@@ -228,9 +312,7 @@ class SDDArguments(ErasureArguments):
 
     ema_decay: float = _option(0.999, "m of the average that samples and is published; in [0, 1).")
     sdd_target: str = _option(
-        "student",
-        "Whose prediction is the target: student (the paper), frozen (the base model's, cannot drift), or anchored "
-        "(frozen, and the student's own unconditional prediction is held there, too).",
+        "student", "Whose prediction is the target: student (the paper) or frozen (the base model's, cannot drift)."
     )
     target_prompt: str = _option(
         "", "What the concept becomes: nothing (the paper), or what another prompt says, as in Concept Ablation."
@@ -254,11 +336,77 @@ class SDDArguments(ErasureArguments):
             )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay {self.ema_decay}: must be at least 0 and less than 1")
+        self.pooled_purposes()
+
+    def make_objective(self) -> SDDObjective:
+        return SDDObjective(self.sdd_target, self.target_prompt, self.negative_guidance_scale, joined(self.concepts))
 
 
+_ESD = ESD_PRESETS["paper"].options
+
+
+@dataclass(kw_only=True)
+class ESDArguments(ErasureArguments):
+    """Arguments of ESD."""
+
+    PRESETS: ClassVar[dict[str, Preset]] = ESD_PRESETS
+
+    preset: str = _option(
+        "paper",
+        f"Published settings that stand for all options not given: "
+        f"{'; '.join(f'{name} ({preset.told})' for name, preset in ESD_PRESETS.items())}.",
+    )
+    prompt_order: str = _option(
+        "matched",
+        "matched: draw latents with one concept, train on the same; paper and repository: as in SDD, where one of the "
+        "two is all concepts joined.",
+    )
+    max_train_steps: int = _option(_ESD["max_train_steps"], "Optimizer steps.")
+    adam_weight_decay: float = _option(_ESD["adam_weight_decay"], "AdamW's weight decay.")
+    max_grad_norm: float = _option(_ESD["max_grad_norm"], "Gradients are clipped to this norm; 0 leaves them.")
+    negative_guidance_scale: float | None = _option(
+        None,
+        "eta of the paper, how far beyond nothing the concept is moved. (negative_guidance of the code of 2025 is eta "
+        "+ 1, with --erase_from eta.) Default the preset's.",
+    )
+    erase_from: str | None = _option(
+        None, "Erase the concepts only from what this prompt says, such as 'a painting'; other prompts are left alone."
+    )
+    sampling_model: str = _option(
+        _ESD["sampling_model"], f"Who draws the latents: {', '.join(ESD_SAMPLERS)} (the base model)."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_choices(preset=self.PRESETS, sampling_model=ESD_SAMPLERS)
+        if self.erase_from is not None and not self.erase_from.strip():
+            raise ValueError("erase_from: is blank; leave it out, or name a prompt")
+        if self.negative_guidance_scale is None:
+            preset = self.PRESETS[self.preset]
+            scale = preset.erase_from_scale if self.erase_from is not None else None
+            self.negative_guidance_scale = preset.options["negative_guidance_scale"] if scale is None else scale
+        self._check_at_least(0, "negative_guidance_scale")
+        self.pooled_purposes()
+
+    def make_objective(self) -> ESDObjective:
+        return ESDObjective(self.negative_guidance_scale, self.erase_from, self.sampling_model)
+
+
+METHODS: dict[str, type[ErasureArguments]] = {"esd": ESDArguments, "sdd": SDDArguments}
 Arguments = TypeVar("Arguments", bound=ErasureArguments)
 
 
 def parse_arguments(kind: type[Arguments], description: str, argv: list[str] | None = None) -> Arguments:
     """Reads and checks the command line of an erasure script; see [`parse_dataclass`]."""
-    return parse_dataclass(kind, description, argv, check=ErasureArguments.check_surroundings)
+    return parse_dataclass(
+        kind, description, argv, check=ErasureArguments.check_surroundings, presets=preset_options(kind)
+    )
+
+
+def preset_options(kind: type[ErasureArguments]) -> dict[str, dict[str, Any]]:
+    """The presets of a method as values in place of the defaults. `__post_init__` chooses the scale itself, since it
+    depends on other options."""
+    return {
+        name: {option: value for option, value in preset.options.items() if option != "negative_guidance_scale"}
+        for name, preset in kind.PRESETS.items()
+    }

@@ -1,28 +1,139 @@
-"""From arguments to an erased model on disk; the same for every objective."""
+"""From a pipeline to an erased one: the same way for every method, from Python and from the command line."""
 
-from dataclasses import asdict
+import os
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from typing import Any
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers import DiffusionPipeline
 
-from ..backbones import load_pipeline, make_backbone
+from ..arguments import told_in_one_line
+from ..backbones import check_model, load_pipeline, make_backbone
 from ..provenance import Provenance, fingerprint
-from .arguments import ErasureArguments
+from .arguments import METHODS, ErasureArguments, parse_arguments, preset_options
 from .loop import ErasureLoop
-from .objectives import Objective
 from .output import save_result
+from .plan import make_plan
 
 
-def erase_and_save(
-    accelerator: Accelerator, objective: Objective, args: ErasureArguments, ema_decay: float | None = None
-) -> None:
-    """Loads the base model, trains the objective, writes the result to `args.output_dir`."""
+def erase(
+    pipeline: DiffusionPipeline | str,
+    concepts: list[str],
+    method: str = "sdd",
+    *,
+    output_dir: str | None = None,
+    progress_bar: bool = True,
+    callback: Callable[[int, dict[str, float]], None] | None = None,
+    **options: Any,
+) -> DiffusionPipeline:
+    """Erases concepts from a pipeline, in place: what the training scripts do, in one call.
+
+        pipeline = erase("stable-diffusion-v1-5/stable-diffusion-v1-5", ["Van Gogh"], method="esd", preset="esd-2025")
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`] or `str`): A loaded pipeline of a supported family, whose denoiser
+            is changed, or a folder or Hub id.
+        concepts (`list[str]`): What to erase, at least one name.
+        method (`str`, defaults to `"sdd"`): `"sdd"` or `"esd"`.
+        output_dir (`str`, *optional*): Where to save the result, erasure.json, a log and checkpoints; without it
+            nothing is written.
+        progress_bar (`bool`, defaults to `True`): Whether to show progress and time left.
+        callback (`Callable`, *optional*): Called after every step with its number, from 1, and what was measured.
+        options: Any argument of the method's script (`python train_esd.py --help`), such as `max_train_steps=200`.
+
+    Returns:
+        [`~diffusers.DiffusionPipeline`]: The pipeline, on the device and in the dtype that it had.
+
+    Raises:
+        `ValueError`: If the method, an option or a value is unknown or out of its range, or the family of the pipeline
+            is not supported.
+        `FloatingPointError`: If the loss is not finite any more.
+    """
+    args = _arguments(pipeline, concepts, method, output_dir, options)
+    accelerator = make_accelerator(args)
+    if isinstance(pipeline, str):
+        check_model(pipeline, **args.index_arguments)
+        pipeline = load_pipeline(pipeline, **args.hub_arguments)
+    return train(accelerator, pipeline, args, progress_bar, callback)
+
+
+def _arguments(
+    pipeline: DiffusionPipeline | str,
+    concepts: list[str],
+    method: str,
+    output_dir: str | None,
+    options: dict[str, Any],
+) -> ErasureArguments:
+    if method not in METHODS:
+        raise ValueError(f"method '{method}': unknown; allowed are {', '.join(METHODS)}")
+    if isinstance(concepts, str):
+        raise ValueError(f"concepts '{concepts}': must be a list of names, such as ['{concepts}']")
+    kind = METHODS[method]
+    if unknown := sorted(options.keys() - {item.name for item in fields(kind)}):
+        raise ValueError(f"{', '.join(unknown)}: no option of method '{method}'; see train_{method}.py --help")
+    presets = preset_options(kind)
+    name = pipeline if isinstance(pipeline, str) else pipeline.config.get("_name_or_path") or "a pipeline in memory"
+    known = {"pretrained_model_name_or_path": name, "concepts": list(concepts), "output_dir": output_dir}
+    args = kind(**known, **{**presets.get(options.get("preset", "paper"), {}), **options})
+    for name in ("resume_from_checkpoint", "report_to"):
+        if output_dir is None and options.get(name, "none") != "none":
+            raise ValueError(f"{name} {options[name]}: needs an output_dir")
+    if output_dir is not None:
+        args.check_output()
+    return args
+
+
+def run_command(kind: type[ErasureArguments], description: str, argv: list[str] | None = None) -> None:
+    """What a training script does with its command line."""
+    args = parse_arguments(kind, description, argv)
+    with told_in_one_line():
+        if args.dry_run:
+            if os.environ.get("RANK", "0") == "0":
+                print(make_plan(args, int(os.environ.get("WORLD_SIZE", "1"))))
+            return
+        accelerator = make_accelerator(args)
+        pipeline = load_pipeline(args.pretrained_model_name_or_path, **args.hub_arguments)
+        train(accelerator, pipeline, args)
+    if accelerator.is_main_process:
+        print(f"erased {', '.join(args.concepts)}; the result is in {args.output_dir}")
+
+
+def make_accelerator(args: ErasureArguments) -> Accelerator:
+    """Devices, processes and trackers, as `accelerate launch` and the arguments say.
+
+    Raises:
+        `ValueError`: If the device does not have the precision.
+    """
+    project = None
+    if args.output_dir is not None:
+        project = ProjectConfiguration(args.output_dir, args.tracker_dir)
+    log_with = None if args.report_to == "none" else args.report_to
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=log_with, project_config=project)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+def train(
+    accelerator: Accelerator,
+    pipeline: DiffusionPipeline,
+    args: ErasureArguments,
+    progress_bar: bool = True,
+    callback: Callable[[int, dict[str, float]], None] | None = None,
+) -> DiffusionPipeline:
+    """Erases from a loaded pipeline, and writes the result where there is an output folder."""
     set_seed(args.seed)
-    pipeline = load_pipeline(args.pretrained_model_name_or_path, **args.hub_arguments)
     backbone = make_backbone(pipeline)
+    objective = args.make_objective()
+    denoiser = backbone.denoiser
+    home = {"device": denoiser.device, "dtype": denoiser.dtype}
+    denoiser.to(torch.float32)
     provenance = Provenance(
         base_model=args.pretrained_model_name_or_path,
-        base_fingerprint=fingerprint(backbone.denoiser),
+        base_fingerprint=fingerprint(denoiser),
         concepts=args.concepts,
         method=objective.name,
         train_method=args.train_method,
@@ -33,10 +144,11 @@ def erase_and_save(
         },
         revision=args.revision,
     )
-    loop = ErasureLoop(accelerator, backbone, objective, args, ema_decay)
-    loop.run()
-    if accelerator.is_main_process:
-        backbone.denoiser.eval()
+    loop = ErasureLoop(accelerator, backbone, objective, args, args.ema_decay)
+    loop.run(progress_bar, callback)
+    denoiser.eval().requires_grad_(False)
+    if args.output_dir is not None and accelerator.is_main_process:
         save_result(pipeline, loop.weights.values("student"), provenance, args.output_dir, args.save)
-        print(f"erased {', '.join(args.concepts)}; the result is in {args.output_dir}")
     accelerator.wait_for_everyone()
+    denoiser.to(**home)
+    return pipeline

@@ -1,11 +1,11 @@
 """The loop of every erasure: draw latents, loss, step, EMA, checkpoint."""
 
-import json
 import logging
 import math
 import signal
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -15,16 +15,16 @@ from tqdm.auto import tqdm
 
 from ..backbones import Backbone
 from ..concepts import ConceptSchedule
-from ..provenance import write_text
 from ..trajectories import Trajectories
 from ..weights import TrainedWeights, select_parameters
 from .arguments import ErasureArguments
 from .checkpoints import checkpoint_step, save_checkpoint
 from .loss_space import LossSpace
-from .objectives import Objective
+from .objectives import Objective, TrainingBatch
 from .objectives.retention import retention_loss
 from .predictor import Predictor
-from .samples import make_sources
+from .run_log import ConceptLosses, RunLog
+from .samples import make_source
 from .watch import Watch
 
 
@@ -55,10 +55,14 @@ class ErasureLoop:
         device = accelerator.device
         denoiser = backbone.denoiser.to(device)
         denoiser.train()
+        if args.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
         self.weights = TrainedWeights(denoiser, select_parameters(denoiser, args.train_method), ema_decay)
-        self.optimizer = torch.optim.AdamW(
+        self.batches_a_step = args.gradient_accumulation_steps
+        self.samples_a_step = args.train_batch_size * self.batches_a_step * accelerator.num_processes
+        self.optimizer = _adam_class(args.use_8bit_adam)(
             self.weights.student.values(),
-            lr=args.learning_rate,
+            lr=args.learning_rate * (self.samples_a_step if args.scale_lr else 1),
             betas=(args.adam_beta1, args.adam_beta2),
             weight_decay=args.adam_weight_decay,
             eps=args.adam_epsilon,
@@ -69,10 +73,8 @@ class ErasureLoop:
             num_warmup_steps=args.lr_warmup_steps,
             num_training_steps=args.max_train_steps,
         )
-        self.batches_a_step = args.gradient_accumulation_steps
-        self.samples_a_step = args.train_batch_size * self.batches_a_step * accelerator.num_processes
         num_trajectories = math.ceil(args.max_train_steps / args.latents_per_trajectory) * self.samples_a_step
-        self.schedule = ConceptSchedule(args.concepts, args.concept_schedule, args.prompt_order, num_trajectories or 1)
+        self.schedule = ConceptSchedule(args.concepts, args.concept_schedule, args.prompt_order, num_trajectories)
         prompts = [*self.schedule.all_prompts(), *objective.prompts, *args.retain_prompts, *args.watch_prompts]
         # The loop accumulates itself; what `accelerate launch` set would divide gradients a second time.
         accelerator.gradient_accumulation_steps = 1
@@ -81,11 +83,13 @@ class ErasureLoop:
         self.trajectories = Trajectories(
             backbone.make_scheduler, backbone.latent_shape, args.num_inference_steps, args.sampling_guidance_scale
         )
-        self.erasing, self.retaining = make_sources(
-            self.predictor, self.trajectories, objective.sampler, self.schedule.prompts, args, self.samples_a_step
-        )
+        drawn = (self.predictor, self.trajectories, args, self.samples_a_step)
+        self.erasing = make_source("erase", objective.sampler, self._to_erase, *drawn)
+        self.retaining = make_source("retain", "frozen", self._to_retain, *drawn)
         self.loss_space = LossSpace(args.loss_space, backbone.pipeline.scheduler)
         self.watch = Watch(self.predictor, self.trajectories, args.concepts, args.watch_prompts, args.seed)
+        self.concept_losses = ConceptLosses(prompts)
+        self._warned = False
         self._make_resumable()
 
     def _make_resumable(self) -> None:
@@ -99,19 +103,36 @@ class ErasureLoop:
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
+    def _to_erase(self, number: int, generator: torch.Generator) -> tuple[str, str]:
+        sampled, trained = self.schedule.prompts(number, generator)
+        return self.objective.drawn_with or sampled, trained
+
+    def _to_retain(self, number: int, generator: torch.Generator) -> tuple[str, str]:
+        prompt = self.args.retain_prompts[number % len(self.args.retain_prompts)]
+        return prompt, prompt
+
     def batch_loss(self, step: int, batch_number: int) -> dict[str, torch.Tensor]:
         """The terms of the loss of one batch of this process, each a mean over its samples."""
         size = self.args.train_batch_size
         first = (batch_number * self.accelerator.num_processes + self.accelerator.process_index) * size
         slots = range(first, first + size)
         batch = self.erasing.batch(step, slots)
-        losses = self.objective.loss(self.predictor, batch)
-        terms = {"erase": self.loss_space.weigh(losses, batch.timesteps).mean()}
-        if self.args.retain_prompts and self.args.retain_weight > 0:
-            kept = self.retaining.batch(step, slots)
-            losses = retention_loss(self.predictor, kept)
-            terms["retain"] = self.loss_space.weigh(losses, kept.timesteps).mean()
+        losses = self.loss_space.weigh(self.objective.loss(self.predictor, batch), batch.timesteps)
+        self.concept_losses.add(self._concepts_of(batch), losses)
+        terms = {"erase": losses.mean()}
+        if self.args.retain_weight > 0 and self.args.retain_prompts:
+            terms["retain"] = self._retention(self.retaining.batch(step, slots))
+        if self.args.retain_weight > 0 and self.args.retain_unconditional:
+            terms["retain_unconditional"] = self._retention(replace(batch, prompts=[""] * size))
         return terms
+
+    def _concepts_of(self, batch: TrainingBatch) -> list[str]:
+        """What the losses of a batch are counted under: of the two prompts of a sample, the one concept."""
+        draws_with_one = self.args.prompt_order == "paper" and self.objective.drawn_with is None
+        return batch.drawn_with if draws_with_one else batch.prompts
+
+    def _retention(self, batch: TrainingBatch) -> torch.Tensor:
+        return self.loss_space.weigh(retention_loss(self.predictor, batch), batch.timesteps).mean()
 
     def train_step(self, step: int) -> dict[str, float]:
         """One optimizer step; returns the mean of each term of the loss."""
@@ -120,11 +141,12 @@ class ErasureLoop:
             last = batch_number == self.batches_a_step - 1
             with self.accelerator.no_sync(self.predictor.student) if not last else nullcontext():
                 terms = self.batch_loss(step, batch_number)
-                loss = terms["erase"] + self.args.retain_weight * terms.get("retain", 0.0)
-                self.accelerator.backward(loss / self.batches_a_step)
+                kept = sum(value for name, value in terms.items() if name != "erase")
+                self.accelerator.backward((terms["erase"] + self.args.retain_weight * kept) / self.batches_a_step)
             for name, value in terms.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() / self.batches_a_step
-        self.accelerator.clip_grad_norm_(self.weights.student.values(), self.args.max_grad_norm)
+        if self.args.max_grad_norm > 0:
+            self.accelerator.clip_grad_norm_(self.weights.student.values(), self.args.max_grad_norm)
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
@@ -136,59 +158,71 @@ class ErasureLoop:
 
     # --- the whole run -----------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
+    def run(self, progress_bar: bool = True, callback: Callable[[int, dict[str, float]], None] | None = None) -> None:
         """Trains to the end and leaves the published weights in the denoiser.
 
         A first Ctrl-C or SIGTERM saves a checkpoint after the current step and ends the program with code 130.
+
+        Args:
+            progress_bar (`bool`, defaults to `True`): Whether to show one.
+            callback (`Callable`, *optional*): Called after each step with its number, from 1, and what was measured.
         """
-        args, folder = self.args, Path(self.args.output_dir)
+        args, last = self.args, self.args.max_train_steps
         first = 0
         if checkpoint := args.find_checkpoint():
             self.accelerator.load_state(str(checkpoint))
             first = checkpoint_step(checkpoint)
         self.erasing.prepare()
         self.retaining.prepare()
-        main = self.accelerator.is_main_process
-        if main:
-            _keep_log(folder / "log.jsonl", first)
-        bar = tqdm(
-            range(first, args.max_train_steps),
-            self.objective.name.upper(),
-            args.max_train_steps,
-            initial=first,
-            disable=not main,
-        )
-        every = max(1, args.max_train_steps // 20)
-        shown, warned = {}, False
+        log = RunLog(self.accelerator, args, first)
+        hidden = not (progress_bar and self.accelerator.is_main_process)
+        bar = tqdm(range(first, last), self.objective.name.upper(), last, initial=first, disable=hidden)
+        every = max(1, last // 20)
+        shown = {}
         with _StopRequest() as stop:
             for step in bar:
-                terms = self.train_step(step)
+                measured = self.train_step(step)
                 done = step + 1
-                if done % every == 0 or done == args.max_train_steps:
+                rate = {"learning_rate": self.lr_scheduler.get_last_lr()[0]}
+                if done % every == 0 or done == last:
                     shown = self.watch.measure(self.objective.publishes)
-                    if main:
-                        _append(folder / "log.jsonl", {"step": done, **terms, **shown})
-                    if main and shown.get("drift", 0) > DRIFT_WARNING and not warned:
-                        warned = True
-                        logger.warning(
-                            "step %d: prompts that should stay have moved %.0f %% of what they say; the model may be "
-                            "collapsing: lower --learning_rate, or give --retain_prompts",
-                            done,
-                            100 * shown["drift"],
-                        )
-                bar.set_postfix({name: f"{value:.3g}" for name, value in {**terms, **shown}.items()}, refresh=False)
-                due = args.checkpointing_steps and done % args.checkpointing_steps == 0
-                stopping = self._anyone(stop.requested)
-                if (due or stopping) and done < args.max_train_steps:
-                    saved = save_checkpoint(self.accelerator, folder, done, args.checkpoints_total_limit)
-                    if stopping:
-                        bar.close()
-                        if main:
-                            print(f"stopped; continue with --resume_from_checkpoint {saved}")
-                        raise SystemExit(130)
+                    by_concept = self.concept_losses.take(self.accelerator)
+                    log.write(done, {**measured, **shown, "by_concept": by_concept}, rate, self.predictor.forwards)
+                    self._warn_of_collapse(done, shown)
+                else:
+                    log.follow(done, {**measured, **rate})
+                measured |= shown
+                bar.set_postfix({name: f"{value:.3g}" for name, value in measured.items()}, refresh=False)
+                if callback is not None:
+                    callback(done, measured)
+                self._save_if_due(done, stop, bar)
+        log.close()
         with torch.no_grad():
             for name, value in self.weights.values(self.objective.publishes).items():
                 self.weights.student[name].copy_(value)
+
+    def _warn_of_collapse(self, step: int, shown: dict[str, float]) -> None:
+        if shown.get("drift", 0) > DRIFT_WARNING and not self._warned and self.accelerator.is_main_process:
+            self._warned = True
+            logger.warning(
+                "step %d: prompts that should stay have moved %.0f %% of what they say; the model may be collapsing: "
+                "lower --learning_rate, or give --retain_prompts",
+                step,
+                100 * shown["drift"],
+            )
+
+    def _save_if_due(self, step: int, stop: "_StopRequest", bar: tqdm) -> None:
+        args = self.args
+        if args.output_dir is None or step >= args.max_train_steps:
+            return
+        stopping = self._anyone(stop.requested)
+        if stopping or (args.checkpointing_steps and step % args.checkpointing_steps == 0):
+            saved = save_checkpoint(self.accelerator, Path(args.output_dir), step, args.checkpoints_total_limit)
+            if stopping:
+                bar.close()
+                if self.accelerator.is_main_process:
+                    print(f"stopped; continue with --resume_from_checkpoint {saved}")
+                raise SystemExit(130)
 
     def _anyone(self, wish: bool) -> bool:
         """Whether any process has the wish; all must act alike, or they would wait for each other forever."""
@@ -200,8 +234,9 @@ class RunIdentity:
 
     # Where a run writes and how often, and how long it goes on, changes no step that was done.
     free = {"output_dir", "save", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
-            "cache_dir", "watch_prompts", "pretrained_model_name_or_path", "train_batch_size",
-            "gradient_accumulation_steps"}  # fmt: skip
+            "cache_dir", "watch_prompts", "pretrained_model_name_or_path", "train_batch_size", "report_to",
+            "gradient_accumulation_steps", "gradient_checkpointing", "allow_tf32", "logging_dir", "dry_run",
+            "preset"}  # fmt: skip
 
     def __init__(self, args: ErasureArguments, weights: TrainedWeights, samples_a_step: int):
         self.state = {name: value for name, value in asdict(args).items() if name not in self.free}
@@ -237,12 +272,9 @@ class _StopRequest:
             signal.signal(number, handler)
 
 
-def _keep_log(path: Path, step: int) -> None:
-    """Leaves only what the log tells of the steps that this run continues."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+def _adam_class(use_8bit: bool) -> type[torch.optim.Optimizer]:
+    if not use_8bit:
+        return torch.optim.AdamW
+    from bitsandbytes.optim import AdamW8bit
 
-
-def _append(path: Path, row: dict) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    return AdamW8bit

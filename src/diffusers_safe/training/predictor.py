@@ -19,6 +19,9 @@ class Predictor:
         prompts (`list[str]`): Every prompt that will ever be asked for; `""` is added.
         device (`torch.device`): Where the denoiser computes.
         student (`nn.Module`, *optional*): The denoiser as it is trained, possibly wrapped for several processes.
+
+    Attributes:
+        forwards (`int`): How many samples the denoiser has seen so far.
     """
 
     def __init__(
@@ -31,9 +34,11 @@ class Predictor:
     ):
         self.backbone, self.weights, self.device = backbone, weights, device
         self.student = backbone.denoiser if student is None else student
+        self.forwards = 0
         texts = list(dict.fromkeys(["", *prompts]))
         self._rows = {text: row for row, text in enumerate(texts)}
-        self._encoded = backbone.encode(texts, device)
+        # Trained weights are float32, whatever the text encoder is.
+        self._encoded = {name: value.float() for name, value in backbone.encode(texts, device).items()}
 
     def conditioning(self, prompts: list[str]) -> Conditioning:
         """The encoded prompts, batch size `len(prompts)`."""
@@ -45,21 +50,10 @@ class Predictor:
         """One forward, `(B, C, H, W)`; only the student's carries gradients, and only where they are enabled."""
         return self.predict(model_input, timesteps, self.conditioning(prompts), weights)
 
-    @torch.no_grad()
-    def targets(
-        self, model_input: torch.Tensor, timesteps: torch.Tensor, prompts: list[list[str]], weights: str
-    ) -> list[torch.Tensor]:
-        """Predictions of one model at the same latents for each of several lists of B prompts, in one forward without
-        gradients, each `(B, C, H, W)`; a list that is given twice is computed once."""
-        different = list(dict.fromkeys(map(tuple, prompts)))
-        count = len(different)
-        texts = [text for own in different for text in own]
-        predictions = self(model_input.repeat(count, 1, 1, 1), timesteps.repeat(count), texts, weights).chunk(count)
-        return [predictions[different.index(tuple(own))] for own in prompts]
-
     def predict(
         self, model_input: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning, weights: str
     ) -> torch.Tensor:
+        self.forwards += len(model_input)
         learns = weights == "student" and torch.is_grad_enabled()
         denoiser = self.student if learns else self.backbone.denoiser
         with self.weights.use(weights), nullcontext() if learns else torch.no_grad():

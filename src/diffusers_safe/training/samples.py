@@ -39,27 +39,27 @@ class SampleSource(ABC):
     """Gives the samples of each optimizer step for one term of the loss; a part of every checkpoint.
 
     Args:
-        predictor (`Predictor`): Knows the prompts.
-        trajectories (`Trajectories`): The sampler.
         purpose (`str`): `"erase"` or `"retain"`: each has draws of its own.
         weights (`str`): Whose weights draw: `"student"`, `"ema"` or `"frozen"`.
         prompts (`Prompts`): As [`ConceptSchedule.prompts`].
+        predictor (`Predictor`): Knows the prompts.
+        trajectories (`Trajectories`): The sampler.
         args (`ErasureArguments`): The seed, where trajectories stop, and how they are reused.
         samples_a_step (`int`): Of all processes together.
     """
 
     def __init__(
         self,
-        predictor: Predictor,
-        trajectories: Trajectories,
         purpose: str,
         weights: str,
         prompts: Prompts,
+        predictor: Predictor,
+        trajectories: Trajectories,
         args: ErasureArguments,
         samples_a_step: int,
     ):
-        self.predictor, self.trajectories, self.args = predictor, trajectories, args
         self.purpose, self.weights, self.prompts = purpose, weights, prompts
+        self.predictor, self.trajectories, self.args = predictor, trajectories, args
         self.samples_a_step = samples_a_step
 
     @abstractmethod
@@ -92,7 +92,10 @@ class SampleSource(ABC):
             self.predictor.device,
         )
         parts = zip(model_input.split(count), timesteps.split(count), pairs)
-        return [TrainingBatch(z.clone(), times.clone(), [trained] * count) for z, times, (_, trained) in parts]
+        return [
+            TrainingBatch(latents.clone(), times.clone(), [trained] * count, [sampled] * count)
+            for latents, times, (sampled, trained) in parts
+        ]
 
     def _pick(self, picks: list[tuple[TrainingBatch, int]]) -> TrainingBatch:
         """One latent of each of several trajectories."""
@@ -101,6 +104,7 @@ class SampleSource(ABC):
             torch.stack([trajectory.model_input[row] for trajectory, row in picks]).to(device),
             torch.stack([trajectory.timesteps[row] for trajectory, row in picks]).to(device),
             [trajectory.prompts[row] for trajectory, row in picks],
+            [trajectory.drawn_with[row] for trajectory, row in picks],
         )
 
 
@@ -178,56 +182,19 @@ class PooledSamples(SampleSource):
         """Does nothing."""
 
 
-def _on_cpu(batch: TrainingBatch) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    return batch.model_input.cpu(), batch.timesteps.cpu(), batch.prompts
+def _on_cpu(batch: TrainingBatch) -> tuple[torch.Tensor, torch.Tensor, list[str], list[str]]:
+    return batch.model_input.cpu(), batch.timesteps.cpu(), batch.prompts, batch.drawn_with
 
 
-def make_sources(
+def make_source(
+    purpose: str,
+    weights: str,
+    prompts: Prompts,
     predictor: Predictor,
     trajectories: Trajectories,
-    sampler: str,
-    prompts: Prompts,
     args: ErasureArguments,
     samples_a_step: int,
-) -> tuple[SampleSource, SampleSource]:
-    """The samples to erase, drawn by `sampler`, and those to retain, which are always the frozen model's.
-
-    Raises:
-        `ValueError`: If there are not that many latents in a trajectory; or if a pool is asked for and nothing is
-            drawn by the frozen model, the pool is too small for all prompts, or a concept's turn depends on the step.
-    """
-    trajectories.draw_stops(torch.Generator(), args.sampling_fraction, args.latents_per_trajectory)
-    pooled = _pooled(sampler, args)
-
-    def retained(number: int, generator: torch.Generator) -> tuple[str, str]:
-        prompt = args.retain_prompts[number % len(args.retain_prompts)]
-        return prompt, prompt
-
-    def source(purpose: str, weights: str, prompts: Prompts) -> SampleSource:
-        kind = PooledSamples if purpose in pooled else LiveSamples
-        return kind(predictor, trajectories, purpose, weights, prompts, args, samples_a_step)
-
-    return source("erase", sampler, prompts), source("retain", "frozen", retained)
-
-
-def _pooled(sampler: str, args: ErasureArguments) -> set[str]:
-    """The purposes whose samples come from a pool."""
-    size, pooled = args.trajectory_pool, {}
-    if size and sampler == "frozen":
-        pooled["erase"] = args.concepts
-        if args.concept_schedule == "sequential":
-            raise ValueError(
-                f"trajectory_pool {size}: takes the concepts in turn, which concept_schedule sequential must not; "
-                "allowed is 0"
-            )
-    if size and args.retain_prompts and args.retain_weight > 0:
-        pooled["retain"] = args.retain_prompts
-    if size and not pooled:
-        raise ValueError(
-            f"trajectory_pool {size}: the latents are the {sampler}'s, which moves, and there are no retain_prompts, "
-            "whose latents are the frozen model's; allowed is 0"
-        )
-    for purpose, prompts in pooled.items():
-        if size < len(prompts):
-            raise ValueError(f"trajectory_pool {size}: must be at least {len(prompts)}, the prompts to {purpose}")
-    return set(pooled)
+) -> SampleSource:
+    """The source that the arguments ask for; its arguments are those of [`SampleSource`]."""
+    kind = PooledSamples if purpose in args.pooled_purposes() else LiveSamples
+    return kind(purpose, weights, prompts, predictor, trajectories, args, samples_a_step)

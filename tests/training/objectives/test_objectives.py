@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from diffusers_safe.backbones import make_backbone
-from diffusers_safe.training.objectives import SDDObjective, TrainingBatch
+from diffusers_safe.training.objectives import ESDObjective, SDDObjective, TrainingBatch
+from diffusers_safe.training.objectives.base import targets
 from diffusers_safe.training.objectives.retention import retention_loss
 from diffusers_safe.training.predictor import Predictor
 from diffusers_safe.weights import TrainedWeights, select_parameters
@@ -13,9 +14,10 @@ from diffusers_safe.weights import TrainedWeights, select_parameters
 OBJECTIVES = {
     "sdd": SDDObjective(),
     "sdd-frozen": SDDObjective("frozen"),
-    "sdd-anchored": SDDObjective("anchored"),
-    "sdd-target-prompt": SDDObjective("anchored", "a cat"),
-    "sdd-negative": SDDObjective("anchored", "", 0.2, "knife, gun"),
+    "sdd-target-prompt": SDDObjective("frozen", "a cat"),
+    "sdd-negative": SDDObjective("student", "", 0.2, "knife, gun"),
+    "esd": ESDObjective(),
+    "esd-erase-from": ESDObjective(2.0, "a cat", "frozen"),
 }
 PROMPTS = ["knife", "gun", "a cat", "knife, gun"]
 
@@ -59,15 +61,6 @@ def test_sdd_is_its_equation(setting):
     for objective, target in ((SDDObjective(), own_empty), (SDDObjective("frozen"), frozen_empty)):
         expected = (target - with_concept).square().mean(dim=(1, 2, 3))
         torch.testing.assert_close(objective.loss(predictor, batch).detach(), expected)
-
-
-def test_an_anchored_target_is_frozen_and_the_students_own_unconditional_prediction_is_held_there(setting):
-    predictor, weights, batch = setting
-    with weights.use("frozen"):
-        frozen_empty = predict_plainly(predictor, batch, ["", ""])
-    drift = (predict_plainly(predictor, batch, ["", ""]) - frozen_empty).square().mean(dim=(1, 2, 3))
-    expected = SDDObjective("frozen").loss(predictor, batch) + drift
-    torch.testing.assert_close(SDDObjective("anchored").loss(predictor, batch).detach(), expected.detach())
 
 
 @pytest.mark.parametrize("target", ["student", "frozen"])
@@ -120,16 +113,46 @@ def test_targets_of_one_model_are_one_forward_and_none_is_computed_twice(setting
         unet, "forward", lambda sample, *rest, **more: rows.append(len(sample)) or plain(sample, *rest, **more)
     )
     lists = [["", ""], ["knife", "gun"], ["", ""]]
-    targets = predictor.targets(batch.model_input, batch.timesteps, lists, "frozen")
+    predictions = targets(predictor, batch, lists, "frozen")
     assert rows == [4]
     with weights.use("frozen"):
-        for target, prompts in zip(targets, lists):
+        for target, prompts in zip(predictions, lists):
             torch.testing.assert_close(target, predict_plainly(predictor, batch, prompts), rtol=1e-4, atol=1e-5)
     rows.clear()
     SDDObjective("frozen", "", 0.5, "knife, gun").loss(predictor, batch)
-    assert rows == [4, 2]  # "" and the negative prompt, frozen; the student
+    ESDObjective().loss(predictor, batch)
+    assert rows == [4, 2, 4, 2]  # nothing and the concepts by the frozen model; the student
 
 
 def test_unknown_target():
-    with pytest.raises(ValueError, match="sdd_target 'teacher'.*student, frozen, anchored"):
+    with pytest.raises(ValueError, match="sdd_target 'teacher'.*student, frozen"):
         SDDObjective("teacher")
+
+
+def test_esd_is_its_equation(setting):
+    predictor, weights, batch = setting
+    own = {prompt: predict_plainly(predictor, batch, [prompt] * 2) for prompt in ("a cat", "knife", "gun")}
+    with weights.use("frozen"):
+        empty = predict_plainly(predictor, batch, ["", ""])
+        concept = predict_plainly(predictor, batch, batch.prompts)
+        start = predict_plainly(predictor, batch, ["a cat", "a cat"])
+    noise_pred = torch.stack([own["knife"][0], own["gun"][1]])
+    expected = (noise_pred - (empty - 1.5 * (concept - empty))).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(ESDObjective(1.5).loss(predictor, batch).detach(), expected)
+    expected = (own["a cat"] - (start - 1.5 * (concept - empty))).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(ESDObjective(1.5, "a cat").loss(predictor, batch).detach(), expected)
+
+
+def test_erasing_a_concept_from_itself_is_the_papers_rule_with_eta_one_less(setting):
+    """The code of 2025 with its negative_guidance 2 and no other prompt is the paper with eta 1."""
+    predictor, _, batch = setting
+    batch = TrainingBatch(batch.model_input, batch.timesteps, ["knife", "knife"])
+    code, paper = ESDObjective(2.0, "knife"), ESDObjective(1.0)
+    torch.testing.assert_close(code.loss(predictor, batch), paper.loss(predictor, batch))
+
+
+def test_esd_refuses_bad_values():
+    with pytest.raises(ValueError, match="negative_guidance_scale -1: must be at least 0"):
+        ESDObjective(-1)
+    with pytest.raises(ValueError, match="sampler 'ema'.*student, frozen"):
+        ESDObjective(sampler="ema")

@@ -1,25 +1,20 @@
 """Safe self-Distillation Diffusion: Kim et al., ICML 2023 workshop, arXiv 2307.05977."""
 
-from dataclasses import replace
-
 import torch
 
 from ..predictor import Predictor
-from .base import Objective, TrainingBatch, squared_error
-from .retention import retention_loss
+from .base import Objective, TrainingBatch, squared_error, targets
 
 
-SDD_TARGETS = ("student", "frozen", "anchored")
+SDD_TARGETS = ("student", "frozen")
 
 
 class SDDObjective(Objective):
     """The student's prediction for the concept moves to its own prediction without any.
 
     With `target="student"`, the paper's rule, "ignore the text altogether" is a solution: the loss is 0 and every
-    concept is gone. `target="frozen"` is the prediction of the base model, which cannot wander. While generating,
-    however, guidance multiplies the concept's distance to the model's *own* unconditional prediction.
-    `target="anchored"` therefore holds that one, too, where the base model has it. What else keeps other concepts is
-    [`retention_loss`].
+    concept is gone. `target="frozen"` is the prediction of the base model, which cannot wander. What else keeps other
+    concepts, and the unconditional prediction, is [`retention_loss`].
 
     A model that draws the concept now and then without being asked has it in its unconditional prediction, and no
     erasure towards that can be complete. There are two ways past it:
@@ -64,22 +59,17 @@ class SDDObjective(Objective):
 
     def loss(self, predictor: Predictor, batch: TrainingBatch) -> torch.Tensor:
         # Equation 6: || stopgrad(eps(z_t, "")) - eps(z_t, c_s) ||^2
-        count = len(batch.prompts)
-        empty = replace(batch, prompts=[""] * count)
-        target = self._target(predictor, batch, empty)
-        noise_pred = predictor(batch.model_input, batch.timesteps, batch.prompts, "student")
-        loss = squared_error(noise_pred, target)
-        return loss + retention_loss(predictor, empty) if self.target == "anchored" else loss
+        target = self._target(predictor, batch)
+        return squared_error(predictor(batch.model_input, batch.timesteps, batch.prompts, "student"), target)
 
-    def _target(self, predictor: Predictor, batch: TrainingBatch, empty: TrainingBatch) -> torch.Tensor:
-        inputs, count = (batch.model_input, batch.timesteps), len(batch.prompts)
-        source = "student" if self.target == "student" else "frozen"
-        towards, away = [self.target_prompt] * count, [self.negative_prompt] * count
+    def _target(self, predictor: Predictor, batch: TrainingBatch) -> torch.Tensor:
+        count = len(batch.prompts)
+        towards, away, nothing = [self.target_prompt] * count, [self.negative_prompt] * count, [""] * count
         if not self.negative_guidance_scale:
-            return predictor.targets(*inputs, [towards], source)[0]
-        if source == "frozen":
-            target, negative, nothing = predictor.targets(*inputs, [towards, away, empty.prompts], "frozen")
+            return targets(predictor, batch, [towards], self.target)[0]
+        if self.target == "frozen":
+            target, negative, empty = targets(predictor, batch, [towards, away, nothing], "frozen")
         else:
-            target = predictor.targets(*inputs, [towards], "student")[0]
-            negative, nothing = predictor.targets(*inputs, [away, empty.prompts], "frozen")
-        return target - self.negative_guidance_scale * (negative - nothing)
+            (target,) = targets(predictor, batch, [towards], self.target)
+            negative, empty = targets(predictor, batch, [away, nothing], "frozen")
+        return target - self.negative_guidance_scale * (negative - empty)

@@ -1,0 +1,96 @@
+"""`--dry_run` against what the loop then does."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, UNet2DConditionModel
+
+from diffusers_safe.backbones import make_backbone
+from diffusers_safe.emoji.architecture import build_tokenizer
+from diffusers_safe.training.arguments import ESDArguments, SDDArguments
+from diffusers_safe.training.loop import ErasureLoop
+from diffusers_safe.training.plan import make_plan
+from diffusers_safe.weights import select_parameters
+
+
+@pytest.fixture
+def make_args(tiny_model_folder, tmp_path):
+    def make(kind=SDDArguments, model=tiny_model_folder, **changes):
+        known = {"pretrained_model_name_or_path": str(model), "concepts": ["knife"], "output_dir": str(tmp_path / "o")}
+        return kind(**{**known, "num_inference_steps": 4, "watch_prompts": [], **changes})
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "kind, changes",
+    [
+        (SDDArguments, {}),
+        (SDDArguments, {"retain_prompts": ["a cat"], "retain_unconditional": True, "negative_guidance_scale": 0.1}),
+        (SDDArguments, {"sampling_guidance_scale": 1.0, "sampling_fraction": 0.5}),
+        (ESDArguments, {}),
+        (ESDArguments, {"erase_from": "a cat"}),
+        (SDDArguments, {"latents_per_trajectory": 3}),
+    ],
+)
+def test_the_forwards_of_the_plan_are_those_of_the_loop(make_args, make_tiny_pipeline, monkeypatch, kind, changes):
+    args = make_args(kind, train_batch_size=4, **changes)
+    plan = make_plan(args)
+    loop = ErasureLoop(Accelerator(cpu=True), make_backbone(make_tiny_pipeline()), args.make_objective(), args, 0.5)
+    choices = loop.trajectories.stop_choices(args.sampling_fraction, args.latents_per_trajectory)
+    draws = iter(8 * choices)  # every one equally often: the mean
+    monkeypatch.setattr(loop.trajectories, "draw_stops", lambda *_: next(draws))
+    before = loop.predictor.forwards
+    for step in range(args.latents_per_trajectory):
+        loop.train_step(step)
+    num_samples = 4 * args.latents_per_trajectory
+    assert loop.predictor.forwards - before == pytest.approx(num_samples * sum(plan.forwards.values()))
+
+
+def test_the_forwards_of_a_pool_are_planned(make_args, make_tiny_pipeline):
+    changes = {"trajectory_pool": 4, "latents_per_trajectory": 4, "sampling_model": "frozen", "max_train_steps": 5}
+    args = make_args(ESDArguments, train_batch_size=2, **changes)
+    plan = make_plan(args)
+    loop = ErasureLoop(Accelerator(cpu=True), make_backbone(make_tiny_pipeline()), args.make_objective(), args)
+    before = loop.predictor.forwards
+    for step in range(5):
+        loop.train_step(step)
+    assert loop.predictor.forwards - before == pytest.approx(10 * sum(plan.forwards.values()))
+
+
+def test_the_plan_counts_what_trains(make_args, tiny_pipeline):
+    plan = make_plan(make_args(train_method="xattn-strict"), num_processes=2)
+    names = select_parameters(tiny_pipeline.unet, "xattn-strict")
+    parameters = dict(tiny_pipeline.unet.named_parameters())
+    assert plan.selected == (len(names), sum(parameters[name].numel() for name in names))
+    assert plan.total == (len(parameters), sum(parameter.numel() for parameter in parameters.values()))
+    assert plan.num_samples == 2 * 1500
+    assert "nothing was trained" in str(plan) and "knife by SDD" in str(plan)
+
+
+@pytest.fixture(scope="module")
+def real_size_folder(tmp_path_factory):
+    """The configs of Stable Diffusion 1.5, no weights."""
+    folder = tmp_path_factory.mktemp("real")
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    unet.save_config(folder / "unet")
+    DDIMScheduler(beta_schedule="scaled_linear").save_config(folder / "scheduler")
+    build_tokenizer().save_pretrained(folder / "tokenizer")
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
+             "scheduler": ["diffusers", "DDIMScheduler"], "tokenizer": ["transformers", "CLIPTokenizer"]}  # fmt: skip
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_a_model_of_real_size_is_planned_without_its_weights(make_args, real_size_folder):
+    plan = make_plan(make_args(model=real_size_folder))
+    assert plan.selected[0] == 80 and plan.total[1] == 859_520_964
+    assert 3.4e9 < plan.memory["model"] < 3.5e9
+    less = make_plan(make_args(model=real_size_folder, gradient_checkpointing=True))
+    assert less.memory["activations"] < 0.5 * plan.memory["activations"]
+    twice = make_plan(make_args(model=real_size_folder, train_batch_size=2))
+    assert twice.memory["activations"] == pytest.approx(2 * plan.memory["activations"], rel=0.01)
+    assert twice.flops == pytest.approx(plan.flops, rel=0.01)
