@@ -35,11 +35,11 @@ def toy_predict(model_input, timesteps, conditioning):
     return torch.tanh(model_input + 0.001 * timesteps.view(-1, 1, 1, 1) + conditioning["prompt"].view(-1, 1, 1, 1))
 
 
-def draw(make_scheduler, num_steps, predict=toy_predict, guidance_scale=3.0):
+def draw(make_scheduler, stops, predict=toy_predict, guidance_scale=3.0):
     trajectories = Trajectories(make_scheduler, SHAPE, 10, guidance_scale)
-    prompts = {"prompt": torch.linspace(0.1, 0.5, len(num_steps)).view(-1, 1)}
-    generators = [torch.Generator().manual_seed(i) for i in range(len(num_steps))]
-    return trajectories.sample(predict, prompts, EMPTY, num_steps, generators)
+    prompts = {"prompt": torch.linspace(0.1, 0.5, len(stops)).view(-1, 1)}
+    generators = [torch.Generator().manual_seed(i) for i in range(len(stops))]
+    return trajectories.sample(predict, prompts, EMPTY, stops, generators)
 
 
 def plain_pipeline_inputs(make_scheduler, row, rows):
@@ -63,7 +63,7 @@ def plain_pipeline_inputs(make_scheduler, row, rows):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_zero_steps_give_the_initial_noise(name):
     make_scheduler = SCHEDULERS[name]
-    model_input, timesteps = draw(make_scheduler, [0, 0])
+    model_input, timesteps = draw(make_scheduler, [[0], [0]])
     scheduler = make_scheduler()
     scheduler.set_timesteps(10)
     assert timesteps.tolist() == [scheduler.timesteps[0].item()] * 2
@@ -78,7 +78,7 @@ def test_zero_steps_give_the_initial_noise(name):
 def test_every_stop_is_what_the_pipeline_shows_its_unet_there(name):
     make_scheduler = SCHEDULERS[name]
     positions = Trajectories(make_scheduler, SHAPE, 10).positions
-    model_input, timesteps = draw(make_scheduler, positions)
+    model_input, timesteps = draw(make_scheduler, [[position] for position in positions])
     for row, position in enumerate(positions):
         expected_input, expected_timestep = plain_pipeline_inputs(make_scheduler, row, len(positions))[position]
         assert timesteps[row] == expected_timestep
@@ -93,14 +93,14 @@ def test_each_timestep_is_trained_once(name):
     visited = [scheduler.timesteps[i].item() for i in trajectories.positions]
     assert sorted(visited) == sorted(set(scheduler.timesteps.tolist()))
     generator = torch.Generator().manual_seed(0)
-    assert {trajectories.draw_steps(generator) for _ in range(400)} == set(trajectories.positions)
+    assert {trajectories.draw_stops(generator)[0] for _ in range(400)} == set(trajectories.positions)
 
 
 def test_a_fraction_keeps_to_the_beginning():
     trajectories = Trajectories(SCHEDULERS["ddim"], SHAPE, 10)
     generator = torch.Generator().manual_seed(0)
     for fraction, expected in ((0.4, {0, 1, 2, 3}), (0.7, set(range(7))), (0.01, {0})):
-        assert {trajectories.draw_steps(generator, fraction) for _ in range(200)} == expected
+        assert {trajectories.draw_stops(generator, fraction)[0] for _ in range(200)} == expected
 
 
 def test_forwards_are_only_those_that_are_needed():
@@ -111,24 +111,62 @@ def test_forwards_are_only_those_that_are_needed():
         rows.append(len(model_input))
         return toy_predict(model_input, timesteps, conditioning)
 
-    draw(SCHEDULERS["ddim"], [0, 3, 1], counting)
+    draw(SCHEDULERS["ddim"], [[0], [3], [1]], counting)
     assert rows == [4, 2, 2]
     rows.clear()
-    draw(SCHEDULERS["ddim"], [0, 3, 1], counting, guidance_scale=1.0)
+    draw(SCHEDULERS["ddim"], [[0], [3], [1]], counting, guidance_scale=1.0)
     assert rows == [2, 1, 1]
     rows.clear()
-    draw(SCHEDULERS["ddim"], [0, 0], counting)
+    draw(SCHEDULERS["ddim"], [[0], [0]], counting)
     assert rows == []
 
 
 def test_a_batch_is_its_samples():
     """What a sample is does not depend on its neighbours."""
-    together, _ = draw(SCHEDULERS["dpm++"], [7, 2])
+    together, _ = draw(SCHEDULERS["dpm++"], [[7], [2]])
     trajectories = Trajectories(SCHEDULERS["dpm++"], SHAPE, 10, 3.0)
     alone, _ = trajectories.sample(
-        toy_predict, {"prompt": torch.full((1, 1), 0.1)}, EMPTY, [7], [torch.Generator().manual_seed(0)]
+        toy_predict, {"prompt": torch.full((1, 1), 0.1)}, EMPTY, [[7]], [torch.Generator().manual_seed(0)]
     )
     torch.testing.assert_close(together[:1], alone)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_several_stops_of_a_trajectory_are_bit_for_bit_those_of_single_ones(name):
+    make_scheduler = SCHEDULERS[name]
+    positions = Trajectories(make_scheduler, SHAPE, 10).positions
+    stops = [positions[6], positions[0], positions[9], positions[3]]
+    several, timesteps = draw(make_scheduler, [stops, stops[:2]])
+    for column, stop in enumerate(stops):
+        single, t = draw(make_scheduler, [[stop], [stop]])
+        assert torch.equal(several[column], single[0]) and timesteps[column] == t[0]
+        if column < 2:
+            assert torch.equal(several[4 + column], single[1]) and timesteps[4 + column] == t[1]
+
+
+def test_a_trajectory_of_several_stops_costs_no_more_than_its_last():
+    rows = []
+
+    def counting(model_input, timesteps, conditioning):
+        rows.append(len(model_input))
+        return toy_predict(model_input, timesteps, conditioning)
+
+    draw(SCHEDULERS["ddim"], [[2, 0, 1], [1, 3]], counting)
+    assert rows == [4, 4, 2]
+
+
+def test_stops_are_spread_over_the_schedule_and_each_is_uniform():
+    trajectories = Trajectories(SCHEDULERS["pndm"], SHAPE, 10)
+    generator = torch.Generator().manual_seed(0)
+    draws = [trajectories.draw_stops(generator, 1.0, 5) for _ in range(300)]
+    for column in zip(*draws):
+        assert set(column) == set(trajectories.positions)
+    for stops in draws:
+        ranks = sorted(trajectories.positions.index(stop) for stop in stops)
+        assert [later - earlier for earlier, later in zip(ranks, ranks[1:])] == [2] * 4
+    assert set(trajectories.draw_stops(generator, 0.5, 5)) == set(trajectories.positions[:5])
+    with pytest.raises(ValueError, match="latents_per_trajectory 6: must be at most 5"):
+        trajectories.draw_stops(generator, 0.5, 6)
 
 
 def test_conditioning_helpers():

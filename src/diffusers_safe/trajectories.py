@@ -51,10 +51,23 @@ class Trajectories:
         scheduler.set_timesteps(self.num_inference_steps)
         return scheduler
 
-    def draw_steps(self, generator: torch.Generator, fraction: float = 1.0) -> int:
-        """A number of steps, uniform over the first `fraction` of `positions`, a number in (0, 1]."""
-        count = max(1, round(fraction * len(self.positions)))
-        return self.positions[int(torch.randint(count, (), generator=generator))]
+    def stop_choices(self, fraction: float = 1.0, count: int = 1) -> list[list[int]]:
+        """All ways to stop `count` times within the first `fraction` of `positions`, a number in (0, 1]: spread evenly
+        around these positions, from each of them on. Over all ways, each of the stops is uniform.
+
+        Raises:
+            `ValueError`: If there are fewer positions than `count`.
+        """
+        available = self.positions[: max(1, round(fraction * len(self.positions)))]
+        size = len(available)
+        if count > size:
+            raise ValueError(f"latents_per_trajectory {count}: must be at most {size}, the stops of a trajectory")
+        return [[available[(first + i * size // count) % size] for i in range(count)] for first in range(size)]
+
+    def draw_stops(self, generator: torch.Generator, fraction: float = 1.0, count: int = 1) -> list[int]:
+        """One of [`~Trajectories.stop_choices`]."""
+        choices = self.stop_choices(fraction, count)
+        return choices[int(torch.randint(len(choices), (), generator=generator))]
 
     @torch.no_grad()
     def sample(
@@ -62,42 +75,46 @@ class Trajectories:
         predict: Callable[[torch.Tensor, torch.Tensor, Conditioning], torch.Tensor],
         prompts: Conditioning,
         empty: Conditioning,
-        num_steps: list[int],
+        stops: list[list[int]],
         generators: list[torch.Generator],
         device: torch.device | str = "cpu",
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs each sample its own number of steps; what is still under way is predicted as one batch.
+        """Runs each sample as far as its last stop; what is still under way is predicted as one batch.
 
         Args:
             predict (`Callable`): `(model_input, timesteps, conditioning) -> noise_pred`.
             prompts (`Conditioning`): Of the B prompts that guide the samples.
             empty (`Conditioning`): Of the empty prompt, batch size 1.
-            num_steps (`list[int]`): B members of `positions`.
+            stops (`list[list[int]]`): For each of B samples, one or more members of `positions`.
             generators (`list[torch.Generator]`): B generators on the CPU, for the noise of each sample.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: Latents as the denoiser takes them (after `scale_model_input`),
-            `(B, C, H, W)`, and their timesteps, `(B,)`.
+            `tuple[torch.Tensor, torch.Tensor]`: The latents at all stops, in the order of `stops`, as the denoiser
+            takes them (after `scale_model_input`), `(number of stops, C, H, W)`, and their timesteps.
         """
-        schedulers = [self._scheduler() for _ in num_steps]
+        schedulers = [self._scheduler() for _ in stops]
         latents = [
             torch.randn((1, *self.latent_shape), generator=generator).to(device) * scheduler.init_noise_sigma
             for scheduler, generator in zip(schedulers, generators)
         ]
         timesteps = schedulers[0].timesteps.to(device)
-        for step in range(max(num_steps)):
-            active = [i for i, count in enumerate(num_steps) if count > step]
+        last = [max(own) for own in stops]
+        reached = {}  # (sample, stop) -> its latent
+        for step in range(max(last) + 1):
             t = timesteps[step]
-            model_input = torch.cat([schedulers[i].scale_model_input(latents[i], t) for i in active])
-            noise_pred = self._guided(predict, model_input, t, prompts, empty, active)
+            inputs = {i: schedulers[i].scale_model_input(latents[i], t) for i, end in enumerate(last) if step <= end}
+            reached.update({(i, step): model_input for i, model_input in inputs.items() if step in stops[i]})
+            active = [i for i in inputs if step < last[i]]
+            if not active:
+                break
+            noise_pred = self._guided(predict, torch.cat([inputs[i] for i in active]), t, prompts, empty, active)
             for row, i in enumerate(active):
                 extra = _step_arguments(schedulers[i], generators[i])
                 latents[i] = schedulers[i].step(noise_pred[row : row + 1], t, latents[i], return_dict=False, **extra)[
                     0
                 ]
-        stops = [timesteps[count] for count in num_steps]
-        scaled = [scheduler.scale_model_input(z, t) for scheduler, z, t in zip(schedulers, latents, stops)]
-        return torch.cat(scaled), torch.stack(stops)
+        model_inputs = [reached[i, stop] for i, own in enumerate(stops) for stop in own]
+        return torch.cat(model_inputs), timesteps[[stop for own in stops for stop in own]]
 
     def _guided(self, predict, model_input, t, prompts, empty, active) -> torch.Tensor:
         conditional = select(prompts, active)

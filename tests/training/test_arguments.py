@@ -50,6 +50,8 @@ BAD_VALUES = {
     "seed": (-1, "at least 0"),
     "sampling_guidance_scale": (float("inf"), "finite"),
     "sampling_fraction": (0.0, "greater than 0 and at most 1"),
+    "latents_per_trajectory": (51, "at most 50"),
+    "trajectory_pool": (-1, "at least 0"),
     "lr_warmup_steps": (5, "constant_with_warmup"),
 }
 
@@ -262,3 +264,31 @@ def test_a_bad_config_file_is_told_in_one_line(capsys, unchecked, tmp_path, text
         parse(SDDArguments, "--concepts", "knife", "--config", str(tmp_path / "run.yaml"))
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and message in lines[0]
+
+
+@pytest.mark.parametrize(
+    "kind, changes, message",
+    [
+        (SDDArguments, {}, "the latents are the ema's, which moves, and there are no retain_prompts"),
+        (SDDArguments, {"retain_prompts": ["a"], "retain_weight": 0.0}, "there are no retain_prompts"),
+        (SDDArguments, {"retain_prompts": ["a", "b", "c"]}, "must be at least 3, the prompts to retain"),
+        (ESDArguments, {}, "the latents are the student's"),
+        (
+            ESDArguments,
+            {"sampling_model": "frozen", "concepts": ["a", "b", "c"]},
+            "must be at least 3, the prompts to",
+        ),
+        (ESDArguments, {"sampling_model": "frozen", "concept_schedule": "sequential"}, "concept_schedule sequential"),
+    ],
+)
+def test_a_pool_that_cannot_be(arguments, kind, changes, message):
+    with pytest.raises(ValueError, match=f"trajectory_pool 2: .*{message}") as error:
+        kind(**arguments(trajectory_pool=2, **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_what_the_frozen_model_draws_is_pooled(arguments):
+    assert SDDArguments(**arguments(retain_prompts=["cat"])).pooled_purposes() == set()
+    assert SDDArguments(**arguments(retain_prompts=["cat"], trajectory_pool=2)).pooled_purposes() == {"retain"}
+    both = ESDArguments(**arguments(retain_prompts=["cat"], trajectory_pool=2, sampling_model="frozen"))
+    assert both.pooled_purposes() == {"erase", "retain"}

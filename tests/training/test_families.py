@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from diffusers_safe.formats import PARTIAL_NAME, load_partial
 from diffusers_safe.provenance import Provenance
-from diffusers_safe.training.loop import sample_generator
 from diffusers_safe.training.sdd import main
+from diffusers_safe.training.sources import sample_generator
 from diffusers_safe.trajectories import Trajectories
 from diffusers_safe.weights import select_parameters
 
@@ -85,7 +85,7 @@ def test_the_first_loss_is_what_the_stock_pipeline_and_its_unet_give(family, mod
     pipeline.set_progress_bar_config(disable=True)
     generator = sample_generator(SEED, "erase", 0)
     shape = (4, RESOLUTION // 8, RESOLUTION // 8)
-    steps = Trajectories(lambda: pipeline.scheduler, shape, 5).draw_steps(generator)
+    (steps,) = Trajectories(lambda: pipeline.scheduler, shape, 5).draw_stops(generator)
     assert steps == 3  # of 5, by the seed: not the initial noise
     noise = torch.randn((1, *shape), generator=generator)
     seen = []

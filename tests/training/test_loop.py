@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 
 from diffusers_safe.backbones import make_backbone
 from diffusers_safe.training.arguments import LR_SCHEDULERS, SDDArguments
-from diffusers_safe.training.loop import ErasureLoop, sample_generator
+from diffusers_safe.training.loop import ErasureLoop
 from diffusers_safe.training.objectives import SDDObjective
 from diffusers_safe.training.objectives.sdd import SDD_TARGETS
 
@@ -197,19 +197,10 @@ def test_accumulation_equals_a_larger_batch(make_loop, monkeypatch, rank):
 
 def test_a_fraction_of_the_schedule_is_its_beginning(make_loop):
     loop = make_loop(sampling_fraction=0.5, train_batch_size=16)
-    batch = loop.draw_batch(0, loop.schedule.prompts, "ema", "erase")
+    batch = loop.erasing.batch(0, range(16))
     scheduler = loop.predictor.backbone.make_scheduler()
     scheduler.set_timesteps(4)
     assert set(batch.timesteps.tolist()) == set(scheduler.timesteps[:2].tolist())
-
-
-def test_draws_depend_on_seed_purpose_and_index_only():
-    def draw(*key):
-        return torch.randn(3, generator=sample_generator(*key))
-
-    assert torch.equal(draw(0, "erase", 5), draw(0, "erase", 5))
-    others = [draw(1, "erase", 5), draw(0, "retain", 5), draw(0, "erase", 6)]
-    assert not any(torch.equal(draw(0, "erase", 5), other) for other in others)
 
 
 def test_the_log_tells_loss_and_what_is_left(make_loop, tmp_path):

@@ -33,18 +33,32 @@ def make_args(tiny_model_folder, tmp_path):
         (SDDArguments, {"sampling_guidance_scale": 1.0, "sampling_fraction": 0.5}),
         (ESDArguments, {}),
         (ESDArguments, {"erase_from": "a cat"}),
+        (SDDArguments, {"latents_per_trajectory": 3}),
     ],
 )
 def test_the_forwards_of_the_plan_are_those_of_the_loop(make_args, make_tiny_pipeline, monkeypatch, kind, changes):
     args = make_args(kind, train_batch_size=4, **changes)
     plan = make_plan(args)
     loop = ErasureLoop(Accelerator(cpu=True), make_backbone(make_tiny_pipeline()), args.make_objective(), args, 0.5)
-    positions = loop.trajectories.positions[: round(args.sampling_fraction * 4)]
-    draws = iter(8 * positions)  # every stop equally often: the mean
-    monkeypatch.setattr(loop.trajectories, "draw_steps", lambda *_: next(draws))
+    choices = loop.trajectories.stop_choices(args.sampling_fraction, args.latents_per_trajectory)
+    draws = iter(8 * choices)  # every one equally often: the mean
+    monkeypatch.setattr(loop.trajectories, "draw_stops", lambda *_: next(draws))
     before = loop.predictor.forwards
-    loop.train_step(0)
-    assert loop.predictor.forwards - before == pytest.approx(4 * sum(plan.forwards.values()))
+    for step in range(args.latents_per_trajectory):
+        loop.train_step(step)
+    num_samples = 4 * args.latents_per_trajectory
+    assert loop.predictor.forwards - before == pytest.approx(num_samples * sum(plan.forwards.values()))
+
+
+def test_the_forwards_of_a_pool_are_planned(make_args, make_tiny_pipeline):
+    changes = {"trajectory_pool": 4, "latents_per_trajectory": 4, "sampling_model": "frozen", "max_train_steps": 5}
+    args = make_args(ESDArguments, train_batch_size=2, **changes)
+    plan = make_plan(args)
+    loop = ErasureLoop(Accelerator(cpu=True), make_backbone(make_tiny_pipeline()), args.make_objective(), args)
+    before = loop.predictor.forwards
+    for step in range(5):
+        loop.train_step(step)
+    assert loop.predictor.forwards - before == pytest.approx(10 * sum(plan.forwards.values()))
 
 
 def test_the_plan_counts_what_trains(make_args, tiny_pipeline):

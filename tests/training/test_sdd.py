@@ -210,6 +210,29 @@ def test_two_processes_are_one_with_twice_the_batch(erased, tiny_model_folder, t
     assert apart < 1e-3  # 8e-6 where it was measured; other draws would make it about 1
 
 
+def test_reused_trajectories_of_two_processes_go_on_in_one(tiny_model_folder, tmp_path):
+    """Each process draws half of the pool, and the trajectories of its own slots; a checkpoint has all of them."""
+    settings = {
+        "latents_per_trajectory": 3,
+        "trajectory_pool": 3,
+        "retain_prompts": ["cat", "dog"],
+        "max_train_steps": 6,
+        "checkpointing_steps": 4,
+    }
+    out = tmp_path / "out"
+    in_two_processes(options(tiny_model_folder, out, train_batch_size=1, **settings), tmp_path)
+    undisturbed = log_rows(out)
+    state = torch.load(out / "checkpoint-4" / "custom_checkpoint_2.pkl", weights_only=True)
+    assert sorted(number for number, *_ in state["drawn"]) == [2, 3]  # the second trajectory of each slot
+
+    resumed = options(tiny_model_folder, out, resume_from_checkpoint="latest", **settings)
+    succeed([sys.executable, SCRIPT, *resumed], tmp_path, ACCELERATE_USE_CPU="true")
+    for after, before in zip(log_rows(out), undisturbed, strict=True):
+        assert [after[term] for term in ("erase", "retain")] == pytest.approx(
+            [before["erase"], before["retain"]], rel=1e-3
+        )
+
+
 # --- as a LoRA -------------------------------------------------------------------------------------------------------
 
 LORA = {"rank": 4, "train_method": "esd-u", "learning_rate": 1e-2}

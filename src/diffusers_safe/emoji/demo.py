@@ -36,7 +36,7 @@ SETTINGS = {
     "learning_rate": 2e-3,
     "lr_scheduler": "cosine",
     "ema_decay": 0.9,
-    "retain_weight": 1.0,
+    "retain_weight": 3.0,
 }
 
 

@@ -81,6 +81,16 @@ class ErasureArguments:
         "noise levels, where it is decided what a picture shows, come first.",
     )
     sampling_guidance_scale: float = _option(3.0, "Classifier-free guidance while latents are drawn.")
+    latents_per_trajectory: int = _option(
+        1,
+        "Latents that one run of the sampler gives, at as many stops, for as many successive optimizer steps; they "
+        "are drawn at the first of these, and grow old. The papers' is 1.",
+    )
+    trajectory_pool: int = _option(
+        0,
+        "Where the frozen model draws the latents (always for --retain_prompts), draw this many trajectories once, "
+        "ahead, and take all samples from them; 0, the papers' rule, draws anew for every step.",
+    )
     loss_space: str = _option(
         "prediction",
         "In what errors are measured: prediction (what the model predicts, the papers) or velocity (high noise levels "
@@ -185,6 +195,7 @@ class ErasureArguments:
             "retain_weight",
             "adam_weight_decay",
             "max_grad_norm",
+            "trajectory_pool",
             "seed",
         )
         self._check_at_least(
@@ -192,6 +203,7 @@ class ErasureArguments:
             "resolution",
             "max_train_steps",
             "num_inference_steps",
+            "latents_per_trajectory",
             "train_batch_size",
             "gradient_accumulation_steps",
             "checkpoints_total_limit",
@@ -202,6 +214,12 @@ class ErasureArguments:
                 raise ValueError(f"{item.name} {value}: must be a finite number")
         if not 0 < self.sampling_fraction <= 1:
             raise ValueError(f"sampling_fraction {self.sampling_fraction}: must be greater than 0 and at most 1")
+        stops = max(1, round(self.sampling_fraction * self.num_inference_steps))
+        if self.latents_per_trajectory > stops:
+            raise ValueError(
+                f"latents_per_trajectory {self.latents_per_trajectory}: must be at most {stops}, the stops of a "
+                "trajectory (num_inference_steps * sampling_fraction)"
+            )
         if self.seed >= 2**32:
             raise ValueError(f"seed {self.seed}: must be less than 2**32")
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
@@ -257,6 +275,33 @@ class ErasureArguments:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ValueError(f"{name} {value}: must be at least {least}")
+
+    def pooled_purposes(self) -> set[str]:
+        """Whose samples come from a pool: those to `"erase"` where the frozen model draws them, those to `"retain"`
+        where there are any.
+
+        Raises:
+            `ValueError`: If a pool is asked for and neither can, or it is too small, or the concepts must not mix.
+        """
+        size, sampler, pooled = self.trajectory_pool, self.make_objective().sampler, {}
+        if size and sampler == "frozen":
+            pooled["erase"] = self.concepts
+            if self.concept_schedule == "sequential":
+                raise ValueError(
+                    f"trajectory_pool {size}: takes the concepts in turn, which concept_schedule sequential must not; "
+                    "allowed is 0"
+                )
+        if size and self.retain_prompts and self.retain_weight > 0:
+            pooled["retain"] = self.retain_prompts
+        if size and not pooled:
+            raise ValueError(
+                f"trajectory_pool {size}: the latents are the {sampler}'s, which moves, and there are no "
+                "retain_prompts, whose latents are the frozen model's; allowed is 0"
+            )
+        for purpose, prompts in pooled.items():
+            if size < len(prompts):
+                raise ValueError(f"trajectory_pool {size}: must be at least {len(prompts)}, the prompts to {purpose}")
+        return set(pooled)
 
     @property
     def recorded(self) -> dict:
@@ -364,6 +409,7 @@ class SDDArguments(ErasureArguments):
             )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay {self.ema_decay}: must be at least 0 and less than 1")
+        self.pooled_purposes()
 
     def make_objective(self) -> SDDObjective:
         return SDDObjective(self.sdd_target, self.target_prompt, self.negative_guidance_scale, joined(self.concepts))
@@ -413,6 +459,7 @@ class ESDArguments(ErasureArguments):
             scale = preset.erase_from_scale if self.erase_from is not None else None
             self.negative_guidance_scale = preset.options["negative_guidance_scale"] if scale is None else scale
         self._check_at_least(0, "negative_guidance_scale")
+        self.pooled_purposes()
 
     def make_objective(self) -> ESDObjective:
         return ESDObjective(self.negative_guidance_scale, self.erase_from, self.sampling_model)

@@ -29,18 +29,12 @@ from .objectives import Objective, TrainingBatch
 from .objectives.retention import retention_loss
 from .predictor import Predictor
 from .run_log import ConceptLosses, RunLog
+from .sources import make_source
 from .watch import Watch
 
 
 logger = logging.getLogger(__name__)
 DRIFT_WARNING = 0.5
-
-
-def sample_generator(seed: int, purpose: str, index: int) -> torch.Generator:
-    """The generator of one training sample. It depends on nothing but its arguments, so processes, batch size,
-    accumulation and resuming change no draw."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def make_weights(denoiser: nn.Module, args: ErasureArguments, ema_decay: float | None = None) -> TrainedWeights:
@@ -92,9 +86,8 @@ class ErasureLoop:
             num_warmup_steps=args.lr_warmup_steps,
             num_training_steps=args.max_train_steps,
         )
-        self.schedule = ConceptSchedule(
-            args.concepts, args.concept_schedule, args.prompt_order, args.max_train_steps * self.samples_a_step or 1
-        )
+        num_trajectories = math.ceil(args.max_train_steps / args.latents_per_trajectory) * self.samples_a_step
+        self.schedule = ConceptSchedule(args.concepts, args.concept_schedule, args.prompt_order, num_trajectories)
         prompts = [*self.schedule.all_prompts(), *objective.prompts, *args.retain_prompts, *args.watch_prompts]
         # The loop accumulates itself; what `accelerate launch` set would divide gradients a second time.
         accelerator.gradient_accumulation_steps = 1
@@ -103,6 +96,9 @@ class ErasureLoop:
         self.trajectories = Trajectories(
             backbone.make_scheduler, backbone.latent_shape, args.num_inference_steps, args.sampling_guidance_scale
         )
+        drawn = (self.predictor, self.trajectories, args, self.samples_a_step)
+        self.erasing = make_source("erase", objective.sampler, self._to_erase, *drawn)
+        self.retaining = make_source("retain", "frozen", self._to_retain, *drawn)
         self.loss_space = LossSpace(args.loss_space, backbone.pipeline.scheduler)
         self.watch = Watch(self.predictor, self.trajectories, args.concepts, args.watch_prompts, args.seed)
         self.concept_losses = ConceptLosses(prompts)
@@ -125,46 +121,29 @@ class ErasureLoop:
 
         self.accelerator.register_save_state_pre_hook(before_saving)
         self.accelerator.register_load_state_pre_hook(before_loading)
-        self.accelerator.register_for_checkpointing(self.weights, self.lr_scheduler)
+        self.accelerator.register_for_checkpointing(self.weights, self.lr_scheduler, self.erasing, self.retaining)
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
-    def draw_batch(self, first: int, prompts: Callable, sampler: str, purpose: str) -> TrainingBatch:
-        """This process's samples from number `first` on; `prompts(index, generator)` as in [`ConceptSchedule`]."""
-        indices = range(first, first + self.args.train_batch_size)
-        generators = [sample_generator(self.args.seed, purpose, index) for index in indices]
-        pairs = [prompts(index, generator) for index, generator in zip(indices, generators)]
-        fraction = self.args.sampling_fraction
-        num_steps = [self.trajectories.draw_steps(generator, fraction) for generator in generators]
-        model_input, timesteps = self.trajectories.sample(
-            lambda *inputs: self.predictor.predict(*inputs, weights=sampler),
-            self.predictor.conditioning([sampled for sampled, _ in pairs]),
-            self.predictor.conditioning([""]),
-            num_steps,
-            generators,
-            self.accelerator.device,
-        )
-        return TrainingBatch(model_input, timesteps, *([pair[i] for pair in pairs] for i in (1, 0)))
-
-    def _to_erase(self, index: int, generator: torch.Generator) -> tuple[str, str]:
-        sampled, trained = self.schedule.prompts(index, generator)
+    def _to_erase(self, number: int, generator: torch.Generator) -> tuple[str, str]:
+        sampled, trained = self.schedule.prompts(number, generator)
         return self.objective.drawn_with or sampled, trained
 
-    def _to_retain(self, index: int, generator: torch.Generator) -> tuple[str, str]:
-        prompt = self.args.retain_prompts[index % len(self.args.retain_prompts)]
+    def _to_retain(self, number: int, generator: torch.Generator) -> tuple[str, str]:
+        prompt = self.args.retain_prompts[number % len(self.args.retain_prompts)]
         return prompt, prompt
 
     def batch_loss(self, step: int, batch_number: int) -> dict[str, torch.Tensor]:
         """The terms of the loss of one batch of this process, each a mean over its samples."""
         size = self.args.train_batch_size
-        first = step * self.samples_a_step + batch_number * size * self.accelerator.num_processes
-        first += self.accelerator.process_index * size
-        batch = self.draw_batch(first, self._to_erase, self.objective.sampler, "erase")
+        first = (batch_number * self.accelerator.num_processes + self.accelerator.process_index) * size
+        slots = range(first, first + size)
+        batch = self.erasing.batch(step, slots)
         losses = self.loss_space.weigh(self.objective.loss(self.predictor, batch), batch.timesteps)
         self.concept_losses.add(self._concepts_of(batch), losses)
         terms = {"erase": losses.mean()}
         if self.args.retain_weight > 0 and self.args.retain_prompts:
-            terms["retain"] = self._retention(self.draw_batch(first, self._to_retain, "frozen", "retain"))
+            terms["retain"] = self._retention(self.retaining.batch(step, slots))
         if self.args.retain_weight > 0 and self.args.retain_unconditional:
             terms["retain_unconditional"] = self._retention(replace(batch, prompts=[""] * size))
         return terms
@@ -215,6 +194,8 @@ class ErasureLoop:
         if checkpoint := args.find_checkpoint():
             self.accelerator.load_state(str(checkpoint))
             first = checkpoint_step(checkpoint)
+        self.erasing.prepare()
+        self.retaining.prepare()
         log = RunLog(self.accelerator, args, first)
         hidden = not (progress_bar and self.accelerator.is_main_process)
         bar = tqdm(range(first, last), self.objective.name.upper(), last, initial=first, disable=hidden)

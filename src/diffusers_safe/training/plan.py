@@ -91,7 +91,8 @@ def make_plan(args: ErasureArguments, num_processes: int = 1) -> Plan:
     trajectories = Trajectories(
         lambda: scheduler.from_config(schedule), (1, 1, 1), args.num_inference_steps, args.sampling_guidance_scale
     )
-    forwards = _forwards(args, trajectories)
+    num_samples = args.max_train_steps * args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    forwards = _forwards(args, trajectories, num_samples)
     size = unet.config.sample_size
     if args.resolution is not None:
         size = args.resolution // vae_scale_factor(AutoencoderKL.load_config(name, subfolder="vae", **hub))
@@ -135,19 +136,26 @@ class _Counter:
         return torch.zeros_like(model_input)
 
 
-def _forwards(args: ErasureArguments, trajectories: Trajectories) -> dict[str, float]:
+def _forwards(args: ErasureArguments, trajectories: Trajectories, num_samples: int) -> dict[str, float]:
     batch = TrainingBatch(torch.zeros(1, 1, 1, 1), torch.zeros(1), ["concept"])
-    positions = trajectories.positions[: max(1, round(args.sampling_fraction * len(trajectories.positions)))]
-    drawing = sum(positions) / len(positions) * (2 if args.sampling_guidance_scale > 1 else 1)
     loss, kept = _Counter(), _Counter()
     args.make_objective().loss(loss, batch)
     retention_loss(kept, batch)
-    forwards = {"drawing latents": drawing, "the loss": loss.forwards}
+    forwards = {"drawing latents": _drawing("erase", args, trajectories, num_samples), "the loss": loss.forwards}
     if args.retain_weight > 0 and args.retain_prompts:
-        forwards["retention"] = drawing + kept.forwards
+        forwards["retention"] = _drawing("retain", args, trajectories, num_samples) + kept.forwards
     if args.retain_weight > 0 and args.retain_unconditional:
         forwards["unconditional retention"] = kept.forwards
     return forwards
+
+
+def _drawing(purpose: str, args: ErasureArguments, trajectories: Trajectories, num_samples: int) -> float:
+    """Mean forwards for the latent of one sample: trajectories run to their last stop, and may serve several."""
+    choices = trajectories.stop_choices(args.sampling_fraction, args.latents_per_trajectory)
+    each = sum(map(max, choices)) / len(choices) * (2 if args.sampling_guidance_scale > 1 else 1)
+    if purpose in args.pooled_purposes():
+        return each * min(args.trajectory_pool, num_samples) / num_samples
+    return each / args.latents_per_trajectory
 
 
 def _measure(unet: UNet2DConditionModel, inputs: dict) -> tuple[float, float, float]:

@@ -37,7 +37,7 @@ class Watch:
             lambda *inputs: predictor.predict(*inputs, weights="frozen"),
             predictor.conditioning(prompts),
             predictor.conditioning([""]),
-            [count] * len(prompts),
+            [[count]] * len(prompts),
             [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))],
             predictor.device,
         )

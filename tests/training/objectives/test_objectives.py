@@ -5,6 +5,7 @@ import torch
 
 from diffusers_safe.backbones import make_backbone
 from diffusers_safe.training.objectives import ESDObjective, SDDObjective, TrainingBatch
+from diffusers_safe.training.objectives.base import targets
 from diffusers_safe.training.objectives.retention import retention_loss
 from diffusers_safe.training.predictor import Predictor
 from diffusers_safe.weights import TrainedWeights, select_parameters
@@ -102,6 +103,25 @@ def test_retention_is_the_distance_to_the_frozen_model(setting):
         for name, parameter in weights.student.items():
             parameter.copy_(weights.frozen[name])
     assert retention_loss(predictor, batch).tolist() == [0.0, 0.0]
+
+
+def test_targets_of_one_model_are_one_forward_and_none_is_computed_twice(setting, monkeypatch):
+    predictor, weights, batch = setting
+    unet = predictor.backbone.denoiser
+    plain, rows = unet.forward, []
+    monkeypatch.setattr(
+        unet, "forward", lambda sample, *rest, **more: rows.append(len(sample)) or plain(sample, *rest, **more)
+    )
+    lists = [["", ""], ["knife", "gun"], ["", ""]]
+    predictions = targets(predictor, batch, lists, "frozen")
+    assert rows == [4]
+    with weights.use("frozen"):
+        for target, prompts in zip(predictions, lists):
+            torch.testing.assert_close(target, predict_plainly(predictor, batch, prompts), rtol=1e-4, atol=1e-5)
+    rows.clear()
+    SDDObjective("frozen", "", 0.5, "knife, gun").loss(predictor, batch)
+    ESDObjective().loss(predictor, batch)
+    assert rows == [4, 2, 4, 2]  # nothing and the concepts by the frozen model; the student
 
 
 def test_unknown_target():

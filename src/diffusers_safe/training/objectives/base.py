@@ -50,3 +50,15 @@ class Objective(ABC):
 def squared_error(noise_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean over all but the first dimension, `(B,)`."""
     return (noise_pred - target).square().flatten(1).mean(dim=1)
+
+
+@torch.no_grad()
+def targets(predictor: Predictor, batch: TrainingBatch, prompts: list[list[str]], weights: str) -> list[torch.Tensor]:
+    """What one model predicts at the latents of a batch, for each of several lists of B prompts, in one forward
+    without gradients; each `(B, C, H, W)`. A list that is given twice is computed once."""
+    different = list(dict.fromkeys(map(tuple, prompts)))
+    count = len(different)
+    texts = [text for own in different for text in own]
+    inputs = (batch.model_input.repeat(count, 1, 1, 1), batch.timesteps.repeat(count))
+    predictions = predictor(*inputs, texts, weights).chunk(count)
+    return [predictions[different.index(tuple(own))] for own in prompts]

@@ -3,7 +3,7 @@
 import torch
 
 from ..predictor import Predictor
-from .base import Objective, TrainingBatch, squared_error
+from .base import Objective, TrainingBatch, squared_error, targets
 
 
 ESD_SAMPLERS = ("student", "frozen")
@@ -45,11 +45,9 @@ class ESDObjective(Objective):
         self.drawn_with = erase_from
 
     def loss(self, predictor: Predictor, batch: TrainingBatch) -> torch.Tensor:
-        inputs, count = (batch.model_input, batch.timesteps), len(batch.prompts)
+        count = len(batch.prompts)
         trained = batch.prompts if self.erase_from is None else [self.erase_from] * count
-        with torch.no_grad():
-            empty = predictor(*inputs, [""] * count, "frozen")
-            concept = predictor(*inputs, batch.prompts, "frozen")
-            start = empty if self.erase_from is None else predictor(*inputs, trained, "frozen")
-            target = start - self.negative_guidance_scale * (concept - empty)  # equation 7
-        return squared_error(predictor(*inputs, trained, "student"), target)
+        base = trained if self.erase_from is not None else [""] * count
+        start, concept, empty = targets(predictor, batch, [base, batch.prompts, [""] * count], "frozen")
+        target = start - self.negative_guidance_scale * (concept - empty)  # equation 7
+        return squared_error(predictor(batch.model_input, batch.timesteps, trained, "student"), target)

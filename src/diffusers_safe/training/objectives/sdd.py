@@ -3,7 +3,7 @@
 import torch
 
 from ..predictor import Predictor
-from .base import Objective, TrainingBatch, squared_error
+from .base import Objective, TrainingBatch, squared_error, targets
 
 
 SDD_TARGETS = ("student", "frozen")
@@ -59,12 +59,17 @@ class SDDObjective(Objective):
 
     def loss(self, predictor: Predictor, batch: TrainingBatch) -> torch.Tensor:
         # Equation 6: || stopgrad(eps(z_t, "")) - eps(z_t, c_s) ||^2
-        inputs, count = (batch.model_input, batch.timesteps), len(batch.prompts)
-        with torch.no_grad():
-            target = predictor(*inputs, [self.target_prompt] * count, self.target)
-            if self.negative_guidance_scale:
-                negative = predictor(*inputs, [self.negative_prompt] * count, "frozen")
-                target = target - self.negative_guidance_scale * (
-                    negative - predictor(*inputs, [""] * count, "frozen")
-                )
-        return squared_error(predictor(*inputs, batch.prompts, "student"), target)
+        target = self._target(predictor, batch)
+        return squared_error(predictor(batch.model_input, batch.timesteps, batch.prompts, "student"), target)
+
+    def _target(self, predictor: Predictor, batch: TrainingBatch) -> torch.Tensor:
+        count = len(batch.prompts)
+        towards, away, nothing = [self.target_prompt] * count, [self.negative_prompt] * count, [""] * count
+        if not self.negative_guidance_scale:
+            return targets(predictor, batch, [towards], self.target)[0]
+        if self.target == "frozen":
+            target, negative, empty = targets(predictor, batch, [towards, away, nothing], "frozen")
+        else:
+            (target,) = targets(predictor, batch, [towards], self.target)
+            negative, empty = targets(predictor, batch, [away, nothing], "frozen")
+        return target - self.negative_guidance_scale * (negative - empty)
