@@ -1,47 +1,88 @@
+import pytest
 import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from diffusers_safe import erase
 from diffusers_safe.evaluation import grid
+from diffusers_safe.evaluation.generate import GenerationSettings
+from diffusers_safe.provenance import fingerprint
 from diffusers_safe.training import samples
-from diffusers_safe.training.samples import sample_grid
+from diffusers_safe.training.arguments import SDDArguments
+from diffusers_safe.training.samples import Samples
 from diffusers_safe.weights import TrainedWeights, select_parameters
 
 
-def test_before_is_the_base_model_and_after_is_the_student(tiny_pipeline, monkeypatch):
+@pytest.fixture
+def weights(tiny_pipeline):
+    return TrainedWeights(tiny_pipeline.unet, select_parameters(tiny_pipeline.unet, "xattn"), ema_decay=0.5)
+
+
+def test_before_is_the_base_model_and_after_is_what_is_asked_for(tiny_pipeline, weights, monkeypatch):
     drawn = []
     monkeypatch.setattr(
         samples,
         "draw_grid",
         lambda groups, caption: drawn.append((groups, caption)) or grid.draw_grid(groups, caption),
     )
-    weights = TrainedWeights(tiny_pipeline.unet, select_parameters(tiny_pipeline.unet, "xattn"))
-    arguments = {"num_images": 2, "num_inference_steps": 2, "seed": 5}
-    concepts = [f"concept {i}" for i in range(10)]
-    sample_grid(tiny_pipeline, weights, concepts, ["a cat"], **arguments)
+    pictures = Samples(tiny_pipeline, weights, ["a", "b"], ["a cat"], 2, 5, GenerationSettings(2))
+    pictures.draw()
     with torch.no_grad():
         for value in weights.student.values():
             value.add_(torch.randn_like(value))
     learned = {name: value.clone() for name, value in weights.student.items()}
-    sample_grid(tiny_pipeline, weights, concepts, ["a cat"], **arguments)
-    (first, caption), (second, _) = drawn
-    assert [group.prompts for group in first] == [["concept 0", "concept 2", "concept 5", "concept 7"], ["a cat"]]
-    assert "seeds 5 to 6" in caption
-    pictures = [
-        [
-            [image.tobytes() for row in rows for image in row]
-            for group in groups
-            for rows in (group.before, group.after)
-        ]
-        for groups in (first, second)
-    ]
-    untouched, changed = pictures
-    assert untouched[0] == untouched[1] == changed[0] and untouched[2] == changed[2]
-    assert all(before != after for before, after in zip(changed[0] + changed[2], changed[1] + changed[3]))
-    assert len(set(untouched[0])) == 8  # every prompt and seed is a picture of its own
+    pictures.draw("student")
+    pictures.draw("ema")
+    (first, caption), (second, _), (third, _) = drawn
+    assert [group.prompts for group in first] == [["a", "b"], ["a cat"]] and "seeds 5 to 6" in caption
+
+    def flat(groups):
+        return [[[image.tobytes() for row in rows for image in row] for rows in (group.before, group.after)]
+                for group in groups]  # fmt: skip
+
+    untouched, changed, averaged = flat(first), flat(second), flat(third)
+    for group, (before, after) in enumerate(changed):
+        assert untouched[group][0] == untouched[group][1] == before
+        assert all(one != other for one, other in zip(before, after))
+        assert averaged[group][1] == before  # the EMA has not moved
+    assert len(set(untouched[0][0])) == 4  # every prompt and seed is a picture of its own
     assert all(torch.equal(value, learned[name]) for name, value in weights.student.items())
 
 
-def test_without_prompts_to_keep_there_is_one_group(tiny_pipeline):
-    weights = TrainedWeights(tiny_pipeline.unet, select_parameters(tiny_pipeline.unet, "xattn"))
-    alone = sample_grid(tiny_pipeline, weights, ["a"], [], num_inference_steps=1)
-    both = sample_grid(tiny_pipeline, weights, ["a"], ["b"], num_inference_steps=1)
-    assert alone.width < both.width
+@pytest.fixture
+def arguments(tiny_model_folder, tmp_path):
+    known = {"pretrained_model_name_or_path": tiny_model_folder, "output_dir": str(tmp_path)}
+    return lambda **changes: SDDArguments(**{**known, **changes})
+
+
+def test_what_is_drawn_of_a_run(tiny_pipeline, weights, arguments):
+    concepts = [f"concept{i}" for i in range(10)]
+    some = Samples.of_run(tiny_pipeline, weights, arguments(concepts=concepts, watch_prompts=["a cat"]))
+    assert (some.erased, some.kept) == (["concept0", "concept2", "concept5", "concept7"], ["a cat"])
+    prompts = ["a big Gun", "a cat"]
+    named = Samples.of_run(tiny_pipeline, weights, arguments(concepts=["gun"], validation_prompts=prompts))
+    assert (named.erased, named.kept) == (["a big Gun"], ["a cat"])
+
+
+def test_validation_draws_when_it_is_due_and_changes_nothing(make_tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run = {"max_train_steps": 5, "num_inference_steps": 3, "learning_rate": 1e-3, "watch_prompts": ["a cat"],
+           "progress_bar": False}  # fmt: skip
+    quiet = erase(make_tiny_pipeline(), ["knife"], **run)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    drawn = erase(
+        make_tiny_pipeline(), ["knife"], output_dir=str(tmp_path), report_to="tensorboard", validation_steps=2,
+        validation_prompts=["a knife", "a cat"], **run,
+    )  # fmt: skip
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert fingerprint(drawn.unet) == fingerprint(quiet.unet)
+    pictures = sorted(path.name for path in (tmp_path / "validation").iterdir())
+    assert pictures == ["step-2.png", "step-4.png", "step-5.png"]
+    with Image.open(tmp_path / "validation" / "step-5.png") as picture:
+        assert picture.width > 300
+    (events,) = (tmp_path / "logs" / "diffusers-safe").glob("events.out*")
+    reader = EventAccumulator(str(events))
+    reader.Reload()
+    assert [event.step for event in reader.Images("validation")] == [2, 4, 5]

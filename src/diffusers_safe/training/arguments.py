@@ -139,6 +139,11 @@ class ErasureArguments:
     checkpointing_steps: int = _option(500, "Steps between checkpoints; 0 saves none but when the run is stopped.")
     checkpoints_total_limit: int | None = _option(2, "Keep only this many checkpoints.")
     resume_from_checkpoint: str | None = _option(None, "A checkpoint folder, or latest.")
+    validation_prompts: list[str] = _option(
+        [], "Prompts drawn before and after, side by side, into the folder validation in the output folder."
+    )
+    num_validation_images: int = _option(1, "Images of each validation prompt, and of each prompt on the Hub's card.")
+    validation_steps: int = _option(100, "Steps between two such pictures; the last step always has one.")
     report_to: str = _option(
         "none", f"Where to follow the run, beside log.jsonl in the output folder: {', '.join(TRACKERS)}."
     )
@@ -176,6 +181,9 @@ class ErasureArguments:
             for prompt in (read_concepts(self.watch_prompts) if self.watch_prompts else [])
             if not any(names_concept(prompt, concept) for concept in self.concepts)
         ]
+        self.validation_prompts = read_concepts(self.validation_prompts) if self.validation_prompts else []
+        if self.validation_prompts and self.output_dir is None:
+            raise ValueError("validation_prompts: needs an output_dir, where the pictures go")
         self.train_method = resolve_train_method(self.train_method)
         if both := sorted(set(self.concepts) & set(self.retain_prompts)):
             raise ValueError(f"retain_prompts {both}: a concept cannot be erased and retained")
@@ -206,6 +214,8 @@ class ErasureArguments:
             "latents_per_trajectory",
             "train_batch_size",
             "gradient_accumulation_steps",
+            "num_validation_images",
+            "validation_steps",
             "checkpoints_total_limit",
         )
         for item in fields(self):

@@ -19,7 +19,10 @@ from .arguments import METHODS, ErasureArguments, parse_arguments, preset_option
 from .loop import ErasureLoop
 from .output import save_result
 from .plan import make_plan
-from .samples import sample_grid
+from .samples import Samples, Validation
+
+
+Callback = Callable[[int, dict[str, float]], None]
 
 
 def erase(
@@ -29,7 +32,7 @@ def erase(
     *,
     output_dir: str | None = None,
     progress_bar: bool = True,
-    callback: Callable[[int, dict[str, float]], None] | None = None,
+    callback: Callback | None = None,
     **options: Any,
 ) -> DiffusionPipeline:
     """Erases concepts from a pipeline, in place: what the training scripts do, in one call.
@@ -125,7 +128,7 @@ def train(
     pipeline: DiffusionPipeline,
     args: ErasureArguments,
     progress_bar: bool = True,
-    callback: Callable[[int, dict[str, float]], None] | None = None,
+    callback: Callback | None = None,
 ) -> DiffusionPipeline:
     """Erases from a loaded pipeline; where there is an output folder, writes the result, and publishes it if asked.
 
@@ -152,12 +155,14 @@ def train(
         revision=args.revision,
     )
     loop = ErasureLoop(accelerator, backbone, objective, args, args.ema_decay)
-    loop.run(progress_bar, callback)
+    samples = Samples.of_run(pipeline, loop.weights, args)
+    loop.run(progress_bar, _with_validation(callback, samples, loop, args))
     denoiser.eval().requires_grad_(False)
     if args.output_dir is not None and accelerator.is_main_process:
         save_result(pipeline, loop.weights, provenance, args.output_dir, args.save)
         if args.push_to_hub:
-            _save_samples(pipeline, loop, args)
+            pipeline.to(accelerator.device)
+            save_grid(samples.draw(), args.output_dir)
     accelerator.wait_for_everyone()
     if args.push_to_hub and accelerator.is_main_process:  # the others need not wait for the network
         push_or_exit(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private)
@@ -167,14 +172,20 @@ def train(
     return pipeline
 
 
-def _save_samples(pipeline: DiffusionPipeline, loop: ErasureLoop, args: ErasureArguments) -> None:
-    pipeline.to(loop.accelerator.device)
-    picture = sample_grid(
-        pipeline,
-        loop.weights,
-        args.concepts,
-        [*args.watch_prompts, *args.retain_prompts],
-        num_inference_steps=args.num_inference_steps,
-        seed=args.seed,
-    )
-    save_grid(picture, args.output_dir)
+def _with_validation(
+    callback: Callback | None,
+    samples: Samples,
+    loop: ErasureLoop,
+    args: ErasureArguments,
+) -> Callback | None:
+    """A callback that also draws the validation prompts, where there are any."""
+    if not args.validation_prompts:
+        return callback
+    validation = Validation(loop.accelerator, samples, args, loop.objective.publishes)
+
+    def after_step(step: int, measured: dict[str, float]) -> None:
+        validation.after_step(step)
+        if callback is not None:
+            callback(step, measured)
+
+    return after_step

@@ -257,9 +257,9 @@ class RunIdentity:
     file_name = "run.json"
     # Where a run writes and how often, and how long it goes on, changes no step that was done.
     free = {"output_dir", "save", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
-            "watch_prompts", "pretrained_model_name_or_path", "train_batch_size", "report_to",
-            "gradient_accumulation_steps", "gradient_checkpointing", "allow_tf32", "logging_dir", "dry_run",
-            "preset"}  # fmt: skip
+            "watch_prompts", "validation_prompts", "num_validation_images", "validation_steps", "report_to",
+            "logging_dir", "dry_run", "preset", "pretrained_model_name_or_path", "train_batch_size",
+            "gradient_accumulation_steps", "gradient_checkpointing", "allow_tf32"}  # fmt: skip
 
     def __init__(self, args: ErasureArguments, weights: TrainedWeights, samples_a_step: int):
         self.state = {name: value for name, value in args.recorded.items() if name not in self.free}

@@ -1,59 +1,125 @@
 """Pictures of a model that forgets, beside what its base model draws from the same seeds."""
 
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from ..concepts import names_concept
 from ..evaluation.generate import GenerationSettings, sample_images
 from ..evaluation.grid import SampleGroup, draw_grid
 from ..weights import TrainedWeights
+from .arguments import ErasureArguments
 
 
 MOST_PROMPTS = 4
 
 
-def sample_grid(
-    pipeline: DiffusionPipeline,
-    weights: TrainedWeights,
-    erased: list[str],
-    kept: list[str],
-    num_images: int = 1,
-    num_inference_steps: int = 25,
-    guidance_scale: float = 7.5,
-    seed: int = 0,
-) -> Image.Image:
-    """Draws prompts with the frozen weights and with the student's, and puts all of it into one labelled picture.
+class Samples:
+    """The same prompts and seeds again and again, before and after, as one labelled picture.
 
     The pipeline's safety checker stays on: what it hides, a picture that is published does not show either.
 
     Args:
-        pipeline (`DiffusionPipeline`): Around the denoiser, on the device that is to draw.
+        pipeline (`DiffusionPipeline`): Around the denoiser.
         weights (`TrainedWeights`): Of the denoiser.
-        erased (`list[str]`): Prompts that name what was erased; of many, four spread evenly over the list are drawn.
-        kept (`list[str]`): Prompts that have nothing to do with it; the first four are drawn.
+        erased (`list[str]`): Prompts that name what was erased.
+        kept (`list[str]`): Prompts that have nothing to do with it.
         num_images (`int`, defaults to 1): Images of each prompt, with the seeds `seed`, `seed + 1`, ...
-        num_inference_steps (`int`, defaults to 25): Of the pipeline's scheduler.
-        guidance_scale (`float`, defaults to 7.5): Of classifier-free guidance.
         seed (`int`, defaults to 0): Of the first image of every prompt.
+        settings (`GenerationSettings`, *optional*): How to sample.
     """
-    count = min(len(erased), MOST_PROMPTS)
-    erased = [erased[i * len(erased) // count] for i in range(count)]
-    kept = kept[:MOST_PROMPTS]
-    prompts = [*erased, *kept]
-    settings = GenerationSettings(num_inference_steps, guidance_scale)
-    sides = []
-    for which in ("frozen", "student"):
-        with weights.use(which):
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        weights: TrainedWeights,
+        erased: list[str],
+        kept: list[str],
+        num_images: int = 1,
+        seed: int = 0,
+        settings: GenerationSettings | None = None,
+    ):
+        self.pipeline, self.weights, self.erased, self.kept = pipeline, weights, erased, kept
+        self.num_images, self.seed, self.settings = num_images, seed, settings or GenerationSettings()
+        self._before = None
+
+    @classmethod
+    def of_run(cls, pipeline: DiffusionPipeline, weights: TrainedWeights, args: ErasureArguments) -> "Samples":
+        """With the run's validation prompts; a few of its concepts and of what should stay, if there are none."""
+        prompts = args.validation_prompts
+        erased = [prompt for prompt in prompts if any(names_concept(prompt, concept) for concept in args.concepts)]
+        kept = [prompt for prompt in prompts if prompt not in erased]
+        if not prompts:
+            count = min(len(args.concepts), MOST_PROMPTS)
+            erased = [args.concepts[i * len(args.concepts) // count] for i in range(count)]
+            kept = [*args.watch_prompts, *args.retain_prompts][:MOST_PROMPTS]
+        settings = GenerationSettings(args.num_inference_steps, height=args.resolution, width=args.resolution)
+        return cls(pipeline, weights, erased, kept, args.num_validation_images, args.seed, settings)
+
+    def draw(self, which: str = "student") -> Image.Image:
+        """The picture; after is `"student"` or `"ema"`."""
+        if self._before is None:
+            self._before = self._sample("frozen")
+        after, count = self._sample(which), len(self.erased)
+        groups = []
+        for title, tone, prompts, part in (
+            ("to erase", "gone", self.erased, slice(count)),
+            ("to keep", "kept", self.kept, slice(count, None)),
+        ):
+            if prompts:
+                sides = ([row[part] for row in rows] for rows in (self._before, after))
+                groups.append(SampleGroup(title, tone, prompts, *sides))
+        last = self.seed + self.num_images - 1
+        seeds = f"seed {self.seed}" if self.num_images == 1 else f"seeds {self.seed} to {last}"
+        return draw_grid(
+            groups,
+            f"Before and after with the same noise: {seeds}, {self.settings.num_inference_steps} steps, guidance "
+            f"{self.settings.guidance_scale:g}. Not chosen by hand.",
+        )
+
+    def _sample(self, which: str) -> list[list[Image.Image]]:
+        prompts = [*self.erased, *self.kept]
+        denoiser = self.pipeline.unet
+        trains = denoiser.training
+        denoiser.eval()
+        with self.weights.use(which):
             rows = [
-                sample_images(pipeline, prompts, [seed + i] * len(prompts), settings, safety_checker=True)
-                for i in range(num_images)
+                sample_images(
+                    self.pipeline, prompts, [self.seed + i] * len(prompts), self.settings, safety_checker=True
+                )
+                for i in range(self.num_images)
             ]
-        sides.append(rows)
-    groups = [SampleGroup("to erase", "gone", erased, *([row[: len(erased)] for row in rows] for rows in sides))]
-    if kept:
-        groups.append(SampleGroup("to keep", "kept", kept, *([row[len(erased) :] for row in rows] for rows in sides)))
-    seeds = f"seed {seed}" if num_images == 1 else f"seeds {seed} to {seed + num_images - 1}"
-    caption = (
-        f"Before and after with the same noise: {seeds}, {num_inference_steps} steps, guidance {guidance_scale:g}. "
-        "Not chosen by hand."
-    )
-    return draw_grid(groups, caption)
+        denoiser.train(trains)
+        return rows
+
+
+class Validation:
+    """Draws [`Samples`] while a run goes on: `validation/step-<N>.png` in the output folder, and the tracker.
+
+    Args:
+        accelerator (`Accelerator`): The main process draws; the others wait.
+        samples (`Samples`): What to draw.
+        args (`ErasureArguments`): Of the run.
+        publishes (`str`): Whose weights are the result.
+    """
+
+    def __init__(self, accelerator: Accelerator, samples: Samples, args: ErasureArguments, publishes: str):
+        self.accelerator, self.samples, self.publishes = accelerator, samples, publishes
+        self.folder = Path(args.output_dir) / "validation"
+        self.every, self.last = args.validation_steps, args.max_train_steps
+
+    def after_step(self, step: int) -> None:
+        if step % self.every and step != self.last:
+            return
+        if self.accelerator.is_main_process:
+            self.samples.pipeline.to(self.accelerator.device)
+            picture = self.samples.draw(self.publishes)
+            self.folder.mkdir(exist_ok=True)
+            picture.save(self.folder / f"step-{step}.png")
+            for tracker in self.accelerator.trackers:
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"validation": np.asarray(picture)[None]}, step=step, **layout)
+        self.accelerator.wait_for_everyone()
