@@ -24,10 +24,7 @@ from diffusers_safe.formats import PARTIAL_NAME
 from diffusers_safe.hub import PUSH_FAILED, RETRY_WAITS, PushError, find_base, push_result
 from diffusers_safe.provenance import Provenance
 from diffusers_safe.training.sdd import main
-
-
-sys.path.insert(0, str(Path(__file__).parent))
-from hub_server import TOKEN, HubServer  # noqa: E402
+from hub_server import TOKEN, HubServer
 
 
 ROOT = Path(__file__).parents[1]

@@ -1,8 +1,6 @@
 """`diffusers-safe export`: from every form to every form, with the base model found, and nothing half-written."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +11,7 @@ from safetensors import safe_open
 from diffusers_safe import cli
 from diffusers_safe.formats import LORA_NAME, PARTIAL_NAME, read_erased_weights
 from diffusers_safe.provenance import Provenance, fingerprint
-
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from erasure_files import FORMS, make_erased, write_form  # noqa: E402
+from erasure_files import FORMS, make_erased, write_form
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 import os
 import pickle
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_safe.formats import load_unet, read_erased_weights
 from diffusers_safe.provenance import Provenance, fingerprint
-
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from erasure_files import FORMS, make_erased, write_form  # noqa: E402
+from erasure_files import FORMS, make_erased, write_form
 
 
 def state_of(unet):

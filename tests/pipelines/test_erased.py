@@ -13,11 +13,8 @@ from diffusers import AutoPipelineForText2Image, DiffusionPipeline, StableDiffus
 from diffusers_safe import ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline
 from diffusers_safe.formats import load_unet, read_erased_weights
 from diffusers_safe.provenance import FILE_NAME, Provenance, fingerprint
-
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from erasure_files import FORMS, make_erased, write_form  # noqa: E402
-from hub_server import HubServer  # noqa: E402
+from erasure_files import FORMS, make_erased, write_form
+from hub_server import HubServer
 
 
 SOURCE = str(Path(__file__).parents[2] / "src")

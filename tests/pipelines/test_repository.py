@@ -12,10 +12,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from huggingface_hub import ModelCard
 
 from diffusers_safe import SAFETY_CONCEPT, SafetyConfig, StableDiffusionPipelineSafe
-
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from hub_server import HubServer  # noqa: E402
+from hub_server import HubServer
 
 
 SOURCE = str(Path(__file__).parents[2] / "src")

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,28 +20,12 @@ from diffusers_safe.provenance import Provenance, fingerprint
 from diffusers_safe.training.loop import ErasureLoop
 from diffusers_safe.training.sdd import main
 from diffusers_safe.weights import select_parameters
+from scripts import LAUNCH, ROOT, environment, in_two_processes, log_rows, run, succeed, words_of
 
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "train_sdd.py")
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--cpu",
-          "--mixed_precision", "no", "--dynamo_backend", "no", "--quiet"]  # fmt: skip
 UNET = "unet/diffusion_pytorch_model.safetensors"
 STEPS = 30  # few enough that each is a line of log.jsonl
-
-# accelerate launch --cpu starts one process, whatever --num_processes says, so torchrun starts the two.
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
-
-
-def environment(**changes):
-    paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        **changes,
-    }
 
 
 def options(model, output_dir, **changes):
@@ -60,32 +43,7 @@ def options(model, output_dir, **changes):
         "save": "both",
         **changes,
     }
-    words = []
-    for name, value in chosen.items():
-        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return words
-
-
-def run(command, cwd, **env):
-    return subprocess.run(command, cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=240)
-
-
-def succeed(command, cwd, **env):
-    done = run(command, cwd, **env)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-def in_two_processes(words, cwd):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    return succeed([*TORCHRUN, port, SCRIPT, *words], cwd, ACCELERATE_USE_CPU="true")
-
-
-def log_rows(folder):
-    path = Path(folder) / "log.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return words_of(chosen)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +154,7 @@ def test_sigterm_ends_the_program_with_130_after_a_checkpoint(tiny_model_folder,
 
 
 def test_two_processes_are_one_with_twice_the_batch(erased, tiny_model_folder, tmp_path):
-    in_two_processes(options(tiny_model_folder, tmp_path / "out", train_batch_size=1), tmp_path)
+    in_two_processes(SCRIPT, options(tiny_model_folder, tmp_path / "out", train_batch_size=1), tmp_path)
     two, one = log_rows(tmp_path / "out"), log_rows(erased)
     assert [row["step"] for row in two] == [row["step"] for row in one]  # logged once, not by each process
     assert two[0]["erase"] == pytest.approx(one[0]["erase"], rel=1e-4)  # before Adam makes steps of rounding
@@ -220,7 +178,7 @@ def test_reused_trajectories_of_two_processes_go_on_in_one(tiny_model_folder, tm
         "checkpointing_steps": 4,
     }
     out = tmp_path / "out"
-    in_two_processes(options(tiny_model_folder, out, train_batch_size=1, **settings), tmp_path)
+    in_two_processes(SCRIPT, options(tiny_model_folder, out, train_batch_size=1, **settings), tmp_path)
     undisturbed = log_rows(out)
     state = torch.load(out / "checkpoint-4" / "custom_checkpoint_2.pkl", weights_only=True)
     assert sorted(number for number, *_ in state["drawn"]) == [2, 3]  # the second trajectory of each slot
@@ -273,7 +231,7 @@ def test_a_lora_is_what_is_saved_where_nothing_else_is_said_and_in_two_processes
     changes = {**LORA, "train_batch_size": 1}
     words = options(tiny_model_folder, tmp_path / "out", **changes)
     del words[words.index("--save") : words.index("--save") + 2]
-    in_two_processes(words, tmp_path)
+    in_two_processes(SCRIPT, words, tmp_path)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"erasure.json", "log.jsonl", LORA_NAME}
     one, two = load_file(lora_erased / LORA_NAME), load_file(tmp_path / "out" / LORA_NAME)
     assert one.keys() == two.keys()

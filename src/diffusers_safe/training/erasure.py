@@ -118,6 +118,8 @@ def make_accelerator(args: ErasureArguments) -> Accelerator:
         project = ProjectConfiguration(args.output_dir, args.tracker_dir)
     log_with = None if args.report_to == "none" else args.report_to
     accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=log_with, project_config=project)
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("mixed_precision fp16: gradients need a GPU's loss scaling; allowed on a CPU are no, bf16")
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator

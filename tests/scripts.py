@@ -1,0 +1,57 @@
+"""The training scripts as a user runs them: commands in processes of their own."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1", "--cpu",
+          "--mixed_precision", "no", "--dynamo_backend", "no", "--quiet"]  # fmt: skip
+
+# accelerate launch --cpu starts one process, whatever --num_processes says, so torchrun starts the two.
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+
+
+def environment(**changes):
+    paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        **changes,
+    }
+
+
+def run(command, cwd, **env):
+    return subprocess.run(command, cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=240)
+
+
+def succeed(command, cwd, **env):
+    done = run(command, cwd, **env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def in_two_processes(script, words, cwd):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    return succeed([*TORCHRUN, port, script, *words], cwd, ACCELERATE_USE_CPU="true")
+
+
+def words_of(options):
+    """A command line from a dict; a list gives several words."""
+    words = []
+    for name, value in options.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def log_rows(folder):
+    path = Path(folder) / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,0 +1,76 @@
+"""`train_esd.py` as a user runs it; what it shares with `train_sdd.py` is tested there."""
+
+import sys
+
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from diffusers_safe.provenance import Provenance
+from diffusers_safe.weights import select_parameters
+from scripts import LAUNCH, ROOT, in_two_processes, log_rows, run, succeed, words_of
+
+
+SCRIPT = str(ROOT / "train_esd.py")
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def options(model, output_dir, **changes):
+    return words_of(
+        {
+            "pretrained_model_name_or_path": model,
+            "concepts": ["knife", "gun"],
+            "output_dir": output_dir,
+            "num_inference_steps": 3,
+            "max_train_steps": 6,
+            "train_batch_size": 2,
+            "learning_rate": 1e-3,
+            "watch_prompts": "a cat",
+            **changes,
+        }
+    )
+
+
+def test_a_config_file_a_preset_and_the_command_line_make_an_erased_stock_pipeline(tiny_model_folder, tmp_path):
+    (tmp_path / "run.yaml").write_text("preset: esd-2025\ntrain_method: esd-u\nerase_from: a tool\nseed: 4\n")
+    succeed([*LAUNCH, SCRIPT, *options(tiny_model_folder, "out", config="run.yaml", seed=5)], tmp_path)
+    out = tmp_path / "out"
+    record = Provenance.load(out)
+    given = {"seed": 5, "erase_from": "a tool", "sampling_model": "frozen", "negative_guidance_scale": 2.0}
+    assert record.method == "esd" and given.items() <= record.arguments.items()
+    base = StableDiffusionPipeline.from_pretrained(tiny_model_folder)
+    before, after = base.unet.state_dict(), StableDiffusionPipeline.from_pretrained(out).unet.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == set(select_parameters(base.unet, "esd-u"))
+    assert log_rows(out)[0]["by_concept"].keys() == {"knife", "gun"}
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(tiny_model_folder, tmp_path):
+    done = succeed([*LAUNCH, SCRIPT, *options(tiny_model_folder, "out"), "--dry_run"], tmp_path)
+    for word in ("knife, gun by ESD", "cross-attention", "forwards", "memory", "nothing was trained or written"):
+        assert word in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_resume_what_one_began(tiny_model_folder, tmp_path):
+    """And see the same samples: latents of the student, several concepts, retention."""
+    changes = {"retain_prompts": "dog", "retain_unconditional": True}
+    succeed([sys.executable, SCRIPT, *options(tiny_model_folder, "whole", checkpointing_steps=3, **changes)],
+            tmp_path, ACCELERATE_USE_CPU="true")  # fmt: skip
+    (tmp_path / "out").mkdir()
+    (tmp_path / "whole" / "checkpoint-3").rename(tmp_path / "out" / "checkpoint-3")
+    changes |= {"train_batch_size": 1, "resume_from_checkpoint": "latest"}
+    in_two_processes(SCRIPT, options(tiny_model_folder, "out", **changes), tmp_path)
+    base = load_file(f"{tiny_model_folder}/{UNET}")
+    moved = [
+        torch.cat([(weights[name] - base[name]).flatten() for name in sorted(base)])
+        for weights in (load_file(tmp_path / folder / UNET) for folder in ("whole", "out"))
+    ]
+    assert (moved[0] - moved[1]).norm() < 1e-3 * moved[0].norm()
+
+
+def test_a_precision_that_the_device_lacks_is_one_clear_line(tiny_model_folder, tmp_path):
+    words = options(tiny_model_folder, "out", mixed_precision="fp16")
+    done = run([sys.executable, SCRIPT, *words], tmp_path, ACCELERATE_USE_CPU="true")
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("[transformers]")]
+    assert done.returncode == 1 and len(errors) == 1 and "fp16" in errors[0], done.stderr
