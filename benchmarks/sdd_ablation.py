@@ -40,6 +40,7 @@ VARIANTS = {
     "errors of epsilon": {"loss_space": "prediction"},
     "the whole schedule": {"sampling_fraction": 1.0},
     "no retention": {"retain_weight": 0.0},
+    "LoRA of rank 8": {"rank": 8, "learning_rate": 1e-2, "save": "full"},
 }
 
 
