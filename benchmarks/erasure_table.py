@@ -1,12 +1,15 @@
 """A table of ways to keep the group "weapon" out of the embedded model: erasure beside retention."""
 
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
 
-from diffusers_safe.emoji import CLASSIFIER_FOLDER
+from diffusers_safe.emoji import CLASSIFIER_FOLDER, MODEL_FOLDER
 from diffusers_safe.emoji.classifier import EmojiClassifier
+from diffusers_safe.emoji.demo import erasure_command
 from diffusers_safe.emoji.evaluation import evaluate_erasure
 from diffusers_safe.emoji.scenes import group_members
 from diffusers_safe.evaluation.generate import GenerationSettings
@@ -14,6 +17,35 @@ from diffusers_safe.provenance import write_text
 
 
 GROUP = "weapon"
+
+
+def demo_command(folder: Path, seed: int, changes: dict) -> list[str]:
+    """The command of the demo's training, with other values of some options."""
+    # A later option on the command line wins.
+    options = [word for option, value in changes.items() for word in (f"--{option}", str(value))]
+    return erasure_command(MODEL_FOLDER, GROUP, folder, seed) + options
+
+
+def demo_options(folder: Path, seed: int, changes: dict) -> list[str]:
+    """The options of [`demo_command`] alone; they do not say how many threads compute."""
+    command = demo_command(folder, seed, changes)
+    return command[command.index("diffusers_safe.training.sdd") + 1 :]
+
+
+def train_demo(folder: Path, seed: int, changes: dict) -> StableDiffusionPipeline:
+    """The model of the demo's training with other values of some options; trained unless it is there.
+
+    Raises:
+        `ValueError`: If the model that is there was trained with other options.
+    """
+    note, settings = folder.with_suffix(".txt"), shlex.join(demo_options(folder, seed, changes))
+    if not (folder / "model_index.json").exists():
+        if code := subprocess.run(demo_command(folder, seed, changes)).returncode:
+            raise SystemExit(code)
+        write_text(note, settings)
+    elif note.read_text() != settings:
+        raise ValueError(f"{folder}: was trained with other settings, see {note}; give another --output_dir")
+    return StableDiffusionPipeline.from_pretrained(folder)
 
 
 class ErasureTable:

@@ -6,18 +6,15 @@ Every row is one run of `train_sdd.py` that erases "weapon" with all its members
 table (Markdown, also in `table.md`) shows erasure beside retention. Finished rows are kept when it is run again.
 """
 
-import shlex
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
-from erasure_table import GROUP, ErasureTable
+from erasure_table import GROUP, ErasureTable, train_demo
 
 from diffusers_safe.arguments import check_output_dir, parse_dataclass, told_in_one_line
 from diffusers_safe.emoji import MODEL_FOLDER
-from diffusers_safe.emoji.demo import erasure_command, retained_prompts
-from diffusers_safe.provenance import write_text
+from diffusers_safe.emoji.demo import retained_prompts
 
 
 PAPER = {
@@ -64,19 +61,8 @@ class AblationArguments:
 
 def train(name: str, args: AblationArguments) -> StableDiffusionPipeline:
     """The model of a row; trained unless it is there."""
-    # A later option on the command line wins.
-    options = [word for option, value in VARIANTS[name].items() for word in (f"--{option}", str(value))]
     folder = Path(args.output_dir) / "models" / f"{name.replace(' ', '-')}-{args.train_seed}"
-    command = erasure_command(MODEL_FOLDER, GROUP, folder, args.train_seed) + options
-    note = folder.with_suffix(".txt")
-    settings = shlex.join(command[command.index("diffusers_safe.training.sdd") :])  # not how many threads
-    if not (folder / "model_index.json").exists():
-        if code := subprocess.run(command).returncode:
-            raise SystemExit(code)
-        write_text(note, settings)
-    elif note.read_text() != settings:
-        raise ValueError(f"{folder}: was trained with other settings, see {note}; give another --output_dir")
-    return StableDiffusionPipeline.from_pretrained(folder)
+    return train_demo(folder, args.train_seed, VARIANTS[name])
 
 
 def main() -> None:

@@ -31,26 +31,30 @@ class Watch:
         concepts = concepts[:: math.ceil(len(concepts) / MOST_PROMPTS)]
         unrelated = unrelated[:MOST_PROMPTS]
         self.predictor, self.concepts, self.unrelated = predictor, concepts, unrelated
-        prompts = [*concepts, *unrelated]
         count = trajectories.positions[int(0.4 * len(trajectories.positions))]
-        self.model_input, self.timesteps = trajectories.sample(
-            lambda *inputs: predictor.predict(*inputs, weights="frozen"),
-            predictor.conditioning(prompts),
-            predictor.conditioning([""]),
-            [[count]] * len(prompts),
-            [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))],
-            predictor.device,
-        )
+        # One prompt at a time: all of them at once would take more memory than a step of training.
+        self._inputs = [
+            trajectories.sample(
+                lambda *inputs: predictor.predict(*inputs, weights="frozen"),
+                predictor.conditioning([prompt]),
+                predictor.conditioning([""]),
+                [[count]],
+                [torch.Generator().manual_seed(seed + i)],
+                predictor.device,
+            )
+            for i, prompt in enumerate([*concepts, *unrelated])
+        ]
         self._frozen, frozen_empty = self._predictions("frozen")
         self._said = self._frozen - frozen_empty
 
     @torch.no_grad()
     def _predictions(self, weights: str) -> tuple[torch.Tensor, torch.Tensor]:
-        prompts = [*self.concepts, *self.unrelated]
-        return (
-            self.predictor(self.model_input, self.timesteps, prompts, weights),
-            self.predictor(self.model_input, self.timesteps, [""] * len(prompts), weights),
-        )
+        """For each prompt and for none, `(number of prompts, C, H, W)` each."""
+        pairs = [
+            self.predictor(model_input.repeat(2, 1, 1, 1), timesteps.repeat(2), [prompt, ""], weights)
+            for (model_input, timesteps), prompt in zip(self._inputs, [*self.concepts, *self.unrelated])
+        ]
+        return torch.stack(pairs).unbind(dim=1)
 
     def measure(self, weights: str) -> dict[str, float]:
         """Returns `"concept_left"`, how much of what the concepts' words said they still say: 1 at the start, 0 when

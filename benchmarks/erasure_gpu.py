@@ -1,0 +1,151 @@
+"""Speed and memory of erasure training on a GPU, at SD 1.x's real size with random weights.
+
+    python benchmarks/erasure_gpu.py
+    python benchmarks/erasure_gpu.py --batch_sizes 1 4 16 --mixed_precision no --latents_per_trajectory 16
+
+SDD with the papers' sampling, bf16 autocast, with torch.compile and without, at several batch sizes, each in a process
+of its own. "of the matrix rate": floating-point operations a second of the whole step, those of attention included and
+those of optimizer and recomputation not, beside what this device does in one large matrix product.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from random_models import UNETS, in_own_process, peak_bytes, random_pipeline
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusers_safe.arguments import parse_dataclass
+from diffusers_safe.backbones import make_backbone
+from diffusers_safe.training.arguments import MIXED_PRECISIONS, SDDArguments
+from diffusers_safe.training.loop import ErasureLoop
+
+
+DEVICES = ("cuda", "cpu")
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class GPUArguments:
+    device: str = field(default="cuda", metadata={"help": f"{', '.join(DEVICES)}; a CPU is for a try."})
+    size: str = field(default="sd-1", metadata={"help": f"Of the UNet: {', '.join(UNETS)}."})
+    latent_size: int = field(default=64, metadata={"help": "Height and width of the latents; 64 is 512 pixels."})
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 4, 8], metadata={"help": "Each is measured."})
+    mixed_precision: str = field(default="bf16", metadata={"help": f"Of autocast: {', '.join(MIXED_PRECISIONS)}."})
+    compile: list[str] = field(default_factory=lambda: ["off", "on"], metadata={"help": "torch.compile: off, on."})
+    num_inference_steps: int = field(default=50, metadata={"help": "Steps of the whole sampling schedule."})
+    latents_per_trajectory: int = field(default=1, metadata={"help": "Reuse; 1 is exact."})
+    steps: int = field(default=16, metadata={"help": "Optimizer steps that are timed, after as many to warm up."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations."})
+
+    def __post_init__(self):
+        for name, allowed in (("device", DEVICES), ("size", UNETS), ("mixed_precision", MIXED_PRECISIONS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} '{getattr(self, name)}': unknown; allowed are {', '.join(allowed)}")
+        if unknown := set(self.compile) - {"off", "on"}:
+            raise ValueError(f"compile {sorted(unknown)}: unknown; allowed are off, on")
+        if self.latent_size < 8 or self.latent_size % 8:
+            raise ValueError(f"latent_size {self.latent_size}: must be a multiple of 8")
+        for name in ("num_inference_steps", "latents_per_trajectory", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ValueError(f"batch_sizes {self.batch_sizes}: must be at least 1 each")
+
+
+@dataclass
+class Measured:
+    """Of one setting: seconds and sample-forwards of a step, and the peak of memory in bytes."""
+
+    seconds: float
+    forwards: float
+    peak: int
+
+
+def matrix_rate(args: GPUArguments) -> float:
+    """FLOP/s of a large matrix product in the dtype of autocast: the best of several tries."""
+    size = 8192 if args.device == "cuda" else 1024
+    first, second = (torch.randn(size, size, device=args.device, dtype=DTYPES[args.mixed_precision]) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        started = now(args.device)
+        for _ in range(5):
+            first @ second
+        best = min(best, (now(args.device) - started) / 5)
+    return 2 * size**3 / best
+
+
+def now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def make_loop(args: GPUArguments, batch_size: int) -> ErasureLoop:
+    training = SDDArguments(
+        pretrained_model_name_or_path="random",
+        concepts=["a knife"],
+        output_dir=None,
+        num_inference_steps=args.num_inference_steps,
+        latents_per_trajectory=args.latents_per_trajectory,
+        train_batch_size=batch_size,
+        gradient_checkpointing=args.gradient_checkpointing,
+        watch_prompts=[],
+    )
+    accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.mixed_precision)
+    backbone = make_backbone(random_pipeline(args.size, args.latent_size))
+    return ErasureLoop(accelerator, backbone, training.make_objective(), training, training.ema_decay)
+
+
+def flop_of_a_sample(args: GPUArguments) -> tuple[float, float]:
+    """Of one forward, and of the backward of one training sample."""
+    loop = make_loop(args, 1)
+    batch = loop.erasing.batch(0, range(1))
+    inputs = (batch.model_input, batch.timesteps, batch.prompts)
+    # In the other kernels of attention there are products that the counter does not know on every device.
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            predicted = loop.predictor(*inputs, "student")
+        with FlopCounterMode(display=False) as backward:
+            predicted.square().mean().backward()
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+def measure(args: GPUArguments, batch_size: int, compiled: bool) -> Measured:
+    loop = make_loop(args, batch_size)
+    if compiled:
+        loop.predictor.backbone.denoiser.compile()  # in place: sampling and training both call it
+    for step in range(args.steps):
+        loop.train_step(step)
+    before, started = loop.predictor.forwards, now(args.device)
+    for step in range(args.steps, 2 * args.steps):
+        loop.train_step(step)
+    spent = (now(args.device) - started) / args.steps
+    forwards = (loop.predictor.forwards - before) / args.steps
+    return Measured(spent, forwards, peak_bytes(loop.accelerator.device))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_dataclass(GPUArguments, __doc__, argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("error: there is no GPU here; --device cpu --size tiny tries the program")
+    rate = in_own_process(matrix_rate, args)
+    forward, backward = in_own_process(flop_of_a_sample, args)
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    print(f"{name}: {rate / 1e12:.3g} TFLOP/s in a matrix product of {DTYPES[args.mixed_precision]}")
+    print(f"a sample: forward {forward / 1e12:.3g} TFLOP, backward {backward / 1e12:.3g}\n")
+    print("| batch | torch.compile | steps/s | samples/s | of the matrix rate | peak memory |")
+    print("|---|---|---|---|---|---|")
+    for batch_size in args.batch_sizes:
+        for compiled in args.compile:
+            done = in_own_process(measure, args, batch_size, compiled == "on")
+            flop = done.forwards * forward + batch_size * backward
+            cells = [batch_size, compiled, f"{1 / done.seconds:.3g}", f"{batch_size / done.seconds:.3g}"]
+            cells += [f"{flop / done.seconds / rate:.1%}", f"{done.peak / 2**30:.2f} GiB"]
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

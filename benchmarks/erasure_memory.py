@@ -1,0 +1,81 @@
+"""Peak memory of erasing cross-attention from a UNet of SD 1.x's real size, random weights, in float32.
+
+    python benchmarks/erasure_memory.py
+    python benchmarks/erasure_memory.py --gradient_checkpointing true
+
+One optimizer step of SDD at batch size 1, by our loop and by the plain loop of the paper with two UNets and gradients
+for everything, each in a process of its own; needs some 20 GB. Goal: under 60 % of the plain loop.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from plain_loop import PlainLoop
+from random_models import UNETS, in_own_process, peak_bytes, random_pipeline
+
+from diffusers_safe.arguments import parse_dataclass
+from diffusers_safe.backbones import make_backbone
+from diffusers_safe.training.arguments import SDDArguments
+from diffusers_safe.training.loop import ErasureLoop
+
+
+GIB = 2**30
+
+
+@dataclass
+class MemoryArguments:
+    size: str = field(default="sd-1", metadata={"help": f"Of the UNet: {', '.join(UNETS)}."})
+    latent_size: int = field(default=64, metadata={"help": "Height and width of the latents; 64 is 512 pixels."})
+    num_inference_steps: int = field(default=2, metadata={"help": "Of the sampler; more take longer, not more room."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "In our loop."})
+
+    def __post_init__(self):
+        if self.size not in UNETS:
+            raise ValueError(f"size '{self.size}': unknown; allowed are {', '.join(UNETS)}")
+        if self.latent_size < 8 or self.latent_size % 8:
+            raise ValueError(f"latent_size {self.latent_size}: must be a multiple of 8")
+        if self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps {self.num_inference_steps}: must be at least 1")
+
+
+def plain_peak(args: MemoryArguments) -> tuple[int, int]:
+    """Peak in bytes before the step, and after it."""
+    device = Accelerator().device
+    loop = PlainLoop(random_pipeline(args.size, args.latent_size), "a knife", args.num_inference_steps, device)
+    before = peak_bytes(device)
+    loop.train_step(0)
+    return before, peak_bytes(device)
+
+
+def our_peak(args: MemoryArguments) -> tuple[int, int]:
+    accelerator = Accelerator()
+    training = SDDArguments(
+        pretrained_model_name_or_path="random",
+        concepts=["a knife"],
+        output_dir=None,
+        num_inference_steps=args.num_inference_steps,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
+    backbone = make_backbone(random_pipeline(args.size, args.latent_size))
+    loop = ErasureLoop(accelerator, backbone, training.make_objective(), training, training.ema_decay)
+    before = peak_bytes(accelerator.device)
+    loop.train_step(0)
+    return before, peak_bytes(accelerator.device)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_dataclass(MemoryArguments, __doc__, argv)
+    print("| | ready | peak of a step | of the plain loop's |\n|---|---|---|---|")
+    plain = None
+    for name, measure in (("plain loop", plain_peak), ("ours", our_peak)):
+        before, peak = in_own_process(measure, args)
+        plain = plain or peak
+        print(f"| {name} | {before / GIB:.2f} GiB | {peak / GIB:.2f} GiB | {peak / plain:.1%} |", flush=True)
+    what = "allocations on the GPU" if torch.cuda.is_available() else "the whole process with Python and libraries"
+    checkpointing = ", ours with gradient checkpointing" if args.gradient_checkpointing else ""
+    print(f"\n{args.size}, latents {args.latent_size} x {args.latent_size}, float32, batch 1{checkpointing}; {what}.")
+
+
+if __name__ == "__main__":
+    main()

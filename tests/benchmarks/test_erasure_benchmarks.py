@@ -1,0 +1,104 @@
+"""The benchmarks of erasure training: their arguments, a tiny run, and that the plain loop is the same rule."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from diffusers_safe.backbones import make_backbone
+from diffusers_safe.training.arguments import SDDArguments
+from diffusers_safe.training.loop import ErasureLoop
+
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a benchmark by name, as `python benchmarks/NAME.py` would find its neighbours."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setattr(sys, "argv", ["benchmark"])
+    yield importlib.import_module
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def rows(text):
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_the_plain_loop_is_our_rule(load, make_tiny_pipeline):
+    plain = load("plain_loop").PlainLoop(make_tiny_pipeline(), "knife", 4, "cpu")
+    args = SDDArguments(
+        pretrained_model_name_or_path="tiny",
+        concepts=["knife"],
+        output_dir=None,
+        num_inference_steps=4,
+        watch_prompts=[],
+    )
+    ours = ErasureLoop(
+        Accelerator(cpu=True), make_backbone(make_tiny_pipeline()), args.make_objective(), args, args.ema_decay
+    )
+    for number in range(3):
+        assert plain.train_step(number) == pytest.approx(ours.train_step(number)["erase"], rel=1e-3)
+    for name, average in plain.average.named_parameters():
+        if name in ours.weights.ema:
+            torch.testing.assert_close(average, ours.weights.ema[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_arithmetic_of_a_step(load, tiny_model_folder, capsys):
+    main = load("erasure_arithmetic").main
+    main(
+        f"--model {tiny_model_folder} --rounds 2 --num_inference_steps 4 --latents_per_trajectory 4 "
+        "--trajectory_pool 2 --skip_erasure true".split()
+    )
+    plain, exact, several, esd, pooled = rows(capsys.readouterr().out)
+    assert plain[1] == exact[1] and exact[2] == "1.00"
+    assert several[1] == "3.5" and pooled[1] == "3.0"  # 2 * 3 / 4 + 2; no drawing at all
+    assert esd[3] == "0" and pooled[3] == "12"  # two trajectories of three steps, twice
+
+
+def test_the_memory_of_a_step(load, capsys):
+    load("erasure_memory").main("--size tiny --latent_size 8 --num_inference_steps 1".split())
+    plain, ours = rows(capsys.readouterr().out)
+    assert plain[3] == "100.0%" and re.fullmatch(r"[0-9.]+ GiB", ours[2])
+
+
+def test_the_speed_of_a_step(load, capsys):
+    size = "--device cpu --size tiny --latent_size 8 --num_inference_steps 2"
+    load("erasure_gpu").main(f"{size} --steps 1 --batch_sizes 2 --compile off".split())
+    ((batch, compiled, *_, share, memory),) = rows(capsys.readouterr().out)
+    assert (batch, compiled) == ("2", "off") and share.endswith("%") and memory.endswith("GiB")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_is_told_in_one_line(load):
+    with pytest.raises(SystemExit, match="^error: there is no GPU here; --device cpu --size tiny tries the program$"):
+        load("erasure_gpu").main([])
+
+
+@pytest.mark.parametrize(
+    "name, words, message",
+    [
+        ("erasure_arithmetic", "--rounds 1 --skip_erasure true", "rounds 1: must be at least 2"),
+        ("erasure_arithmetic", "", "output_dir: is missing"),
+        ("erasure_arithmetic", "--skip_erasure true --trajectory_pool 0", "trajectory_pool 0: must be at least 1"),
+        ("erasure_memory", "--size big", "size 'big': unknown; allowed are sd-1, tiny"),
+        ("erasure_memory", "--latent_size 7", "latent_size 7: must be a multiple of 8"),
+        ("erasure_gpu", "--mixed_precision fp8", "mixed_precision 'fp8': unknown; allowed are no, fp16, bf16"),
+        ("erasure_gpu", "--compile maybe", "compile ['maybe']: unknown"),
+        ("erasure_gpu", "--batch_sizes 0", "batch_sizes [0]: must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_one_line(load, capsys, name, words, message):
+    with pytest.raises(SystemExit) as stop:
+        load(name).main(words.split())
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and message in lines[0]
