@@ -1,0 +1,95 @@
+"""What the recipes in examples/ take: `--dry_run` of each at its model's real size, as a table.
+
+    python benchmarks/recipe_plans.py
+
+The models' configs are built here, so nothing is downloaded; with the models at hand, `--dry_run` prints the same.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+import yaml
+from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+from random_models import TOKENS, UNETS
+from transformers import CLIPTextConfig
+
+from diffusers_safe.arguments import parse_dataclass
+from diffusers_safe.emoji.architecture import build_tokenizer
+from diffusers_safe.training.arguments import METHODS, preset_options
+from diffusers_safe.training.plan import GIB, make_plan, told_duration
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+FAMILIES = {
+    "CompVis/stable-diffusion-v1-4": ("StableDiffusionPipeline", {"sample_size": 64, **UNETS["sd-1"]}),
+    "stabilityai/stable-diffusion-xl-base-1.0": ("StableDiffusionXLPipeline", SDXL),
+}
+
+
+def write_configs(folder: Path, pipeline_class: str, unet: dict) -> None:
+    """A pipeline folder that holds configs and a tokenizer, no weights."""
+    scheduler = EulerDiscreteScheduler if "XL" in pipeline_class else DDIMScheduler
+    with torch.device("meta"):
+        UNet2DConditionModel(**unet).save_config(folder / "unet")
+        blocks = {"block_out_channels": (8,) * 4, "norm_num_groups": 4}
+        AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, **blocks
+        ).save_config(folder / "vae")
+    scheduler().save_config(folder / "scheduler")
+    tokenizer = build_tokenizer()
+    tokenizer.model_max_length = TOKENS
+    tokenizer.save_pretrained(folder / "tokenizer")
+    CLIPTextConfig().save_pretrained(folder / "text_encoder")
+    CLIPTextConfig(projection_dim=1280).save_pretrained(folder / "text_encoder_2")
+    parts = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": scheduler.__name__}
+    index = {name: ["diffusers", class_name] for name, class_name in parts.items()}
+    index |= {name: ["transformers", "CLIPTextModel"] for name in ("text_encoder", "text_encoder_2")}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline_class, **index}))
+
+
+def plan_row(recipe: Path, models: dict[str, Path]) -> str:
+    method = "esd" if "train_esd.py" in recipe.read_text() else "sdd"
+    words = ["--config", str(recipe), "--output_dir", "out"]
+    name = yaml.safe_load(recipe.read_text())["pretrained_model_name_or_path"]
+    if name in models:
+        words += ["--pretrained_model_name_or_path", str(models[name])]
+    args = parse_dataclass(METHODS[method], argv=words, presets=preset_options(METHODS[method]))
+    plan = make_plan(args)
+    petaflops = plan.flops * plan.num_samples / 1e15
+    return (
+        f"| [{recipe.stem}]({recipe.name}) | {plan.selected[1] / 1e6:,.2f} of {plan.total[1] / 1e6:,.0f} M | "
+        f"{args.max_train_steps:,} | {sum(plan.forwards.values()):.1f} | {petaflops:,.3g} | "
+        f"{told_duration(petaflops * 10)} | {sum(plan.memory.values()) / GIB:.1f} GiB |"
+    )
+
+
+def main() -> None:
+    print("| recipe | trains | steps | forwards a sample | PFLOP | at 100 TFLOP/s | memory, float32 |")
+    print("|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        models = {}
+        for name, (pipeline_class, unet) in FAMILIES.items():
+            models[name] = Path(folder) / pipeline_class
+            models[name].mkdir()
+            write_configs(models[name], pipeline_class, unet)
+        for recipe in sorted(EXAMPLES.glob("*.yaml")):
+            print(plan_row(recipe, models))
+
+
+if __name__ == "__main__":
+    main()
