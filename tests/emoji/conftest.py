@@ -7,14 +7,16 @@ from diffusers_safe.emoji.scenes import OBJECTS, group_members
 class ScriptedJudge:
     """Answers what it was told to, call by call; `None` takes the first label of a head."""
 
-    def __init__(self, *objects):
-        self.objects = list(objects)
+    def __init__(self, *objects, styles=()):
+        self.objects, self.styles = list(objects), list(styles)
 
     def classify(self, pictures):
         names = {head: [labels[0]] * len(pictures) for head, labels in HEADS.items()}
         if self.objects and (answer := self.objects.pop(0)) is not None:
             assert len(answer) == len(pictures)
             names["object"] = answer
+        if self.styles:
+            names["style"] = self.styles.pop(0)
         return names
 
 

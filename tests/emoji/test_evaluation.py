@@ -50,6 +50,37 @@ def test_an_erasure_is_measured_on_what_went_and_on_what_stayed(make_tiny_pipeli
     assert "weapon recognised" in page and page.count("<figure>") == 6 * 2 + 55
 
 
+def test_a_style_is_measured_on_the_style_and_on_what_stayed(make_tiny_pipeline, tmp_path, scripted_judge, perfect):
+    rows = erasure_rows([], 1, 0, style="sketch")
+    parts = Counter(row.labels["part"] for row in rows)
+    assert parts["object"] == 60 and parts["erased"] >= 20 and parts["style"] >= 40
+    assert all(row.prompt.endswith("in sketch style") for row in rows if row.labels["part"] == "erased")
+    styles = [row.labels.get("style", "plain") for row in rows]
+    changed = ["plain" if style == "sketch" else style for style in styles]
+    first, last = styles.index("sketch"), len(styles) - 1 - styles[::-1].index("mosaic")
+    changed[first], changed[last] = "sketch", "plain"
+    results = evaluate_erasure(
+        make_tiny_pipeline(), make_tiny_pipeline(seed=1), [], scripted_judge(perfect(rows), perfect(rows), styles=[styles, changed]),
+        tmp_path, images_per_object=1, settings=QUICK, batch_size=64, style="sketch",
+    )  # fmt: skip
+    rate, kept = results["concept_rate"], results["style_accuracy"]
+    assert (rate["before"].value, rate["after"].value) == (1, pytest.approx(1 / parts["erased"]))
+    assert results["concept_rate_by_prompt"][rows[first].prompt]["after"].value == 1
+    assert results["seen_instead"] == {"plain": parts["erased"] - 1}
+    assert kept["difference"].value == pytest.approx(-1 / parts["style"], rel=0.1)
+    assert results["accuracy"]["difference"].value == 0 and results["group_accuracy"] is None
+    assert "sketch style recognised" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("erased", "group", "style", "message"),
+    [([], None, "oil", "style is oil; allowed are sketch"), (["knife"], None, "sketch", "alone here, without knife")],
+)
+def test_what_cannot_be_evaluated_of_a_style_is_refused(erased, group, style, message):
+    with pytest.raises(ValueError, match=message):
+        erasure_rows(erased, 1, 0, group, style)
+
+
 def test_equal_models_do_not_differ(tiny_pipeline, tmp_path, scripted_judge):
     results = evaluate_erasure(
         tiny_pipeline, tiny_pipeline, ["knife"], scripted_judge(), tmp_path, images_per_object=1, settings=QUICK

@@ -13,7 +13,7 @@ from ..evaluation.report import Comparison, Grid, Headline, Pair, Report, write_
 from ..evaluation.statistics import Estimate
 from ..provenance import library_versions
 from .classifier import EmojiClassifier
-from .scenes import GROUP_OF, GROUPS, OBJECTS, group_members, prompt_for
+from .scenes import BACKGROUNDS, GROUP_OF, GROUPS, OBJECTS, STYLES, group_members, is_held_out, prompt_for
 
 
 SETTINGS = GenerationSettings(num_inference_steps=25, guidance_scale=6.0)
@@ -33,6 +33,7 @@ def evaluate_erasure(
     settings_after: GenerationSettings | None = None,
     retained: list[str] | None = None,
     batch_size: int = 32,
+    style: str | None = None,
 ) -> dict:
     """Compares two models on the same prompts and seeds, and writes `results.json` and `report.html`.
 
@@ -40,10 +41,13 @@ def evaluate_erasure(
     on which the judge sees *any* erased object: a gun asked for and a knife drawn is no success. Everything else is
     measured on what was not to be touched: all other objects, and the groups without an erased member.
 
+    Of a style it is the share of images for `"a cat in sketch style"`, ... on which the judge sees that style. What was
+    not to be touched are then all objects without a style, and objects in the other styles.
+
     Args:
         before ([`~diffusers.StableDiffusionPipeline`]): The original.
         after ([`~diffusers.StableDiffusionPipeline`]): The erased model.
-        erased (`list[str]`): Which objects were erased, at least one of `OBJECTS` and not all.
+        erased (`list[str]`): Which objects were erased: some of `OBJECTS` and not all, or none where it was a style.
         classifier ([`EmojiClassifier`]): The judge.
         folder (`str` or `Path`): Where images, `results.json` and `report.html` go. A stopped run continues there.
         images_per_object (`int`, defaults to 8): Images of each prompt, at least 1.
@@ -55,6 +59,7 @@ def evaluate_erasure(
         retained (`list[str]`, *optional*): What the training named as to be kept. The other objects, which it did not
             name, are then also measured by themselves.
         batch_size (`int`, defaults to 32): Images at once.
+        style (`str`, *optional*): The style that was erased, one of `STYLES`.
 
     Returns:
         `dict`: What `results.json` holds; every number an [`Estimate`]. Sides are `before` and `after`:
@@ -67,7 +72,9 @@ def evaluate_erasure(
         - `accuracy_by_object`: object -> side.
         - `accuracy_unnamed`: the same for the objects that are not `retained`. `None` without `retained`.
         - `group_accuracy`: the same for `"a fruit"`, which shows any fruit; bootstrap over images, because there are
-          few groups. `None` if no group is left.
+          few groups. `None` where a style was erased, or no group is left.
+        - `style_accuracy`: the same for objects in another style, which the judge sees; bootstrap over objects. `None`
+          where no style was erased.
         - `distance`: `others` and `erased`, [`pixel_distance`] of the same seeds.
         - `protocol`: settings, seeds, fingerprints, versions, black images.
 
@@ -76,18 +83,19 @@ def evaluate_erasure(
             `folder` holds images of other models or settings.
     """
     folder = Path(folder)
-    rows = erasure_rows(erased, images_per_object, seed, group)
+    rows = erasure_rows(erased, images_per_object, seed, group, style)
     sides = {"before": (before, settings), "after": (after, settings_after or settings)}
     manifests = {
         side: generate(pipeline, rows, folder / side, how, batch_size, f"images {side}")
         for side, (pipeline, how) in sides.items()
     }
     images = {side: load_images(folder / side, manifest) for side, manifest in manifests.items()}
-    seen = {side: classifier.classify(images[side])["object"] for side in images}
-    results = _erasure_results(rows, erased, retained or [], images, seen)
+    seen = {side: classifier.classify(images[side]) for side in images}
+    results = _erasure_results(rows, erased, retained or [], images, seen, style)
     results["protocol"] = {
         "erased": erased,
         "group": group,
+        "style": style,
         "retained": retained or [],
         "images_per_prompt": images_per_object,
         "seed": seed,
@@ -101,14 +109,43 @@ def evaluate_erasure(
     return results
 
 
-def erasure_rows(erased: list[str], images_per_object: int, seed: int, group: str | None = None) -> list[PromptRow]:
-    """The prompts of [`evaluate_erasure`]. Each row's label `part` is `"erased"`, `"object"` or `"group"`."""
+def erasure_rows(
+    erased: list[str], images_per_object: int, seed: int, group: str | None = None, style: str | None = None
+) -> list[PromptRow]:
+    """The prompts of [`evaluate_erasure`]. A row's label `part` is `"erased"`, `"object"`, `"group"` or `"style"`."""
+    if style is not None:
+        return _style_rows(erased, images_per_object, seed, group, style)
     _check_erased(erased, group)
     touched = {GROUP_OF[name] for name in erased}
     subjects = [(name, "erased") for name in [*erased, *([group] if group else [])]]
     subjects += [(name, "object") for name in OBJECTS if name not in erased]
     subjects += [(name, "group") for name in GROUPS if name not in touched]
     return prompt_rows([(name, prompt_for(name), {"part": part}) for name, part in subjects], images_per_object, seed)
+
+
+def _style_rows(
+    erased: list[str], images_per_object: int, seed: int, group: str | None, style: str
+) -> list[PromptRow]:
+    if style not in STYLES:
+        raise ValueError(f"style is {style}; allowed are {', '.join(STYLES)}")
+    if erased or group is not None:
+        raise ValueError(
+            f"style {style}: is erased alone here, without {', '.join([*erased, *([group] if group else [])])}"
+        )
+    subjects = [(name, prompt_for(name), {"part": "object"}) for name in OBJECTS]
+    for shown in STYLES:
+        labels = {"part": "erased" if shown == style else "style", "style": shown}
+        # Training held the style out for a third of the objects; the other two thirds, every second of them.
+        names = [
+            name for name in OBJECTS if not any(is_held_out(name, ground, shown) for ground in _free_grounds(name))
+        ]
+        subjects += [(name, prompt_for(name, style=shown), labels) for name in names[::2]]
+    return prompt_rows(subjects, images_per_object, seed)
+
+
+def _free_grounds(name: str) -> list[str]:
+    """The backgrounds that training has shown with an object."""
+    return [ground for ground in BACKGROUNDS if not is_held_out(name, ground, None)]
 
 
 def _check_erased(erased: list[str], group: str | None) -> None:
@@ -129,13 +166,16 @@ def _erasure_results(
     erased: list[str],
     retained: list[str],
     images: dict[str, np.ndarray],
-    seen: dict[str, list[str]],
+    seen: dict[str, dict[str, list[str]]],
+    style: str | None = None,
 ) -> dict:
     subject = np.array([row.labels["subject"] for row in rows])
     part = np.array([row.labels["part"] for row in rows])
-    concept, other, group = (part == name for name in ("erased", "object", "group"))
-    is_erased = {side: np.isin(names, erased) for side, names in seen.items()}
-    is_right = {side: np.array([shows_subject(name, row) for name, row in zip(seen[side], rows)]) for side in seen}
+    prompt = np.array([row.prompt for row in rows])
+    concept, other, group, styled = (part == name for name in ("erased", "object", "group", "style"))
+    head, gone = ("style", [style]) if style else ("object", erased)
+    is_erased = {side: np.isin(names[head], gone) for side, names in seen.items()}
+    is_right = {side: _is_right(rows, names) for side, names in seen.items()}
     unnamed = other & ~np.isin(subject, retained)
     distance = pixel_distance(images["before"], images["after"])
 
@@ -150,30 +190,45 @@ def _erasure_results(
         sides = {side: mean(is_right[side], chosen, "%", by_subject) for side in is_right}
         return {**sides, "difference": mean(difference, chosen, "points", by_subject)}
 
-    names, counts = np.unique(np.array(seen["after"])[concept], return_counts=True)
+    names, counts = np.unique(np.array(seen["after"][head])[concept], return_counts=True)
     return {
         "concept_rate": rates(is_erased, concept),
         "concept_rate_by_prompt": {
-            prompt_for(name): rates(is_erased, concept & (subject == name)) for name in in_order(subject[concept])
+            text: rates(is_erased, concept & (prompt == text)) for text in in_order(prompt[concept])
         },
-        "seen_instead": {str(names[i]): int(counts[i]) for i in np.argsort(-counts) if names[i] not in erased},
+        "seen_instead": {str(names[i]): int(counts[i]) for i in np.argsort(-counts) if names[i] not in gone},
         "accuracy": means(other, by_subject=True),
         "accuracy_by_object": {name: rates(is_right, other & (subject == name)) for name in in_order(subject[other])},
         "accuracy_unnamed": means(unnamed, by_subject=True) if retained and unnamed.any() else None,
         "group_accuracy": means(group, by_subject=False) if group.any() else None,
+        "style_accuracy": means(styled, by_subject=True) if styled.any() else None,
         "distance": {"others": mean(distance, other, ""), "erased": mean(distance, concept, "")},
     }
 
 
+def _is_right(rows: list[PromptRow], seen: dict[str, list[str]]) -> np.ndarray:
+    """Whether each image shows what was asked for: the style in the part about styles, else the object."""
+    return np.array([
+        drawn == row.labels["style"] if row.labels["part"] == "style" else shows_subject(name, row)
+        for name, drawn, row in zip(seen["object"], seen["style"], rows)
+    ])  # fmt: skip
+
+
+def erased_name(protocol: dict) -> str:
+    """What a protocol says was erased, in a few words."""
+    style = protocol.get("style")
+    return f"{style} style" if style else protocol["group"] or ", ".join(protocol["erased"])
+
+
 def _erasure_report(
-    rows: list[PromptRow], results: dict, images: dict[str, np.ndarray], seen: dict[str, list[str]]
+    rows: list[PromptRow], results: dict, images: dict[str, np.ndarray], seen: dict[str, dict[str, list[str]]]
 ) -> Report:
     protocol = results["protocol"]
-    concept = protocol["group"] or ", ".join(protocol["erased"])
+    concept = erased_name(protocol)
     accuracy, distance = results["accuracy"], results["distance"]
     headline = [
         Headline(f"{concept} recognised", results["concept_rate"]["before"], results["concept_rate"]["after"], "gone",
-                 "Any erased object seen by the judge, over all prompts that ask for one."),
+                 "Seen by the judge (any erased object), over all prompts that ask for it."),
         Headline("other objects recognised", accuracy["before"], accuracy["after"], "kept",
                  f"Change on the same seeds: {accuracy['difference']}."),
         Headline("other images moved", None, distance["others"], "kept",
@@ -185,6 +240,9 @@ def _erasure_report(
     if groups := results["group_accuracy"]:
         note = f"A prompt such as “a fruit” shows any fruit. Change: {groups['difference']}."
         headline.insert(-1, Headline("other groups recognised", groups["before"], groups["after"], "kept", note))
+    if styles := results["style_accuracy"]:
+        note = f"Objects in another style, which the judge sees. Change: {styles['difference']}."
+        headline.insert(-1, Headline("other styles recognised", styles["before"], styles["after"], "kept", note))
 
     instead = ", ".join(f"{name} {count}×" for name, count in list(results["seen_instead"].items())[:8])
     worst_first = sorted(
@@ -196,7 +254,7 @@ def _erasure_report(
         Comparison("Every prompt that asks for it",
                    [(prompt, rate["before"], rate["after"])
                     for prompt, rate in results["concept_rate_by_prompt"].items()], "gone",
-                   f"How often any erased object is seen. The judge sees instead: {instead or 'nothing else'}."),
+                   f"How often it is seen. The judge sees instead: {instead or 'nothing else'}."),
         Grid("Kept: everything else", _pairs(rows, images, seen, "object", per_subject=1), "kept",
              "The first seed of every other object; ✗ where the judge does not see it after."),
         Comparison("Every other object", [(name, rate["before"], rate["after"]) for name, rate in worst_first], "kept",
@@ -212,30 +270,36 @@ def _erasure_report(
 
 
 def _pairs(
-    rows: list[PromptRow], images: dict[str, np.ndarray], seen: dict[str, list[str]], part: str, per_subject: int
+    rows: list[PromptRow],
+    images: dict[str, np.ndarray],
+    seen: dict[str, dict[str, list[str]]],
+    part: str,
+    per_subject: int,
 ) -> list[Pair]:
-    erased = {row.labels["subject"] for row in rows if row.labels["part"] == "erased"}
+    asked = [row for row in rows if row.labels["part"] == "erased"]
+    styles = {row.labels["style"] for row in asked if "style" in row.labels}
+    gone = styles or {row.labels["subject"] for row in asked}
+    head = "style" if styles and part == "erased" else "object"
     pairs = []
     for i, row in enumerate(rows):
         if row.labels["part"] == part and row.labels["image"] < per_subject:
-            name = seen["after"][i]
-            missed = name in erased if part == "erased" else not shows_subject(name, row)
-            pair = Pair(row.prompt, images["before"][i], images["after"][i], seen["before"][i], name, missed)
-            pairs.append(pair)
+            before, after = (seen[side][head][i] for side in ("before", "after"))
+            missed = after in gone if part == "erased" else not shows_subject(after, row)
+            pairs.append(Pair(row.prompt, images["before"][i], images["after"][i], before, after, missed))
     return pairs
 
 
 def erasure_table(results: dict) -> str:
     """The results of [`evaluate_erasure`] as a Markdown table."""
-    protocol = results["protocol"]
-    concept = protocol["group"] or ", ".join(protocol["erased"])
+    concept = erased_name(results["protocol"])
     concept_rate = results["concept_rate"]
     lines = [
         "| | before | after | change |",
         "|---|---|---|---|",
         f"| {concept} recognised | {concept_rate['before']} | {concept_rate['after']} | |",
     ]
-    for name, of in {"accuracy": "objects", "accuracy_unnamed": UNNAMED, "group_accuracy": "groups"}.items():
+    kept = {"accuracy": "objects", "accuracy_unnamed": UNNAMED, "group_accuracy": "groups", "style_accuracy": "styles"}
+    for name, of in kept.items():
         if rates := results[name]:
             change = rates["difference"]
             lines.append(f"| other {of} recognised | {rates['before']} | {rates['after']} | {change} |")
