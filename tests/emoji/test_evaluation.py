@@ -60,9 +60,8 @@ def test_a_style_is_measured_on_the_style_and_on_what_stayed(make_tiny_pipeline,
     first, last = styles.index("sketch"), len(styles) - 1 - styles[::-1].index("mosaic")
     changed[first], changed[last] = "sketch", "plain"
     judge = scripted_judge(perfect(rows), perfect(rows), styles=[styles, changed])
-    results = evaluate_erasure(
-        make_tiny_pipeline(), make_tiny_pipeline(seed=1), [], judge, tmp_path, images_per_object=1, settings=QUICK, batch_size=64, style="sketch",
-    )  # fmt: skip
+    models = (make_tiny_pipeline(), make_tiny_pipeline(seed=1))
+    results = evaluate_erasure(*models, [], judge, tmp_path, 1, settings=QUICK, batch_size=64, style="sketch")
     rate, kept = results["concept_rate"], results["style_accuracy"]
     assert (rate["before"].value, rate["after"].value) == (1, pytest.approx(1 / parts["erased"]))
     assert results["concept_rate_by_prompt"][rows[first].prompt]["after"].value == 1
