@@ -120,6 +120,26 @@ def test_one_commit_holds_the_result_and_nothing_else(hub, folder, erased):
     assert files[CARD_NAME] == (folder / CARD_NAME).read_bytes()
 
 
+def test_a_smaller_result_takes_the_place_of_a_whole_pipeline(hub, folder):
+    """A LoRA or a partial file beside the old UNet would be two models in one repository."""
+    push_result(folder, "tester/x")
+    (folder / "model_index.json").unlink()
+    shutil.rmtree(folder / "unet")
+    push_result(folder, "tester/x")
+    assert hub.files("tester/x").keys() - {".gitattributes"} == {"erasure.json", PARTIAL_NAME, CARD_NAME}
+    card = hub.files("tester/x")[CARD_NAME].decode()
+    assert "load_partial" in card and "Nothing else has to be switched on" not in card
+
+
+def test_a_unet_alone_is_published_with_the_way_to_load_it(hub, folder):
+    (folder / "model_index.json").unlink()
+    (folder / PARTIAL_NAME).unlink()
+    push_result(folder, "tester/x")
+    files = hub.files("tester/x")
+    assert UNET in files and not any(path.startswith("vae/") for path in files)
+    assert 'UNet2DConditionModel.from_pretrained("tester/x", subfolder="unet")' in files[CARD_NAME].decode()
+
+
 def test_without_a_user_the_repository_is_the_tokens(hub, folder):
     push_result(folder, "mine", commit_message="by hand")
     push_result(folder)
@@ -159,7 +179,7 @@ def test_a_repository_of_somebody_elses_making_loses_nothing(hub, folder):
 
 @pytest.mark.parametrize("private", [True, False])
 def test_a_repository_can_be_private(hub, folder, private):
-    assert push(folder, "--hub_model_id", "tester/x", *(["--private"] if private else [])) == 0
+    assert push(folder, "--hub_model_id", "tester/x", *(["--hub_private"] if private else [])) == 0
     assert hub.private["tester/x"] == private
 
 
@@ -302,7 +322,7 @@ def test_trying_again_is_told_and_has_an_end(hub, folder, caplog):
         push_result(folder, "tester/x", private=True)
     assert str(error.value) == (
         "not pushed: the Hub cannot answer now (503 Service Unavailable). The result in "
-        f"{folder} is complete; push it later with: diffusers-safe push {folder} --hub_model_id tester/x --private"
+        f"{folder} is complete; push it later with: diffusers-safe push {folder} --hub_model_id tester/x --hub_private"
     )
     assert hub.pauses == list(RETRY_WAITS)
     assert [f"again in {wait} s" in record.message for wait, record in zip(RETRY_WAITS, caplog.records)] == [True] * 3

@@ -48,11 +48,15 @@ def parse_dataclass(
     parser.add_argument("--config", help="YAML file with options, a key for each; those given here win.")
     words = sys.argv[1:] if argv is None else argv
     try:
-        words = [*_words(_read_config(_value_of("--config", words))), *words]
+        config = _read_config(_value_of("--config", words))
+        parser.set_defaults(**{name: [] for name, value in config.items() if value == []})
+        words = [*_words(config), *words]
         if presets is not None:
             preset = _value_of("--preset", words) or parser.get_default("preset")
             words = [*_words(presets.get(preset, {})), *words]
-        namespace = parser.parse_args(words)
+        namespace, unknown = parser.parse_known_args(words)
+        if unknown:  # by name only: a value may be a secret
+            raise ValueError(f"unrecognized arguments: {' '.join(word.split('=')[0] for word in unknown)}")
         arguments = kind(**{item.name: getattr(namespace, item.name) for item in fields(kind)})
         if check is not None:
             check(arguments)
@@ -72,10 +76,13 @@ def _read_config(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        # Everything as text, as on a command line: `no` is a word.
+        options = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise ValueError(f"config {path}: cannot be read as YAML ({reason})") from None
+        reason = getattr(error, "strerror", None) or getattr(error, "problem", None) or type(error).__name__
+        mark = getattr(error, "problem_mark", None)  # the line's text may hold a secret
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise ValueError(f"config {path}: cannot be read as YAML ({reason}{where})") from None
     if not isinstance(options, dict):
         raise ValueError(f"config {path}: must hold a mapping of options to values")
     if "config" in options:
@@ -84,12 +91,12 @@ def _read_config(path: str | None) -> dict[str, Any]:
 
 
 def _words(options: dict[str, Any]) -> list[str]:
-    """Options as a command line says them; `None` is left to the default."""
+    """Options as a command line says them; those without a value are left to the default."""
     words = []
     for name, value in options.items():
-        if isinstance(value, list):
+        if isinstance(value, list) and value:
             words += [f"--{name}", *map(str, value)]
-        elif value is not None:
+        elif value not in ([], None, "", "null", "~"):
             words.append(f"--{name}={value}")
     return words
 

@@ -38,7 +38,7 @@ from huggingface_hub.utils import validate_repo_id
 from .cards import CARD_NAME, card_on_hub, is_ours, make_card, write_card
 from .evaluation.grid import GRID_NAME
 from .evaluation.report import headline_table
-from .formats import PARTIAL_NAME
+from .formats import INDEX, LORA_NAME, PARTIAL_NAME, UNET_FOLDER
 from .provenance import FILE_NAME, Provenance
 from .weights import TRAIN_METHODS
 
@@ -49,14 +49,14 @@ PUSH_FAILED = 3  # exit code of a command whose result is complete on disk, but 
 RETRY_WAITS = (2, 10, 30)  # seconds before each further attempt; the client retries single requests, too
 MOST_CONCEPTS = 30  # listed on a card; erasure.json has all of them
 
-_INDEX = "model_index.json"
-_LORA = "pytorch_lora_weights.safetensors"  # diffusers' name for it
 _RESULTS = ("results.json", "evaluation/results.json")
 _REPORTS = ("report.html", "evaluation/report.html")
 # What is published, beside the folders that model_index.json names and an evaluation; all else stays where it is.
-_PUBLISHED = (CARD_NAME, FILE_NAME, _INDEX, GRID_NAME, "*.safetensors", "LICENSE*")
-# What is deleted from a repository of ours where a new result does not have it.
-_REPLACED = (_INDEX, GRID_NAME, PARTIAL_NAME, _LORA, *_RESULTS, *_REPORTS)
+_PUBLISHED = (CARD_NAME, FILE_NAME, INDEX, GRID_NAME, "*.safetensors", "LICENSE*")
+# What is deleted from a repository of ours where a new result does not have it, beside the folders of models.
+_REPLACED = (INDEX, GRID_NAME, PARTIAL_NAME, LORA_NAME, *_RESULTS, *_REPORTS)
+_MODELS = (UNET_FOLDER, "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler",
+           "safety_checker", "feature_extractor", "image_encoder")  # fmt: skip
 
 # method -> (its name, its paper)
 _METHODS = {
@@ -125,7 +125,7 @@ def push_result(
         again = ["diffusers-safe", "push", str(folder), "--hub_model_id", hub_model_id]
         raise PushError(
             f"not pushed: {_reason(error)}. The result in {folder} is complete; push it later with: "
-            f"{shlex.join([*again, *(['--private'] if private else [])])}"
+            f"{shlex.join([*again, *(['--hub_private'] if private else [])])}"
         ) from error
 
 
@@ -177,7 +177,7 @@ def check_folder(folder: str | Path) -> None:
         `ValueError`: If the folder does not hold a finished erasure.
     """
     Provenance.load(folder)
-    if not any(fnmatch(name, "*.safetensors") or name == _INDEX for name in result_files(Path(folder))):
+    if not any(fnmatch(name, "*.safetensors") for name in result_files(Path(folder))):
         raise ValueError(f"{folder}: holds {FILE_NAME}, but neither a pipeline nor erased weights")
 
 
@@ -193,9 +193,9 @@ def result_files(folder: Path) -> list[str]:
 
 
 def _parts(folder: Path) -> list[str]:
-    """The folders of a pipeline's models."""
-    index = folder / _INDEX
-    entries = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {}
+    """The folders of a pipeline's models, or that of the UNet where it was saved alone."""
+    index = folder / INDEX
+    entries = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {UNET_FOLDER: []}
     return [name for name, value in entries.items() if isinstance(value, list) and (folder / name).is_dir()]
 
 
@@ -208,8 +208,7 @@ def _commit(api: HfApi, folder: Path, repo_id: str, token: str | None, message: 
     on_hub = api.list_repo_files(repo_id)
     stale = []
     if FILE_NAME in on_hub:
-        parts = _parts(folder)
-        stale = [path for path in on_hub if path in _REPLACED or path.split("/")[0] in parts]
+        stale = [path for path in on_hub if path in _REPLACED or path.split("/")[0] in _MODELS]
     # Not `upload_folder`, which may make several commits of a large folder.
     api.create_commit(
         repo_id,
@@ -356,7 +355,7 @@ def erasure_card(folder: str | Path, repo_id: str, base: Base) -> ModelCard:
     folder = Path(folder)
     provenance = Provenance.load(folder)
     sections = [
-        _what(provenance, repo_id, base),
+        _what(folder, provenance, repo_id, base),
         _pictures(folder),
         "## How to use it\n\n" + _usage(folder, provenance, repo_id, base),
         "## What was measured\n\n" + _measured(folder),
@@ -373,16 +372,19 @@ def erasure_card(folder: str | Path, repo_id: str, base: Base) -> ModelCard:
     return make_card(data, "\n\n".join(section for section in sections if section) + "\n")
 
 
-def _what(provenance: Provenance, repo_id: str, base: Base) -> str:
+def _what(folder: Path, provenance: Provenance, repo_id: str, base: Base) -> str:
     concepts = [f"* {_code(concept)}" for concept in provenance.concepts[:MOST_CONCEPTS]]
     if more := len(provenance.concepts) - MOST_CONCEPTS:
         concepts += [f"* and {more} more, which [`{FILE_NAME}`]({FILE_NAME}) names"] if more > 0 else []
     name, paper = _METHODS.get(provenance.method, (provenance.method.upper(), None))
+    whole = " Nothing else has to be switched on when it is used." if (folder / INDEX).is_file() else ""
+    source = provenance.arguments.get("erase_from")
+    only = f" They were erased from what {_code(source)} says; other prompts were left alone." if source else ""
     by = f"{name}, [arXiv {paper}](https://arxiv.org/abs/{paper})" if paper else name
     return (
         f"# {repo_id.split('/')[-1]}\n\n"
         f"{_base_link(base)}, a text-to-image model, after training to forget:\n\n" + "\n".join(concepts) + "\n\n"
-        f"Its weights were changed by {by}. Nothing else has to be switched on when it is used."
+        f"Its weights were changed by {by}.{whole}{only}"
     )
 
 
@@ -404,14 +406,21 @@ def _usage(folder: Path, provenance: Provenance, repo_id: str, base: Base) -> st
     for name, value in {"revision": provenance.revision, "variant": provenance.arguments.get("variant")}.items():
         of_base += f', {name}="{value}"' if value else ""
     ways = []
-    if (folder / _INDEX).is_file():
-        name = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["_class_name"]
+    if (folder / INDEX).is_file():
+        name = json.loads((folder / INDEX).read_text(encoding="utf-8"))["_class_name"]
         ways.append(
             "A stock diffusers pipeline; no other package is needed.\n\n"
             f"```python\nfrom diffusers import {name}\n\n"
             f'pipeline = {name}.from_pretrained("{repo_id}")\nimage = pipeline("a photo of a cat").images[0]\n```'
         )
-    if (folder / _LORA).is_file():
+    elif (folder / UNET_FOLDER).is_dir():
+        ways.append(
+            "The UNet alone, for the base model's pipeline:\n\n"
+            "```python\nfrom diffusers import DiffusionPipeline, UNet2DConditionModel\n\n"
+            f'unet = UNet2DConditionModel.from_pretrained("{repo_id}", subfolder="{UNET_FOLDER}")\n'
+            f"pipeline = DiffusionPipeline.from_pretrained({of_base}, unet=unet)\n```"
+        )
+    if (folder / LORA_NAME).is_file():
         ways.append(
             "A LoRA, for the base model and no other:\n\n"
             "```python\nfrom diffusers import DiffusionPipeline\n\n"

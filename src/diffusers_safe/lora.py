@@ -56,8 +56,6 @@ class LoRAWeights(TrainedWeights):
         super().__init__(denoiser, names, ema_decay)
 
     def _set_up(self, denoiser: nn.Module, names: list[str]) -> None:
-        if present := list(getattr(denoiser, "peft_config", {})):
-            raise ValueError(f"rank {self.rank}: the model has adapters already ({', '.join(present)}); unload them")
         modules = dict(denoiser.named_modules())
         layers = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
         layers = [name for name in layers if isinstance(modules[name], (nn.Linear, nn.Conv2d))]

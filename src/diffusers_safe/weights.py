@@ -137,11 +137,16 @@ class TrainedWeights:
         denoiser (`nn.Module`): Its selected parameters are the student; fp32.
         names (`list[str]`): Result of [`select_parameters`].
         ema_decay (`float`, *optional*): `m` of `EMA = m * EMA + (1 - m) * student`, in [0, 1); no EMA if left out.
+
+    Raises:
+        `ValueError`: If the decay is out of its range, or the denoiser has adapters.
     """
 
     def __init__(self, denoiser: nn.Module, names: list[str], ema_decay: float | None = None):
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay {ema_decay}: must be at least 0 and less than 1")
+        if present := list(getattr(denoiser, "peft_config", {})):
+            raise ValueError(f"the model has adapters already ({', '.join(present)}); fuse or unload them first")
         denoiser.requires_grad_(False)
         self._set_up(denoiser, names)
         self.ema_decay = ema_decay

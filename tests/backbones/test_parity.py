@@ -70,8 +70,8 @@ def inputs_of_training(backbone, generator):
     def run():
         prompts, empty = backbone.encode([PROMPT]), backbone.encode([""])
         trajectories = Trajectories(backbone.make_scheduler, backbone.latent_shape, STEPS, GUIDANCE_SCALE)
-        steps = [trajectories.positions[-1]]
-        latents, timesteps = trajectories.sample(predict, prompts, empty, steps, [generator])
+        stops = [[trajectories.positions[-1]]]
+        latents, timesteps = trajectories.sample(predict, prompts, empty, stops, [generator])
         with torch.no_grad():
             predict(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), concatenate(empty, prompts))
 

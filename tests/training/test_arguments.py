@@ -153,7 +153,7 @@ def test_what_argparse_refuses_is_one_line_too(capsys, argv, message):
     with pytest.raises(SystemExit) as stop:
         parse_arguments(SDDArguments, "", argv)
     lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(lines) == 1 and message in lines[0]
+    assert stop.value.code == 2 and len(lines) == 1 and message in lines[0] and "SECRET" not in lines[0]
 
 
 def test_an_earlier_run_is_not_mixed_with_a_new_one(capsys, tmp_path, arguments):
@@ -198,6 +198,11 @@ def test_the_token_is_shown_and_recorded_nowhere(arguments):
         ({"preset": "esd-2026"}, "preset 'esd-2026': unknown; allowed are paper, esd-2025"),
         ({"sampling_model": "ema"}, "sampling_model 'ema': unknown; allowed are student, frozen"),
         ({"erase_from": " "}, "erase_from: is blank"),
+        ({"erase_from": "a cat", "retain_prompts": ["a cat"]}, "retain_prompts 'a cat': is what the concepts"),
+        (
+            {"preset": "esd-2025-xl", "learning_rate": 2e-4, "train_method": "esd-u"},
+            "preset esd-2025-xl has it for esd-x only; with train_method esd-u the code of 2025 takes 1e-5",
+        ),
         ({"negative_guidance_scale": -1.0}, "negative_guidance_scale -1.0: must be at least 0"),
     ],
 )
@@ -243,6 +248,10 @@ def test_a_config_file_gives_options_and_the_command_line_wins(unchecked, tmp_pa
     args = parse(ESDArguments, "--config", str(config))
     assert args.concepts == ["knife", "a gun"] and args.scale_lr and args.revision is None
     assert (args.learning_rate, args.sampling_model) == (1e-3, "frozen")
+    config.write_text("concepts: [no]\nwatch_prompts: []\nmixed_precision: no\nseed:\n")
+    args = parse(SDDArguments, "--config", str(config))
+    assert (args.concepts, args.watch_prompts, args.mixed_precision, args.seed) == (["no"], [], "no", 0)
+    config.write_text("concepts: [knife, a gun]\npreset: esd-2025\nlearning_rate: 1e-3\n")
     args = parse(ESDArguments, "--config", str(config), "--learning_rate", "0.5", "--preset", "paper")
     assert (args.learning_rate, args.sampling_model) == (0.5, "student")
 
@@ -250,10 +259,12 @@ def test_a_config_file_gives_options_and_the_command_line_wins(unchecked, tmp_pa
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("learning_rates: 1", "unrecognized arguments: --learning_rates=1"),
+        ("learning_rates: 1", "unrecognized arguments: --learning_rates"),
         ("learning_rate: high", "invalid float value: 'high'"),
         ("- a\n- b", "must hold a mapping"),
         ("a: [", "cannot be read as YAML"),
+        ("hub_token: hf_SECRET: x", "cannot be read as YAML (mapping values are not allowed here in line 1)"),
+        ("hub_tokn: hf_SECRET", "unrecognized arguments: --hub_tokn"),
         (None, "cannot be read as YAML (No such file or directory)"),
     ],
 )
@@ -263,7 +274,7 @@ def test_a_bad_config_file_is_told_in_one_line(capsys, unchecked, tmp_path, text
     with pytest.raises(SystemExit) as stop:
         parse(SDDArguments, "--concepts", "knife", "--config", str(tmp_path / "run.yaml"))
     lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(lines) == 1 and message in lines[0]
+    assert stop.value.code == 2 and len(lines) == 1 and message in lines[0] and "SECRET" not in lines[0]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`diffusers_safe.erase`, the way from Python."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -58,6 +59,45 @@ def test_the_pipeline_keeps_its_dtype_and_learns_in_float32(tiny_pipeline):
     assert any(not torch.equal(value, before[name]) for name, value in after.items())
 
 
+def test_a_pipeline_in_half_precision_draws_its_validation_prompts_and_is_as_it_was(tiny_pipeline, tmp_path):
+    tiny_pipeline.to(torch.bfloat16)
+    tiny_pipeline.vae.train()
+    erase(
+        tiny_pipeline, ["knife"], output_dir=str(tmp_path), validation_prompts=["a knife"], progress_bar=False, **QUICK
+    )
+    assert (tmp_path / "validation" / "step-2.png").is_file()
+    parts = (tiny_pipeline.unet, tiny_pipeline.vae, tiny_pipeline.text_encoder)
+    assert {part.dtype for part in parts} == {torch.bfloat16}
+    assert [part.training for part in parts] == [False, True, False]
+    assert all(parameter.requires_grad for part in parts for parameter in part.parameters())
+
+
+def test_calls_with_other_precisions_follow_each_other_and_leave_a_plain_denoiser(make_tiny_pipeline):
+    inputs = (torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 4, 32))
+    for precision in ("bf16", None):
+        pipeline = erase(make_tiny_pipeline(), ["knife"], mixed_precision=precision, progress_bar=False, **QUICK)
+        plain = make_tiny_pipeline().unet
+        plain.load_state_dict(pipeline.unet.state_dict())
+        with torch.no_grad():
+            assert torch.equal(pipeline.unet(*inputs).sample, plain(*inputs).sample)
+
+
+def test_adapters_of_another_are_refused_and_nothing_changes(tiny_pipeline):
+    erase(tiny_pipeline, ["knife"], rank=2, progress_bar=False, **QUICK)
+    before = {name: value.clone() for name, value in tiny_pipeline.unet.state_dict().items()}
+    for options in ({"rank": 2}, {}):
+        with pytest.raises(ValueError, match="adapters already .erasure.; fuse or unload them first"):
+            erase(tiny_pipeline, ["gun"], progress_bar=False, **QUICK, **options)
+    assert all(torch.equal(value, before[name]) for name, value in tiny_pipeline.unet.state_dict().items())
+    assert not tiny_pipeline.unet.training
+
+
+def test_it_runs_in_a_thread(tiny_pipeline):
+    with ThreadPoolExecutor(1) as threads:
+        result = threads.submit(erase, tiny_pipeline, ["knife"], progress_bar=False, **QUICK).result()
+    assert result is tiny_pipeline
+
+
 def test_nothing_is_written_without_an_output_folder(tiny_pipeline, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     erase(tiny_pipeline, ["knife"], progress_bar=False, **{**QUICK, "checkpointing_steps": 1})
@@ -82,6 +122,7 @@ def test_a_preset_stands_for_options_that_are_not_given(make_tiny_pipeline):
         ({"concepts": "knife"}, "must be a list of names"),
         ({"concepts": []}, "at least one concept"),
         ({"learning_rates": 1}, "learning_rates: no option of method 'sdd'"),
+        ({"dry_run": True}, "dry_run: only for the script"),
         ({"erase_from": "a painting"}, "erase_from: no option of method 'sdd'"),
         ({"train_method": "half"}, "train_method 'half': unknown"),
         ({"resume_from_checkpoint": "latest"}, "resume_from_checkpoint latest: needs an output_dir"),

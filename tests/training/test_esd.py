@@ -59,7 +59,8 @@ def test_two_processes_resume_what_one_began(tiny_model_folder, tmp_path):
             tmp_path, ACCELERATE_USE_CPU="true")  # fmt: skip
     (tmp_path / "out").mkdir()
     (tmp_path / "whole" / "checkpoint-3").rename(tmp_path / "out" / "checkpoint-3")
-    changes |= {"train_batch_size": 1, "resume_from_checkpoint": "latest"}
+    # Another tracker is no other run; its end must not be the end of the processes' group.
+    changes |= {"train_batch_size": 1, "resume_from_checkpoint": "latest", "report_to": "tensorboard"}
     in_two_processes(SCRIPT, options(tiny_model_folder, "out", **changes), tmp_path)
     base = load_file(f"{tiny_model_folder}/{UNET}")
     moved = [
@@ -67,6 +68,13 @@ def test_two_processes_resume_what_one_began(tiny_model_folder, tmp_path):
         for weights in (load_file(tmp_path / folder / UNET) for folder in ("whole", "out"))
     ]
     assert (moved[0] - moved[1]).norm() < 1e-3 * moved[0].norm()
+
+
+def test_processes_that_would_each_train_by_themselves_are_refused(tiny_model_folder, tmp_path):
+    words = options(tiny_model_folder, "out")
+    done = run([sys.executable, SCRIPT, *words], tmp_path, ACCELERATE_USE_CPU="false", RANK="0", WORLD_SIZE="2")
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("[transformers]")]
+    assert done.returncode == 1 and len(errors) == 1 and "set ACCELERATE_USE_CPU=true" in errors[0], done.stderr
 
 
 def test_a_precision_that_the_device_lacks_is_one_clear_line(tiny_model_folder, tmp_path):

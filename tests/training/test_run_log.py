@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_safe import erase
-from diffusers_safe.training.run_log import ConceptLosses
+from diffusers_safe.training.run_log import ConceptLosses, _keep
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +38,19 @@ def test_the_tracker_gets_losses_by_concept_rate_and_speed(tiny_pipeline, tmp_pa
     assert all(value > 0 for value in told["forwards_per_second"].values())
 
 
+def test_a_line_that_was_cut_off_does_not_hinder_the_next_run(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "era')
+    _keep(path, 1)
+    assert path.read_text() == '{"step": 1}\n'
+    path.write_text('{"step": 1}\n{"step": 3, "era')
+    _keep(path, 2)
+    assert path.read_text() == '{"step": 1}\n'
+
+
 def test_mean_losses_of_concepts_since_they_were_last_asked_for():
     accelerator = Accelerator(cpu=True)
-    losses = ConceptLosses(["knife", "gun", "axe"])
+    losses = ConceptLosses(["knife", "gun", "knife", "axe"])  # a prompt may have two purposes
     losses.add(["knife", "gun", "knife"], torch.tensor([1.0, 5.0, 3.0]))
     assert losses.take(accelerator) == {"knife": 2.0, "gun": 5.0}
     losses.add(["axe"], torch.tensor([4.0]))

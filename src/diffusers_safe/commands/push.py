@@ -22,11 +22,11 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
         "--hub_model_id", help="user/name, or a name in your own account. (default: the name of the folder)"
     )
     parser.add_argument("--hub_token", help="(default: HF_TOKEN, or the one of `hf auth login`)")
-    parser.add_argument("--private", action="store_true", help="Make the repository private, if it is a new one.")
+    parser.add_argument("--hub_private", action="store_true", help="Make the repository private, if it is a new one.")
     args = parser.parse_args(argv)
     try:
         check_folder(args.folder)
         check_push(args.hub_model_id or default_model_id(args.folder), args.hub_token)
     except ValueError as error:
         parser.error(str(error))
-    push_or_exit(args.folder, args.hub_model_id, args.hub_token, args.private)
+    push_or_exit(args.folder, args.hub_model_id, args.hub_token, args.hub_private)

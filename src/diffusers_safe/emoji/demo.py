@@ -31,6 +31,8 @@ SETTINGS = {
     "loss_space": "velocity",
     "num_inference_steps": 25,
     "sampling_fraction": 0.4,
+    "latents_per_trajectory": 2,
+    "trajectory_pool": 120,
     "max_train_steps": 160,
     "train_batch_size": 8,
     "learning_rate": 2e-3,

@@ -464,6 +464,14 @@ class ESDArguments(ErasureArguments):
         self._check_choices(preset=self.PRESETS, sampling_model=ESD_SAMPLERS)
         if self.erase_from is not None and not self.erase_from.strip():
             raise ValueError("erase_from: is blank; leave it out, or name a prompt")
+        if self.erase_from in self.retain_prompts:
+            raise ValueError(f"retain_prompts '{self.erase_from}': is what the concepts are erased from")
+        self.watch_prompts = [prompt for prompt in self.watch_prompts if prompt != self.erase_from]
+        if self.preset == "esd-2025-xl" and not self.train_method.startswith("xattn") and self.learning_rate == 2e-4:
+            raise ValueError(
+                f"learning_rate 0.0002: preset esd-2025-xl has it for esd-x only; with train_method "
+                f"{self.train_method} the code of 2025 takes 1e-5: give --learning_rate"
+            )
         if self.negative_guidance_scale is None:
             preset = self.PRESETS[self.preset]
             scale = preset.erase_from_scale if self.erase_from is not None else None

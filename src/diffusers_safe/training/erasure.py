@@ -1,19 +1,22 @@
 """From a pipeline to an erased one: the same way for every method, from Python and from the command line."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from ..arguments import told_in_one_line
 from ..backbones import load_pipeline, make_backbone
 from ..evaluation.grid import save_grid
-from ..hub import push_or_exit
+from ..hub import check_push, push_or_exit, push_result
 from ..provenance import Provenance, fingerprint
 from .arguments import METHODS, ErasureArguments, parse_arguments, preset_options
 from .loop import ErasureLoop
@@ -51,19 +54,24 @@ def erase(
         options: Any argument of the method's script (`python train_esd.py --help`), such as `max_train_steps=200`.
 
     Returns:
-        [`~diffusers.DiffusionPipeline`]: The pipeline, on the device and in the dtype that it had.
+        [`~diffusers.DiffusionPipeline`]: The pipeline, on the device and in the dtype that it had; with `rank`, the
+        LoRA is switched on in it (`diffusers_safe.lora.fused` gives a plain one).
 
     Raises:
         `ValueError`: If the method, an option or a value is unknown or out of its range, or the family of the pipeline
             is not supported.
         `FloatingPointError`: If the loss is not finite any more.
+        [`~diffusers_safe.hub.PushError`]: If it could not be published; the result is complete on disk.
     """
     args = _arguments(pipeline, concepts, method, output_dir, options)
     accelerator = make_accelerator(args)
     if isinstance(pipeline, str):
         args.check_base_model()
         pipeline = load_pipeline(pipeline, **args.hub_arguments)
-    return train(accelerator, pipeline, args, progress_bar, callback)
+    train(accelerator, pipeline, args, progress_bar, callback)
+    if args.push_to_hub and accelerator.is_main_process:
+        push_result(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private)
+    return pipeline
 
 
 def _arguments(
@@ -84,9 +92,13 @@ def _arguments(
     name = pipeline if isinstance(pipeline, str) else pipeline.config.get("_name_or_path") or "a pipeline in memory"
     known = {"pretrained_model_name_or_path": name, "concepts": list(concepts), "output_dir": output_dir}
     args = kind(**known, **{**presets.get(options.get("preset", "paper"), {}), **options})
+    if args.dry_run:
+        raise ValueError(f"dry_run: only for the script, train_{method}.py")
     for name in ("resume_from_checkpoint", "report_to"):
         if output_dir is None and options.get(name, "none") != "none":
             raise ValueError(f"{name} {options[name]}: needs an output_dir")
+    if args.push_to_hub:
+        check_push(args.hub_model_id, args.hub_token)
     if output_dir is not None:
         args.check_output()
     return args
@@ -103,8 +115,10 @@ def run_command(kind: type[ErasureArguments], description: str, argv: list[str] 
         accelerator = make_accelerator(args)
         pipeline = load_pipeline(args.pretrained_model_name_or_path, **args.hub_arguments)
         train(accelerator, pipeline, args)
-    if accelerator.is_main_process:
-        print(f"erased {', '.join(args.concepts)}; the result is in {args.output_dir}")
+        if accelerator.is_main_process:
+            print(f"erased {', '.join(args.concepts)}; the result is in {args.output_dir}")
+            if args.push_to_hub:  # the other processes need not wait for the network
+                push_or_exit(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private)
 
 
 def make_accelerator(args: ErasureArguments) -> Accelerator:
@@ -117,9 +131,18 @@ def make_accelerator(args: ErasureArguments) -> Accelerator:
     if args.output_dir is not None:
         project = ProjectConfiguration(args.output_dir, args.tracker_dir)
     log_with = None if args.report_to == "none" else args.report_to
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=log_with, project_config=project)
+    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if is_initialized() and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()  # of an earlier call, which asked for another
+    accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_config=project)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision fp16: gradients need a GPU's loss scaling; allowed on a CPU are no, bf16")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched, but each would train by itself: set ACCELERATE_USE_CPU=true where "
+            "there is no GPU for each"
+        )
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
@@ -131,47 +154,56 @@ def train(
     args: ErasureArguments,
     progress_bar: bool = True,
     callback: Callback | None = None,
-) -> DiffusionPipeline:
-    """Erases from a loaded pipeline; where there is an output folder, writes the result, and publishes it if asked.
-
-    A result that cannot be published is complete on disk; the program then ends with code `PUSH_FAILED`.
-    """
+) -> None:
+    """Erases from a loaded pipeline; where there is an output folder, writes the result, as it is to be published."""
     set_seed(args.seed)
-    backbone = make_backbone(pipeline, args.resolution)
-    objective = args.make_objective()
-    denoiser = backbone.denoiser
-    device, dtype = denoiser.device, denoiser.dtype
-    if dtype != torch.float32:
-        denoiser.to(torch.float32)
-    provenance = Provenance(
-        base_model=args.pretrained_model_name_or_path,
-        base_fingerprint=fingerprint(denoiser),
-        concepts=args.concepts,
-        method=objective.name,
-        train_method=args.train_method,
-        arguments={
-            **args.recorded,
-            "num_processes": accelerator.num_processes,
-            "mixed_precision": accelerator.mixed_precision,
-        },
-        revision=args.revision,
-    )
-    loop = ErasureLoop(accelerator, backbone, objective, args, args.ema_decay)
-    samples = Samples.of_run(pipeline, loop.weights, args)
-    loop.run(progress_bar, _with_validation(callback, samples, loop, args))
-    denoiser.eval().requires_grad_(False)
-    if args.output_dir is not None and accelerator.is_main_process:
-        save_result(pipeline, loop.weights, provenance, args.output_dir, args.save)
-        if args.push_to_hub:
-            pipeline.to(accelerator.device)
-            save_grid(samples.draw(), args.output_dir)
-    accelerator.wait_for_everyone()
-    if args.push_to_hub and accelerator.is_main_process:  # the others need not wait for the network
-        push_or_exit(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private)
-    denoiser.to(device)
-    if dtype != torch.float32:
-        denoiser.to(dtype)
-    return pipeline
+    with _in_float32(pipeline):
+        backbone = make_backbone(pipeline, args.resolution)
+        objective = args.make_objective()
+        provenance = Provenance(
+            base_model=args.pretrained_model_name_or_path,
+            base_fingerprint=fingerprint(backbone.denoiser),
+            concepts=args.concepts,
+            method=objective.name,
+            train_method=args.train_method,
+            arguments={
+                **args.recorded,
+                "num_processes": accelerator.num_processes,
+                "mixed_precision": accelerator.mixed_precision,
+            },
+            revision=args.revision,
+        )
+        loop = ErasureLoop(accelerator, backbone, objective, args, args.ema_decay)
+        samples = Samples.of_run(pipeline, loop.weights, args)
+        loop.run(progress_bar, _with_validation(callback, samples, loop, args))
+        # Its forward was wrapped for mixed precision.
+        accelerator.unwrap_model(loop.predictor.student, keep_fp32_wrapper=False)
+        if args.output_dir is not None and accelerator.is_main_process:
+            save_result(pipeline, loop.weights, provenance, args.output_dir, args.save)
+            if args.push_to_hub:
+                pipeline.to(accelerator.device)
+                save_grid(samples.draw(), args.output_dir)
+        accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _in_float32(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Trained weights are float32, and pictures need all parts alike. Afterwards every part is as it was."""
+    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    homes = [(part, part.device, part.dtype, part.training) for part in parts]
+    trainable = {parameter for part in parts for parameter in part.parameters() if parameter.requires_grad}
+    try:
+        for part in parts:
+            if part.dtype != torch.float32:
+                part.to(torch.float32)
+        yield
+    finally:
+        for part, device, dtype, training in homes:
+            part.train(training).to(device)
+            if part.dtype != dtype:
+                part.to(dtype)
+            for parameter in part.parameters():
+                parameter.requires_grad_(parameter in trainable)
 
 
 def _with_validation(

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import signal
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -45,6 +46,12 @@ def make_weights(denoiser: nn.Module, args: ErasureArguments, ema_decay: float |
     return LoRAWeights(denoiser, names, ema_decay, rank=args.rank, alpha=args.lora_alpha, seed=args.seed)
 
 
+def peak_learning_rate(args: ErasureArguments, num_processes: int) -> float:
+    """`learning_rate`, with `scale_lr` times the samples of a step."""
+    samples = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    return args.learning_rate * (samples if args.scale_lr else 1)
+
+
 class ErasureLoop:
     """Trains an objective on a backbone; `run` leaves the published weights in the denoiser.
 
@@ -75,7 +82,7 @@ class ErasureLoop:
         self.samples_a_step = args.train_batch_size * self.batches_a_step * accelerator.num_processes
         self.optimizer = _adam_class(args.use_8bit_adam)(
             self.weights.student.values(),
-            lr=args.learning_rate * (self.samples_a_step if args.scale_lr else 1),
+            lr=peak_learning_rate(args, accelerator.num_processes),
             betas=(args.adam_beta1, args.adam_beta2),
             weight_decay=args.adam_weight_decay,
             eps=args.adam_epsilon,
@@ -201,7 +208,7 @@ class ErasureLoop:
         bar = tqdm(range(first, last), self.objective.name.upper(), last, initial=first, disable=hidden)
         every = max(1, last // 20)
         shown = {}
-        with _StopRequest() as stop:
+        with _StopRequest(listens=args.output_dir is not None) as stop:
             for step in bar:
                 measured = self.train_step(step)
                 done = step + 1
@@ -255,7 +262,7 @@ class RunIdentity:
     """What a checkpoint must share with the run that continues it."""
 
     file_name = "run.json"
-    # Where a run writes and how often, and how long it goes on, changes no step that was done.
+    # What is written, where and how often, changes no step.
     free = {"output_dir", "save", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
             "watch_prompts", "validation_prompts", "num_validation_images", "validation_steps", "report_to",
             "logging_dir", "dry_run", "preset", "pretrained_model_name_or_path", "train_batch_size",
@@ -283,12 +290,18 @@ class RunIdentity:
 
 
 class _StopRequest:
-    """Turns the first SIGINT or SIGTERM into a wish that the loop grants between two steps; a second one ends it."""
+    """Turns the first SIGINT or SIGTERM into a wish that the loop grants between two steps; a second one ends it.
+
+    Without a folder to save to it listens to nothing, nor in a thread, where Python has no signals.
+    """
+
+    def __init__(self, listens: bool):
+        self.requested = False
+        self._listens = listens and threading.current_thread() is threading.main_thread()
 
     def __enter__(self):
-        self.requested = False
         self._before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM) if self._listens else ():
             self._before[number] = signal.signal(number, self._ask)
         return self
 

@@ -15,7 +15,7 @@ from ..backbones.unet import vae_scale_factor
 from ..trajectories import Trajectories
 from ..weights import TRAIN_METHODS
 from .arguments import ErasureArguments
-from .loop import make_weights
+from .loop import make_weights, peak_learning_rate
 from .objectives import TrainingBatch
 from .objectives.retention import retention_loss
 
@@ -62,7 +62,8 @@ class Plan:
             f"{self.selected[1] / 1e6:,.2f} of {self.total[1] / 1e6:,.2f} M parameters",
             "steps": f"{args.max_train_steps:,} of {_counted(self.num_samples // args.max_train_steps, 'sample')} "
             f"({_counted(self.num_processes, 'process', 'es')} x batch {args.train_batch_size} x accumulation "
-            f"{args.gradient_accumulation_steps}), learning rate {args.learning_rate:g} {args.lr_scheduler}",
+            f"{args.gradient_accumulation_steps}), learning rate {peak_learning_rate(args, self.num_processes):g}, "
+            f"{args.lr_scheduler}",
             "forwards": f"{per_sample:.1f} a sample ({_parts(self.forwards, '{:.1f}')}), "
             f"{per_sample * self.num_samples:,.0f} in all; backwards {self.backwards} a sample",
             "arithmetic": f"{petaflops:,.3g} PFLOP: {told_duration(petaflops * 100)} at 10 TFLOP/s, "

@@ -19,8 +19,8 @@ class ConceptLosses:
     """
 
     def __init__(self, prompts: list[str]):
-        self._rows = {prompt: row for row, prompt in enumerate(prompts)}
-        self._sums = torch.zeros(len(prompts), 2, dtype=torch.float64)  # of losses, and how many
+        self._rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+        self._sums = torch.zeros(len(self._rows), 2, dtype=torch.float64)  # of losses, and how many
 
     def add(self, prompts: list[str], losses: torch.Tensor) -> None:
         """Losses of samples, `(B,)`."""
@@ -74,11 +74,12 @@ class RunLog:
             self._accelerator.log(values, step=step)
 
     def close(self) -> None:
-        if self._tracks:
-            self._accelerator.end_training()
+        # Not `end_training`, which also ends the group of processes; they still have to wait for each other.
+        for tracker in self._accelerator.trackers if self._tracks else ():
+            tracker.finish()
 
 
 def _keep(path: Path, step: int) -> None:
-    """Leaves only what the log tells of the steps that this run continues."""
+    """Leaves only what the log tells of the steps that this run continues; a line cut off by a kill goes, too."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+    write_text(path, "".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step))
