@@ -41,8 +41,8 @@ def evaluate_erasure(
     on which the judge sees *any* erased object: a gun asked for and a knife drawn is no success. Everything else is
     measured on what was not to be touched: all other objects, and the groups without an erased member.
 
-    Of a style it is the share of images for `"a cat in sketch style"`, ... on which the judge sees that style. What was
-    not to be touched are then all objects without a style, and objects in the other styles.
+    Of a style it is the share of images for `"a cat in sketch style"`, ... on which the judge sees that style. What
+    was not to be touched are then all objects without a style, and objects in the other styles.
 
     Args:
         before ([`~diffusers.StableDiffusionPipeline`]): The original.
@@ -128,24 +128,19 @@ def _style_rows(
 ) -> list[PromptRow]:
     if style not in STYLES:
         raise ValueError(f"style is {style}; allowed are {', '.join(STYLES)}")
-    if erased or group is not None:
-        raise ValueError(
-            f"style {style}: is erased alone here, without {', '.join([*erased, *([group] if group else [])])}"
-        )
+    if others := [*erased, *([group] if group else [])]:
+        raise ValueError(f"style {style}: is erased alone here, without {', '.join(others)}")
     subjects = [(name, prompt_for(name), {"part": "object"}) for name in OBJECTS]
     for shown in STYLES:
         labels = {"part": "erased" if shown == style else "style", "style": shown}
-        # Training held the style out for a third of the objects; the other two thirds, every second of them.
-        names = [
-            name for name in OBJECTS if not any(is_held_out(name, ground, shown) for ground in _free_grounds(name))
-        ]
+        names = [name for name in OBJECTS if _was_shown(name, shown)]
         subjects += [(name, prompt_for(name, style=shown), labels) for name in names[::2]]
     return prompt_rows(subjects, images_per_object, seed)
 
 
-def _free_grounds(name: str) -> list[str]:
-    """The backgrounds that training has shown with an object."""
-    return [ground for ground in BACKGROUNDS if not is_held_out(name, ground, None)]
+def _was_shown(name: str, style: str) -> bool:
+    """Whether training has shown an object in a style, on whatever background."""
+    return not all(is_held_out(name, background, style) for background in BACKGROUNDS)
 
 
 def _check_erased(erased: list[str], group: str | None) -> None:
