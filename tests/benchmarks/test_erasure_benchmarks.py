@@ -71,7 +71,8 @@ def test_the_memory_of_a_step(load, capsys):
     assert plain[3] == "100.0%" and re.fullmatch(r"[0-9.]+ GiB", ours[2])
 
 
-def test_the_speed_of_a_step(load, capsys):
+def test_the_speed_of_a_step(load, capsys, monkeypatch):
+    monkeypatch.setattr(load("erasure_gpu"), "in_own_process", lambda function, *args: function(*args))
     size = "--device cpu --size tiny --latent_size 8 --num_inference_steps 2"
     load("erasure_gpu").main(f"{size} --steps 1 --batch_sizes 2 --compile off".split())
     ((batch, compiled, *_, share, memory),) = rows(capsys.readouterr().out)
