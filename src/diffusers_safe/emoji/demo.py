@@ -74,7 +74,7 @@ class DemoArguments:
     output_dir: str = field(default="runs/demo", metadata={"help": "Where model, images and report go."})
     group: str = field(default="weapon", metadata={"help": f"What to erase: {', '.join(GROUPS)}."})
     seed: int = field(default=0, metadata={"help": "Seed of the training and of the images."})
-    images_per_prompt: int = field(default=4, metadata={"help": "Images of each prompt, before and after."})
+    images_per_prompt: int = field(default=3, metadata={"help": "Images of each prompt, before and after."})
 
     def __post_init__(self):
         if self.group not in GROUPS:
