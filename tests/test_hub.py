@@ -418,7 +418,7 @@ numpy.save("images.npy", images)
         done = run([sys.executable, "-c", code])
         assert done.returncode == 0, done.stderr[-3000:]
     local = picture(StableDiffusionPipeline.from_pretrained(tmp_path / "out"))
-    assert (np.load(tmp_path / "images.npy") == local).all()
+    assert np.allclose(np.load(tmp_path / "images.npy"), local, atol=1e-5)  # other processes add in other orders
     assert (local != picture(StableDiffusionPipeline.from_pretrained(tiny_model_folder))).any()
 
 

@@ -98,7 +98,7 @@ def test_the_last_latent_of_a_trajectory_is_that_of_the_pipeline(pipeline):
     conditional, empty = backbone.encode(["a knife"]), backbone.encode([""])
     trajectories = Trajectories(backbone.make_scheduler, backbone.latent_shape, steps, guidance_scale)
     generator = torch.Generator().manual_seed(5)
-    latents, timesteps = trajectories.sample(predict, conditional, empty, [steps - 1], [generator])
+    latents, timesteps = trajectories.sample(predict, conditional, empty, [[steps - 1]], [generator])
     with torch.no_grad():
         uncond, cond = predict(latents, timesteps, empty), predict(latents, timesteps, conditional)
     scheduler = backbone.make_scheduler()

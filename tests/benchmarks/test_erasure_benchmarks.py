@@ -65,6 +65,7 @@ def test_the_arithmetic_of_a_step(load, tiny_model_folder, capsys):
     assert esd[3] == "0" and pooled[3] == "12"  # two trajectories of three steps, twice
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_step(load, capsys):
     load("erasure_memory").main("--size tiny --latent_size 8 --num_inference_steps 1".split())
     plain, ours = rows(capsys.readouterr().out)

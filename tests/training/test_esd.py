@@ -56,6 +56,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tiny_model_folder, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_two_processes_resume_what_one_began(tiny_model_folder, tmp_path):
     """And see the same samples: latents of the student, several concepts, retention."""
     changes = {"retain_prompts": "dog", "retain_unconditional": True}

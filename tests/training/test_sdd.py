@@ -168,6 +168,7 @@ def test_two_processes_are_one_with_twice_the_batch(erased, tiny_model_folder, t
     assert apart < 1e-3  # 8e-6 where it was measured; other draws would make it about 1
 
 
+@pytest.mark.slow
 def test_reused_trajectories_of_two_processes_go_on_in_one(tiny_model_folder, tmp_path):
     """Each process draws half of the pool, and the trajectories of its own slots; a checkpoint has all of them."""
     settings = {
@@ -225,6 +226,7 @@ def test_the_fused_pipeline_has_no_adapters_and_only_the_adapted_weights_left_th
     assert changed == {f"{name}.weight" for name in adapted}
 
 
+@pytest.mark.slow
 def test_a_lora_is_what_is_saved_where_nothing_else_is_said_and_in_two_processes(
     lora_erased, tiny_model_folder, tmp_path
 ):
