@@ -31,8 +31,8 @@ from diffusers_safe.arguments import check_output_dir, parse_dataclass, told_in_
 from diffusers_safe.backbones import make_backbone
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.demo import retained_prompts
-from diffusers_safe.training.arguments import ESDArguments, SDDArguments, parse_arguments
-from diffusers_safe.training.loop import ErasureLoop
+from diffusers_safe.training.erasure_arguments import ESDArguments, SDDArguments, parse_arguments
+from diffusers_safe.training.erasure_loop import ErasureLoop
 from diffusers_safe.training.plan import make_plan
 
 

@@ -19,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_safe.arguments import parse_dataclass
 from diffusers_safe.backbones import make_backbone
-from diffusers_safe.training.arguments import MIXED_PRECISIONS, SDDArguments
-from diffusers_safe.training.loop import ErasureLoop
+from diffusers_safe.training.arguments import MIXED_PRECISIONS
+from diffusers_safe.training.erasure_arguments import SDDArguments
+from diffusers_safe.training.erasure_loop import ErasureLoop
 
 
 DEVICES = ("cuda", "cpu")

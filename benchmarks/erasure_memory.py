@@ -16,8 +16,8 @@ from random_models import UNETS, in_own_process, peak_bytes, random_pipeline
 
 from diffusers_safe.arguments import parse_dataclass
 from diffusers_safe.backbones import make_backbone
-from diffusers_safe.training.arguments import SDDArguments
-from diffusers_safe.training.loop import ErasureLoop
+from diffusers_safe.training.erasure_arguments import SDDArguments
+from diffusers_safe.training.erasure_loop import ErasureLoop
 
 
 GIB = 2**30

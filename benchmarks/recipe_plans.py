@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig
 
 from diffusers_safe.arguments import parse_dataclass
 from diffusers_safe.emoji.architecture import build_tokenizer
-from diffusers_safe.training.arguments import METHODS, preset_options
+from diffusers_safe.training.erasure_arguments import METHODS, preset_options
 from diffusers_safe.training.plan import GIB, make_plan, told_duration
 
 

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers_safe.emoji.demo import erasure_command
 from diffusers_safe.formats import LORA_NAME
 from diffusers_safe.training import esd, sdd
-from diffusers_safe.training.arguments import SDDArguments, parse_arguments
+from diffusers_safe.training.erasure_arguments import SDDArguments, parse_arguments
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

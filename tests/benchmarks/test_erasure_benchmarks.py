@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from diffusers_safe.backbones import make_backbone
-from diffusers_safe.training.arguments import SDDArguments
-from diffusers_safe.training.loop import ErasureLoop
+from diffusers_safe.training.erasure_arguments import SDDArguments
+from diffusers_safe.training.erasure_loop import ErasureLoop
 
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"

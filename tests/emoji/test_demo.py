@@ -4,7 +4,7 @@ import pytest
 
 from diffusers_safe.cli import main
 from diffusers_safe.emoji.demo import erasure_command
-from diffusers_safe.training.arguments import SDDArguments, parse_arguments
+from diffusers_safe.training.erasure_arguments import SDDArguments, parse_arguments
 
 
 def test_the_demo_runs_the_public_script_with_arguments_it_takes(tiny_model_folder, tmp_path):

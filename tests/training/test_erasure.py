@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 
 from diffusers_safe import erase
 from diffusers_safe.provenance import fingerprint
-from diffusers_safe.training.arguments import METHODS
+from diffusers_safe.training.erasure_arguments import METHODS
 from diffusers_safe.weights import select_parameters
 
 

@@ -8,8 +8,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from diffusers_safe.backbones import make_backbone
-from diffusers_safe.training.arguments import LR_SCHEDULERS, SDDArguments
-from diffusers_safe.training.loop import ErasureLoop
+from diffusers_safe.training.arguments import LR_SCHEDULERS
+from diffusers_safe.training.erasure_arguments import SDDArguments
+from diffusers_safe.training.erasure_loop import ErasureLoop
 from diffusers_safe.training.objectives import SDDObjective
 from diffusers_safe.training.objectives.sdd import SDD_TARGETS
 
@@ -154,6 +155,22 @@ def test_a_loss_that_is_not_finite_ends_the_run(make_loop, tmp_path):
         next(iter(loop.weights.student.values())).fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="step 1: the loss is"):
         loop.run()
+
+
+def test_a_run_may_grow_where_no_earlier_step_would_have_been_another(make_loop, tmp_path):
+    whole = make_loop("whole", max_train_steps=4)
+    whole.run()
+    make_loop("short", max_train_steps=3, checkpointing_steps=2).run()
+    checkpoint = str(tmp_path / "short" / "checkpoint-2")
+    grown = make_loop("short", max_train_steps=4, resume_from_checkpoint=checkpoint)
+    grown.run()
+    assert same(result(whole), result(grown))
+    for changes in ({"lr_scheduler": "cosine"}, {"concept_schedule": "sequential"}):
+        make_loop("other", max_train_steps=3, checkpointing_steps=2, **changes).run()
+        checkpoint = str(tmp_path / "other" / "checkpoint-2")
+        longer = make_loop("longer", max_train_steps=4, resume_from_checkpoint=checkpoint, **changes)
+        with pytest.raises(ValueError, match="max_train_steps 3 there, 4 here"):
+            longer.run()
 
 
 @pytest.mark.parametrize("schedule, rank", [("sequential", None), ("random", None), ("random", 2)])

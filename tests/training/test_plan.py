@@ -10,8 +10,8 @@ from transformers import CLIPTextConfig
 
 from diffusers_safe.backbones import make_backbone
 from diffusers_safe.emoji.architecture import build_tokenizer
-from diffusers_safe.training.arguments import ESDArguments, SDDArguments
-from diffusers_safe.training.loop import ErasureLoop
+from diffusers_safe.training.erasure_arguments import ESDArguments, SDDArguments
+from diffusers_safe.training.erasure_loop import ErasureLoop
 from diffusers_safe.training.plan import make_plan
 from diffusers_safe.weights import select_parameters
 

@@ -9,7 +9,7 @@ from diffusers_safe.evaluation import grid
 from diffusers_safe.evaluation.generate import GenerationSettings
 from diffusers_safe.provenance import fingerprint
 from diffusers_safe.training import samples
-from diffusers_safe.training.arguments import SDDArguments
+from diffusers_safe.training.erasure_arguments import SDDArguments
 from diffusers_safe.training.samples import Samples
 from diffusers_safe.weights import TrainedWeights, select_parameters
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from diffusers_safe.formats import LORA_NAME, PARTIAL_NAME, load_partial
 from diffusers_safe.provenance import Provenance, fingerprint
-from diffusers_safe.training.loop import ErasureLoop
+from diffusers_safe.training.erasure_loop import ErasureLoop
 from diffusers_safe.training.sdd import main
 from diffusers_safe.weights import select_parameters
 from scripts import LAUNCH, ROOT, environment, in_two_processes, log_rows, run, succeed, words_of

@@ -6,8 +6,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from diffusers_safe.backbones import make_backbone
-from diffusers_safe.training.arguments import ESDArguments, SDDArguments
-from diffusers_safe.training.loop import ErasureLoop
+from diffusers_safe.training.erasure_arguments import ESDArguments, SDDArguments
+from diffusers_safe.training.erasure_loop import ErasureLoop
 from diffusers_safe.training.sources import sample_generator
 
 

@@ -18,8 +18,8 @@ from ..backbones import load_pipeline, make_backbone
 from ..evaluation.grid import save_grid
 from ..hub import check_push, push_or_exit, push_result
 from ..provenance import Provenance, fingerprint
-from .arguments import METHODS, ErasureArguments, parse_arguments, preset_options
-from .loop import ErasureLoop
+from .erasure_arguments import METHODS, ErasureArguments, parse_arguments, preset_options
+from .erasure_loop import ErasureLoop
 from .output import save_result
 from .plan import make_plan
 from .samples import Samples, Validation

@@ -1,14 +1,13 @@
-"""The loop of every erasure: draw latents, loss, step, EMA, checkpoint."""
+"""The loop of every training: terms of the loss, step, EMA, log, checkpoint, stop."""
 
 import hashlib
 import json
-import logging
 import math
 import signal
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,28 +16,15 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..backbones import Backbone
-from ..concepts import ConceptSchedule
 from ..lora import LoRAWeights
 from ..provenance import write_text
-from ..trajectories import Trajectories
 from ..weights import TrainedWeights, select_parameters
-from .arguments import ErasureArguments
+from .arguments import TrainingArguments
 from .checkpoints import checkpoint_step, save_checkpoint
-from .loss_space import LossSpace
-from .objectives import Objective, TrainingBatch
-from .objectives.retention import retention_loss
-from .predictor import Predictor
-from .run_log import ConceptLosses, RunLog
-from .sources import make_source
-from .watch import Watch
+from .run_log import RunLog
 
 
-logger = logging.getLogger(__name__)
-DRIFT_WARNING = 0.5
-
-
-def make_weights(denoiser: nn.Module, args: ErasureArguments, ema_decay: float | None = None) -> TrainedWeights:
+def make_weights(denoiser: nn.Module, args: TrainingArguments, ema_decay: float | None = None) -> TrainedWeights:
     """What a run trains in a denoiser: the selected weights themselves, or a LoRA on them."""
     names = select_parameters(denoiser, args.train_method)
     if args.rank is None:
@@ -46,34 +32,39 @@ def make_weights(denoiser: nn.Module, args: ErasureArguments, ema_decay: float |
     return LoRAWeights(denoiser, names, ema_decay, rank=args.rank, alpha=args.lora_alpha, seed=args.seed)
 
 
-def peak_learning_rate(args: ErasureArguments, num_processes: int) -> float:
+def peak_learning_rate(args: TrainingArguments, num_processes: int) -> float:
     """`learning_rate`, with `scale_lr` times the samples of a step."""
     samples = args.train_batch_size * args.gradient_accumulation_steps * num_processes
     return args.learning_rate * (samples if args.scale_lr else 1)
 
 
-class ErasureLoop:
-    """Trains an objective on a backbone; `run` leaves the published weights in the denoiser.
+class TrainingLoop(ABC):
+    """Trains a denoiser; `run` leaves the published weights in it. A subclass says what is learned.
 
     Args:
         accelerator (`Accelerator`): Devices, processes, mixed precision.
-        backbone (`Backbone`): Its denoiser is trained in place.
-        objective (`Objective`): The method.
-        args (`ErasureArguments`): Everything else.
-        ema_decay (`float`, *optional*): For objectives that have an EMA.
+        denoiser (`nn.Module`): Trained in place.
+        args (`TrainingArguments`): Everything else.
+        ema_decay (`float`, *optional*): Of the average, if there is one.
+
+    Attributes:
+        name (`str`): Shown at the progress bar.
+        publishes (`str`): Whose weights are the result: `"student"` or `"ema"`.
+        term_weights (`dict[str, float]`): How much each term of the loss counts.
+        forwards (`int`): How many samples denoisers have seen so far in this process.
+        student (`nn.Module`): The denoiser as it is trained, possibly wrapped for several processes.
     """
 
+    name: str
+    publishes: str = "student"
+    term_weights: dict[str, float]
+    forwards: int
+
     def __init__(
-        self,
-        accelerator: Accelerator,
-        backbone: Backbone,
-        objective: Objective,
-        args: ErasureArguments,
-        ema_decay: float | None = None,
+        self, accelerator: Accelerator, denoiser: nn.Module, args: TrainingArguments, ema_decay: float | None = None
     ):
-        self.accelerator, self.objective, self.args = accelerator, objective, args
-        device = accelerator.device
-        denoiser = backbone.denoiser.to(device)
+        self.accelerator, self.args = accelerator, args
+        denoiser = denoiser.to(accelerator.device)
         denoiser.train()
         if args.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
@@ -93,85 +84,42 @@ class ErasureLoop:
             num_warmup_steps=args.lr_warmup_steps,
             num_training_steps=args.max_train_steps,
         )
-        num_trajectories = math.ceil(args.max_train_steps / args.latents_per_trajectory) * self.samples_a_step
-        self.schedule = ConceptSchedule(args.concepts, args.concept_schedule, args.prompt_order, num_trajectories)
-        prompts = [*self.schedule.all_prompts(), *objective.prompts, *args.retain_prompts, *args.watch_prompts]
         # The loop accumulates itself; what `accelerate launch` set would divide gradients a second time.
         accelerator.gradient_accumulation_steps = 1
-        student, self.optimizer = accelerator.prepare(denoiser, self.optimizer)
-        self.predictor = Predictor(backbone, self.weights, prompts, device, student)
-        self.trajectories = Trajectories(
-            backbone.make_scheduler, backbone.latent_shape, args.num_inference_steps, args.sampling_guidance_scale
-        )
-        drawn = (self.predictor, self.trajectories, args, self.samples_a_step)
-        self.erasing = make_source("erase", objective.sampler, self._to_erase, *drawn)
-        self.retaining = make_source("retain", "frozen", self._to_retain, *drawn)
-        self.loss_space = LossSpace(args.loss_space, backbone.pipeline.scheduler)
-        self.watch = Watch(self.predictor, self.trajectories, args.concepts, args.watch_prompts, args.seed)
-        self.concept_losses = ConceptLosses(prompts)
-        self._warned = False
-        self._make_resumable()
+        self.student, self.optimizer = accelerator.prepare(denoiser, self.optimizer)
 
-    def _make_resumable(self) -> None:
-        identity = RunIdentity(self.args, self.weights, self.samples_a_step)
+    # --- what a subclass says ----------------------------------------------------------------------------------------
 
-        # The base model is on disk already: a checkpoint holds the trained weights only.
-        def before_saving(models, weights, folder):
-            weights.clear()
-            if self.accelerator.is_main_process:
-                identity.save(folder)
+    @abstractmethod
+    def batch_terms(self, step: int, slots: range) -> dict[str, torch.Tensor]:
+        """The terms of the loss of one batch of this process, each a mean over its samples.
 
-        # An optimizer of other weights would be refused, too, but without a word that helps.
-        def before_loading(models, folder):
-            models.clear()
-            identity.check(folder)
+        Args:
+            step (`int`): Counted from 0.
+            slots (`range`): The places of the samples among the `samples_a_step` of all processes.
+        """
 
-        self.accelerator.register_save_state_pre_hook(before_saving)
-        self.accelerator.register_load_state_pre_hook(before_loading)
-        self.accelerator.register_for_checkpointing(self.weights, self.lr_scheduler, self.erasing, self.retaining)
+    @abstractmethod
+    def prepare(self) -> None:
+        """Does what is done once, ahead of all steps; a checkpoint has been loaded by then."""
+
+    def measure(self, step: int) -> dict:
+        """What the log tells beside the loss, 20 times a run, after so many steps; called on every process."""
+        return {}
 
     # --- one step ----------------------------------------------------------------------------------------------------
-
-    def _to_erase(self, number: int, generator: torch.Generator) -> tuple[str, str]:
-        sampled, trained = self.schedule.prompts(number, generator)
-        return self.objective.drawn_with or sampled, trained
-
-    def _to_retain(self, number: int, generator: torch.Generator) -> tuple[str, str]:
-        prompt = self.args.retain_prompts[number % len(self.args.retain_prompts)]
-        return prompt, prompt
-
-    def batch_loss(self, step: int, batch_number: int) -> dict[str, torch.Tensor]:
-        """The terms of the loss of one batch of this process, each a mean over its samples."""
-        size = self.args.train_batch_size
-        first = (batch_number * self.accelerator.num_processes + self.accelerator.process_index) * size
-        slots = range(first, first + size)
-        batch = self.erasing.batch(step, slots)
-        losses = self.loss_space.weigh(self.objective.loss(self.predictor, batch), batch.timesteps)
-        self.concept_losses.add(self._concepts_of(batch), losses)
-        terms = {"erase": losses.mean()}
-        if self.args.retain_weight > 0 and self.args.retain_prompts:
-            terms["retain"] = self._retention(self.retaining.batch(step, slots))
-        if self.args.retain_weight > 0 and self.args.retain_unconditional:
-            terms["retain_unconditional"] = self._retention(replace(batch, prompts=[""] * size))
-        return terms
-
-    def _concepts_of(self, batch: TrainingBatch) -> list[str]:
-        """What the losses of a batch are counted under: of the two prompts of a sample, the one concept."""
-        draws_with_one = self.args.prompt_order == "paper" and self.objective.drawn_with is None
-        return batch.drawn_with if draws_with_one else batch.prompts
-
-    def _retention(self, batch: TrainingBatch) -> torch.Tensor:
-        return self.loss_space.weigh(retention_loss(self.predictor, batch), batch.timesteps).mean()
 
     def train_step(self, step: int) -> dict[str, float]:
         """One optimizer step; returns the mean of each term of the loss."""
         totals: dict[str, torch.Tensor] = {}
+        size = self.args.train_batch_size
         for batch_number in range(self.batches_a_step):
             last = batch_number == self.batches_a_step - 1
-            with self.accelerator.no_sync(self.predictor.student) if not last else nullcontext():
-                terms = self.batch_loss(step, batch_number)
-                kept = sum(value for name, value in terms.items() if name != "erase")
-                self.accelerator.backward((terms["erase"] + self.args.retain_weight * kept) / self.batches_a_step)
+            first = (batch_number * self.accelerator.num_processes + self.accelerator.process_index) * size
+            with self.accelerator.no_sync(self.student) if not last else nullcontext():
+                terms = self.batch_terms(step, range(first, first + size))
+                loss = sum(self.term_weights[name] * value for name, value in terms.items())
+                self.accelerator.backward(loss / self.batches_a_step)
             for name, value in terms.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() / self.batches_a_step
         if self.args.max_grad_norm > 0:
@@ -187,6 +135,25 @@ class ErasureLoop:
 
     # --- the whole run -----------------------------------------------------------------------------------------------
 
+    def make_resumable(self, *parts) -> None:
+        """Makes these, which have a `state_dict`, a part of every checkpoint, with all that the loop itself knows."""
+        identity = RunIdentity(self.args, self.weights, self.samples_a_step)
+
+        # The base model is on disk already: a checkpoint holds the trained weights only.
+        def before_saving(models, weights, folder):
+            weights.clear()
+            if self.accelerator.is_main_process:
+                identity.save(folder)
+
+        # An optimizer of other weights would be refused, too, but without a word that helps.
+        def before_loading(models, folder):
+            models.clear()
+            identity.check(folder)
+
+        self.accelerator.register_save_state_pre_hook(before_saving)
+        self.accelerator.register_load_state_pre_hook(before_loading)
+        self.accelerator.register_for_checkpointing(self.weights, self.lr_scheduler, *parts)
+
     def run(self, progress_bar: bool = True, callback: Callable[[int, dict[str, float]], None] | None = None) -> None:
         """Trains to the end and leaves the published weights in the denoiser.
 
@@ -201,11 +168,10 @@ class ErasureLoop:
         if checkpoint := args.find_checkpoint():
             self.accelerator.load_state(str(checkpoint))
             first = checkpoint_step(checkpoint)
-        self.erasing.prepare()
-        self.retaining.prepare()
+        self.prepare()
         log = RunLog(self.accelerator, args, first)
         hidden = not (progress_bar and self.accelerator.is_main_process)
-        bar = tqdm(range(first, last), self.objective.name.upper(), last, initial=first, disable=hidden)
+        bar = tqdm(range(first, last), self.name, last, initial=first, disable=hidden)
         every = max(1, last // 20)
         shown = {}
         with _StopRequest(listens=args.output_dir is not None) as stop:
@@ -214,10 +180,9 @@ class ErasureLoop:
                 done = step + 1
                 rate = {"learning_rate": self.lr_scheduler.get_last_lr()[0]}
                 if done % every == 0 or done == last:
-                    shown = self.watch.measure(self.objective.publishes)
-                    by_concept = self.concept_losses.take(self.accelerator)
-                    log.write(done, {**measured, **shown, "by_concept": by_concept}, rate, self.predictor.forwards)
-                    self._warn_of_collapse(done, shown)
+                    extra = self.measure(done)
+                    shown = {name: value for name, value in extra.items() if isinstance(value, float)}
+                    log.write(done, {**measured, **extra}, rate, self.forwards)
                 else:
                     log.follow(done, {**measured, **rate})
                 measured |= shown
@@ -227,18 +192,8 @@ class ErasureLoop:
                 self._save_if_due(done, stop, bar)
         log.close()
         with torch.no_grad():
-            for name, value in self.weights.values(self.objective.publishes).items():
+            for name, value in self.weights.values(self.publishes).items():
                 self.weights.student[name].copy_(value)
-
-    def _warn_of_collapse(self, step: int, shown: dict[str, float]) -> None:
-        if shown.get("drift", 0) > DRIFT_WARNING and not self._warned and self.accelerator.is_main_process:
-            self._warned = True
-            logger.warning(
-                "step %d: prompts that should stay have moved %.0f %% of what they say; the model may be collapsing: "
-                "lower --learning_rate, or give --retain_prompts",
-                step,
-                100 * shown["drift"],
-            )
 
     def _save_if_due(self, step: int, stop: "_StopRequest", bar: tqdm) -> None:
         args = self.args
@@ -262,14 +217,10 @@ class RunIdentity:
     """What a checkpoint must share with the run that continues it."""
 
     file_name = "run.json"
-    # What is written, where and how often, changes no step.
-    free = {"output_dir", "save", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
-            "watch_prompts", "validation_prompts", "num_validation_images", "validation_steps", "report_to",
-            "logging_dir", "dry_run", "preset", "pretrained_model_name_or_path", "train_batch_size",
-            "gradient_accumulation_steps", "gradient_checkpointing", "allow_tf32"}  # fmt: skip
 
-    def __init__(self, args: ErasureArguments, weights: TrainedWeights, samples_a_step: int):
-        self.state = {name: value for name, value in args.recorded.items() if name not in self.free}
+    def __init__(self, args: TrainingArguments, weights: TrainedWeights, samples_a_step: int):
+        free = args.FREE | ({"max_train_steps"} if args.may_grow else set())
+        self.state = {name: value for name, value in args.recorded.items() if name not in free}
         self.state["samples_a_step"] = samples_a_step
         # The frozen weights are the base model's: their sums tell another base model at once.
         sums = [float(value.double().sum()) for value in weights.frozen.values()]

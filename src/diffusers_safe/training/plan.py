@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from ..backbones.unet import vae_scale_factor
 from ..trajectories import Trajectories
 from ..weights import TRAIN_METHODS
-from .arguments import ErasureArguments
+from .erasure_arguments import ErasureArguments
 from .loop import make_weights, peak_learning_rate
 from .objectives import TrainingBatch
 from .objectives.retention import retention_loss

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from ..provenance import write_text
-from .arguments import ErasureArguments
+from .arguments import TrainingArguments
 
 
 class ConceptLosses:
@@ -39,11 +39,11 @@ class RunLog:
 
     Args:
         accelerator (`Accelerator`): Made with the tracker, if there is one.
-        args (`ErasureArguments`): Of the run.
+        args (`TrainingArguments`): Of the run.
         first_step (`int`): The step that the run continues from; what an earlier one wrote of later steps is dropped.
     """
 
-    def __init__(self, accelerator: Accelerator, args: ErasureArguments, first_step: int):
+    def __init__(self, accelerator: Accelerator, args: TrainingArguments, first_step: int):
         self._accelerator = accelerator
         self._path = None
         if args.output_dir is not None and accelerator.is_main_process:

@@ -11,7 +11,7 @@ from ..concepts import names_concept
 from ..evaluation.generate import GenerationSettings, sample_images
 from ..evaluation.grid import SampleGroup, draw_grid
 from ..weights import TrainedWeights
-from .arguments import ErasureArguments
+from .erasure_arguments import ErasureArguments
 
 
 MOST_PROMPTS = 4

@@ -1,7 +1,7 @@
 """SDD as a command: `accelerate launch train_sdd.py`, or `-m diffusers_safe.training.sdd` once installed."""
 
-from .arguments import SDDArguments
 from .erasure import run_command
+from .erasure_arguments import SDDArguments
 
 
 DESCRIPTION = "Erases concepts from a Stable Diffusion model by safe self-distillation (SDD, arXiv 2307.05977)."

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..trajectories import Trajectories
-from .arguments import ErasureArguments
+from .erasure_arguments import ErasureArguments
 from .objectives import TrainingBatch
 from .predictor import Predictor
 

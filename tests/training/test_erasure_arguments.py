@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_safe.training.arguments import ESDArguments, SDDArguments, parse_arguments
+from diffusers_safe.training.erasure_arguments import ESDArguments, SDDArguments, parse_arguments
 from diffusers_safe.training.presets import ESD_PRESETS, presets_table
 
 
@@ -218,7 +218,7 @@ def parse(kind, *words):
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    monkeypatch.setattr("diffusers_safe.training.arguments.ErasureArguments.check_surroundings", lambda self: None)
+    monkeypatch.setattr("diffusers_safe.training.arguments.TrainingArguments.check_surroundings", lambda self: None)
 
 
 def test_a_preset_is_the_default_of_what_is_not_given(unchecked):
