@@ -8,7 +8,7 @@ from accelerate.state import AcceleratorState
 from diffusers_safe.backbones import make_backbone
 from diffusers_safe.training.erasure_arguments import ESDArguments, SDDArguments
 from diffusers_safe.training.erasure_loop import ErasureLoop
-from diffusers_safe.training.sources import sample_generator
+from diffusers_safe.training.generators import sample_generator
 
 
 STOPS = 6
