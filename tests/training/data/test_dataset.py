@@ -103,15 +103,13 @@ def test_rows_that_name_a_forbidden_concept_are_dropped(make_data, emoji):
     expected = [caption for _, caption in [emoji[0], *emoji[4:]] if not names_concept(caption, "background")]
     assert sorted([data.captions(place)[0] for place in range(len(data))]) == sorted([*expected, "two knives"])
     assert data.dropped == {
-        "have no caption": 1,
-        "have a caption that names a forbidden concept": len(emoji) - 2 - len(expected),
+        "without a caption": 1,
+        "with a caption that names a forbidden concept": len(emoji) - 2 - len(expected),
     }
 
 
 def test_any_of_several_captions_counts(forms):
-    with pytest.raises(
-        ValueError, match="no row of the dataset is left: 24 rows have a caption that names a forbidden"
-    ):
+    with pytest.raises(ValueError, match="no row of the dataset is left; dropped: 24 rows with a caption that names"):
         open_dataset(**forms["lists"], forbidden_concepts=["again"])
 
 

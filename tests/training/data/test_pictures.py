@@ -192,13 +192,13 @@ def test_a_stream_counts_what_it_skips(make, make_data):
     resumed.batch(4, range(2))  # the last of the epoch, and the first of the next
     skipped = resumed.skipped()
     assert list(skipped.unreadable) == ["2.png"]
-    assert set(skipped.dropped) == {"have no caption", "have a caption that names a forbidden concept"}
+    assert set(skipped.dropped) == {"without a caption", "with a caption that names a forbidden concept"}
 
 
 def test_a_stream_of_which_nothing_is_left_is_told(make, make_data):
     source = make(make_data(streaming=True, forbidden_concepts=["a", "an"], count=3))
     with pytest.raises(
-        ValueError, match="no picture of the stream is left: . rows have a caption that names a forbidd"
+        ValueError, match="no picture of the stream is left; dropped: . rows with a caption that names"
     ):
         source.batch(0, range(1))
 

@@ -29,8 +29,8 @@ _BUILDERS = {
 }
 STREAM_SHARDS = 64  # of a dataset on disk that is read as a stream
 END_OF_FILE = 4096  # bytes of an image that its fingerprint depends on
-NO_CAPTION = "have no caption"
-FORBIDDEN = "have a caption that names a forbidden concept"
+NO_CAPTION = "without a caption"
+FORBIDDEN = "with a caption that names a forbidden concept"
 
 
 class CaptionedImages:
@@ -107,7 +107,7 @@ class CaptionedImages:
         if not usable and not self.dropped:
             raise ValueError("the dataset is empty")
         if not usable:
-            raise ValueError(f"no row of the dataset is left: {told(self.dropped)}")
+            raise ValueError(f"no row of the dataset is left; dropped: {told(self.dropped)}")
         if max_train_samples is not None and max_train_samples < len(usable):
             order = torch.randperm(len(usable), generator=sample_generator(seed, "max_train_samples", 0))
             usable = sorted(usable[place] for place in order[:max_train_samples].tolist())
@@ -231,8 +231,9 @@ def open_dataset(
 
     Args:
         dataset_name (`str`, *optional*): Id on the Hub.
-        train_data_dir (`str`, *optional*): Folder: images with a metadata.jsonl, metadata.csv or metadata.parquet
-            beside them, parquet files, tar files of WebDataset, or what `Dataset.save_to_disk` wrote.
+        train_data_dir (`str`, *optional*): Folder: images and a metadata.jsonl, metadata.csv or metadata.parquet
+            (all of it is the split `"train"`), parquet files, tar files of WebDataset, or what `Dataset.save_to_disk`
+            wrote.
         data_files (`list[str]`, *optional*): Files or patterns, local or URLs: parquet, arrow, tar, csv, json.
         dataset_config_name (`str`, *optional*): Of a dataset on the Hub that has several.
         split (`str`, defaults to `"train"`): Which part.
@@ -283,11 +284,15 @@ def _load(option: str, source: Any, split: str, streaming: bool, **settings):
         rows = splits[split]
     elif (folder / "state.json").is_file():
         rows = datasets.load_from_disk(source)
+    elif any(folder.glob("metadata.*")):
+        # As diffusers' examples; to look for splits among its files, `datasets` would list them 66 times.
+        files = {"train": str(folder / "**")}
+        return datasets.load_dataset("imagefolder", data_files=files, split=split, streaming=streaming, **settings)
     else:
         return datasets.load_dataset(source, split=split, streaming=streaming, **settings)
     return rows.to_iterable_dataset(num_shards=min(len(rows), STREAM_SHARDS)) if streaming and len(rows) else rows
 
 
 def told(dropped: Counter[str]) -> str:
-    """`"3 rows have no caption"`."""
+    """`"3 rows without a caption"`."""
     return ", ".join(f"{count:,} row{'s' if count > 1 else ''} {reason}" for reason, count in dropped.items())

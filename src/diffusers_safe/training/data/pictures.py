@@ -56,7 +56,7 @@ class Skipped:
 
     def __str__(self) -> str:
         """One line; empty if nothing was skipped."""
-        parts = [told(self.dropped)] if self.dropped else []
+        parts = [f"dropped: {told(self.dropped)}"] if self.dropped else []
         if self.unreadable:
             name, reason = next(iter(self.unreadable.items()))
             number = len(self.unreadable)
@@ -238,7 +238,7 @@ class StreamedPictures(PictureSource):
             coming, loading = self._pending.popleft()
             self._position = coming.position
             if coming.position["epoch"] > epoch + 1:  # a whole epoch without one
-                raise ValueError(f"no picture of the stream is left: {self._skipped}")
+                raise ValueError(f"no picture of the stream is left; {self._skipped}")
             try:
                 samples.append(loading.result())
                 unreadable, epoch = {}, coming.position["epoch"]
