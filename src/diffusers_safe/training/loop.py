@@ -28,7 +28,7 @@ def make_weights(denoiser: nn.Module, args: TrainingArguments, ema_decay: float 
     """What a run trains in a denoiser: the selected weights themselves, or a LoRA on them."""
     names = select_parameters(denoiser, args.train_method)
     if args.rank is None:
-        return TrainedWeights(denoiser, names, ema_decay)
+        return TrainedWeights(denoiser, names, ema_decay, args.KEEPS_FROZEN)
     return LoRAWeights(denoiser, names, ema_decay, rank=args.rank, alpha=args.lora_alpha, seed=args.seed)
 
 
@@ -103,6 +103,10 @@ class TrainingLoop(ABC):
     def prepare(self) -> None:
         """Does what is done once, ahead of all steps; a checkpoint has been loaded by then."""
 
+    def most_ema_decay(self, step: int) -> float:
+        """The decay that the average has at most after a step, counted from 0."""
+        return 1.0
+
     def measure(self, step: int) -> dict:
         """What the log tells beside the loss, 20 times a run, after so many steps; called on every process."""
         return {}
@@ -127,7 +131,7 @@ class TrainingLoop(ABC):
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
-        self.weights.update_ema()
+        self.weights.update_ema(self.most_ema_decay(step))
         means = {name: self.accelerator.reduce(value, "mean").item() for name, value in totals.items()}
         if not all(map(math.isfinite, means.values())):
             raise FloatingPointError(f"step {step + 1}: the loss is {means}; lower --learning_rate. Nothing was saved")
@@ -222,8 +226,8 @@ class RunIdentity:
         free = args.FREE | ({"max_train_steps"} if args.may_grow else set())
         self.state = {name: value for name, value in args.recorded.items() if name not in free}
         self.state["samples_a_step"] = samples_a_step
-        # The frozen weights are the base model's: their sums tell another base model at once.
-        sums = [float(value.double().sum()) for value in weights.frozen.values()]
+        # What the run starts from: its sums tell another base model at once.
+        sums = [float(value.double().sum()) for value in (weights.frozen or weights.student).values()]
         self.state["base_weights"] = hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
 
     def save(self, folder: str | Path) -> None:
