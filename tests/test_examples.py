@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 
 from diffusers_safe.emoji.demo import erasure_command
@@ -33,9 +32,7 @@ def tiny_models(make_tiny_pipeline, make_tiny_xl_pipeline, tmp_path_factory):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
-def test_a_recipe_runs(recipe, tiny_models, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
+def test_a_recipe_runs(on_cpu, recipe, tiny_models, tmp_path):
     family = "xl" if recipe.name.startswith("sdxl") else "sd"
     quick = {
         "pretrained_model_name_or_path": tiny_models / family,
@@ -49,7 +46,6 @@ def test_a_recipe_runs(recipe, tiny_models, tmp_path, monkeypatch):
     words = [word for name, value in quick.items() for word in (f"--{name}", str(value))]
     concepts = ["--concepts", "knife", "gun"]  # the tiny tokenizer spells out what it does not know, byte by byte
     command_of(recipe).main(["--config", str(recipe), *words, *concepts])
-    AcceleratorState._reset_state(reset_partial_state=True)
     options = yaml.safe_load(recipe.read_text())
     if "rank" in options:
         assert (tmp_path / "out" / LORA_NAME).is_file()

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import HfApi, ModelCard
 
@@ -25,6 +24,7 @@ from diffusers_safe.hub import PUSH_FAILED, RETRY_WAITS, PushError, find_base, p
 from diffusers_safe.provenance import Provenance
 from diffusers_safe.training.sdd import main
 from hub_server import TOKEN, HubServer
+from scripts import accelerate_on_cpu
 
 
 ROOT = Path(__file__).parents[1]
@@ -42,13 +42,11 @@ def options(model, output_dir, *more):
 
 def erase(*arguments):
     """The script's main, in this process; returns its exit code."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        main(options(*arguments))
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    with accelerate_on_cpu():
+        try:
+            main(options(*arguments))
+        except SystemExit as stop:
+            return stop.code
     return 0
 
 
@@ -66,19 +64,11 @@ def picture(pipeline):
     return pipeline("a knife", num_inference_steps=2, generator=generator, output_type="np").images
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-
 @pytest.fixture(scope="module")
 def erased(tiny_model_folder, tmp_path_factory):
     """The output folder of a run that was not pushed, with everything a folder may hold. Not to be changed."""
     folder = tmp_path_factory.mktemp("erased") / "tiny-safe"
-    patch = pytest.MonkeyPatch()
-    with patch.context() as context:
-        context.setenv("ACCELERATE_USE_CPU", "true")
-        assert erase(tiny_model_folder, folder, "--save", "both", "--checkpointing_steps", "1") == 0
+    assert erase(tiny_model_folder, folder, "--save", "both", "--checkpointing_steps", "1") == 0
     for name in (".hidden/secret.txt", ".result.partial/x.safetensors", "unet/.x.partial", "logs/events", "notes.txt"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("private")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from diffusers_safe.backbones import make_backbone
 from diffusers_safe.training.erasure_arguments import SDDArguments
@@ -19,14 +18,11 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
-def load(monkeypatch):
+def load(on_cpu, monkeypatch):
     """Imports a benchmark by name, as `python benchmarks/NAME.py` would find its neighbours."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.setattr(sys, "argv", ["benchmark"])
-    yield importlib.import_module
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return importlib.import_module
 
 
 def rows(text):

@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 
 from diffusers_safe import erase
@@ -14,15 +13,8 @@ from diffusers_safe.training.erasure_arguments import METHODS
 from diffusers_safe.weights import select_parameters
 
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
 QUICK = {"max_train_steps": 2, "num_inference_steps": 3, "learning_rate": 1e-3, "watch_prompts": ["a cat"]}
-
-
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("method", METHODS)

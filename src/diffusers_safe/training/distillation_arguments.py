@@ -6,12 +6,11 @@ from typing import ClassVar
 
 from torch import nn
 
-from ..arguments import parse_dataclass
 from ..concepts import read_concepts
-from ..students import STUDENTS, resolve_student, student_config
+from ..students import STUDENTS, resolve_student
 from .arguments import SamplingArguments, option
 from .noise import PREDICTION_TYPES, TIMESTEP_BIASES, TimestepBias
-from .objectives.distillation import FEATURE_MAPS, DistillationObjective, feature_pairs
+from .objectives.distillation import FEATURE_MAPS, DistillationObjective
 
 
 INTERPOLATIONS = ("lanczos", "bicubic", "bilinear", "nearest")

@@ -103,18 +103,14 @@ class DistillationLoop(TrainingLoop):
     # --- one batch ---------------------------------------------------------------------------------------------------
 
     def batch_terms(self, step: int, slots: range) -> dict[str, torch.Tensor]:
-        generators = [
-            sample_generator(self.args.seed, "noise", step * self.samples_a_step + slot) for slot in slots
-        ]
+        generators = [sample_generator(self.args.seed, "noise", step * self.samples_a_step + slot) for slot in slots]
         batch = self.data.batch(step, slots)
         conditioning = self._without_some_captions(batch.conditioning, generators)
         noisy = self.noise.add(batch.latents, generators)
         inputs = (noisy.model_input, noisy.timesteps, conditioning)
         student_pred, student_features = self._predict(self.student, self.backbone, self.student_tap, *inputs)
         teacher_pred, teacher_features = self._teach(*inputs)
-        losses = self.objective.losses(
-            student_pred, noisy.target, teacher_pred, student_features, teacher_features
-        )
+        losses = self.objective.losses(student_pred, noisy.target, teacher_pred, student_features, teacher_features)
         if "task" in losses:
             losses["task"] = losses["task"] * self.noise.snr_weights(noisy.timesteps)
         for name in losses.keys() & {"task", "output"}:
@@ -161,4 +157,6 @@ class DistillationLoop(TrainingLoop):
                 for gradient in torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
             )
             if not sent:
-                raise ValueError(f"{name}_weight {self.term_weights[name]}: this term sends no gradient to what trains")
+                raise ValueError(
+                    f"{name}_weight {self.term_weights[name]}: this term sends no gradient to what trains"
+                )
