@@ -1,16 +1,13 @@
 """What a training would do, from the model's configs alone, without its weights: `--dry_run`."""
 
 from dataclasses import dataclass
-from unittest.mock import patch
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode
+from diffusers import AutoencoderKL, DiffusionPipeline
 from transformers import AutoTokenizer
 
+from ..backbones.cost import blank_inputs, training_cost
 from ..backbones.unet import vae_scale_factor
 from ..trajectories import Trajectories
 from ..weights import TRAIN_METHODS
@@ -98,8 +95,8 @@ def make_plan(args: ErasureArguments, num_processes: int = 1) -> Plan:
     if args.resolution is not None:
         size = args.resolution // vae_scale_factor(AutoencoderKL.load_config(name, subfolder="vae", **hub))
     height, width = (size, size) if isinstance(size, int) else size
-    inputs = _blank_inputs(unet, (args.train_batch_size, unet.config.in_channels, height, width), tokens)
-    forward, backward, activations = _measure(unet, inputs)
+    inputs = blank_inputs(unet, (args.train_batch_size, unet.config.in_channels, height, width), tokens)
+    forward, backward, activations = training_cost(unet, inputs)
     selected = [value.numel() for value in weights.student.values()]
     own = set(map(id, unet.parameters()))
     copies = [
@@ -157,66 +154,6 @@ def _drawing(purpose: str, args: ErasureArguments, trajectories: Trajectories, n
     if purpose in args.pooled_purposes():
         return each * min(args.trajectory_pool, num_samples) / num_samples
     return each / args.latents_per_trajectory
-
-
-def _measure(unet: UNet2DConditionModel, inputs: dict) -> tuple[float, float, float]:
-    """FLOPs of a sample's forward and backward, and the bytes that a batch keeps for its backward."""
-    own = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
-    kept = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage  # held, so that its address is not used again
-        return tensor
-
-    # The attention for meta tensors keeps the matrix of weights; the kernels of CPUs and GPUs do not.
-    with patch.object(functional, "scaled_dot_product_attention", lambda q, k, v, **_: _Attention.apply(q, k, v)):
-        with FlopCounterMode(display=False) as forward, saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = unet(**inputs, return_dict=False)[0]
-        with FlopCounterMode(display=False) as backward:
-            output.sum().backward()
-    activations = sum(storage.nbytes() for storage in kept.values())
-    batch_size = len(inputs["sample"])
-    return forward.get_total_flops() / batch_size, backward.get_total_flops() / batch_size, activations
-
-
-def _blank_inputs(unet: UNet2DConditionModel, shape: tuple[int, int, int, int], tokens: int) -> dict:
-    config, batch_size = unet.config, shape[0]
-    widths = config.cross_attention_dim
-    width = widths if isinstance(widths, int) else widths[0]
-    inputs = {
-        "sample": torch.empty(shape, device="meta"),
-        "timestep": torch.empty(batch_size, dtype=torch.long, device="meta"),
-        "encoder_hidden_states": torch.empty(batch_size, tokens, width, device="meta"),
-    }
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {
-            "text_embeds": torch.empty(batch_size, pooled, device="meta"),
-            "time_ids": torch.empty(batch_size, 6, device="meta"),
-        }
-    return inputs
-
-
-class _Attention(torch.autograd.Function):
-    """The matrix products of attention that keeps its inputs only, and nothing else of it."""
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        ctx.save_for_backward(query, key, value)
-        return query @ key.transpose(-1, -2) @ value
-
-    @staticmethod
-    def backward(ctx, gradient):
-        query, key, value = ctx.saved_tensors
-        weights = query @ key.transpose(-1, -2)
-        weights_gradient = gradient @ value.transpose(-1, -2)
-        return (
-            weights_gradient @ key,
-            weights_gradient.transpose(-1, -2) @ query,
-            weights.transpose(-1, -2) @ gradient,
-        )
 
 
 def _parts(values: dict[str, float], pattern: str, factor: float = 1) -> str:
