@@ -1,4 +1,4 @@
-"""erasure.json: what was erased from which model, how, and with which versions. It travels with every result."""
+"""Records of what was done to a model, which travel with every result: erasure.json and distillation.json."""
 
 import hashlib
 import importlib.metadata
@@ -90,6 +90,39 @@ class Provenance:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: not an erasure record ({error})") from None
+
+
+@dataclass
+class Distillation:
+    """The record of a student: distillation.json.
+
+    Attributes:
+        teacher (`str`): Path or Hub id of the model that taught.
+        teacher_fingerprint (`str`): [`fingerprint`] of its denoiser.
+        student (`str`): What was built of it, a name of `students.STUDENTS`, or the student that was gone on from.
+        parameters (`int`): Of the student's denoiser.
+        arguments (`dict`): Every argument of the run.
+        teacher_erasure (`dict`, *optional*): The erasure.json of a teacher that was erased.
+        data (`dict`): `samples`, `dropped` and `unreadable`: how many, the former by reason.
+        losses (`dict[str, float]`): The terms of the loss at the end, means of the last twentieth of the run.
+        revision (`str`, *optional*): Revision of the teacher on the Hub.
+        versions (`dict[str, str]`): Of the libraries.
+        created (`str`): UTC time, ISO 8601.
+    """
+
+    teacher: str
+    teacher_fingerprint: str
+    student: str
+    parameters: int
+    arguments: dict
+    teacher_erasure: dict | None = None
+    data: dict = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+    revision: str | None = None
+    versions: dict[str, str] = field(default_factory=library_versions)
+    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+    file_name = "distillation.json"
 
 
 def write_text(path: Path, text: str) -> None:

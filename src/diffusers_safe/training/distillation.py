@@ -1,1 +1,103 @@
 """From a teacher and captioned pictures to a smaller student: what `train_distill.py` runs."""
+
+import logging
+import os
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+from ..arguments import parse_dataclass, told_in_one_line
+from ..backbones import load_pipeline, make_backbone
+from ..concepts import names_concept
+from ..evaluation.generate import GenerationSettings
+from ..evaluation.grid import save_grid
+from ..hub import push_or_exit
+from ..provenance import Distillation, Provenance, fingerprint
+from ..students import build_student
+from .data import make_latent_source
+from .distillation_arguments import DistillationArguments
+from .distillation_loop import DistillationLoop
+from .erasure import make_accelerator
+from .output import save_student
+from .samples import Samples, Validation
+
+
+logger = logging.getLogger(__name__)
+DESCRIPTION = "Distils a Stable Diffusion model into a smaller one (BK-SDM, arXiv 2305.15798, and its relatives)."
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_dataclass(DistillationArguments, DESCRIPTION, argv, check=DistillationArguments.check_surroundings)
+    with told_in_one_line():
+        if args.dry_run:
+            if os.environ.get("RANK", "0") == "0":
+                print(make_distillation_plan(args, int(os.environ.get("WORLD_SIZE", "1"))))
+            return
+        accelerator = make_accelerator(args)
+        teacher = load_pipeline(args.pretrained_model_name_or_path, **args.hub_arguments)
+        distill(accelerator, teacher, args)
+        if accelerator.is_main_process:
+            print(f"the student is in {args.output_dir}")
+            if args.push_to_hub:
+                push_or_exit(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private)
+
+
+def distill(accelerator: Accelerator, teacher: DiffusionPipeline, args: DistillationArguments) -> DiffusionPipeline:
+    """Trains a student of a loaded pipeline, and writes it into the output folder as a stock pipeline.
+
+    Returns:
+        `DiffusionPipeline`: The student's; it shares all but the UNet with the teacher's.
+    """
+    set_seed(args.seed)
+    pipeline = student_pipeline(teacher, args)
+    backbone, own = make_backbone(teacher, args.resolution), make_backbone(pipeline, args.resolution)
+    data = make_latent_source(backbone, args, accelerator)
+    record = Distillation(
+        teacher=args.pretrained_model_name_or_path,
+        teacher_fingerprint=fingerprint(teacher.unet),
+        teacher_erasure=Provenance.facts(args.pretrained_model_name_or_path),
+        student=args.student or args.from_student,
+        parameters=sum(parameter.numel() for parameter in pipeline.unet.parameters()),
+        arguments={
+            **args.recorded,
+            "num_processes": accelerator.num_processes,
+            "mixed_precision": accelerator.mixed_precision,
+        },
+        revision=args.revision,
+    )
+    loop = DistillationLoop(accelerator, backbone, own, data, args)
+    samples = _samples(pipeline, teacher, loop, args)
+    validation = Validation(accelerator, samples, args, loop.publishes) if args.validation_prompts else None
+    loop.run(callback=lambda step, _: validation and validation.after_step(step))
+    accelerator.unwrap_model(loop.student, keep_fp32_wrapper=False)
+    record.losses, record.data = loop.last_losses, data.told()
+    if accelerator.is_main_process:
+        if skipped := str(data.skipped):
+            logger.warning("data: %s", skipped)
+        save_student(pipeline, record, args.output_dir, args.save)
+        if args.push_to_hub:
+            pipeline.to(accelerator.device)
+            save_grid(samples.draw(), args.output_dir)
+    accelerator.wait_for_everyone()
+    return pipeline
+
+
+def student_pipeline(teacher: DiffusionPipeline, args: DistillationArguments) -> DiffusionPipeline:
+    """The teacher's pipeline around a student: built of its blocks, or the one to go on from."""
+    if args.from_student is not None:
+        unet = UNet2DConditionModel.from_pretrained(args.from_student, subfolder="unet", dtype=torch.float32)
+    else:
+        unet = build_student(teacher.unet, args.student)
+    return type(teacher)(**{**teacher.components, "unet": unet})
+
+
+def _samples(pipeline, teacher, loop: DistillationLoop, args: DistillationArguments) -> Samples:
+    prompts = args.validation_prompts
+    forbidden = [prompt for prompt in prompts if any(names_concept(prompt, name) for name in args.forbidden_concepts)]
+    learned = [prompt for prompt in prompts if prompt not in forbidden]
+    settings = GenerationSettings(args.num_inference_steps, height=args.resolution, width=args.resolution)
+    return Samples(
+        pipeline, loop.weights, forbidden, learned, args.num_validation_images, args.seed, settings, teacher
+    )

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from ..backbones import Backbone
-from ..trajectories import Trajectories, concatenate, select
+from ..trajectories import Trajectories
 from .data import LatentSource
 from .distillation_arguments import DistillationArguments
 from .generators import sample_generator
@@ -105,9 +105,8 @@ class DistillationLoop(TrainingLoop):
     def batch_terms(self, step: int, slots: range) -> dict[str, torch.Tensor]:
         generators = [sample_generator(self.args.seed, "noise", step * self.samples_a_step + slot) for slot in slots]
         batch = self.data.batch(step, slots)
-        conditioning = self._without_some_captions(batch.conditioning, generators)
         noisy = self.noise.add(batch.latents, generators)
-        inputs = (noisy.model_input, noisy.timesteps, conditioning)
+        inputs = (noisy.model_input, noisy.timesteps, batch.conditioning)
         student_pred, student_features = self._predict(self.student, self.backbone, self.student_tap, *inputs)
         teacher_pred, teacher_features = self._teach(*inputs)
         losses = self.objective.losses(student_pred, noisy.target, teacher_pred, student_features, teacher_features)
@@ -121,16 +120,6 @@ class DistillationLoop(TrainingLoop):
         if not self._seen_to_learn:
             self._check_gradients(terms)
         return terms
-
-    def _without_some_captions(self, conditioning, generators: list[torch.Generator]):
-        """The same, with that of `""` in place of a share of the samples'."""
-        share = self.args.proportion_empty_prompts
-        if not share:
-            return conditioning
-        count = len(generators)
-        empty = [torch.rand((), generator=generator).item() < share for generator in generators]
-        both = concatenate(conditioning, self.data.empty)
-        return select(both, [count if drawn else row for row, drawn in enumerate(empty)])
 
     def _predict(self, denoiser, backbone: Backbone, tap: FeatureTap | None, *inputs) -> tuple[torch.Tensor, Features]:
         self.forwards += len(inputs[0])

@@ -29,8 +29,8 @@ class TimestepBias:
     """Which timesteps are drawn more often; the strategies of diffusers' `train_text_to_image_sdxl.py`.
 
     Attributes:
-        strategy (`str`): `"none"`: all alike; `"earlier"` or `"later"`: the first or last `portion` of them; `"range"`:
-            from `begin` up to `end`.
+        strategy (`str`): `"none"`: all alike; `"earlier"` or `"later"`: the first or last `portion` of them;
+            `"range"`: from `begin` up to `end`.
         multiplier (`float`): How many times as often, at least 0.
         portion (`float`): In (0, 1).
         begin, end (`int`): Of the range.

@@ -43,9 +43,7 @@ def feature_pairs(student: dict[str, Any], teacher: dict[str, Any], feature_map:
         )
     has_mid = bool(student["mid_block_type"])
     if feature_map == "bk+mid" and not (has_mid and teacher["mid_block_type"] and not missing):
-        raise ValueError(
-            "feature_map 'bk+mid': student and teacher must both have a mid block; take 'bk' or 'segmind'"
-        )
+        raise ValueError("feature_map 'bk+mid': student and teacher must both have a mid block; take bk or segmind")
     down = [(f"down_blocks.{i}",) * 2 for i in range(levels - missing)]
     up = [(f"up_blocks.{i}", f"up_blocks.{i + missing}") for i in range(levels)]
     middle = []
