@@ -441,7 +441,7 @@ def test_what_cannot_be_pushed_is_refused_in_one_line(hub, folder, tmp_path, cap
 def test_no_token_or_no_network_by_wish_is_told_before_any_work(
     tiny_model_folder, folder, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("diffusers_safe.hub.get_token", lambda: None)
+    monkeypatch.setattr("diffusers_safe.hub.push.get_token", lambda: None)
     message = "hub_token: there is none; give --hub_token, set HF_TOKEN, or log in"
     assert erase(tiny_model_folder, tmp_path / "out", "--push_to_hub") == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
