@@ -191,6 +191,25 @@ def test_the_card_is_made_of_facts(hub, folder, tiny_model_folder):
     assert tiny_model_folder not in card.text and str(folder) not in card.text
 
 
+def test_the_card_of_an_exported_lora_tells_how_far_off_it_is(hub, folder, tiny_model_folder, tmp_path):
+    push_result(folder, "tester/whole")
+    assert "relative Frobenius" not in (folder / CARD_NAME).read_text()
+    lora = tmp_path / "lora"
+    cli.main(["export", str(folder), "--to", "lora", "--rank", "2", "--output_dir", str(lora)])
+    export = Provenance.load(lora).export
+    push_result(lora, "tester/lora")
+    card = hub.files("tester/lora")[CARD_NAME].decode()
+    worst = export["worst"]
+    assert 0.01 < export["error"] < worst["error"]
+    assert f"| LoRA | rank 2, made from the erased weights: off by {export['error']:.2%} of what" in card
+    assert f"at worst {worst['error']:.2%} (`{worst['parameter']}`) |" in card
+    assert "how close it comes to the erased model is told below" in card
+
+    Provenance(**{**vars(Provenance.load(lora)), "export": {**export, "left_out": ["a.bias", "b"]}}).save(lora)
+    push_result(lora, "tester/lora")
+    assert "; 2 changed biases and norms are left out, such as `a.bias` |" in (lora / CARD_NAME).read_text()
+
+
 def test_the_usage_on_the_card_is_true(hub, folder, tiny_model_folder, monkeypatch):
     """The code blocks run, with the folder for the repository, and draw what the erased model draws."""
     push_result(folder, "tester/tiny-safe")

@@ -103,7 +103,7 @@ def _usage(folder: Path, provenance: Provenance, repo_id: str, base: Base) -> st
         )
     if (folder / LORA_NAME).is_file():
         ways.append(
-            "A LoRA, for the base model and no other:\n\n"
+            f"A LoRA, for the base model and no other{_approximation(provenance)}:\n\n"
             "```python\nfrom diffusers import DiffusionPipeline\n\n"
             f"pipeline = DiffusionPipeline.from_pretrained({of_base})\n"
             f'pipeline.load_lora_weights("{repo_id}")\n```'
@@ -144,6 +144,7 @@ def _how(provenance: Provenance, base: Base) -> str:
         "base model": f"{_base_link(base)}{revision}, fingerprint of its denoiser `{provenance.base_fingerprint}`",
         "method": f"`{provenance.method}`",
         "trained weights": f"`{provenance.train_method}`" + (f": {method.description}" if method else ""),
+        **_low_rank(provenance),
         "when": provenance.created,
         "with": ", ".join(f"{name} {version}" for name, version in provenance.versions.items()),
     }
@@ -160,6 +161,25 @@ def _how(provenance: Provenance, base: Base) -> str:
         *("| | |", "|---|---|", *rows),
         *("", "<details><summary>All arguments</summary>", "", "| | |", "|---|---|", *details, "", "</details>"),
     ])  # fmt: skip
+
+
+def _approximation(provenance: Provenance) -> str:
+    return "; how close it comes to the erased model is told below" if _low_rank(provenance) else ""
+
+
+def _low_rank(provenance: Provenance) -> dict[str, str]:
+    """What `diffusers-safe export` lost on the way to a LoRA; a LoRA that was trained is the erasure itself."""
+    export = provenance.export or {}
+    if export.get("to") != "lora":
+        return {}
+    worst = export["worst"]
+    told = (
+        f"rank {export['rank']}, made from the erased weights: off by {export['error']:.2%} of what the erasure "
+        f"changed (relative Frobenius error), at worst {worst['error']:.2%} ({_code(worst['parameter'])})"
+    )
+    if lost := export["left_out"]:
+        told += f"; {len(lost)} changed biases and norms are left out, such as {_code(lost[0])}"
+    return {"LoRA": told}
 
 
 def _licence_text(base: Base) -> str:
