@@ -191,6 +191,25 @@ def test_the_card_is_made_of_facts(hub, folder, tiny_model_folder):
     assert tiny_model_folder not in card.text and str(folder) not in card.text
 
 
+def test_the_card_of_an_exported_lora_tells_how_far_off_it_is(hub, folder, tiny_model_folder, tmp_path):
+    push_result(folder, "tester/whole")
+    assert "relative Frobenius" not in (folder / CARD_NAME).read_text()
+    lora = tmp_path / "lora"
+    cli.main(["export", str(folder), "--to", "lora", "--rank", "2", "--output_dir", str(lora)])
+    export = Provenance.load(lora).export
+    push_result(lora, "tester/lora")
+    card = hub.files("tester/lora")[CARD_NAME].decode()
+    worst = export["worst"]
+    assert 0.01 < export["error"] < worst["error"]
+    assert f"| LoRA | rank 2, made from the erased weights: off by {export['error']:.2%} of what" in card
+    assert f"at worst {worst['error']:.2%} (`{worst['parameter']}`) |" in card
+    assert "how close it comes to the erased model is told below" in card
+
+    Provenance(**{**vars(Provenance.load(lora)), "export": {**export, "left_out": ["a.bias", "b"]}}).save(lora)
+    push_result(lora, "tester/lora")
+    assert "; 2 changed biases and norms are left out, such as `a.bias` |" in (lora / CARD_NAME).read_text()
+
+
 def test_the_usage_on_the_card_is_true(hub, folder, tiny_model_folder, monkeypatch):
     """The code blocks run, with the folder for the repository, and draw what the erased model draws."""
     push_result(folder, "tester/tiny-safe")
@@ -441,7 +460,7 @@ def test_what_cannot_be_pushed_is_refused_in_one_line(hub, folder, tmp_path, cap
 def test_no_token_or_no_network_by_wish_is_told_before_any_work(
     tiny_model_folder, folder, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("diffusers_safe.hub.get_token", lambda: None)
+    monkeypatch.setattr("diffusers_safe.hub.push.get_token", lambda: None)
     message = "hub_token: there is none; give --hub_token, set HF_TOKEN, or log in"
     assert erase(tiny_model_folder, tmp_path / "out", "--push_to_hub") == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -1,0 +1,31 @@
+"""An erased model on the Hugging Face Hub: its model card, made of facts, and the push."""
+
+from .base import Base, find_base
+from .card import erasure_card
+from .published import check_folder
+from .push import (
+    PUSH_FAILED,
+    RETRY_WAITS,
+    PushError,
+    check_model_id,
+    check_push,
+    default_model_id,
+    push_or_exit,
+    push_result,
+)
+
+
+__all__ = [
+    "PUSH_FAILED",
+    "RETRY_WAITS",
+    "Base",
+    "PushError",
+    "check_folder",
+    "check_model_id",
+    "check_push",
+    "default_model_id",
+    "erasure_card",
+    "find_base",
+    "push_or_exit",
+    "push_result",
+]

@@ -1,0 +1,80 @@
+"""What of an erasure's folder is published, and what stays where it is."""
+
+import json
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from ..cards import CARD_NAME
+from ..evaluation.grid import GRID_NAME
+from ..formats import INDEX, LORA_NAME, PARTIAL_NAME, UNET_FOLDER
+from ..provenance import FILE_NAME, Provenance
+
+
+_RESULTS = ("results.json", "evaluation/results.json")
+_REPORTS = ("report.html", "evaluation/report.html")
+# What is published, beside the folders that model_index.json names and an evaluation; all else stays where it is.
+_PUBLISHED = (CARD_NAME, FILE_NAME, INDEX, GRID_NAME, "*.safetensors", "LICENSE*")
+# What is deleted from a repository of ours where a new result does not have it, beside the folders of models.
+_REPLACED = (INDEX, GRID_NAME, PARTIAL_NAME, LORA_NAME, *_RESULTS, *_REPORTS)
+_MODELS = (UNET_FOLDER, "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler",
+           "safety_checker", "feature_extractor", "image_encoder")  # fmt: skip
+
+
+def check_folder(folder: str | Path) -> None:
+    """
+    Raises:
+        `ValueError`: If the folder does not hold a finished erasure.
+    """
+    Provenance.load(folder)
+    if not any(fnmatch(name, "*.safetensors") for name in result_files(Path(folder))):
+        raise ValueError(f"{folder}: holds {FILE_NAME}, but neither a pipeline nor erased weights")
+
+
+def result_files(folder: Path) -> list[str]:
+    """The files of a result, as paths inside the folder; hidden ones are none."""
+    found = [path for path in folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in _PUBLISHED)]
+    for part in _parts(folder):
+        found += (folder / part).rglob("*")
+    if (results := find_results(folder)) is not None:
+        found += [results, results.with_name("report.html")]
+    names = [path.relative_to(folder) for path in found if path.is_file()]
+    return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
+
+
+def _parts(folder: Path) -> list[str]:
+    """The folders of a pipeline's models, or that of the UNet where it was saved alone."""
+    index = folder / INDEX
+    entries = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {UNET_FOLDER: []}
+    return [name for name, value in entries.items() if isinstance(value, list) and (folder / name).is_dir()]
+
+
+def is_replaced(path: str) -> bool:
+    """Whether a file of a repository is part of the erasure there, which a new one takes the place of."""
+    return path in _REPLACED or path.split("/")[0] in _MODELS
+
+
+def find_results(folder: str | Path) -> Path | None:
+    """The evaluation beside an erased model: `results.json` in its folder or in `evaluation/`, unless it is older than
+    the erasure, and so of another one."""
+    provenance = Provenance.load(folder)
+    for name in _RESULTS:
+        if (path := Path(folder) / name).is_file():
+            created = read_results(path).get("protocol", {}).get("created")
+            if created is None or str(created) >= provenance.created:
+                return path
+    return None
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        `ValueError`: If a file does not hold the results of an evaluation.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as the results of an evaluation ({error})") from None
+    if not isinstance(results, dict) or not isinstance(results.get("protocol", {}), dict):
+        raise ValueError(f"{path}: not the results of an evaluation")
+    return results
