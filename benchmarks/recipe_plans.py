@@ -12,32 +12,20 @@ from pathlib import Path
 import torch
 import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
-from random_models import TOKENS, UNETS
+from random_models import TOKENS
 from transformers import CLIPTextConfig
 
 from diffusers_safe.arguments import parse_dataclass
 from diffusers_safe.emoji.architecture import build_tokenizer
+from diffusers_safe.students import TEACHER_CONFIGS
 from diffusers_safe.training.erasure_arguments import METHODS, preset_options
 from diffusers_safe.training.plan import GIB, make_plan, told_duration
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SDXL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 FAMILIES = {
-    "CompVis/stable-diffusion-v1-4": ("StableDiffusionPipeline", {"sample_size": 64, **UNETS["sd-1"]}),
-    "stabilityai/stable-diffusion-xl-base-1.0": ("StableDiffusionXLPipeline", SDXL),
+    "CompVis/stable-diffusion-v1-4": ("StableDiffusionPipeline", TEACHER_CONFIGS["sd-1.5"]),
+    "stabilityai/stable-diffusion-xl-base-1.0": ("StableDiffusionXLPipeline", TEACHER_CONFIGS["sdxl"]),
 }
 
 

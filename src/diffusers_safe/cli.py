@@ -19,6 +19,10 @@ COMMANDS = {
         "diffusers_safe.commands.export",
         "save an erased model as something else: pipeline, UNet, erased weights alone, LoRA",
     ),
+    "students": (
+        "diffusers_safe.commands.students",
+        "count what smaller UNets take, or make one of a model's: what distillation begins with",
+    ),
     "push": (
         "diffusers_safe.commands.push",
         "publish an erased model on the Hugging Face Hub, with a model card",

@@ -1,6 +1,6 @@
 """What an erasure is saved as and loaded from: our files and those that users of other repositories have."""
 
-from .folders import INDEX, RESULTS, UNET_FOLDER, rewrite_index, stock_class_name, written_aside
+from .folders import INDEX, RESULTS, UNET_FOLDER, check_no_result, rewrite_index, stock_class_name, written_aside
 from .lora import LoRA, low_rank
 from .read import FORMATS, ErasedWeights, assign, load_partial, load_unet, plain_parameters, read_erased_weights
 from .source import HUB_ARGUMENTS, fetch
@@ -18,6 +18,7 @@ __all__ = [
     "ErasedWeights",
     "LoRA",
     "assign",
+    "check_no_result",
     "facts",
     "fetch",
     "load_partial",

@@ -60,6 +60,16 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def check_no_result(folder: str | Path) -> None:
+    """Looks for a model in an output folder, which a new one would replace.
+
+    Raises:
+        `ValueError`: If there is one.
+    """
+    if found := [name for name in RESULTS if (Path(folder) / name).exists()]:
+        raise ValueError(f"output_dir {folder}: holds a model already ({found[0]}); give another")
+
+
 def stock_class_name(pipeline: DiffusionPipeline) -> str:
     """The class of diffusers itself that a pipeline is of, or that its class extends."""
     return next(cls.__name__ for cls in type(pipeline).__mro__ if cls.__module__.startswith("diffusers."))
