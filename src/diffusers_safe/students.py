@@ -213,7 +213,7 @@ def parameter_map(config: Mapping[str, Any], kind: str) -> dict[str, str]:
     For the names of modules between blocks and parameters there is `STUDENTS[kind].teacher_name`. The arguments and
     errors are those of [`student_config`].
     """
-    return _from_teacher((name for name, _ in _empty_student(config, kind).named_parameters()), kind)
+    return _from_teacher((name for name, _ in empty_student(config, kind).named_parameters()), kind)
 
 
 def _from_teacher(names: Iterable[str], kind: str) -> dict[str, str]:
@@ -239,13 +239,14 @@ def build_student(unet: UNet2DConditionModel, kind: str) -> UNet2DConditionModel
         raise ValueError(f"the teacher is a {type(unet).__name__}; a UNet2DConditionModel is needed")
     if present := list(getattr(unet, "peft_config", {})):
         raise ValueError(f"the teacher has adapters ({', '.join(present)}); fuse or unload them first")
-    student = _empty_student(unet.config, kind)
+    student = empty_student(unet.config, kind)
     names, weights = _from_teacher(student.state_dict(), kind), unet.state_dict()
     student.load_state_dict({name: weights[source].clone() for name, source in names.items()}, assign=True)
     return student.train(unet.training)
 
 
-def _empty_student(config: Mapping[str, Any], kind: str) -> UNet2DConditionModel:
+def empty_student(config: Mapping[str, Any], kind: str) -> UNet2DConditionModel:
+    """A student's structure, without weights. The arguments and errors are those of [`student_config`]."""
     with init_empty_weights(include_buffers=False):
         return UNet2DConditionModel.from_config(student_config(config, kind))
 

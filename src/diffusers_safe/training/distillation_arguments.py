@@ -6,11 +6,13 @@ from typing import ClassVar
 
 from torch import nn
 
+from ..backbones import check_model
 from ..concepts import read_concepts
-from ..students import STUDENTS, resolve_student
+from ..students import STUDENTS, empty_student, resolve_student
+from ..weights import select_parameters
 from .arguments import SamplingArguments, option
 from .noise import PREDICTION_TYPES, TIMESTEP_BIASES, TimestepBias
-from .objectives.distillation import FEATURE_MAPS, DistillationObjective
+from .objectives.distillation import FEATURE_MAPS, DistillationObjective, feature_pairs
 
 
 INTERPOLATIONS = ("lanczos", "bicubic", "bilinear", "nearest")
@@ -85,6 +87,8 @@ class DistillationArguments(SamplingArguments):
     learning_rate: float = option(5e-5, "Peak learning rate of AdamW.")
     adam_weight_decay: float = option(1e-2, "AdamW's weight decay.")
 
+    KEEPS_FROZEN: ClassVar[bool] = False
+    LORA_SAVES: ClassVar[tuple[str, ...]] = ("full", "unet")  # an adapter of a student that nobody has is of no use
     FREE: ClassVar[frozenset[str]] = SamplingArguments.FREE | {
         "dataloader_num_workers",
         "cache_latents",
@@ -155,4 +159,15 @@ class DistillationArguments(SamplingArguments):
 
     def check_base_model(self) -> nn.Module:
         """Looks at the configs of teacher and student; returns the student's structure, without weights."""
-        ...
+        teacher = check_model(self.pretrained_model_name_or_path, self.resolution, **self.index_arguments)
+        if self.student is not None:
+            student = empty_student(teacher.config, self.student)
+        else:
+            student = check_model(self.from_student, self.resolution)
+            for name in ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type"):
+                if (own := student.config[name]) != (there := teacher.config[name]):
+                    raise ValueError(f"from_student {self.from_student}: has {name} {own}, the teacher {there}")
+        if self.feature_weight > 0:
+            feature_pairs(student.config, teacher.config, self.feature_map)
+        select_parameters(student, self.train_method)
+        return student
