@@ -12,7 +12,7 @@ SOURCE = Path(diffusers_safe.__file__).parent
 # Each layer may import from those above it and from itself.
 LAYERS = [
     {"arguments", "cards", "concepts", "guidance", "weights", "lora", "provenance"},
-    {"backbones", "trajectories", "evaluation"},
+    {"backbones", "trajectories", "evaluation", "data"},
     {"formats"},
     {"hub"},
     {"training", "pipelines", "students"},
