@@ -6,7 +6,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch.nn import functional
 
-from diffusers_safe.training.sources import sample_generator
+from diffusers_safe.training.generators import sample_generator
 from diffusers_safe.weights import select_parameters
 
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from diffusers_safe.formats import PARTIAL_NAME, load_partial
 from diffusers_safe.provenance import Provenance
+from diffusers_safe.training.generators import sample_generator
 from diffusers_safe.training.sdd import main
-from diffusers_safe.training.sources import sample_generator
 from diffusers_safe.trajectories import Trajectories
 from diffusers_safe.weights import select_parameters
 from scripts import accelerate_on_cpu

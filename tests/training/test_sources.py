@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusers_safe.training.erasure_arguments import ESDArguments
-from diffusers_safe.training.sources import sample_generator
+from diffusers_safe.training.generators import sample_generator
 
 
 STOPS = 6

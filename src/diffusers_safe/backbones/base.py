@@ -61,15 +61,44 @@ class Backbone(ABC):
         """Channels, height and width of one latent."""
 
     @abstractmethod
-    def encode(self, prompts: list[str], device: torch.device | str = "cpu") -> Conditioning:
+    def encode(self, prompts: list[str], device: torch.device | str = "cpu", truncation: bool = False) -> Conditioning:
         """Encodes prompts on a device, without gradients; the encoders go back to where they were.
 
         Every tensor has batch size `len(prompts)`. `""` is the unconditional prompt: what the pipeline itself takes
-        for guidance where no negative prompt is given.
+        for guidance where no negative prompt is given. With `truncation`, prompts that are too long are cut, as
+        captions of pictures are.
 
         Raises:
             `ValueError`: If a prompt is longer than the text encoder takes: what is cut would not be trained.
         """
+
+    @property
+    @abstractmethod
+    def encoders(self) -> dict[str, nn.Module]:
+        """The autoencoder and the text encoders, by their names in the pipeline."""
+
+    @abstractmethod
+    def encode_pictures(self, pixel_values: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Encodes pictures on a device, without gradients; the autoencoder goes back to where it was.
+
+        Args:
+            pixel_values (`torch.Tensor`): `(B, 3, height, width)`, in [-1, 1].
+
+        Returns:
+            `torch.Tensor`: Mean and log variance of the latents, `(B, 2 * C, H, W)`.
+        """
+
+    @abstractmethod
+    def draw_latents(self, moments: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        """Latents with these moments, each drawn from a generator of its own and scaled as the denoiser takes them;
+        `(B, C, H, W)`, float32."""
+
+    def with_sizes(
+        self, conditioning: Conditioning, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor
+    ) -> Conditioning:
+        """Encoded prompts for pictures of these sizes, cropped there; both `(B, 2)`, vertical first. A model that is
+        not told of sizes gets the same."""
+        return conditioning
 
     @abstractmethod
     def predict(

@@ -63,6 +63,13 @@ class StableDiffusionXLBackbone(UNetBackbone):
             return negative_prompt_embeds, negative_pooled_prompt_embeds
         return prompt_embeds, pooled_prompt_embeds
 
+    def with_sizes(
+        self, conditioning: Conditioning, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor
+    ) -> Conditioning:
+        target_sizes = conditioning["time_ids"][:, 4:]
+        sizes = (original_sizes.to(target_sizes), crop_top_lefts.to(target_sizes), target_sizes)
+        return {**conditioning, "time_ids": torch.cat(sizes, dim=1)}
+
     def predict(
         self, denoiser: nn.Module, model_input: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning
     ) -> torch.Tensor:

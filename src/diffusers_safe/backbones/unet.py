@@ -1,10 +1,14 @@
 """What the families around a `UNet2DConditionModel` share: sizes, encoders, and what training can do with a UNet."""
 
+import logging
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 
 from .base import Backbone, ComponentConfig, Conditioning
@@ -79,6 +83,13 @@ class UNetBackbone(Backbone):
         return self.pipeline.unet
 
     @property
+    def resolution(self) -> int:
+        _, height, width = self.latent_shape
+        if height != width:
+            raise ValueError(f"resolution: must be given; this model's own is not square ({height} x {width} latents)")
+        return height * vae_scale_factor(self.pipeline.vae.config)
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         config = self.pipeline.unet.config
         size = config.sample_size
@@ -88,17 +99,40 @@ class UNetBackbone(Backbone):
         return config.in_channels, height, width
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], device: torch.device | str = "cpu") -> Conditioning:
-        for name in self.tokenizers:
+    def encode(self, prompts: list[str], device: torch.device | str = "cpu", truncation: bool = False) -> Conditioning:
+        for name in () if truncation else self.tokenizers:
             self._check_lengths(prompts, getattr(self.pipeline, name))
         encoders = [getattr(self.pipeline, name) for name in self.text_encoders]
         homes = [encoder.device for encoder in encoders]
         for encoder in encoders:
             encoder.to(device)
-        encoded = self._encode(prompts, device)
+        with _silent(type(self.pipeline).__module__) if truncation else nullcontext():
+            encoded = self._encode(prompts, device)
         for encoder, home in zip(encoders, homes):
             encoder.to(home)
         return encoded
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        return {name: getattr(self.pipeline, name) for name in ("vae", *self.text_encoders)}
+
+    @torch.no_grad()
+    def encode_pictures(self, pixel_values: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
+        vae = self.pipeline.vae
+        home = vae.device
+        vae.to(device)
+        moments = vae.encode(pixel_values.to(device, vae.dtype)).latent_dist.parameters
+        vae.to(home)
+        return moments
+
+    def draw_latents(self, moments: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        latents = DiagonalGaussianDistribution(moments.float()).sample(generators)
+        vae = self.pipeline.vae.config
+        mean, std = vae.get("latents_mean"), vae.get("latents_std")
+        if mean is not None and std is not None:  # as SDXL's pipelines read them
+            mean, std = (torch.tensor(value).view(1, -1, 1, 1).to(latents) for value in (mean, std))
+            return (latents - mean) * vae.scaling_factor / std
+        return latents * vae.scaling_factor
 
     def _check_lengths(self, prompts: list[str], tokenizer) -> None:
         for prompt in prompts:
@@ -113,6 +147,18 @@ class UNetBackbone(Backbone):
     @abstractmethod
     def _encode(self, prompts: list[str], device: torch.device | str) -> Conditioning:
         """Encodes prompts that fit, with encoders that are on the device."""
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Without warnings from this logger: diffusers has one for every prompt that is cut."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def vae_scale_factor(vae: dict[str, Any]) -> int:

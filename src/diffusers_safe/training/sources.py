@@ -9,7 +9,6 @@ and its slot, its place among the samples of that step over all processes. So pr
 resuming change no draw.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 
 from ..trajectories import Trajectories
 from .erasure_arguments import ErasureArguments
+from .generators import sample_generator
 from .objectives import TrainingBatch
 from .predictor import Predictor
 
@@ -27,12 +27,6 @@ from .predictor import Predictor
 DRAWN_AT_ONCE = 4  # of a pool: with guidance 8 rows, about what a step of training has room for
 # A trajectory number and its generator to the prompt that guides it and the prompt to train on.
 Prompts = Callable[[int, torch.Generator], tuple[str, str]]
-
-
-def sample_generator(seed: int, purpose: str, number: int) -> torch.Generator:
-    """The generator of one trajectory. It depends on nothing but its arguments."""
-    digest = hashlib.sha256(f"{seed}/{purpose}/{number}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 class SampleSource(ABC):

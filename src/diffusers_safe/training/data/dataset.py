@@ -1,0 +1,281 @@
+"""Pictures with captions from any source of `datasets`, undecoded: what cannot be used is told before training."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ...concepts import names_concept
+from ..generators import sample_generator
+
+
+# The builders of `datasets` for data files; images in folders need none.
+_BUILDERS = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".tar": "webdataset",
+    ".csv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+}
+STREAM_SHARDS = 64  # of a dataset on disk that is read as a stream
+END_OF_FILE = 4096  # bytes of an image that its fingerprint depends on
+NO_CAPTION = "have no caption"
+FORBIDDEN = "have a caption that names a forbidden concept"
+
+
+class CaptionedImages:
+    """Rows of a dataset as pairs of an undecoded image and its captions; made by [`open_dataset`].
+
+    Args:
+        rows (`datasets.Dataset` or `datasets.IterableDataset`): All rows of the source.
+        image_column (`str`): Holds images: files, their bytes, or paths of them.
+        caption_column (`str`): Holds a caption or a list of them; `"json.caption"` is the field of a column.
+        forbidden_concepts (`list[str]`): A row with any caption that names one is dropped: the picture shows it.
+        max_train_samples (`int`, *optional*): Keep only this many, drawn at random; of a stream the first.
+        seed (`int`, defaults to 0): Of this draw.
+
+    Attributes:
+        indices (`np.ndarray`, *optional*): The rows that are used, in ascending order; `None` for a stream, which
+            tells as it is read.
+        dropped (`Counter[str]`): How many rows were not, by reason.
+
+    Raises:
+        `ValueError`: If a column is missing, holds something else, or no row is left.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset | datasets.IterableDataset,
+        image_column: str = "image",
+        caption_column: str = "text",
+        forbidden_concepts: Iterable[str] = (),
+        max_train_samples: int | None = None,
+        seed: int = 0,
+    ):
+        self.streaming = isinstance(rows, datasets.IterableDataset)
+        self.image_column = image_column
+        self.caption_path = caption_column.split(".")
+        self.forbidden_concepts = list(forbidden_concepts)
+        self.dropped: Counter[str] = Counter()
+        self._check_columns(rows)
+        self.rows = self._undecoded(rows)
+        self.indices = None
+        if self.streaming:
+            if (first := next(iter(self.rows), None)) is None:
+                raise ValueError("the dataset is empty")
+            self.captions_of(first)  # so that a field that is missing is told now
+            self.rows = self.rows if max_train_samples is None else self.rows.take(max_train_samples)
+        else:
+            self._captions = self.rows.select_columns([self.caption_path[0]])
+            self.indices = self._usable_rows(max_train_samples, seed)
+
+    def _check_columns(self, rows: datasets.Dataset | datasets.IterableDataset) -> None:
+        columns = rows.column_names
+        if columns is None:  # a stream may not know
+            columns = list(next(iter(rows), {}))
+        for option, column in (("image_column", self.image_column), ("caption_column", self.caption_path[0])):
+            if column not in columns:
+                raise ValueError(f"{option} '{column}': no such column; there are {', '.join(columns) or 'none'}")
+        if self.image_column == self.caption_path[0]:
+            raise ValueError(f"caption_column '{self.image_column}': is the image_column, too")
+
+    def _undecoded(self, rows: datasets.Dataset | datasets.IterableDataset):
+        rows = rows.select_columns([self.image_column, self.caption_path[0]])
+        if rows.features is None:
+            return rows
+        try:
+            return rows.cast_column(self.image_column, datasets.Image(decode=False))
+        except (TypeError, ValueError, pa.ArrowException):
+            kind = rows.features[self.image_column]
+            raise ValueError(f"image_column '{self.image_column}': holds no images but {kind}") from None
+
+    def _usable_rows(self, max_train_samples: int | None, seed: int) -> np.ndarray:
+        usable = []
+        for index, captions in enumerate(self._captions_of_all_rows()):
+            if reason := self.reason_to_drop(captions):
+                self.dropped[reason] += 1
+            else:
+                usable.append(index)
+        if not usable and not self.dropped:
+            raise ValueError("the dataset is empty")
+        if not usable:
+            raise ValueError(f"no row of the dataset is left: {told(self.dropped)}")
+        if max_train_samples is not None and max_train_samples < len(usable):
+            order = torch.randperm(len(usable), generator=sample_generator(seed, "max_train_samples", 0))
+            usable = sorted(usable[place] for place in order[:max_train_samples].tolist())
+        return np.array(usable)
+
+    def _captions_of_all_rows(self) -> Iterator[list[str]]:
+        for batch in self._captions.iter(batch_size=1000):
+            for value in batch[self.caption_path[0]]:
+                yield self.captions_of({self.caption_path[0]: value})
+
+    def captions_of(self, row: dict[str, Any]) -> list[str]:
+        """The captions of a row, without those that are blank."""
+        value = row
+        for name in self.caption_path:
+            if value is not None and (not isinstance(value, dict) or name not in value):
+                there = f"; there are {', '.join(value)}" if isinstance(value, dict) else ""
+                raise ValueError(f"caption_column '{'.'.join(self.caption_path)}': no field '{name}'{there}")
+            value = None if value is None else value[name]
+        captions = value if isinstance(value, list) else [value]
+        for caption in captions:
+            if caption is not None and not isinstance(caption, str):
+                raise ValueError(
+                    f"caption_column '{'.'.join(self.caption_path)}': must hold texts or lists of texts, not "
+                    f"{type(caption).__name__}"
+                )
+        return [caption for caption in captions if caption and caption.strip()]
+
+    def reason_to_drop(self, captions: list[str]) -> str | None:
+        """Why a row with these captions is not used, if it is not."""
+        if not captions:
+            return NO_CAPTION
+        named = (names_concept(caption, concept) for caption in captions for concept in self.forbidden_concepts)
+        return FORBIDDEN if any(named) else None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name_of(self, row: dict[str, Any]) -> str | None:
+        """What a row's image is called in messages, if its file has a name."""
+        image = row[self.image_column]
+        return Path(image["path"]).name if isinstance(image, dict) and image.get("path") else None
+
+    def name(self, place: int) -> str:
+        """What the image of the `place`-th row that is used is called in messages."""
+        row = self.rows[int(self.indices[place])]
+        return f"row {self.indices[place]}" + (f", {name}" if (name := self.name_of(row)) else "")
+
+    def image(self, place: int) -> Any:
+        """The undecoded image of the `place`-th row that is used."""
+        return self.rows[int(self.indices[place])][self.image_column]
+
+    def captions(self, place: int) -> list[str]:
+        """Its captions, at least one."""
+        return self.captions_of(self._captions[int(self.indices[place])])
+
+    def all_captions(self) -> Iterator[list[str]]:
+        """The captions of every row that is used, in order."""
+        used = set(self.indices.tolist())
+        return (captions for index, captions in enumerate(self._captions_of_all_rows()) if index in used)
+
+    def fingerprint(self) -> str:
+        """A hash of captions and images of all rows that are used, in order; the same wherever the dataset lies and
+        however it was loaded. 16 hexadecimal digits.
+
+        Of an image it takes the size of its file and the last 4 kB, which for PNG and JPEG depend on all of it.
+        """
+        digest = hashlib.sha256()
+        used = set(self.indices.tolist())
+        column = self.caption_path[0]
+        images_and_captions = (
+            pair
+            for table in self.rows.with_format("arrow").iter(batch_size=1000)
+            for pair in zip(table[self.image_column], table[column])
+        )
+        for index, (image, captions) in enumerate(images_and_captions):
+            if index in used:
+                digest.update(json.dumps(self.captions_of({column: captions.as_py()})).encode())
+                digest.update(_size_and_end(image))
+        return digest.hexdigest()[:16]
+
+
+def _size_and_end(image: pa.StructScalar) -> bytes:
+    """The size of an image's file and its last bytes; without a copy of the others."""
+    held, path = (image["bytes"], image["path"].as_py()) if image.is_valid else (pa.scalar(None), None)
+    if held.is_valid:
+        data = held.as_buffer()
+        return len(data).to_bytes(8, "big") + bytes(memoryview(data)[-END_OF_FILE:])
+    if path is None or not os.path.isfile(path):
+        return f"no file {path}".encode()
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - END_OF_FILE))
+        return size.to_bytes(8, "big") + file.read()
+
+
+def open_dataset(
+    dataset_name: str | None = None,
+    train_data_dir: str | None = None,
+    data_files: list[str] | None = None,
+    dataset_config_name: str | None = None,
+    split: str = "train",
+    image_column: str = "image",
+    caption_column: str = "text",
+    forbidden_concepts: Iterable[str] = (),
+    max_train_samples: int | None = None,
+    streaming: bool = False,
+    cache_dir: str | None = None,
+    seed: int = 0,
+) -> CaptionedImages:
+    """Opens a dataset of captioned images.
+
+    Args:
+        dataset_name (`str`, *optional*): Id on the Hub.
+        train_data_dir (`str`, *optional*): Folder: images with a metadata.jsonl, metadata.csv or metadata.parquet
+            beside them, parquet files, tar files of WebDataset, or what `Dataset.save_to_disk` wrote.
+        data_files (`list[str]`, *optional*): Files or patterns, local or URLs: parquet, arrow, tar, csv, json.
+        dataset_config_name (`str`, *optional*): Of a dataset on the Hub that has several.
+        split (`str`, defaults to `"train"`): Which part.
+        streaming (`bool`, defaults to `False`): Read it as training goes, without a copy on disk.
+        cache_dir (`str`, *optional*): Where `datasets` keeps its files.
+
+    The other arguments are those of [`CaptionedImages`].
+
+    Raises:
+        `ValueError`: If not exactly one source is given, it cannot be opened, a column is missing, or it is empty.
+    """
+    sources = {"dataset_name": dataset_name, "train_data_dir": train_data_dir, "data_files": data_files}
+    given = {name: value for name, value in sources.items() if value}
+    if len(given) != 1:
+        raise ValueError(f"{', '.join(given or sources)}: give exactly one of {', '.join(sources)}")
+    ((option, source),) = given.items()
+    settings = {"name": dataset_config_name, "split": split, "streaming": streaming, "cache_dir": cache_dir}
+    try:
+        rows = _load(option, source, **settings)
+        return CaptionedImages(rows, image_column, caption_column, forbidden_concepts, max_train_samples, seed)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"{option} {source}: {reason}") from None
+
+
+def _load(option: str, source: Any, split: str, streaming: bool, **settings):
+    if option == "dataset_name":
+        return datasets.load_dataset(source, split=split, streaming=streaming, **settings)
+    if option == "data_files":
+        kinds = {_BUILDERS.get(Path(file).suffix.lower()) for file in source}
+        if len(kinds) != 1 or None in kinds:
+            raise ValueError(f"files of one kind are needed; kinds are {', '.join(_BUILDERS)}")
+        if missing := [file for file in source if "://" not in file and not glob(file, recursive=True)]:
+            raise ValueError(f"{missing[0]}: no such file")
+        files = {split: list(source)}
+        return datasets.load_dataset(kinds.pop(), data_files=files, split=split, streaming=streaming, **settings)
+    folder = Path(source)
+    if not folder.is_dir():
+        raise ValueError("no such folder")
+    if (folder / "dataset_dict.json").is_file():
+        splits = datasets.load_from_disk(source)
+        if split not in splits:
+            raise ValueError(f"no split '{split}'; there are {', '.join(splits)}")
+        rows = splits[split]
+    elif (folder / "state.json").is_file():
+        rows = datasets.load_from_disk(source)
+    else:
+        return datasets.load_dataset(source, split=split, streaming=streaming, **settings)
+    return rows.to_iterable_dataset(num_shards=min(len(rows), STREAM_SHARDS)) if streaming and len(rows) else rows
+
+
+def told(dropped: Counter[str]) -> str:
+    """`"3 rows have no caption"`."""
+    return ", ".join(f"{count:,} row{'s' if count > 1 else ''} {reason}" for reason, count in dropped.items())

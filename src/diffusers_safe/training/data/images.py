@@ -1,0 +1,118 @@
+"""From the file of a picture to the tensor that the autoencoder takes."""
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+
+
+INTERPOLATION_MODES = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "nearest": Image.Resampling.NEAREST,
+}
+# What PIL raises at files that are cut, damaged, missing, or no pictures.
+_UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, EOFError, IndexError, OverflowError, struct.error,
+               Image.DecompressionBombError)  # fmt: skip
+
+
+class UnreadableImage(Exception):
+    """A picture that cannot be decoded; its text says why, in one line."""
+
+
+def decode_image(value: Any) -> Image.Image:
+    """A picture as `datasets.Image(decode=False)` stores it (`path` or `bytes`), upright and in RGB.
+
+    Raises:
+        `UnreadableImage`: If it cannot be decoded, for whatever reason.
+    """
+    try:
+        return datasets.Image().decode_example(value).convert("RGB")
+    except _UNREADABLE as error:
+        raise UnreadableImage(str(error).strip().split("\n")[0][:200] or type(error).__name__) from None
+
+
+@dataclass
+class Picture:
+    """One picture as it is trained.
+
+    Attributes:
+        pixel_values (`torch.Tensor`): `(3, resolution, resolution)`, float32, in [-1, 1].
+        original_size (`tuple[int, int]`): Height and width of the file's picture, upright.
+        crop_top_left (`tuple[int, int]`): Where the crop begins in the resized picture, before it is flipped.
+    """
+
+    pixel_values: torch.Tensor
+    original_size: tuple[int, int]
+    crop_top_left: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resizes the shorter side to `resolution`, cuts out a square, and flips it, as diffusers' `train_text_to_image`.
+
+    Attributes:
+        resolution (`int`): Height and width of the result, in pixels.
+        image_interpolation_mode (`str`, defaults to `"lanczos"`): A key of `INTERPOLATION_MODES`.
+        center_crop (`bool`, defaults to `False`): Cut out the middle; a random square otherwise.
+        random_flip (`bool`, defaults to `False`): Flip every other picture left to right.
+
+    Raises:
+        `ValueError`: If the mode is unknown, or the resolution less than 1.
+    """
+
+    resolution: int
+    image_interpolation_mode: str = "lanczos"
+    center_crop: bool = False
+    random_flip: bool = False
+
+    def __post_init__(self):
+        if self.image_interpolation_mode not in INTERPOLATION_MODES:
+            raise ValueError(
+                f"image_interpolation_mode '{self.image_interpolation_mode}': unknown; allowed are "
+                f"{', '.join(INTERPOLATION_MODES)}"
+            )
+        if self.resolution < 1:
+            raise ValueError(f"resolution {self.resolution}: must be at least 1")
+
+    def __call__(self, image: Image.Image, generator: torch.Generator) -> Picture:
+        """The crop is drawn first, if there is a choice, then the flip."""
+        picture = self.crop(image, generator)
+        if self.draw_flip(generator):
+            picture.pixel_values = picture.pixel_values.flip(-1)
+        return picture
+
+    def crop(self, image: Image.Image, generator: torch.Generator) -> Picture:
+        """All but the flip."""
+        size = self.resolution
+        width, height = self._resized(image)
+        top, left = (self._offset(side - size, generator) for side in (height, width))
+        # Only what is kept is resized: of a panorama that is little.
+        across, down = image.width / width, image.height / height
+        right, bottom = min((left + size) * across, image.width), min((top + size) * down, image.height)
+        mode = INTERPOLATION_MODES[self.image_interpolation_mode]
+        square = image.resize((size, size), mode, box=(left * across, top * down, right, bottom))
+        pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
+        return Picture(pixels.contiguous(), (image.height, image.width), (top, left))
+
+    def crops_at_random(self, image: Image.Image) -> bool:
+        """Whether there is a choice where to crop it."""
+        return not self.center_crop and max(self._resized(image)) > self.resolution
+
+    def _resized(self, image: Image.Image) -> tuple[int, int]:
+        """Width and height; rounded down, as torchvision does."""
+        return image.width * self.resolution // min(image.size), image.height * self.resolution // min(image.size)
+
+    def _offset(self, room: int, generator: torch.Generator) -> int:
+        if self.center_crop:
+            return round(room / 2)
+        return int(torch.randint(room + 1, (), generator=generator)) if room else 0
+
+    def draw_flip(self, generator: torch.Generator) -> bool:
+        """Whether a sample is flipped."""
+        return self.random_flip and bool(torch.rand((), generator=generator) < 0.5)
