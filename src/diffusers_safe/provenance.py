@@ -12,6 +12,7 @@ from torch import nn
 
 
 FILE_NAME = "erasure.json"
+STUDENT_FILE = "distillation.json"
 # What a record says of an erasure that somebody else made and did not describe.
 UNKNOWN = {
     "concepts": [],
@@ -83,13 +84,7 @@ class Provenance:
         Raises:
             `ValueError`: If there is none or it has other fields.
         """
-        path = Path(folder) / FILE_NAME
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file; the folder holds no erased model")
-        try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: not an erasure record ({error})") from None
+        return _load(cls, Path(folder) / FILE_NAME, "the folder holds no erased model")
 
 
 @dataclass
@@ -122,7 +117,32 @@ class Distillation:
     versions: dict[str, str] = field(default_factory=library_versions)
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
-    file_name = "distillation.json"
+    def save(self, folder: str | Path) -> None:
+        write_text(Path(folder) / STUDENT_FILE, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Distillation":
+        """Reads a folder's distillation.json.
+
+        Raises:
+            `ValueError`: If there is none or it has other fields.
+        """
+        return _load(cls, Path(folder) / STUDENT_FILE, "the folder holds no student")
+
+
+def erasure_of(model: str) -> dict | None:
+    """The erasure.json in a model's folder, as it is; `None` without one, and for a model on the Hub."""
+    path = Path(model) / FILE_NAME
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _load(kind: type, path: Path, otherwise: str):
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; {otherwise}")
+    try:
+        return kind(**json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a record of ours ({error})") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -60,6 +60,11 @@ class Backbone(ABC):
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of one latent."""
 
+    @property
+    @abstractmethod
+    def resolution(self) -> int:
+        """Height and width of a picture, in pixels."""
+
     @abstractmethod
     def encode(self, prompts: list[str], device: torch.device | str = "cpu", truncation: bool = False) -> Conditioning:
         """Encodes prompts on a device, without gradients; the encoders go back to where they were.

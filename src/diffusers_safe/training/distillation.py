@@ -2,6 +2,7 @@
 
 import logging
 import os
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -9,18 +10,19 @@ from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from ..arguments import parse_dataclass, told_in_one_line
-from ..backbones import load_pipeline, make_backbone
+from ..backbones import Backbone, load_pipeline, make_backbone
 from ..concepts import names_concept
 from ..evaluation.generate import GenerationSettings
 from ..evaluation.grid import save_grid
 from ..hub import push_or_exit
-from ..provenance import Distillation, Provenance, fingerprint
+from ..provenance import Distillation, erasure_of, fingerprint
 from ..students import build_student
-from .data import make_latent_source
+from .data import CachedLatents, EncodedLatents, LatentCache, LatentSource, Preprocessing, make_pictures, open_dataset
 from .distillation_arguments import DistillationArguments
 from .distillation_loop import DistillationLoop
 from .erasure import make_accelerator
 from .output import save_student
+from .plan import make_distillation_plan
 from .samples import Samples, Validation
 
 
@@ -53,11 +55,10 @@ def distill(accelerator: Accelerator, teacher: DiffusionPipeline, args: Distilla
     set_seed(args.seed)
     pipeline = student_pipeline(teacher, args)
     backbone, own = make_backbone(teacher, args.resolution), make_backbone(pipeline, args.resolution)
-    data = make_latent_source(backbone, args, accelerator)
     record = Distillation(
         teacher=args.pretrained_model_name_or_path,
         teacher_fingerprint=fingerprint(teacher.unet),
-        teacher_erasure=Provenance.facts(args.pretrained_model_name_or_path),
+        teacher_erasure=erasure_of(args.pretrained_model_name_or_path),
         student=args.student or args.from_student,
         parameters=sum(parameter.numel() for parameter in pipeline.unet.parameters()),
         arguments={
@@ -67,15 +68,18 @@ def distill(accelerator: Accelerator, teacher: DiffusionPipeline, args: Distilla
         },
         revision=args.revision,
     )
+    data = open_data(accelerator, backbone, args)
     loop = DistillationLoop(accelerator, backbone, own, data, args)
     samples = _samples(pipeline, teacher, loop, args)
     validation = Validation(accelerator, samples, args, loop.publishes) if args.validation_prompts else None
     loop.run(callback=lambda step, _: validation and validation.after_step(step))
     accelerator.unwrap_model(loop.student, keep_fp32_wrapper=False)
-    record.losses, record.data = loop.last_losses, data.told()
+    skipped = data.skipped()
+    record.losses = loop.last_means
+    record.data = {"dropped": dict(skipped.dropped), "unreadable": skipped.unreadable}
     if accelerator.is_main_process:
-        if skipped := str(data.skipped):
-            logger.warning("data: %s", skipped)
+        if told := str(skipped):
+            logger.warning("data: %s", told)
         save_student(pipeline, record, args.output_dir, args.save)
         if args.push_to_hub:
             pipeline.to(accelerator.device)
@@ -93,7 +97,48 @@ def student_pipeline(teacher: DiffusionPipeline, args: DistillationArguments) ->
     return type(teacher)(**{**teacher.components, "unet": unet})
 
 
-def _samples(pipeline, teacher, loop: DistillationLoop, args: DistillationArguments) -> Samples:
+def open_data(accelerator: Accelerator, backbone: Backbone, args: DistillationArguments) -> LatentSource:
+    """The pictures and captions of a run, as latents and text states: encoded as they come, or from a cache.
+
+    Raises:
+        `ValueError`: If there are none, or the cache is of something else.
+    """
+    rows = open_dataset(
+        dataset_name=args.dataset_name,
+        train_data_dir=args.train_data_dir,
+        dataset_config_name=args.dataset_config_name,
+        split=args.dataset_split,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+        forbidden_concepts=args.forbidden_concepts,
+        max_train_samples=args.max_train_samples,
+        streaming=args.streaming,
+        cache_dir=args.cache_dir,
+        seed=args.seed,
+    )
+    preprocessing = Preprocessing(
+        backbone.resolution, args.image_interpolation_mode, args.center_crop, args.random_flip
+    )
+    samples_a_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    if args.cache_latents:
+        folder = args.cache_folder or Path(args.output_dir) / "cache"
+        cache = LatentCache(folder, rows, preprocessing, backbone)
+        cache.build(accelerator.device, num_workers=args.dataloader_num_workers)
+        return CachedLatents(cache, args.seed, samples_a_step, accelerator.device, args.proportion_empty_prompts)
+    pictures = make_pictures(
+        rows,
+        preprocessing,
+        args.seed,
+        samples_a_step,
+        num_workers=args.dataloader_num_workers,
+        proportion_empty_prompts=args.proportion_empty_prompts,
+    )
+    return EncodedLatents(pictures, backbone, accelerator.device)
+
+
+def _samples(
+    pipeline: DiffusionPipeline, teacher: DiffusionPipeline, loop: DistillationLoop, args: DistillationArguments
+) -> Samples:
     prompts = args.validation_prompts
     forbidden = [prompt for prompt in prompts if any(names_concept(prompt, name) for name in args.forbidden_concepts)]
     learned = [prompt for prompt in prompts if prompt not in forbidden]
@@ -101,3 +146,7 @@ def _samples(pipeline, teacher, loop: DistillationLoop, args: DistillationArgume
     return Samples(
         pipeline, loop.weights, forbidden, learned, args.num_validation_images, args.seed, settings, teacher
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -61,7 +61,9 @@ class DistillationLoop(TrainingLoop):
         self.loss_space = LossSpace(args.loss_space, self.noise.scheduler)
         self.teacher_dtype = HALF.get(accelerator.mixed_precision, torch.float32)
         if self.objective.needs_teacher:
-            teacher.denoiser.requires_grad_(False).eval().to(accelerator.device, self.teacher_dtype)
+            teacher.denoiser.requires_grad_(False).eval().to(accelerator.device)
+            if self.teacher_dtype != torch.float32:
+                teacher.denoiser.to(self.teacher_dtype)
         self.student_tap = self.teacher_tap = None
         if "feature" in self.objective.weights:
             pairs = feature_pairs(student.denoiser.config, teacher.denoiser.config, args.feature_map)

@@ -53,6 +53,7 @@ class TrainingLoop(ABC):
         term_weights (`dict[str, float]`): How much each term of the loss counts.
         forwards (`int`): How many samples denoisers have seen so far in this process.
         student (`nn.Module`): The denoiser as it is trained, possibly wrapped for several processes.
+        last_means (`dict[str, float]`): The terms of the loss, means of the last twentieth of the run.
     """
 
     name: str
@@ -84,6 +85,7 @@ class TrainingLoop(ABC):
             num_warmup_steps=args.lr_warmup_steps,
             num_training_steps=args.max_train_steps,
         )
+        self.last_means: dict[str, float] = {}
         # The loop accumulates itself; what `accelerate launch` set would divide gradients a second time.
         accelerator.gradient_accumulation_steps = 1
         self.student, self.optimizer = accelerator.prepare(denoiser, self.optimizer)
@@ -177,15 +179,18 @@ class TrainingLoop(ABC):
         hidden = not (progress_bar and self.accelerator.is_main_process)
         bar = tqdm(range(first, last), self.name, last, initial=first, disable=hidden)
         every = max(1, last // 20)
-        shown = {}
+        shown, recent = {}, []
         with _StopRequest(listens=args.output_dir is not None) as stop:
             for step in bar:
                 measured = self.train_step(step)
+                recent.append(measured)
                 done = step + 1
                 rate = {"learning_rate": self.lr_scheduler.get_last_lr()[0]}
                 if done % every == 0 or done == last:
                     extra = self.measure(done)
                     shown = {name: value for name, value in extra.items() if isinstance(value, float)}
+                    self.last_means = {name: sum(row[name] for row in recent) / len(recent) for name in measured}
+                    recent.clear()
                     log.write(done, {**measured, **extra}, rate, self.forwards)
                 else:
                     log.follow(done, {**measured, **rate})
@@ -227,7 +232,7 @@ class RunIdentity:
         self.state = {name: value for name, value in args.recorded.items() if name not in free}
         self.state["samples_a_step"] = samples_a_step
         # What the run starts from: its sums tell another base model at once.
-        sums = [float(value.double().sum()) for value in (weights.frozen or weights.student).values()]
+        sums = [value.detach().double().sum().item() for value in (weights.frozen or weights.student).values()]
         self.state["base_weights"] = hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
 
     def save(self, folder: str | Path) -> None:

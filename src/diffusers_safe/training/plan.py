@@ -4,13 +4,16 @@ from dataclasses import dataclass
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from transformers import AutoTokenizer
 
-from ..backbones.cost import blank_inputs, training_cost
+from ..backbones import check_model
+from ..backbones.cost import blank_inputs, forward_flops, training_cost
 from ..backbones.unet import vae_scale_factor
 from ..trajectories import Trajectories
-from ..weights import TRAIN_METHODS
+from ..weights import TRAIN_METHODS, TrainedWeights
+from .arguments import TrainingArguments
+from .distillation_arguments import DistillationArguments
 from .erasure_arguments import ErasureArguments
 from .loop import make_weights, peak_learning_rate
 from .objectives import TrainingBatch
@@ -23,16 +26,18 @@ GIB = 2**30
 @dataclass
 class Plan:
     """Attributes:
-    args (`ErasureArguments`): Of the run.
+    args (`TrainingArguments`): Of the run.
+    goal (`tuple[str, str]`): What is done, and to what.
     selected, total (`tuple[int, int]`): Tensors and parameters: those that train, and all.
-    forwards (`dict[str, float]`): Mean sample-forwards of the denoiser for one training sample, by what they are for.
+    forwards (`dict[str, float]`): Mean sample-forwards of denoisers for one training sample, by what they are for.
     backwards (`int`): The same, for the backward.
     memory (`dict[str, float]`): Bytes on the device, by what they are for; all in float32.
     flops (`float`): Of one training sample, forwards and backward.
     num_processes (`int`): As launched.
     """
 
-    args: ErasureArguments
+    args: TrainingArguments
+    goal: tuple[str, str]
     selected: tuple[int, int]
     total: tuple[int, int]
     forwards: dict[str, float]
@@ -53,7 +58,7 @@ class Plan:
             method = f"a LoRA of rank {args.rank} on {method}"
         petaflops = self.flops * self.num_samples / 1e15
         rows = {
-            "erase": f"{', '.join(args.concepts)} by {args.make_objective().name.upper()}",
+            self.goal[0]: self.goal[1],
             "from": args.pretrained_model_name_or_path,
             "train": f"{args.train_method} ({method}): {self.selected[0]} of {self.total[0]} tensors, "
             f"{self.selected[1] / 1e6:,.2f} of {self.total[1] / 1e6:,.2f} M parameters",
@@ -76,10 +81,8 @@ def make_plan(args: ErasureArguments, num_processes: int = 1) -> Plan:
     """The plan of a run; reads configs and the tokenizer, no weights."""
     name, hub = args.pretrained_model_name_or_path, args.index_arguments
     unet = args.check_base_model()
-    index = DiffusionPipeline.load_config(name, **hub)
-    scheduler = getattr(diffusers, index["scheduler"][1])
+    scheduler = getattr(diffusers, DiffusionPipeline.load_config(name, **hub)["scheduler"][1])
     schedule = scheduler.load_config(name, subfolder="scheduler", **hub)
-    tokens = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", **hub).model_max_length
 
     total = [parameter.numel() for parameter in unet.parameters()]
     weights = make_weights(unet.train(), args, args.ema_decay)
@@ -91,36 +94,79 @@ def make_plan(args: ErasureArguments, num_processes: int = 1) -> Plan:
     )
     num_samples = args.max_train_steps * args.train_batch_size * args.gradient_accumulation_steps * num_processes
     forwards = _forwards(args, trajectories, num_samples)
+    forward, backward, activations = training_cost(unet, _blank_batch(unet, args))
+    return Plan(
+        args,
+        ("erase", f"{', '.join(args.concepts)} by {args.make_objective().name.upper()}"),
+        (len(weights.student), sum(map(torch.numel, weights.student.values()))),
+        (len(total), sum(total)),
+        forwards,
+        len(forwards) - 1,
+        {"model": 4 * sum(total), **_training_memory(unet, weights, args), "activations": activations},
+        forward * sum(forwards.values()) + backward * (len(forwards) - 1),
+        num_processes,
+    )
+
+
+def make_distillation_plan(args: DistillationArguments, num_processes: int = 1) -> Plan:
+    """The plan of a distillation; the forwards of the autoencoder and the text encoders are not counted."""
+    teacher = check_model(args.pretrained_model_name_or_path, args.resolution, **args.index_arguments)
+    student = args.check_base_model().train()
+    total = [parameter.numel() for parameter in student.parameters()]
+    weights = make_weights(student, args, args.ema_decay if args.use_ema else None)
+    if args.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    inputs = _blank_batch(student, args)
+    forward, backward, activations = training_cost(student, inputs)
+    forwards, flops = {"the student": 1.0}, forward + backward
+    memory = {"student": 4 * sum(total), **_training_memory(student, weights, args), "activations": activations}
+    if args.make_objective().needs_teacher:
+        forwards["the teacher"] = 1.0
+        flops += forward_flops(teacher, inputs)
+        memory["teacher"] = 4 * sum(parameter.numel() for parameter in teacher.parameters())
+    if args.sdd_weight:
+        # Half of the schedule on average, with guidance; the loss takes one for the target and one that learns.
+        drawn = args.sampling_fraction * args.num_inference_steps / args.latents_per_trajectory
+        forwards["SDD"] = drawn * (1 if args.sampling_guidance_scale > 1 else 0.5) + 2
+        flops += forward * forwards["SDD"] + backward
+    return Plan(
+        args,
+        ("distil", f"{args.student or args.from_student}"),
+        (len(weights.student), sum(map(torch.numel, weights.student.values()))),
+        (len(total), sum(total)),
+        forwards,
+        2 if args.sdd_weight else 1,
+        memory,
+        flops,
+        num_processes,
+    )
+
+
+def _blank_batch(unet: UNet2DConditionModel, args: TrainingArguments) -> dict:
+    """A batch of the run, without values."""
+    name, hub = args.pretrained_model_name_or_path, args.index_arguments
+    tokens = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", **hub).model_max_length
     size = unet.config.sample_size
     if args.resolution is not None:
         size = args.resolution // vae_scale_factor(AutoencoderKL.load_config(name, subfolder="vae", **hub))
     height, width = (size, size) if isinstance(size, int) else size
-    inputs = blank_inputs(unet, (args.train_batch_size, unet.config.in_channels, height, width), tokens)
-    forward, backward, activations = training_cost(unet, inputs)
-    selected = [value.numel() for value in weights.student.values()]
+    return blank_inputs(unet, (args.train_batch_size, unet.config.in_channels, height, width), tokens)
+
+
+def _training_memory(unet: UNet2DConditionModel, weights: TrainedWeights, args: TrainingArguments) -> dict[str, float]:
+    """Bytes beside those of the denoiser itself and its activations."""
     own = set(map(id, unet.parameters()))
     copies = [
         value.numel()
-        for side in (weights.frozen, weights.ema or {})
+        for side in (weights.frozen or {}, weights.ema or {})
         for value in side.values()
         if id(value) not in own
     ]
-    trained = sum(selected)
-    return Plan(
-        args,
-        (len(selected), trained),
-        (len(total), sum(total)),
-        forwards,
-        len(forwards) - 1,
-        {
-            "model": 4 * sum(total),
-            "copies and gradients": 4 * (sum(copies) + trained),
-            "Adam": (2 if args.use_8bit_adam else 8) * trained,
-            "activations": activations,
-        },
-        forward * sum(forwards.values()) + backward * (len(forwards) - 1),
-        num_processes,
-    )
+    trained = sum(map(torch.numel, weights.student.values()))
+    return {
+        "copies and gradients": 4 * (sum(copies) + trained),
+        "Adam": (2 if args.use_8bit_adam else 8) * trained,
+    }
 
 
 class _Counter:
