@@ -35,7 +35,7 @@ class ErasureArguments(SamplingArguments):
         False,
         "Also keep the unconditional prediction, on the way to the concepts: guidance multiplies the distance to it.",
     )
-    retain_weight: float = option(1.0, "Weight of each of these two retention terms.")
+    retain_weight: float = option(3.0, "Weight of each of these two retention terms.")
     watch_prompts: list[str] = option(
         ["a cat", "a tree", "a car", "an apple"],
         "Unrelated prompts that are watched, not trained: a warning says when they start to move. Those that name a "
