@@ -4,7 +4,7 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 from .base import Backbone, ComponentConfig, Conditioning
@@ -15,17 +15,11 @@ class UNetBackbone(Backbone):
 
     Attributes:
         text_encoders (`tuple[str, ...]`): Names of the text encoders in the pipeline.
-        tokenizers (`tuple[str, ...]`): Names of their tokenizers.
         addition_embed_type (`str`, *optional*): What the UNet must take beside the prompt's hidden states.
     """
 
     text_encoders: tuple[str, ...]
-    tokenizers: tuple[str, ...]
     addition_embed_type: str | None = None
-
-    def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None):
-        super().__init__(pipeline, resolution)
-        self._resolution = resolution
 
     @classmethod
     def check(cls, config: ComponentConfig, resolution: int | None = None) -> None:
@@ -74,23 +68,20 @@ class UNetBackbone(Backbone):
         with torch.device("meta"):
             return UNet2DConditionModel.from_config(config("unet"))
 
+    @classmethod
+    def shape(cls, config: ComponentConfig, resolution: int | None = None) -> tuple[int, int, int]:
+        unet = config("unet")
+        size = unet["sample_size"] if resolution is None else resolution // vae_scale_factor(config("vae"))
+        height, width = (size, size) if isinstance(size, int) else size
+        return unet["in_channels"], height, width
+
     @property
     def denoiser(self) -> nn.Module:
         return self.pipeline.unet
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        config = self.pipeline.unet.config
-        size = config.sample_size
-        if self._resolution is not None:
-            size = self._resolution // vae_scale_factor(self.pipeline.vae.config)
-        height, width = (size, size) if isinstance(size, int) else size
-        return config.in_channels, height, width
-
     @torch.no_grad()
     def encode(self, prompts: list[str], device: torch.device | str = "cpu") -> Conditioning:
-        for name in self.tokenizers:
-            self._check_lengths(prompts, getattr(self.pipeline, name))
+        self.check_prompts(prompts)
         encoders = [getattr(self.pipeline, name) for name in self.text_encoders]
         homes = [encoder.device for encoder in encoders]
         for encoder in encoders:
@@ -99,16 +90,6 @@ class UNetBackbone(Backbone):
         for encoder, home in zip(encoders, homes):
             encoder.to(home)
         return encoded
-
-    def _check_lengths(self, prompts: list[str], tokenizer) -> None:
-        for prompt in prompts:
-            count = len(tokenizer(self.pipeline.maybe_convert_prompt(prompt, tokenizer)).input_ids)
-            if count > tokenizer.model_max_length:
-                raise ValueError(
-                    f"prompt '{prompt[:60]}...' has {count} tokens; this model takes {tokenizer.model_max_length}, "
-                    "and what is cut would not be trained. Concepts are not joined with --prompt_order matched and "
-                    "no --negative_guidance_scale"
-                )
 
     @abstractmethod
     def _encode(self, prompts: list[str], device: torch.device | str) -> Conditioning:

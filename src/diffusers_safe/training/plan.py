@@ -3,15 +3,13 @@
 from dataclasses import dataclass
 from unittest.mock import patch
 
-import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoTokenizer
 
-from ..backbones.unet import vae_scale_factor
+from ..backbones import StoredModel
 from ..trajectories import Trajectories
 from ..weights import TRAIN_METHODS
 from .arguments import ErasureArguments
@@ -77,31 +75,24 @@ class Plan:
 
 def make_plan(args: ErasureArguments, num_processes: int = 1) -> Plan:
     """The plan of a run; reads configs and the tokenizer, no weights."""
-    name, hub = args.pretrained_model_name_or_path, args.index_arguments
-    unet = args.check_base_model()
-    index = DiffusionPipeline.load_config(name, **hub)
-    scheduler = getattr(diffusers, index["scheduler"][1])
-    schedule = scheduler.load_config(name, subfolder="scheduler", **hub)
-    tokens = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", **hub).model_max_length
-
+    model = StoredModel(args.pretrained_model_name_or_path, args.resolution, **args.index_arguments)
+    unet = model.denoiser.train()
     total = [parameter.numel() for parameter in unet.parameters()]
-    weights = make_weights(unet.train(), args, args.ema_decay)
+    weights = make_weights(unet, args, args.ema_decay)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
 
     trajectories = Trajectories(
-        lambda: scheduler.from_config(schedule), (1, 1, 1), args.num_inference_steps, args.sampling_guidance_scale
+        model.make_scheduler, model.latent_shape, args.num_inference_steps, args.sampling_guidance_scale
     )
     num_samples = args.max_train_steps * args.train_batch_size * args.gradient_accumulation_steps * num_processes
     forwards = _forwards(args, trajectories, num_samples)
-    size = unet.config.sample_size
-    if args.resolution is not None:
-        size = args.resolution // vae_scale_factor(AutoencoderKL.load_config(name, subfolder="vae", **hub))
-    height, width = (size, size) if isinstance(size, int) else size
-    inputs = _blank_inputs(unet, (args.train_batch_size, unet.config.in_channels, height, width), tokens)
+    tokens = model.tokenizers[0].model_max_length
+    inputs = _blank_inputs(unet, (args.train_batch_size, *model.latent_shape), tokens)
     forward, backward, activations = _measure(unet, inputs)
     selected = [value.numel() for value in weights.student.values()]
-    own = set(map(id, unet.parameters()))
+    resident = list(unet.parameters())  # a LoRA's are among them by now
+    own = set(map(id, resident))
     copies = [
         value.numel()
         for side in (weights.frozen, weights.ema or {})
@@ -116,7 +107,7 @@ def make_plan(args: ErasureArguments, num_processes: int = 1) -> Plan:
         forwards,
         len(forwards) - 1,
         {
-            "model": 4 * sum(total),
+            "model": 4 * sum(parameter.numel() for parameter in resident),
             "copies and gradients": 4 * (sum(copies) + trained),
             "Adam": (2 if args.use_8bit_adam else 8) * trained,
             "activations": activations,
