@@ -13,15 +13,16 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import HfApi, ModelCard
+from safetensors.torch import load_file
 
-from diffusers_safe import cli
+from diffusers_safe import ErasedStableDiffusionPipeline, cli
 from diffusers_safe.cards import CARD_NAME, is_ours
 from diffusers_safe.evaluation.grid import GRID_NAME
 from diffusers_safe.evaluation.report import Headline, Report, write_report
 from diffusers_safe.evaluation.statistics import Estimate
-from diffusers_safe.formats import PARTIAL_NAME
+from diffusers_safe.formats import PARTIAL_NAME, load_unet
 from diffusers_safe.hub import PUSH_FAILED, RETRY_WAITS, PushError, find_base, push_result
-from diffusers_safe.provenance import Provenance
+from diffusers_safe.provenance import Provenance, fingerprint
 from diffusers_safe.training.sdd import main
 from hub_server import TOKEN, HubServer
 from scripts import accelerate_on_cpu
@@ -108,6 +109,46 @@ def test_one_commit_holds_the_result_and_nothing_else(hub, folder, erased):
     assert not any("." == part[0] for path in files for part in path.split("/"))
     assert files[UNET] == (erased / UNET).read_bytes()
     assert files[CARD_NAME] == (folder / CARD_NAME).read_bytes()
+
+
+@pytest.mark.parametrize("base_model", [None, "runs/secret/tiny", "/home/secret/tiny"])
+def test_what_is_published_names_no_folder_of_this_machine(hub, folder, tiny_model_folder, base_model):
+    """And what lies here still does: it is how the base model is found."""
+    if base_model:  # folders that are gone
+        Provenance(**{**vars(Provenance.load(folder)), "base_model": base_model}).save(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert any(tiny_model_folder.encode() in content for content in before.values())
+    push_result(folder, "tester/x")
+    files = hub.files("tester/x")
+    for local in (tiny_model_folder, str(folder.parent), "secret", "_name_or_path"):
+        assert not [name for name, content in files.items() if local.encode() in content]
+    name = Path(base_model or tiny_model_folder).name
+    record = json.loads(files["erasure.json"])
+    assert record["base_model"] == name and f"| base model | `{name}`" in files[CARD_NAME].decode()
+    assert record["arguments"]["learning_rate"] == 1e-3 and "output_dir" not in record["arguments"]
+    assert before == {path: path.read_bytes() for path in before}
+
+    push_result(folder, "tester/x")
+    assert len(hub.repositories["tester/x"]) == 2  # the same files again
+
+
+def test_a_published_partial_file_asks_for_its_base_model_and_takes_it(hub, folder, tiny_model_folder, tmp_path):
+    for name in ("model_index.json", "unet"):
+        (folder / name).rename(tmp_path / name)
+    push_result(folder, "tester/x")
+    published = tmp_path / "published"
+    published.mkdir()
+    for name in (PARTIAL_NAME, "erasure.json"):
+        (published / name).write_bytes(hub.files("tester/x")[name])
+    load = ErasedStableDiffusionPipeline.from_pretrained
+    for source in (published, published / PARTIAL_NAME):
+        with pytest.raises(ValueError, match=f"base model of .*'{Path(tiny_model_folder).name}': .*give base_model"):
+            load(source)
+        pipeline = load(source, base_model=tiny_model_folder)
+        assert fingerprint(pipeline.unet) == fingerprint(load_unet(tmp_path / "unet"))
+        assert pipeline.erasure.concepts == ["knife", "gun"]
+    ours, theirs = (load_file(place / PARTIAL_NAME) for place in (folder, published))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
 def test_a_smaller_result_takes_the_place_of_a_whole_pipeline(hub, folder):
@@ -417,7 +458,7 @@ def test_through_processes_of_their_own(tiny_model_folder, tmp_path):
         code = """
 import numpy, torch
 from diffusers import DiffusionPipeline
-from diffusers_safe import cli
+from diffusers_safe import ErasedStableDiffusionPipeline, cli
 cli.main(["push", "out", "--hub_model_id", "out"])
 pipeline = DiffusionPipeline.from_pretrained("tester/out")
 generator = torch.Generator().manual_seed(0)

@@ -4,7 +4,7 @@ from .folders import INDEX, RESULTS, UNET_FOLDER, check_no_result, rewrite_index
 from .lora import LoRA, low_rank
 from .read import FORMATS, ErasedWeights, assign, load_partial, load_unet, plain_parameters, read_erased_weights
 from .source import HUB_ARGUMENTS, fetch
-from .write import LORA_NAME, PARTIAL_NAME, facts, save_lora, save_partial, save_whole
+from .write import LORA_NAME, PARTIAL_NAME, copy_with_facts, facts, save_lora, save_partial, save_whole
 
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "LoRA",
     "assign",
     "check_no_result",
+    "copy_with_facts",
     "facts",
     "fetch",
     "load_partial",

@@ -2,7 +2,7 @@
 
 from .base import Base, find_base
 from .card import erasure_card
-from .published import check_folder
+from .published import as_published, check_folder, published_record
 from .push import (
     PUSH_FAILED,
     RETRY_WAITS,
@@ -20,12 +20,14 @@ __all__ = [
     "RETRY_WAITS",
     "Base",
     "PushError",
+    "as_published",
     "check_folder",
     "check_model_id",
     "check_push",
     "default_model_id",
     "erasure_card",
     "find_base",
+    "published_record",
     "push_or_exit",
     "push_result",
 ]

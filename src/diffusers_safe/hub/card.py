@@ -13,7 +13,7 @@ from ..formats import INDEX, LORA_NAME, PARTIAL_NAME, UNET_FOLDER
 from ..provenance import FILE_NAME, Provenance
 from ..weights import TRAIN_METHODS
 from .base import Base
-from .published import find_results, read_results
+from .published import find_results, published_record, read_results
 
 
 MOST_CONCEPTS = 30  # listed on a card; erasure.json has all of them
@@ -34,7 +34,7 @@ def erasure_card(folder: str | Path, repo_id: str, base: Base) -> ModelCard:
         base (`Base`): Of [`find_base`].
     """
     folder = Path(folder)
-    provenance = Provenance.load(folder)
+    provenance = published_record(Provenance.load(folder), base)
     sections = [
         _what(folder, provenance, repo_id, base),
         _pictures(folder),
@@ -148,12 +148,10 @@ def _how(provenance: Provenance, base: Base) -> str:
         "when": provenance.created,
         "with": ", ".join(f"{name} {version}" for name, version in provenance.versions.items()),
     }
-    # Paths are of somebody's machine, and tell readers nothing.
     arguments = {
         name: value
         for name, value in provenance.arguments.items()
-        if not name.endswith(("_dir", "_path", "_checkpoint")) and name not in ("concepts", "train_method", "config")
-        if value not in (None, "", [])
+        if name not in ("concepts", "train_method") and value not in (None, "", [])
     }
     rows = [f"| {name.replace('_', ' ')} | {_cell(value)} |" for name, value in told.items()]
     details = [f"| `{name}` | {_cell(_code(_argument(value)))} |" for name, value in arguments.items()]

@@ -1,14 +1,23 @@
-"""What of an erasure's folder is published, and what stays where it is."""
+"""What of an erasure's folder is published, and what stays where it is.
+
+Where things lie on somebody's machine is nobody else's business: what is published names no local folder. The files on
+disk, which find their base model by it, stay as they are.
+"""
 
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from ..cards import CARD_NAME
 from ..evaluation.grid import GRID_NAME
-from ..formats import INDEX, LORA_NAME, PARTIAL_NAME, UNET_FOLDER
-from ..provenance import FILE_NAME, Provenance
+from ..formats import INDEX, LORA_NAME, PARTIAL_NAME, UNET_FOLDER, copy_with_facts
+from ..provenance import FILE_NAME, Provenance, write_text
+from .base import Base
 
 
 _RESULTS = ("results.json", "evaluation/results.json")
@@ -19,6 +28,7 @@ _PUBLISHED = (CARD_NAME, FILE_NAME, INDEX, GRID_NAME, "*.safetensors", "LICENSE*
 _REPLACED = (INDEX, GRID_NAME, PARTIAL_NAME, LORA_NAME, *_RESULTS, *_REPORTS)
 _MODELS = (UNET_FOLDER, "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler",
            "safety_checker", "feature_extractor", "image_encoder")  # fmt: skip
+_PATHS = ("_dir", "_path", "_file", "_checkpoint", "config")  # how the names of arguments end that hold paths
 
 
 def check_folder(folder: str | Path) -> None:
@@ -52,6 +62,50 @@ def _parts(folder: Path) -> list[str]:
 def is_replaced(path: str) -> bool:
     """Whether a file of a repository is part of the erasure there, which a new one takes the place of."""
     return path in _REPLACED or path.split("/")[0] in _MODELS
+
+
+def published_record(provenance: Provenance, base: Base) -> Provenance:
+    """The record of an erasure as it is published: the base model by its id on the Hub or, without a folder before it,
+    its name; and no argument that is a path."""
+    arguments = {name: value for name, value in provenance.arguments.items() if not name.endswith(_PATHS)}
+    return replace(provenance, base_model=base.name, arguments=arguments)
+
+
+@contextmanager
+def as_published(folder: Path, names: list[str], record: Provenance | None) -> Iterator[dict[str, Path]]:
+    """Files of a folder, by these names, as they are published. Those that tell where things lie are copied, for the
+    length of the block, and the copies do not: `erasure.json` and the facts in files of weights are the record's, and
+    configs do not say where they were loaded from.
+
+    Args:
+        folder (`Path`): A result.
+        names (`list[str]`): Paths inside the folder.
+        record (`Provenance`, *optional*): Of [`published_record`], where there is an erasure.
+    """
+    with tempfile.TemporaryDirectory() as copies:
+        files = {}
+        for name in names:
+            copy = Path(copies, name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            files[name] = copy if _copied_without_paths(folder, name, copy, record) else folder / name
+        yield files
+
+
+def _copied_without_paths(folder: Path, name: str, copy: Path, record: Provenance | None) -> bool:
+    """Whether there was something to leave out."""
+    if record is not None and name == FILE_NAME:
+        record.save(copy.parent)
+        return True
+    if record is not None and name.endswith(".safetensors") and "/" not in name:  # below lie whole models
+        return copy_with_facts(folder / name, copy, record)
+    if name != INDEX and not name.endswith("config.json"):
+        return False
+    config = json.loads((folder / name).read_text(encoding="utf-8"))
+    if "_name_or_path" not in config:
+        return False
+    del config["_name_or_path"]
+    write_text(copy, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return True
 
 
 def find_results(folder: str | Path) -> Path | None:

@@ -21,7 +21,7 @@ from ..provenance import FILE_NAME, Provenance
 from .base import find_base
 from .card import erasure_card, listed
 from .failures import may_pass, reason
-from .published import check_folder, is_replaced, result_files
+from .published import as_published, check_folder, is_replaced, published_record, result_files
 
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,8 @@ def push_result(
     """Publishes the folder of an erased model, in one commit: pipeline, erased weights, `erasure.json`, pictures,
     evaluation, and a model card, which is also written into the folder.
 
-    Checkpoints, logs and other files are not published. If an earlier erasure is in the repository, its index,
+    Checkpoints, logs and other files are not published, nor what paths of this machine the files hold, see
+    [`as_published`]. If an earlier erasure is in the repository, its index,
     weights, pictures and evaluation are replaced or deleted, so that `erasure.json` always tells of the weights beside
     it; files of other names are left alone. A model card that a person wrote or edited is kept, on disk and on the
     Hub.
@@ -77,11 +78,12 @@ def push_result(
         repo_id = hub_model_id if "/" in hub_model_id else f"{api.whoami()['name']}/{hub_model_id}"
         url = api.create_repo(repo_id, private=private or None, exist_ok=True)
         write_card(erasure_card(folder, url.repo_id, base), folder)
-        _commit(api, folder, url.repo_id, token, message)
+        _commit(api, files, url.repo_id, token, message)
         return str(url)
 
     try:
-        return _with_retries(push)
+        with as_published(folder, result_files(folder), published_record(provenance, base)) as files:
+            return _with_retries(push)
     # RuntimeError is what hf_xet raises; ValueError, the client for a card of one's own with broken metadata.
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         again = ["diffusers-safe", "push", str(folder), "--hub_model_id", hub_model_id]
@@ -133,19 +135,18 @@ def check_push(hub_model_id: str, token: str | None = None) -> None:
         raise ValueError("push: HF_HUB_OFFLINE is set, so nothing can be pushed; unset it")
 
 
-def _commit(api: HfApi, folder: Path, repo_id: str, token: str | None, message: str) -> None:
-    files = result_files(folder)
+def _commit(api: HfApi, files: dict[str, Path], repo_id: str, token: str | None, message: str) -> None:
     there = card_on_hub(repo_id, token)
     if there is not None and not is_ours(there):
         logger.warning("%s: its %s on the Hub was written or edited by a person, and is kept", repo_id, CARD_NAME)
-        files.remove(CARD_NAME)
+        files = {name: path for name, path in files.items() if name != CARD_NAME}
     on_hub = api.list_repo_files(repo_id)
     stale = [path for path in on_hub if is_replaced(path)] if FILE_NAME in on_hub else []
     # Not `upload_folder`, which may make several commits of a large folder.
     api.create_commit(
         repo_id,
         [
-            *(CommitOperationAdd(path, folder / path) for path in files),
+            *(CommitOperationAdd(name, path) for name, path in files.items()),
             *(CommitOperationDelete(path, is_folder=False) for path in stale if path not in files),
         ],
         commit_message=message,

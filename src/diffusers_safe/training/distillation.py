@@ -117,7 +117,7 @@ def open_data(accelerator: Accelerator, backbone: Backbone, args: DistillationAr
         seed=args.seed,
     )
     preprocessing = Preprocessing(
-        backbone.resolution, args.image_interpolation_mode, args.center_crop, args.random_flip
+        backbone.picture_size, args.image_interpolation_mode, args.center_crop, args.random_flip
     )
     samples_a_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     if args.cache_latents:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from ..backbones import check_model
+from ..backbones import StoredModel
 from ..concepts import read_concepts
 from ..students import STUDENTS, empty_student, resolve_student
 from ..weights import select_parameters
@@ -159,11 +159,12 @@ class DistillationArguments(SamplingArguments):
 
     def check_base_model(self) -> nn.Module:
         """Looks at the configs of teacher and student; returns the student's structure, without weights."""
-        teacher = check_model(self.pretrained_model_name_or_path, self.resolution, **self.index_arguments)
+        name = self.pretrained_model_name_or_path
+        teacher = StoredModel(name, self.resolution, **self.index_arguments).denoiser
         if self.student is not None:
             student = empty_student(teacher.config, self.student)
         else:
-            student = check_model(self.from_student, self.resolution)
+            student = StoredModel(self.from_student, self.resolution, "from_student").denoiser
             for name in ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type"):
                 if (own := student.config[name]) != (there := teacher.config[name]):
                     raise ValueError(f"from_student {self.from_student}: has {name} {own}, the teacher {there}")

@@ -2,14 +2,11 @@
 
 from dataclasses import dataclass
 
-import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
-from transformers import AutoTokenizer
+from diffusers import UNet2DConditionModel
 
-from ..backbones import check_model
+from ..backbones import StoredModel
 from ..backbones.cost import blank_inputs, forward_flops, training_cost
-from ..backbones.unet import vae_scale_factor
 from ..trajectories import Trajectories
 from ..weights import TRAIN_METHODS, TrainedWeights
 from .arguments import TrainingArguments
@@ -79,22 +76,19 @@ class Plan:
 
 def make_plan(args: ErasureArguments, num_processes: int = 1) -> Plan:
     """The plan of a run; reads configs and the tokenizer, no weights."""
-    name, hub = args.pretrained_model_name_or_path, args.index_arguments
-    unet = args.check_base_model()
-    scheduler = getattr(diffusers, DiffusionPipeline.load_config(name, **hub)["scheduler"][1])
-    schedule = scheduler.load_config(name, subfolder="scheduler", **hub)
-
+    model = StoredModel(args.pretrained_model_name_or_path, args.resolution, **args.index_arguments)
+    unet = model.denoiser.train()
     total = [parameter.numel() for parameter in unet.parameters()]
-    weights = make_weights(unet.train(), args, args.ema_decay)
+    weights = make_weights(unet, args, args.ema_decay)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
 
     trajectories = Trajectories(
-        lambda: scheduler.from_config(schedule), (1, 1, 1), args.num_inference_steps, args.sampling_guidance_scale
+        model.make_scheduler, model.latent_shape, args.num_inference_steps, args.sampling_guidance_scale
     )
     num_samples = args.max_train_steps * args.train_batch_size * args.gradient_accumulation_steps * num_processes
     forwards = _forwards(args, trajectories, num_samples)
-    forward, backward, activations = training_cost(unet, _blank_batch(unet, args))
+    forward, backward, activations = training_cost(unet, _blank_batch(unet, model, args))
     return Plan(
         args,
         ("erase", f"{', '.join(args.concepts)} by {args.make_objective().name.upper()}"),
@@ -102,7 +96,7 @@ def make_plan(args: ErasureArguments, num_processes: int = 1) -> Plan:
         (len(total), sum(total)),
         forwards,
         len(forwards) - 1,
-        {"model": 4 * sum(total), **_training_memory(unet, weights, args), "activations": activations},
+        {**_training_memory(unet, weights, args), "activations": activations},
         forward * sum(forwards.values()) + backward * (len(forwards) - 1),
         num_processes,
     )
@@ -110,20 +104,20 @@ def make_plan(args: ErasureArguments, num_processes: int = 1) -> Plan:
 
 def make_distillation_plan(args: DistillationArguments, num_processes: int = 1) -> Plan:
     """The plan of a distillation; the forwards of the autoencoder and the text encoders are not counted."""
-    teacher = check_model(args.pretrained_model_name_or_path, args.resolution, **args.index_arguments)
+    teacher = StoredModel(args.pretrained_model_name_or_path, args.resolution, **args.index_arguments)
     student = args.check_base_model().train()
     total = [parameter.numel() for parameter in student.parameters()]
     weights = make_weights(student, args, args.ema_decay if args.use_ema else None)
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing()
-    inputs = _blank_batch(student, args)
+    inputs = _blank_batch(student, teacher, args)
     forward, backward, activations = training_cost(student, inputs)
     forwards, flops = {"the student": 1.0}, forward + backward
-    memory = {"student": 4 * sum(total), **_training_memory(student, weights, args), "activations": activations}
+    memory = {**_training_memory(student, weights, args), "activations": activations}
     if args.make_objective().needs_teacher:
         forwards["the teacher"] = 1.0
-        flops += forward_flops(teacher, inputs)
-        memory["teacher"] = 4 * sum(parameter.numel() for parameter in teacher.parameters())
+        flops += forward_flops(teacher.denoiser, inputs)
+        memory["teacher"] = 4 * sum(parameter.numel() for parameter in teacher.denoiser.parameters())
     if args.sdd_weight:
         # Half of the schedule on average, with guidance; the loss takes one for the target and one that learns.
         drawn = args.sampling_fraction * args.num_inference_steps / args.latents_per_trajectory
@@ -142,20 +136,15 @@ def make_distillation_plan(args: DistillationArguments, num_processes: int = 1) 
     )
 
 
-def _blank_batch(unet: UNet2DConditionModel, args: TrainingArguments) -> dict:
+def _blank_batch(unet: UNet2DConditionModel, model: StoredModel, args: TrainingArguments) -> dict:
     """A batch of the run, without values."""
-    name, hub = args.pretrained_model_name_or_path, args.index_arguments
-    tokens = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", **hub).model_max_length
-    size = unet.config.sample_size
-    if args.resolution is not None:
-        size = args.resolution // vae_scale_factor(AutoencoderKL.load_config(name, subfolder="vae", **hub))
-    height, width = (size, size) if isinstance(size, int) else size
-    return blank_inputs(unet, (args.train_batch_size, unet.config.in_channels, height, width), tokens)
+    return blank_inputs(unet, (args.train_batch_size, *model.latent_shape), model.tokenizers[0].model_max_length)
 
 
 def _training_memory(unet: UNet2DConditionModel, weights: TrainedWeights, args: TrainingArguments) -> dict[str, float]:
-    """Bytes beside those of the denoiser itself and its activations."""
-    own = set(map(id, unet.parameters()))
+    """Bytes beside those of the activations."""
+    resident = list(unet.parameters())  # a LoRA's are among them by now
+    own = set(map(id, resident))
     copies = [
         value.numel()
         for side in (weights.frozen or {}, weights.ema or {})
@@ -164,6 +153,7 @@ def _training_memory(unet: UNet2DConditionModel, weights: TrainedWeights, args: 
     ]
     trained = sum(map(torch.numel, weights.student.values()))
     return {
+        "model": 4 * sum(parameter.numel() for parameter in resident),
         "copies and gradients": 4 * (sum(copies) + trained),
         "Adam": (2 if args.use_8bit_adam else 8) * trained,
     }
