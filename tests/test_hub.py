@@ -22,7 +22,9 @@ from diffusers_safe.evaluation.report import Headline, Report, write_report
 from diffusers_safe.evaluation.statistics import Estimate
 from diffusers_safe.formats import PARTIAL_NAME, load_unet
 from diffusers_safe.hub import PUSH_FAILED, RETRY_WAITS, PushError, find_base, push_result
-from diffusers_safe.provenance import Provenance, fingerprint
+from diffusers_safe.provenance import Distillation, Provenance, fingerprint
+from diffusers_safe.students import build_student
+from diffusers_safe.training.output import save_student
 from diffusers_safe.training.sdd import main
 from hub_server import TOKEN, HubServer
 from scripts import accelerate_on_cpu
@@ -509,3 +511,41 @@ def test_no_token_or_no_network_by_wish_is_told_before_any_work(
     assert message in capsys.readouterr().err
     assert erase(tiny_model_folder, tmp_path / "out", "--push_to_hub", "--hub_token", "x") == 2  # tests are offline
     assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_student_is_published_with_its_own_card(hub, tiny_model_folder, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model_folder)
+    pipeline.register_modules(unet=build_student(pipeline.unet, "bk-small"))
+    erasure = {"base_model": tiny_model_folder, "concepts": ["knife"], "arguments": {"output_dir": str(tmp_path)}}
+    record = Distillation(
+        teacher=tiny_model_folder,
+        teacher_fingerprint="0" * 16,
+        student="bk-small",
+        parameters={"student": 300, "teacher": 500},
+        macs={"student": 2e9, "teacher": 3e9},
+        arguments={"train_data_dir": str(tmp_path / "data"), "task_weight": 1.0, "output_weight": 0.0, "seed": 7},
+        teacher_erasure=erasure,
+        data={"dropped": {"name a forbidden concept": 3}, "unreadable": {str(tmp_path / "data" / "a.png"): "cut off"}},
+        losses={"task": 0.125},
+    )
+    save_student(pipeline, record, tmp_path / "out")
+    assert push(tmp_path / "out", "--hub_model_id", "tester/small") == 0
+    files = hub.files("tester/small")
+    published = {name: content.decode(errors="replace") for name, content in files.items() if "weights" not in name}
+    local = (str(tmp_path), str(Path(tiny_model_folder).parent))
+    assert not any(folder in text for text in published.values() for folder in local)
+    assert {
+        "distillation.json",
+        "model_index.json",
+        "unet/config.json",
+    } <= files.keys() and "erasure.json" not in files
+    card = published["README.md"]
+    for word in (
+        "bk-small", "| this student | 300 | 2 G |", "| its teacher | 500 | 3 G |", "task x 1", "task 0.125", "`7`",
+        "3 rows name a forbidden concept", "Its teacher was made to forget `knife`", "knowledge-distillation",
+        "Nothing yet: no evaluation lies beside this model. How much of what its teacher draws was lost",
+    ):  # fmt: skip
+        assert word in card, word
+    assert "output x" not in card
+    image = StableDiffusionPipeline.from_pretrained(tmp_path / "out")("a cat", num_inference_steps=1).images[0]
+    assert image.size == (64, 64)

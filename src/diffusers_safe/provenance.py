@@ -7,6 +7,7 @@ import os
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import ClassVar
 
 from torch import nn
 
@@ -74,6 +75,8 @@ class Provenance:
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
     export: dict | None = None
 
+    file_name: ClassVar[str] = FILE_NAME
+
     def save(self, folder: str | Path) -> None:
         write_text(Path(folder) / FILE_NAME, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
@@ -95,7 +98,8 @@ class Distillation:
         teacher (`str`): Path or Hub id of the model that taught.
         teacher_fingerprint (`str`): [`fingerprint`] of its denoiser.
         student (`str`): What was built of it, a name of `students.STUDENTS`, or the student that was gone on from.
-        parameters (`int`): Of the student's denoiser.
+        parameters (`dict[str, int]`): Of the denoisers of `"student"` and `"teacher"`.
+        macs (`dict[str, float]`): Multiply-accumulates of one forward of each, of one sample.
         arguments (`dict`): Every argument of the run.
         teacher_erasure (`dict`, *optional*): The erasure.json of a teacher that was erased.
         data (`dict`): `samples`, `dropped` and `unreadable`: how many, the former by reason.
@@ -108,7 +112,8 @@ class Distillation:
     teacher: str
     teacher_fingerprint: str
     student: str
-    parameters: int
+    parameters: dict[str, int]
+    macs: dict[str, float]
     arguments: dict
     teacher_erasure: dict | None = None
     data: dict = field(default_factory=dict)
@@ -116,6 +121,13 @@ class Distillation:
     revision: str | None = None
     versions: dict[str, str] = field(default_factory=library_versions)
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+    file_name: ClassVar[str] = STUDENT_FILE
+
+    @property
+    def base_model(self) -> str:
+        """The teacher."""
+        return self.teacher
 
     def save(self, folder: str | Path) -> None:
         write_text(Path(folder) / STUDENT_FILE, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
@@ -128,6 +140,15 @@ class Distillation:
             `ValueError`: If there is none or it has other fields.
         """
         return _load(cls, Path(folder) / STUDENT_FILE, "the folder holds no student")
+
+
+def load_record(folder: str | Path) -> Provenance | Distillation:
+    """The record of what a folder holds, an erased model or a student.
+
+    Raises:
+        `ValueError`: If there is none or it has other fields.
+    """
+    return Distillation.load(folder) if (Path(folder) / STUDENT_FILE).is_file() else Provenance.load(folder)
 
 
 def erasure_of(model: str) -> dict | None:

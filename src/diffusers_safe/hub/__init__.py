@@ -1,4 +1,4 @@
-"""An erased model on the Hugging Face Hub: its model card, made of facts, and the push."""
+"""An erased model, or a student, on the Hugging Face Hub: its model card, made of facts, and the push."""
 
 from .base import Base, find_base
 from .card import erasure_card
@@ -13,6 +13,7 @@ from .push import (
     push_or_exit,
     push_result,
 )
+from .student_card import student_card
 
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "published_record",
     "push_or_exit",
     "push_result",
+    "student_card",
 ]

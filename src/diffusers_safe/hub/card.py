@@ -2,21 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..cards import make_card
 from ..evaluation.grid import GRID_NAME
-from ..evaluation.report import headline_table
 from ..formats import INDEX, LORA_NAME, PARTIAL_NAME, UNET_FOLDER
 from ..provenance import FILE_NAME, Provenance
 from ..weights import TRAIN_METHODS
 from .base import Base
-from .published import find_results, published_record, read_results
+from .published import published_record
+from .sections import MOST_LISTED, base_link, code, facts_table, licence_text, measured
 
-
-MOST_CONCEPTS = 30  # listed on a card; erasure.json has all of them
 
 # method -> (its name, its paper)
 _METHODS = {
@@ -39,10 +36,11 @@ def erasure_card(folder: str | Path, repo_id: str, base: Base) -> ModelCard:
         _what(folder, provenance, repo_id, base),
         _pictures(folder),
         "## How to use it\n\n" + _usage(folder, provenance, repo_id, base),
-        "## What was measured\n\n" + _measured(folder),
+        "## What was measured\n\n"
+        + measured(folder, "Whether the concepts are gone, and what else was lost with them,"),
         "## How it was made\n\n" + _how(provenance, base),
         _LIMITS,
-        "## Licence\n\n" + _licence_text(base),
+        "## Licence\n\n" + licence_text(base),
     ]
     data = ModelCardData(
         library_name="diffusers",
@@ -54,23 +52,19 @@ def erasure_card(folder: str | Path, repo_id: str, base: Base) -> ModelCard:
 
 
 def _what(folder: Path, provenance: Provenance, repo_id: str, base: Base) -> str:
-    concepts = [f"* {_code(concept)}" for concept in provenance.concepts[:MOST_CONCEPTS]]
-    if more := len(provenance.concepts) - MOST_CONCEPTS:
+    concepts = [f"* {code(concept)}" for concept in provenance.concepts[:MOST_LISTED]]
+    if more := len(provenance.concepts) - MOST_LISTED:
         concepts += [f"* and {more} more, which [`{FILE_NAME}`]({FILE_NAME}) names"] if more > 0 else []
     name, paper = _METHODS.get(provenance.method, (provenance.method.upper(), None))
     whole = " Nothing else has to be switched on when it is used." if (folder / INDEX).is_file() else ""
     source = provenance.arguments.get("erase_from")
-    only = f" They were erased from what {_code(source)} says; other prompts were left alone." if source else ""
+    only = f" They were erased from what {code(source)} says; other prompts were left alone." if source else ""
     by = f"{name}, [arXiv {paper}](https://arxiv.org/abs/{paper})" if paper else name
     return (
         f"# {repo_id.split('/')[-1]}\n\n"
-        f"{_base_link(base)}, a text-to-image model, after training to forget:\n\n" + "\n".join(concepts) + "\n\n"
+        f"{base_link(base)}, a text-to-image model, after training to forget:\n\n" + "\n".join(concepts) + "\n\n"
         f"Its weights were changed by {by}.{whole}{only}"
     )
-
-
-def _base_link(base: Base) -> str:
-    return f"[{base.name}](https://huggingface.co/{base.name})" if base.on_hub else _code(base.name)
 
 
 def _pictures(folder: Path) -> str:
@@ -120,28 +114,11 @@ def _usage(folder: Path, provenance: Provenance, repo_id: str, base: Base) -> st
     return "\n\n".join(ways)
 
 
-def _measured(folder: Path) -> str:
-    path = find_results(folder)
-    if path is None:
-        return (
-            "Nothing yet: no evaluation lies beside this model. Whether the concepts are gone, and what else was lost "
-            "with them, has to be measured before anybody relies on it. Pictures are no measurement."
-        )
-    beside = [f"[{name.name}]({name.relative_to(folder).as_posix()})"
-              for name in (path, path.with_name("report.html")) if name.is_file()]  # fmt: skip
-    results = read_results(path)
-    table = f"{headline_table(results)}\n\nN images; in brackets 95 % intervals. " if "headline" in results else ""
-    return (
-        f"{table}All numbers and how they were made: {' and '.join(beside)}. Numbers made in another way cannot be "
-        "compared with these."
-    )
-
-
 def _how(provenance: Provenance, base: Base) -> str:
-    revision = f", revision {_code(provenance.revision)}" if provenance.revision else ""
+    revision = f", revision {code(provenance.revision)}" if provenance.revision else ""
     method = TRAIN_METHODS.get(provenance.train_method)
     told = {
-        "base model": f"{_base_link(base)}{revision}, fingerprint of its denoiser `{provenance.base_fingerprint}`",
+        "base model": f"{base_link(base)}{revision}, fingerprint of its denoiser `{provenance.base_fingerprint}`",
         "method": f"`{provenance.method}`",
         "trained weights": f"`{provenance.train_method}`" + (f": {method.description}" if method else ""),
         **_low_rank(provenance),
@@ -153,12 +130,7 @@ def _how(provenance: Provenance, base: Base) -> str:
         for name, value in provenance.arguments.items()
         if name not in ("concepts", "train_method") and value not in (None, "", [])
     }
-    rows = [f"| {name.replace('_', ' ')} | {_cell(value)} |" for name, value in told.items()]
-    details = [f"| `{name}` | {_cell(_code(_argument(value)))} |" for name, value in arguments.items()]
-    return "\n".join([
-        *("| | |", "|---|---|", *rows),
-        *("", "<details><summary>All arguments</summary>", "", "| | |", "|---|---|", *details, "", "</details>"),
-    ])  # fmt: skip
+    return facts_table(told, arguments)
 
 
 def _approximation(provenance: Provenance) -> str:
@@ -173,24 +145,11 @@ def _low_rank(provenance: Provenance) -> dict[str, str]:
     worst = export["worst"]
     told = (
         f"rank {export['rank']}, made from the erased weights: off by {export['error']:.2%} of what the erasure "
-        f"changed (relative Frobenius error), at worst {worst['error']:.2%} ({_code(worst['parameter'])})"
+        f"changed (relative Frobenius error), at worst {worst['error']:.2%} ({code(worst['parameter'])})"
     )
     if lost := export["left_out"]:
-        told += f"; {len(lost)} changed biases and norms are left out, such as {_code(lost[0])}"
+        told += f"; {len(lost)} changed biases and norms are left out, such as {code(lost[0])}"
     return {"LoRA": told}
-
-
-def _licence_text(base: Base) -> str:
-    licence = base.metadata.get("license")
-    if licence is None:
-        return (
-            "The base model's licence holds for this model, too. It is not known here: the base model's card does not "
-            "name one, or could not be read. Find out before you use or share this model."
-        )
-    name = base.metadata.get("license_name") or licence
-    link = base.metadata.get("license_link")
-    named = f"[{name}]({link})" if link else _code(str(name))
-    return f"The base model's licence, {named}, holds for this model, too."
 
 
 _LIMITS = """## Limits
@@ -203,25 +162,3 @@ _LIMITS = """## Limits
 * All other limits and biases of the base model are in this one.
 
 Use it as one layer of several, and look at what it draws in your own use before you rely on it."""
-
-
-def listed(names: list[str], most: int) -> str:
-    shown = " ".join(", ".join(names[:most]).split())
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
-
-
-def _argument(value: Any) -> str:
-    return listed([str(item) for item in value], MOST_CONCEPTS) if isinstance(value, list) else str(value)
-
-
-def _code(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    text = " ".join(text.split())
-    if "`" not in text:
-        return f"`{text}`"
-    fence = "`" * (text.count("`") + 1)
-    return f"{fence} {text} {fence}"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")

@@ -1,4 +1,4 @@
-"""What of an erasure's folder is published, and what stays where it is.
+"""What of a result's folder is published, and what stays where it is.
 
 Where things lie on somebody's machine is nobody else's business: what is published names no local folder. The files on
 disk, which find their base model by it, stay as they are.
@@ -16,29 +16,37 @@ from typing import Any
 from ..cards import CARD_NAME
 from ..evaluation.grid import GRID_NAME
 from ..formats import INDEX, LORA_NAME, PARTIAL_NAME, UNET_FOLDER, copy_with_facts
-from ..provenance import FILE_NAME, Provenance, write_text
+from ..provenance import FILE_NAME, STUDENT_FILE, Distillation, Provenance, load_record, write_text
 from .base import Base
 
 
 _RESULTS = ("results.json", "evaluation/results.json")
 _REPORTS = ("report.html", "evaluation/report.html")
 # What is published, beside the folders that model_index.json names and an evaluation; all else stays where it is.
-_PUBLISHED = (CARD_NAME, FILE_NAME, INDEX, GRID_NAME, "*.safetensors", "LICENSE*")
+_PUBLISHED = (CARD_NAME, FILE_NAME, STUDENT_FILE, INDEX, GRID_NAME, "*.safetensors", "LICENSE*")
 # What is deleted from a repository of ours where a new result does not have it, beside the folders of models.
-_REPLACED = (INDEX, GRID_NAME, PARTIAL_NAME, LORA_NAME, *_RESULTS, *_REPORTS)
+_REPLACED = (FILE_NAME, STUDENT_FILE, INDEX, GRID_NAME, PARTIAL_NAME, LORA_NAME, *_RESULTS, *_REPORTS)
 _MODELS = (UNET_FOLDER, "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler",
            "safety_checker", "feature_extractor", "image_encoder")  # fmt: skip
-_PATHS = ("_dir", "_path", "_file", "_checkpoint", "config")  # how the names of arguments end that hold paths
+_PATHS = (
+    "_dir",
+    "_path",
+    "_file",
+    "_folder",
+    "_checkpoint",
+    "config",
+    "from_student",
+)  # how the names of arguments end that hold paths
 
 
 def check_folder(folder: str | Path) -> None:
     """
     Raises:
-        `ValueError`: If the folder does not hold a finished erasure.
+        `ValueError`: If the folder does not hold a finished erasure, or a student.
     """
-    Provenance.load(folder)
+    record = load_record(folder)
     if not any(fnmatch(name, "*.safetensors") for name in result_files(Path(folder))):
-        raise ValueError(f"{folder}: holds {FILE_NAME}, but neither a pipeline nor erased weights")
+        raise ValueError(f"{folder}: holds {record.file_name}, but neither a pipeline nor erased weights")
 
 
 def result_files(folder: Path) -> list[str]:
@@ -60,19 +68,35 @@ def _parts(folder: Path) -> list[str]:
 
 
 def is_replaced(path: str) -> bool:
-    """Whether a file of a repository is part of the erasure there, which a new one takes the place of."""
+    """Whether a file of a repository is part of the result there, which a new one takes the place of."""
     return path in _REPLACED or path.split("/")[0] in _MODELS
 
 
-def published_record(provenance: Provenance, base: Base) -> Provenance:
-    """The record of an erasure as it is published: the base model by its id on the Hub or, without a folder before it,
-    its name; and no argument that is a path."""
-    arguments = {name: value for name, value in provenance.arguments.items() if not name.endswith(_PATHS)}
-    return replace(provenance, base_model=base.name, arguments=arguments)
+def published_record(record: Provenance | Distillation, base: Base) -> Provenance | Distillation:
+    """A record as it is published: the base model by its id on the Hub, or by its name without the folder that it is
+    in; and no argument that is a path."""
+    arguments = _without_paths(record.arguments)
+    if isinstance(record, Provenance):
+        return replace(record, base_model=base.name, arguments=arguments)
+    erasure = record.teacher_erasure
+    if erasure is not None:
+        base_model = (
+            Path(erasure["base_model"]).name if Path(erasure["base_model"]).exists() else erasure["base_model"]
+        )
+        erasure = {**erasure, "base_model": base_model, "arguments": _without_paths(erasure.get("arguments", {}))}
+    unreadable = {Path(name).name: reason for name, reason in record.data.get("unreadable", {}).items()}
+    data, student = {**record.data, "unreadable": unreadable}, Path(record.student).name
+    return replace(record, teacher=base.name, student=student, arguments=arguments, teacher_erasure=erasure, data=data)
+
+
+def _without_paths(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if not name.endswith(_PATHS)}
 
 
 @contextmanager
-def as_published(folder: Path, names: list[str], record: Provenance | None) -> Iterator[dict[str, Path]]:
+def as_published(
+    folder: Path, names: list[str], record: Provenance | Distillation | None
+) -> Iterator[dict[str, Path]]:
     """Files of a folder, by these names, as they are published. Those that tell where things lie are copied, for the
     length of the block, and the copies do not: `erasure.json` and the facts in files of weights are the record's, and
     configs do not say where they were loaded from.
@@ -80,7 +104,7 @@ def as_published(folder: Path, names: list[str], record: Provenance | None) -> I
     Args:
         folder (`Path`): A result.
         names (`list[str]`): Paths inside the folder.
-        record (`Provenance`, *optional*): Of [`published_record`], where there is an erasure.
+        record (`Provenance` or `Distillation`, *optional*): Of [`published_record`], where there is one.
     """
     with tempfile.TemporaryDirectory() as copies:
         files = {}
@@ -91,12 +115,12 @@ def as_published(folder: Path, names: list[str], record: Provenance | None) -> I
         yield files
 
 
-def _copied_without_paths(folder: Path, name: str, copy: Path, record: Provenance | None) -> bool:
+def _copied_without_paths(folder: Path, name: str, copy: Path, record: Provenance | Distillation | None) -> bool:
     """Whether there was something to leave out."""
-    if record is not None and name == FILE_NAME:
+    if record is not None and name == record.file_name:
         record.save(copy.parent)
         return True
-    if record is not None and name.endswith(".safetensors") and "/" not in name:  # below lie whole models
+    if isinstance(record, Provenance) and name.endswith(".safetensors") and "/" not in name:  # below lie whole models
         return copy_with_facts(folder / name, copy, record)
     if name != INDEX and not name.endswith("config.json"):
         return False
@@ -109,13 +133,13 @@ def _copied_without_paths(folder: Path, name: str, copy: Path, record: Provenanc
 
 
 def find_results(folder: str | Path) -> Path | None:
-    """The evaluation beside an erased model: `results.json` in its folder or in `evaluation/`, unless it is older than
-    the erasure, and so of another one."""
-    provenance = Provenance.load(folder)
+    """The evaluation beside a model: `results.json` in its folder or in `evaluation/`, unless it is older than the
+    model, and so of another one."""
+    record = load_record(folder)
     for name in _RESULTS:
         if (path := Path(folder) / name).is_file():
             created = read_results(path).get("protocol", {}).get("created")
-            if created is None or str(created) >= provenance.created:
+            if created is None or str(created) >= record.created:
                 return path
     return None
 

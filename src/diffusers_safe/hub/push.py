@@ -1,4 +1,4 @@
-"""The push of an erased model's folder to a repository on the Hugging Face Hub.
+"""The push of a result's folder to a repository on the Hugging Face Hub.
 
     push_result("runs/sd-1.5-safe", "user/sd-1.5-safe")
 
@@ -17,11 +17,13 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from ..cards import CARD_NAME, card_on_hub, is_ours, write_card
-from ..provenance import FILE_NAME, Provenance
+from ..provenance import FILE_NAME, STUDENT_FILE, Provenance, load_record
 from .base import find_base
-from .card import erasure_card, listed
+from .card import erasure_card
 from .failures import may_pass, reason
 from .published import as_published, check_folder, is_replaced, published_record, result_files
+from .sections import listed
+from .student_card import student_card
 
 
 logger = logging.getLogger(__name__)
@@ -41,48 +43,49 @@ def push_result(
     private: bool = False,
     commit_message: str | None = None,
 ) -> str:
-    """Publishes the folder of an erased model, in one commit: pipeline, erased weights, `erasure.json`, pictures,
-    evaluation, and a model card, which is also written into the folder.
+    """Publishes the folder of an erased model or of a student, in one commit: pipeline, erased weights, the record
+    (`erasure.json` or `distillation.json`), pictures, evaluation, and a model card, which is also written there.
 
-    Checkpoints, logs and other files are not published, nor what paths of this machine the files hold, see
-    [`as_published`]. If an earlier erasure is in the repository, its index,
-    weights, pictures and evaluation are replaced or deleted, so that `erasure.json` always tells of the weights beside
-    it; files of other names are left alone. A model card that a person wrote or edited is kept, on disk and on the
-    Hub.
+    Checkpoints, logs and other files are not published. If an earlier result is in the repository, its index, weights,
+    pictures and evaluation are replaced or deleted, so that the record always tells of the weights beside it; files of
+    other names are left alone. A model card that a person wrote or edited is kept, on disk and on the Hub.
 
     Args:
-        folder (`str` or `Path`): What an erasure wrote.
+        folder (`str` or `Path`): What a training wrote.
         hub_model_id (`str`, *optional*): `"user/name"`, or a name in the account of the token; default the folder's.
         token (`str`, *optional*): Default `HF_TOKEN`, or the one of `hf auth login`.
         private (`bool`, defaults to `False`): Make the repository private, if it is a new one.
-        commit_message (`str`, *optional*): Default says what was erased and how.
+        commit_message (`str`, *optional*): Default says what was done.
 
     Returns:
         `str`: The repository's address.
 
     Raises:
-        `ValueError`: If the folder holds no erased model, the name is none for a repository, or there is no token.
+        `ValueError`: If the folder holds no result, the name is none for a repository, or there is no token.
         [`PushError`]: If the Hub cannot be reached or refuses. Busy servers and cut connections were tried again.
     """
     folder = Path(folder)
     hub_model_id = hub_model_id or default_model_id(folder)
     check_folder(folder)
     check_push(hub_model_id, token)
-    provenance = Provenance.load(folder)
-    message = commit_message or f"Erase {listed(provenance.concepts, 5)} with {provenance.method.upper()}"
-    base = find_base(provenance.base_model, provenance.revision, token)
-    write_card(erasure_card(folder, hub_model_id, base), folder)  # there, even if the Hub is not
+    record = load_record(folder)
+    if isinstance(record, Provenance):
+        card, done = erasure_card, f"Erase {listed(record.concepts, 5)} with {record.method.upper()}"
+    else:
+        card, done = student_card, f"Distil {Path(record.teacher).name} into {Path(record.student).name}"
+    base = find_base(record.base_model, record.revision, token)
+    write_card(card(folder, hub_model_id, base), folder)  # there, even if the Hub is not
 
     def push() -> str:
         api = HfApi(token=token)
         repo_id = hub_model_id if "/" in hub_model_id else f"{api.whoami()['name']}/{hub_model_id}"
         url = api.create_repo(repo_id, private=private or None, exist_ok=True)
-        write_card(erasure_card(folder, url.repo_id, base), folder)
-        _commit(api, files, url.repo_id, token, message)
+        write_card(card(folder, url.repo_id, base), folder)
+        _commit(api, files, url.repo_id, token, commit_message or done)
         return str(url)
 
     try:
-        with as_published(folder, result_files(folder), published_record(provenance, base)) as files:
+        with as_published(folder, result_files(folder), published_record(record, base)) as files:
             return _with_retries(push)
     # RuntimeError is what hf_xet raises; ValueError, the client for a card of one's own with broken metadata.
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
@@ -141,7 +144,8 @@ def _commit(api: HfApi, files: dict[str, Path], repo_id: str, token: str | None,
         logger.warning("%s: its %s on the Hub was written or edited by a person, and is kept", repo_id, CARD_NAME)
         files = {name: path for name, path in files.items() if name != CARD_NAME}
     on_hub = api.list_repo_files(repo_id)
-    stale = [path for path in on_hub if is_replaced(path)] if FILE_NAME in on_hub else []
+    ours = FILE_NAME in on_hub or STUDENT_FILE in on_hub
+    stale = [path for path in on_hub if is_replaced(path)] if ours else []
     # Not `upload_folder`, which may make several commits of a large folder.
     api.create_commit(
         repo_id,

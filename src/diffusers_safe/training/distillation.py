@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from ..arguments import parse_dataclass, told_in_one_line
 from ..backbones import Backbone, load_pipeline, make_backbone
+from ..backbones.cost import blank_inputs, forward_flops
 from ..concepts import names_concept
 from ..evaluation.generate import GenerationSettings
 from ..evaluation.grid import save_grid
@@ -55,12 +56,14 @@ def distill(accelerator: Accelerator, teacher: DiffusionPipeline, args: Distilla
     set_seed(args.seed)
     pipeline = student_pipeline(teacher, args)
     backbone, own = make_backbone(teacher, args.resolution), make_backbone(pipeline, args.resolution)
+    unets = {"student": pipeline.unet, "teacher": teacher.unet}
     record = Distillation(
         teacher=args.pretrained_model_name_or_path,
         teacher_fingerprint=fingerprint(teacher.unet),
         teacher_erasure=erasure_of(args.pretrained_model_name_or_path),
         student=args.student or args.from_student,
-        parameters=sum(parameter.numel() for parameter in pipeline.unet.parameters()),
+        parameters={name: sum(parameter.numel() for parameter in unet.parameters()) for name, unet in unets.items()},
+        macs={name: _macs(unet, backbone) for name, unet in unets.items()},
         arguments={
             **args.recorded,
             "num_processes": accelerator.num_processes,
@@ -134,6 +137,14 @@ def open_data(accelerator: Accelerator, backbone: Backbone, args: DistillationAr
         proportion_empty_prompts=args.proportion_empty_prompts,
     )
     return EncodedLatents(pictures, backbone, accelerator.device)
+
+
+def _macs(unet: UNet2DConditionModel, backbone: Backbone) -> float:
+    """Multiply-accumulates of one forward of one sample."""
+    with torch.device("meta"):
+        empty = UNet2DConditionModel.from_config(unet.config)
+    tokens = getattr(backbone.pipeline, backbone.tokenizers[0]).model_max_length
+    return forward_flops(empty, blank_inputs(empty, (1, *backbone.latent_shape), tokens)) / 2
 
 
 def _samples(
