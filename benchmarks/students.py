@@ -4,8 +4,8 @@
     python benchmarks/students.py --output_dir runs/students --only bk-tiny "bk-tiny, task only"
 
 Every student is trained for the same steps on the same pictures, once taught (task, output and feature terms) and once
-by the pictures alone ("task only"); the last two are students of a teacher that had all weapons erased, on captions
-without weapons and on all captions. All are drawn on the same prompts and seeds as the teacher. Speed is measured in
+by the pictures alone ("task only"); the last ones are a teacher that had all weapons erased and its students, on
+captions without weapons and on all captions. All are drawn on the same prompts and seeds as the teacher. Speed is measured in
 rounds, each UNet in turn. The table (Markdown, also in `table.md`) grows row by row; what is finished is kept.
 """
 
@@ -34,13 +34,14 @@ RECIPE = Path(__file__).parents[1] / "examples" / "emoji-student.yaml"
 ERASURE = Path(__file__).parents[1] / "examples" / "emoji-weapon-sdd.yaml"
 TASK_ONLY = ["--output_weight", "0", "--feature_weight", "0"]
 SAFE = ["--task_weight", "0", "--forbidden_concepts", *WEAPONS, GROUP]
-# name -> (kind, whether the teacher is erased, other options)
-ROWS: dict[str, tuple[str, bool, list[str]]] = {
+# name -> (kind of student, if it is one, whether the teacher is erased, other options)
+ROWS: dict[str, tuple[str | None, bool, list[str]]] = {
     **{
         f"{kind}{told}": (kind, False, options)
         for kind in ("bk-base", "bk-small", "bk-tiny")
         for told, options in (("", []), (", task only", TASK_ONLY))
     },
+    "erased teacher": (None, True, []),
     "bk-small of the erased teacher": ("bk-small", True, SAFE),
     "bk-small of the erased teacher, all captions": ("bk-small", True, []),
 }
@@ -84,14 +85,16 @@ def erased_teacher(folder: Path, seed: int) -> Path:
 
 
 def student(name: str, args: StudentsArguments) -> StableDiffusionPipeline:
-    """The student of a row; trained unless it is there."""
+    """The student of a row, or its erased teacher; trained unless it is there."""
     kind, erased, options = ROWS[name]
     folder = Path(args.output_dir)
+    teacher = erased_teacher(folder / "models" / "erased-teacher", args.seed) if erased else MODEL_FOLDER
+    if kind is None:
+        return StableDiffusionPipeline.from_pretrained(teacher)
     data, out = folder / "data", folder / "models" / name.replace(", ", "-").replace(" ", "-")
     if not (data / "train.parquet").exists():
         command("diffusers_safe.emoji.dataset", "--num_images", str(args.num_images), "--output_dir", str(data))
     if not (out / "model_index.json").exists():
-        teacher = erased_teacher(folder / "models" / "erased-teacher", args.seed) if erased else MODEL_FOLDER
         cache = folder / ("cache-safe" if "--forbidden_concepts" in options else "cache")
         command("diffusers_safe.training.distillation", "--config", str(RECIPE), "--student", kind,
                 "--pretrained_model_name_or_path", str(teacher), "--train_data_dir", str(data),
