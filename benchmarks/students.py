@@ -5,8 +5,8 @@
 
 Every student is trained for the same steps on the same pictures, once taught (task, output and feature terms) and once
 by the pictures alone ("task only"); the last ones are a teacher that had all weapons erased and its students, on
-captions without weapons and on all captions. All are drawn on the same prompts and seeds as the teacher. Speed is measured in
-rounds, each UNet in turn. The table (Markdown, also in `table.md`) grows row by row; what is finished is kept.
+captions without weapons and on all captions. All are drawn on the same prompts and seeds as the teacher. Speed is
+measured in rounds, each UNet in turn. What is finished is kept; the table (Markdown, also in `table.md`) comes last.
 """
 
 import subprocess
