@@ -44,7 +44,14 @@ setup(
     extras_require={
         "eval": ["torchmetrics>=1.9,<2", "scipy>=1.11"],
         "app": ["gradio>=5"],
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.14", "tensorboard>=2.18", "scipy>=1.11"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.14",
+            "tensorboard>=2.18",
+            "scipy>=1.11",
+        ],
     },
     entry_points={"console_scripts": ["diffusers-safe=diffusers_safe.cli:main"]},
     classifiers=[
