@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from diffusers_safe.backbones import check_model, make_backbone
 
@@ -64,6 +65,42 @@ def test_each_family_has_its_added_conditions(families, folders, tmp_path):
     refused({"addition_embed_type": "text_time"}, match, families, folders, tmp_path / "2", "sd")
     match = "projection_class_embeddings_input_dim 64: must be 72"
     refused({"projection_class_embeddings_input_dim": 64}, match, families, folders, tmp_path / "3", "xl")
+
+
+@pytest.mark.parametrize("family", ["sd", "xl"])
+@pytest.mark.parametrize(
+    "scheduler, match",
+    [
+        (FlowMatchEulerDiscreteScheduler(), "^scheduler FlowMatchEulerDiscreteScheduler: is for flow matching"),
+        (UniPCMultistepScheduler(use_flow_sigmas=True), "^scheduler UniPCMultistepScheduler: is for flow matching"),
+        (
+            DPMSolverMultistepScheduler(prediction_type="flow_prediction"),
+            "^scheduler DPMSolverMultistepScheduler prediction_type 'flow_prediction': allowed are epsilon, v_pred",
+        ),
+    ],
+    ids=["class", "sigmas", "prediction"],
+)
+def test_schedulers_of_flow_matching(scheduler, match, families, folders, tmp_path, family):
+    pipeline = families[family]()
+    pipeline.register_modules(scheduler=scheduler)
+    with pytest.raises(ValueError, match=match):
+        make_backbone(pipeline)
+    model = shutil.copytree(folders / family, tmp_path / "model")
+    scheduler.save_pretrained(model / "scheduler")
+    index = json.loads((model / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    (model / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=match) as error:
+        check_model(str(model))
+    assert "\n" not in str(error.value)
+
+
+def test_a_scheduler_that_does_not_say_what_is_predicted_means_noise(folders, tmp_path):
+    """As SD 1.4's own, which is older than the choice."""
+    model = shutil.copytree(folders / "sd", tmp_path / "model")
+    path = model / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "prediction_type"}))
+    check_model(str(model))
 
 
 @pytest.mark.parametrize("resolution, allowed", [(60, "56 or 64"), (4, "8 or 16"), (65, "64 or 72")])

@@ -14,6 +14,9 @@ from torch import nn
 from .base import Backbone, ComponentConfig, Conditioning
 
 
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")  # the first is meant where a config says nothing
+
+
 class UNetBackbone(Backbone):
     """A UNet with cross-attention, in the latent space of an autoencoder.
 
@@ -27,12 +30,13 @@ class UNetBackbone(Backbone):
 
     @classmethod
     def check(cls, config: ComponentConfig, resolution: int | None = None) -> None:
-        for name in ("unet", "vae", *cls.text_encoders):
+        for name in ("unet", "vae", "scheduler", *cls.text_encoders):
             if config(name) is None:
                 raise ValueError(f"{name}: this pipeline has none (as a refiner has no text_encoder); "
                                  f"{cls.pipeline_classes[0]} needs one to be trained")  # fmt: skip
         unet, vae = config("unet"), config("vae")
         cls._check_inputs(unet, vae.get("latent_channels", 4))
+        _check_scheduler(config("scheduler"))
         scale = vae_scale_factor(vae)
         if resolution is not None and (resolution < scale or resolution % scale):
             below = max(resolution // scale, 1) * scale
@@ -129,6 +133,17 @@ class UNetBackbone(Backbone):
     @abstractmethod
     def _encode(self, prompts: list[str], device: torch.device | str) -> Conditioning:
         """Encodes prompts that fit, with encoders that are on the device."""
+
+
+def _check_scheduler(scheduler: dict[str, Any]) -> None:
+    name, predicted = scheduler["_class_name"], scheduler.get("prediction_type", PREDICTION_TYPES[0])
+    if name.startswith("Flow") or scheduler.get("use_flow_sigmas"):
+        raise ValueError(
+            f"scheduler {name}: is for flow matching, whose latents and predictions are not this model family's; "
+            "allowed are schedulers of diffusion, such as DDIMScheduler"
+        )
+    if predicted not in PREDICTION_TYPES:
+        raise ValueError(f"scheduler {name} prediction_type '{predicted}': allowed are {', '.join(PREDICTION_TYPES)}")
 
 
 @contextmanager
