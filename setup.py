@@ -31,7 +31,7 @@ setup(
         "transformers>=5,<6",
         "accelerate>=1.10,<2",
         "huggingface-hub>=1,<3",
-        "datasets>=4,<6",
+        "datasets>=5,<6",
         "peft>=0.18,<1",
         "safetensors>=0.5,<1",
         "numpy>=1.26",

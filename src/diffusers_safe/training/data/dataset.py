@@ -71,9 +71,7 @@ class CaptionedImages:
         self.rows = self._undecoded(rows)
         self.indices = None
         if self.streaming:
-            if (first := next(iter(self.rows), None)) is None:
-                raise ValueError("the dataset is empty")
-            self.captions_of(first)  # so that a field that is missing is told now
+            self.captions_of(_first(self.rows))  # so that a field that is missing is told now
             self.rows = self.rows if max_train_samples is None else self.rows.take(max_train_samples)
         else:
             self._captions = self.rows.select_columns([self.caption_path[0]])
@@ -82,10 +80,10 @@ class CaptionedImages:
     def _check_columns(self, rows: datasets.Dataset | datasets.IterableDataset) -> None:
         columns = rows.column_names
         if columns is None:  # a stream may not know
-            columns = list(next(iter(rows), {}))
+            columns = list(_first(rows))
         for option, column in (("image_column", self.image_column), ("caption_column", self.caption_path[0])):
             if column not in columns:
-                raise ValueError(f"{option} '{column}': no such column; there are {', '.join(columns) or 'none'}")
+                raise ValueError(f"{option} '{column}': no such column; there are {', '.join(columns)}")
         if self.image_column == self.caption_path[0]:
             raise ValueError(f"caption_column '{self.image_column}': is the image_column, too")
 
@@ -189,6 +187,12 @@ class CaptionedImages:
                 digest.update(json.dumps(self.captions_of({column: captions.as_py()})).encode())
                 digest.update(_size_and_end(image))
         return digest.hexdigest()[:16]
+
+
+def _first(stream: datasets.IterableDataset) -> dict[str, Any]:
+    if (row := next(iter(stream), None)) is None:
+        raise ValueError("the dataset is empty")
+    return row
 
 
 def _size_and_end(image: pa.StructScalar) -> bytes:

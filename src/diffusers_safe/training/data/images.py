@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 
 INTERPOLATION_MODES = {
@@ -16,8 +16,9 @@ INTERPOLATION_MODES = {
     "bicubic": Image.Resampling.BICUBIC,
     "nearest": Image.Resampling.NEAREST,
 }
+MAX_ASPECT_RATIO = 32  # a ribbon, once its short side is enlarged, would fill the memory
 # What PIL raises at files that are cut, damaged, missing, or no pictures.
-_UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, EOFError, IndexError, OverflowError, struct.error,
+_UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, EOFError, LookupError, ArithmeticError, struct.error,
                Image.DecompressionBombError)  # fmt: skip
 
 
@@ -31,10 +32,17 @@ def decode_image(value: Any) -> Image.Image:
     Raises:
         `UnreadableImage`: If it cannot be decoded, for whatever reason.
     """
+    if value is None:
+        raise UnreadableImage("there is none")
     try:
-        return datasets.Image().decode_example(value).convert("RGB")
+        image = datasets.Image().decode_example(value).convert("RGB")
+    except UnidentifiedImageError:  # its own text names an address in memory
+        raise UnreadableImage("it is no picture of a kind that is known") from None
     except _UNREADABLE as error:
         raise UnreadableImage(str(error).strip().split("\n")[0][:200] or type(error).__name__) from None
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        raise UnreadableImage(f"{image.width} x {image.height} pixels are too narrow to be cropped")
+    return image
 
 
 @dataclass
@@ -92,11 +100,8 @@ class Preprocessing:
         size = self.resolution
         width, height = self._resized(image)
         top, left = (self._offset(side - size, generator) for side in (height, width))
-        # Only what is kept is resized: of a panorama that is little.
-        across, down = image.width / width, image.height / height
-        right, bottom = min((left + size) * across, image.width), min((top + size) * down, image.height)
-        mode = INTERPOLATION_MODES[self.image_interpolation_mode]
-        square = image.resize((size, size), mode, box=(left * across, top * down, right, bottom))
+        resized = image.resize((width, height), INTERPOLATION_MODES[self.image_interpolation_mode])
+        square = resized.crop((left, top, left + size, top + size))
         pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
         return Picture(pixels.contiguous(), (image.height, image.width), (top, left))
 

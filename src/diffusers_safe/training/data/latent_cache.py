@@ -12,9 +12,11 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -108,24 +110,33 @@ class LatentCache:
         if processes.is_main_process:
             write_text(self.folder / FILE_NAME, json.dumps(self.made_of, indent=2) + "\n")
         processes.wait_for_everyone()
-        homes = {encoder: encoder.device for encoder in self.backbone.encoders.values()}
-        for encoder in homes if missing else ():
-            encoder.to(device)
-        pool = ThreadPoolExecutor(max(1, num_workers), "pictures")
-        own = missing[processes.process_index :: processes.num_processes]
-        hidden = not (missing and progress_bar and processes.is_main_process)
-        total = sum(len(rows) for _, _, rows in own)
-        with pool, tqdm(total=total, desc="encoding captions and pictures", disable=hidden) as bar:
-            for kind, number, rows in own:
-                if kind == "moments":
-                    tensors, notes = self._encode_pictures(rows, device, batch_size, pool, bar)
-                else:
-                    tensors, notes = self._encode_captions(rows, device, batch_size, bar), {}
-                self._write(self._path(kind, number), tensors, notes)
-        for encoder, home in homes.items():
-            encoder.to(home)
+        if own := missing[processes.process_index :: processes.num_processes]:
+            total = sum(len(rows) for _, _, rows in own)
+            hidden = not (progress_bar and processes.is_main_process)
+            with (
+                self._encoders_on(device),
+                ThreadPoolExecutor(max(1, num_workers), "pictures") as pool,
+                tqdm(total=total, desc="encoding captions and pictures", disable=hidden) as bar,
+            ):
+                for kind, number, rows in own:
+                    if kind == "moments":
+                        tensors, notes = self._encode_pictures(rows, device, batch_size, pool, bar)
+                    else:
+                        tensors, notes = self._encode_captions(rows, device, batch_size, bar), {}
+                    self._write(self._path(kind, number), tensors, notes)
         processes.wait_for_everyone()
         self._map()
+
+    @contextmanager
+    def _encoders_on(self, device: torch.device | str) -> Iterator[None]:
+        homes = {encoder: encoder.device for encoder in self.backbone.encoders.values()}
+        try:
+            for encoder in homes:
+                encoder.to(device)
+            yield
+        finally:
+            for encoder, home in homes.items():
+                encoder.to(home)
 
     def _files(self) -> Iterator[tuple[str, int, range]]:
         """Kind, number and rows of every file."""
@@ -147,11 +158,17 @@ class LatentCache:
             raise ValueError(
                 f"cache_latents {path}: cannot be read ({error}); delete it, and it is made again"
             ) from None
-        if (file.metadata() or {}).get("key") != self.key:
+        if self._notes(file).get("key") != self.key:
             raise ValueError(f"cache_latents {path}: is of another cache; delete it, and it is made again")
         return file
 
+    @staticmethod
+    def _notes(file: safe_open) -> dict[str, Any]:
+        return json.loads((file.metadata() or {}).get("notes", "{}"))
+
     def _check_space(self, missing: list[tuple[str, int, range]]) -> None:
+        if not missing:
+            return
         rows = {kind: sum(len(rows) for of, _, rows in missing if of == kind) for kind in ("texts", "moments")}
         channels, height, width = self.backbone.latent_shape
         moments = (2 if self.preprocessing.random_flip else 1) * 2 * channels * height * width
@@ -166,7 +183,7 @@ class LatentCache:
 
     def _encode_pictures(
         self, rows: range, device: torch.device | str, batch_size: int, pool: Executor, bar: tqdm
-    ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         loaded = _in_order(pool, self._load, rows, 2 * batch_size)
         moments, pictures, reasons = [], [], []
         while batch := list(islice(loaded, batch_size)):
@@ -185,7 +202,7 @@ class LatentCache:
             "crop_top_lefts": crop_top_lefts,
             "readable": torch.tensor([reason is None for reason in reasons]),
         }
-        return tensors, {"unreadable": json.dumps(unreadable)}
+        return tensors, {"unreadable": unreadable}
 
     def _load(self, place: int) -> tuple[Picture, str | None]:
         """A picture; a black one, and why, where it cannot be read."""
@@ -211,7 +228,7 @@ class LatentCache:
             bar.update(len(batch))
         return {name: torch.cat([part[name].to("cpu", DTYPE) for part in parts]) for name in parts[0]}
 
-    def _write(self, path: Path, tensors: dict[str, torch.Tensor], notes: dict[str, str]) -> None:
+    def _write(self, path: Path, tensors: dict[str, torch.Tensor], notes: dict[str, Any]) -> None:
         for name, value in tensors.items():
             if not torch.isfinite(value).all():
                 raise ValueError(
@@ -219,7 +236,7 @@ class LatentCache:
                     "the encoders in half precision?"
                 )
         partial = path.with_name(f".{path.name}.partial")
-        save_file(tensors, partial, {"key": self.key, **notes})
+        save_file(tensors, partial, {"notes": json.dumps({"key": self.key, **notes})})
         os.replace(partial, path)
 
     # --- reading -----------------------------------------------------------------------------------------------------
@@ -238,7 +255,7 @@ class LatentCache:
             torch.cat([file.get_tensor(name) for file in files["moments"]])
             for name in ("readable", "original_sizes", "crop_top_lefts")
         )
-        notes = [json.loads(file.metadata()["unreadable"]) for file in files["moments"]]
+        notes = [self._notes(file)["unreadable"] for file in files["moments"]]
         self.unreadable = {name: reason for own in notes for name, reason in own.items()}
 
     def moments(self, places: list[int], flips: list[bool]) -> torch.Tensor:

@@ -134,7 +134,7 @@ class CachedLatents(LatentSource):
         places, captions, flips = zip(*(self._choose(step * self.samples_a_step + slot) for slot in slots))
         moments = self.cache.moments(places, flips).to(self.device)
         conditioning = self.cache.conditioning(captions)
-        conditioning = {name: value.to(self.device, torch.float32) for name, value in conditioning.items()}
+        conditioning = {name: value.to(self.device).float() for name, value in conditioning.items()}
         sizes = (values[list(places)] for values in (self.cache.original_sizes, self.cache.crop_top_lefts))
         conditioning = self.backbone.with_sizes(conditioning, *sizes)
         return LatentBatch(self._draw_latents(moments, step, slots), conditioning, list(captions))

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -275,7 +275,8 @@ class StreamedPictures(PictureSource):
             taken, (start, rows) = 0, following.result()
 
     def state_dict(self) -> dict:
-        return {"streams": gather_object([{**self._position, "skipped": asdict(self._skipped)}])}
+        skipped = {"unreadable": self._skipped.unreadable, "dropped": dict(self._skipped.dropped)}
+        return {"streams": gather_object([{**self._position, "skipped": skipped}])}
 
     def load_state_dict(self, state: dict) -> None:
         if len(state["streams"]) != self._world:
@@ -284,7 +285,8 @@ class StreamedPictures(PictureSource):
                 f"{len(state['streams'])} there, {self._world} here"
             )
         self._position = dict(state["streams"][self._rank])
-        self._skipped = Skipped(**self._position.pop("skipped"))
+        skipped = self._position.pop("skipped")
+        self._skipped = Skipped(dict(skipped["unreadable"]), Counter(skipped["dropped"]))
         self._coming = None
         self._pending.clear()
 
