@@ -16,8 +16,8 @@ FORMS = ["saved", "folder", "parquet", "tars", "lists"]
 def content(data):
     """[(PIL image, captions)] of what is used."""
     if data.streaming:
-        return [(decode_image(row[data.image_column]), data.captions_of(row)) for row in data.rows]
-    return [(decode_image(data.image(place)), data.captions(place)) for place in range(len(data))]
+        return [(decode_image(data.image_of(row)), data.captions_of(row)) for row in data.rows]
+    return [(decode_image(data.image_of(data.row(place))), data.captions(place)) for place in range(len(data))]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -32,7 +32,7 @@ def test_every_form_gives_the_same(form, streaming, forms, emoji):
 
 def test_pictures_are_not_decoded(make_data):
     data = make_data({0: b"no picture"})
-    assert data.image(0)["bytes"] == b"no picture"
+    assert data.row(0)["image"]["bytes"] == b"no picture"
     assert next(iter(make_data({0: b"no picture"}, streaming=True).rows))["image"]["bytes"] == b"no picture"
 
 
@@ -59,6 +59,16 @@ def test_what_cannot_be_opened_is_told(case, streaming, forms):
     changes, message = WRONG[case]
     with pytest.raises(ValueError, match=message) as told:
         open_dataset(**{**forms["folder"], **changes, "streaming": streaming})
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 damaged PAR1", bytes(2048)])
+@pytest.mark.parametrize("kind", ["parquet", "tar", "jsonl"])
+def test_damaged_files_are_told(kind, content, tmp_path):
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"data_files .*a.{kind}'.: ") as told:
+        open_dataset(data_files=[str(path)], cache_dir=str(tmp_path / "cache"))
     assert "\n" not in str(told.value)
 
 

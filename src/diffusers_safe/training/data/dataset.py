@@ -145,22 +145,26 @@ class CaptionedImages:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def name_of(self, row: dict[str, Any]) -> str | None:
-        """What a row's image is called in messages, if its file has a name."""
-        image = row[self.image_column]
+    def row(self, place: int) -> dict[str, Any]:
+        """The `place`-th row that is used."""
+        return self.rows[int(self.indices[place])]
+
+    def image_of(self, row: dict[str, Any]) -> Any:
+        """The undecoded image of a row."""
+        return row[self.image_column]
+
+    def file_name_of(self, row: dict[str, Any]) -> str | None:
+        """The name of its file, if it has one."""
+        image = self.image_of(row)
         return Path(image["path"]).name if isinstance(image, dict) and image.get("path") else None
 
     def name(self, place: int) -> str:
-        """What the image of the `place`-th row that is used is called in messages."""
-        row = self.rows[int(self.indices[place])]
-        return f"row {self.indices[place]}" + (f", {name}" if (name := self.name_of(row)) else "")
-
-    def image(self, place: int) -> Any:
-        """The undecoded image of the `place`-th row that is used."""
-        return self.rows[int(self.indices[place])][self.image_column]
+        """What the `place`-th row that is used is called in messages."""
+        file_name = self.file_name_of(self.row(place))
+        return f"row {self.indices[place]}" + (f", {file_name}" if file_name else "")
 
     def captions(self, place: int) -> list[str]:
-        """Its captions, at least one."""
+        """The captions of the `place`-th row that is used, at least one; its image is not read."""
         return self.captions_of(self._captions[int(self.indices[place])])
 
     def all_captions(self) -> Iterator[list[str]]:
@@ -249,9 +253,13 @@ def open_dataset(
     try:
         rows = _load(option, source, **settings)
         return CaptionedImages(rows, image_column, caption_column, forbidden_concepts, max_train_samples, seed)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"{option} {source}: {reason}") from None
+    except Exception as error:  # at damaged files whatever their reader raises: an empty tar is an IndexError
+        if isinstance(error, datasets.exceptions.DatasetGenerationError):
+            error = error.__cause__ or error  # which says what is wrong
+        reason = str(error).strip().split("\n")[0]
+        if not isinstance(error, (OSError, ValueError)):
+            reason = f"cannot be opened ({type(error).__name__}{reason and f': {reason}'})"
+        raise ValueError(f"{option} {source}: {reason}") from error
 
 
 def _load(option: str, source: Any, split: str, streaming: bool, **settings):

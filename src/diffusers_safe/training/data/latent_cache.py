@@ -208,7 +208,7 @@ class LatentCache:
         """A picture; a black one, and why, where it cannot be read."""
         size = self.preprocessing.resolution
         try:
-            image = decode_image(self.data.image(place))
+            image = decode_image(self.data.image_of(self.data.row(place)))
         except UnreadableImage as error:
             return Picture(torch.full((3, size, size), -1.0), (0, 0), (0, 0)), str(error)
         if self.preprocessing.crops_at_random(image):

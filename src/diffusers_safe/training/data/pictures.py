@@ -121,9 +121,11 @@ class PictureSource(ABC):
         """How many pictures are decoded ahead: of the next batch, and enough for all workers to have work."""
         return max(batch_size, 2 * self.num_workers) if self.num_workers else 0
 
-    def _make(self, image: Any, captions: list[str], generator: torch.Generator) -> "_Sample":
-        caption = choose_caption(captions, generator, self.proportion_empty_prompts)
-        return _Sample(self.preprocessing(decode_image(image), generator), caption)
+    def _make(self, row: dict[str, Any], number: int) -> "_Sample":
+        """A sample of this row, with the draws of this number."""
+        generator = picture_generator(self.seed, number)
+        caption = choose_caption(self.data.captions_of(row), generator, self.proportion_empty_prompts)
+        return _Sample(self.preprocessing(decode_image(self.data.image_of(row)), generator), caption)
 
 
 @dataclass
@@ -185,8 +187,7 @@ class ShuffledPictures(PictureSource):
         unreadable = {}
         for place in self.order.candidates(number):
             try:
-                generator = picture_generator(self.seed, number)
-                return self._make(self.data.image(place), self.data.captions(place), generator), unreadable
+                return self._make(self.data.row(place), number), unreadable
             except UnreadableImage as error:
                 unreadable[self.data.name(place)] = str(error)
         raise ValueError(f"{CANDIDATES} pictures in a row cannot be read; {Skipped(unreadable)}")
@@ -244,18 +245,16 @@ class StreamedPictures(PictureSource):
             except _Dropped as dropped:
                 self._skipped.dropped[str(dropped)] += 1
             except UnreadableImage as error:
-                unreadable[self.data.name_of(coming.row) or f"row {coming.number}"] = str(error)
+                unreadable[self.data.file_name_of(coming.row) or f"row {coming.number}"] = str(error)
                 self._skipped.unreadable |= unreadable
                 if len(unreadable) == CANDIDATES:
                     raise ValueError(f"{CANDIDATES} pictures in a row cannot be read; {self._skipped}") from None
         return _stack(samples)
 
     def _load(self, coming: "_Coming") -> _Sample:
-        captions = self.data.captions_of(coming.row)
-        if reason := self.data.reason_to_drop(captions):
+        if reason := self.data.reason_to_drop(self.data.captions_of(coming.row)):
             raise _Dropped(reason)
-        generator = picture_generator(self.seed, coming.number)
-        return self._make(coming.row[self.data.image_column], captions, generator)
+        return self._make(coming.row, coming.number)
 
     def prepare(self) -> None:
         if self._coming is None:
