@@ -127,6 +127,15 @@ def select_parameters(denoiser: nn.Module, train_method: str) -> list[str]:
     return names
 
 
+def check_plain(denoiser: nn.Module) -> None:
+    """
+    Raises:
+        `ValueError`: If the denoiser has adapters.
+    """
+    if present := list(getattr(denoiser, "peft_config", {})):
+        raise ValueError(f"the model has adapters already ({', '.join(present)}); fuse or unload them first")
+
+
 class TrainedWeights:
     """Student, EMA and frozen values of the selected parameters around one resident denoiser.
 
@@ -148,8 +157,7 @@ class TrainedWeights:
     ):
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay {ema_decay}: must be at least 0 and less than 1")
-        if present := list(getattr(denoiser, "peft_config", {})):
-            raise ValueError(f"the model has adapters already ({', '.join(present)}); fuse or unload them first")
+        check_plain(denoiser)
         denoiser.requires_grad_(False)
         self._set_up(denoiser, names)
         if not keeps_frozen:
@@ -214,6 +222,12 @@ class TrainedWeights:
         if self.ema is not None:
             for name, average in self.ema.items():
                 average.lerp_(self.student[name].detach(), 1 - min(self.ema_decay, most))
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Gives the denoiser its frozen values back, for good: what was trained is lost."""
+        for name, parameter in self.student.items():
+            parameter.copy_(self.frozen[name])
 
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
         """Student and EMA, for checkpoints. The frozen values are the base model's own."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from diffusers_safe.backbones import check_model, make_backbone
+from diffusers_safe.backbones import StoredModel, check_model, make_backbone
 
 
 @pytest.fixture
@@ -129,6 +129,35 @@ def test_every_multiple_of_the_autoencoders_factor_goes_through_the_unet(familie
         with torch.no_grad():
             noise_pred = backbone.predict(backbone.denoiser, latents, torch.tensor([500]), backbone.encode(["knife"]))
         assert noise_pred.shape == latents.shape
+
+
+@pytest.mark.parametrize("family", ["sd", "xl"])
+def test_prompts_that_are_too_long_are_told_by_the_tokenizers_alone(families, folders, family):
+    stored = StoredModel(str(folders / family))
+    for model in (stored, make_backbone(families[family]())):
+        model.check_prompts(["", "knife " * 30])
+        with pytest.raises(ValueError, match="^prompt 'knife .*' has 33 tokens; this model takes 32"):
+            model.check_prompts(["knife", "knife " * 31])
+
+
+@pytest.mark.parametrize("family", ["sd", "xl"])
+def test_a_stored_model_is_the_backbone_without_weights(families, folders, family):
+    for resolution in (None, 40):
+        stored = StoredModel(str(folders / family), resolution)
+        backbone = make_backbone(families[family](), resolution)
+        assert stored.latent_shape == backbone.latent_shape
+        schedulers = (stored.make_scheduler(), backbone.make_scheduler())
+        one, other = ({k: v for k, v in s.config.items() if k[0] != "_"} for s in schedulers)
+        assert one == other and len({type(scheduler) for scheduler in schedulers}) == 1
+    assert stored.make_scheduler() is not stored.make_scheduler()
+
+
+def test_a_model_without_a_tokenizer_is_told(folders, tmp_path):
+    model = shutil.copytree(folders / "xl", tmp_path / "model")
+    shutil.rmtree(model / "tokenizer_2")
+    with pytest.raises(ValueError, match="^pretrained_model_name_or_path '.*': no tokenizer_2") as error:
+        StoredModel(str(model)).check_prompts(["knife"])
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("family", ["sd", "xl"])

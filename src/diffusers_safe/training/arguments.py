@@ -10,10 +10,9 @@ from diffusers.optimization import SchedulerType
 from torch import nn
 
 from ..arguments import check_output_dir
-from ..backbones import check_model
 from ..concepts import read_concepts
 from ..hub import check_model_id, check_push, default_model_id
-from ..weights import TRAIN_METHODS, resolve_train_method, select_parameters
+from ..weights import TRAIN_METHODS, resolve_train_method
 from .checkpoints import checkpoint_step, list_checkpoints
 from .loss_space import LOSS_SPACES
 
@@ -270,10 +269,9 @@ class TrainingArguments:
             self.check_output()
 
     def check_base_model(self) -> nn.Module:
-        """The part of [`~TrainingArguments.check_surroundings`] about the model; returns its denoiser's structure."""
-        denoiser = check_model(self.pretrained_model_name_or_path, self.resolution, **self.index_arguments)
-        select_parameters(denoiser, self.train_method)
-        return denoiser
+        """The part of [`~TrainingArguments.check_surroundings`] about the model; returns the structure of the denoiser
+        that trains, without weights."""
+        raise NotImplementedError
 
     def check_output(self) -> None:
         """The part of [`~TrainingArguments.check_surroundings`] about the output folder and what it holds."""

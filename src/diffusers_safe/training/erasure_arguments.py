@@ -3,9 +3,13 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+from torch import nn
+
 from ..arguments import parse_dataclass
+from ..backbones import StoredModel
 from ..concepts import CONCEPT_SCHEDULES, PROMPT_ORDERS, joined, names_concept, read_concepts
 from .arguments import SamplingArguments, option, required
+from .checks import check_run
 from .objectives import ESDObjective, Objective, SDDObjective
 from .objectives.esd import ESD_SAMPLERS
 from .objectives.sdd import SDD_TARGETS
@@ -64,6 +68,11 @@ class ErasureArguments(SamplingArguments):
             raise ValueError(f"retain_prompts {both}: a concept cannot be erased and retained")
         self._check_choices(concept_schedule=CONCEPT_SCHEDULES, prompt_order=PROMPT_ORDERS)
         self._check_at_least(0, "retain_weight", "trajectory_pool")
+
+    def check_base_model(self) -> nn.Module:
+        model = StoredModel(self.pretrained_model_name_or_path, self.resolution, **self.index_arguments)
+        check_run(self, model)
+        return model.denoiser
 
     @property
     def may_grow(self) -> bool:
