@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from diffusers_safe.backbones import make_backbone
+from diffusers_safe.evaluation.statistics import Estimate
 from diffusers_safe.training.erasure_arguments import SDDArguments
 from diffusers_safe.training.erasure_loop import ErasureLoop
 
@@ -100,3 +101,18 @@ def test_bad_arguments_are_one_line(load, capsys, name, words, message):
         load(name).main(words.split())
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and message in lines[0]
+
+
+def test_seeds_are_pooled(load):
+    def results(gone, difference):
+        sides = {"before": Estimate.rate(2, 2), "after": Estimate.rate(2, 2)}
+        worse = {**sides, "after": Estimate.rate(2 - difference, 2)}
+        return {
+            "concept_rate": {"before": Estimate.rate(24, 24), "after": Estimate.rate(gone, 24)},
+            "accuracy": {"before": Estimate.mean([1.0, 1.0])},
+            "accuracy_by_object": {"cat": sides, "dog": worse},
+            "style_accuracy": None,
+        }
+
+    row = load("erasure_methods").pooled_row("a", [results(0, 0), results(3, 1)])
+    assert "100.0 % [92.6, 100.0], N=48 | 6.2 % [2.1, 16.8], N=48 | 100.0 % | -12.5 points" in row
