@@ -25,7 +25,7 @@ from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.dataset import FILE_NAME, emoji_dataset
 from diffusers_safe.students import build_student
 from diffusers_safe.training.data import Preprocessing, make_pictures, open_dataset
-from diffusers_safe.training.distillation import open_data, student_pipeline
+from diffusers_safe.training.distillation import make_latents, open_rows, student_pipeline
 from diffusers_safe.training.distillation_arguments import DistillationArguments
 from diffusers_safe.training.distillation_loop import DistillationLoop
 from diffusers_safe.training.noise import NoiseSchedule
@@ -103,7 +103,7 @@ def make_ways(args: SpeedArguments, folder: Path, accelerator: Accelerator) -> d
         given, teacher = arguments(cached), load_pipeline(args.model)
         backbone = make_backbone(teacher)
         student = make_backbone(student_pipeline(teacher, given))
-        latents = open_data(accelerator, backbone, given)
+        latents = make_latents(accelerator, backbone, open_rows(given), given)
         loop = DistillationLoop(accelerator, backbone, student, latents, given)
         loop.prepare()
         return loop

@@ -6,6 +6,7 @@ The models' configs are built here, so nothing is downloaded; with the models at
 """
 
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from transformers import CLIPTextConfig
 from diffusers_safe.arguments import parse_dataclass
 from diffusers_safe.emoji.architecture import build_tokenizer
 from diffusers_safe.students import TEACHER_CONFIGS
+from diffusers_safe.training.distillation_arguments import DistillationArguments
 from diffusers_safe.training.erasure_arguments import METHODS, preset_options
-from diffusers_safe.training.plan import GIB, make_plan, told_duration
+from diffusers_safe.training.plan import GIB, make_distillation_plan, make_plan, told_duration
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -51,13 +53,19 @@ def write_configs(folder: Path, pipeline_class: str, unet: dict) -> None:
 
 
 def plan_row(recipe: Path, models: dict[str, Path]) -> str:
-    method = "esd" if "train_esd.py" in recipe.read_text() else "sdd"
+    (script,) = set(re.findall(r"train_(\w+)\.py", recipe.read_text()))
+    kind = {**METHODS, "distill": DistillationArguments}[script]
     words = ["--config", str(recipe), "--output_dir", "out"]
     name = yaml.safe_load(recipe.read_text())["pretrained_model_name_or_path"]
     if name in models:
         words += ["--pretrained_model_name_or_path", str(models[name])]
-    args = parse_dataclass(METHODS[method], argv=words, presets=preset_options(METHODS[method]))
-    plan = make_plan(args)
+    if script == "distill":  # its pictures are made by another command
+        words += ["--train_data_dir", str(EXAMPLES)]
+        args = parse_dataclass(kind, argv=words)
+        plan = make_distillation_plan(args)
+    else:
+        args = parse_dataclass(kind, argv=words, presets=preset_options(kind))
+        plan = make_plan(args)
     petaflops = plan.flops * plan.num_samples / 1e15
     return (
         f"| [{recipe.stem}]({recipe.name}) | {plan.selected[1] / 1e6:,.2f} of {plan.total[1] / 1e6:,.0f} M | "

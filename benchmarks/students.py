@@ -15,12 +15,13 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+from accelerate import PartialState
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 from diffusers_safe.arguments import check_output_dir, parse_dataclass, told_in_one_line
-from diffusers_safe.backbones.cost import blank_inputs, forward_flops
+from diffusers_safe.backbones import make_backbone
+from diffusers_safe.backbones.cost import macs
 from diffusers_safe.emoji import CLASSIFIER_FOLDER, MODEL_FOLDER
 from diffusers_safe.emoji.classifier import EmojiClassifier
 from diffusers_safe.emoji.evaluation import evaluate_erasure
@@ -71,6 +72,11 @@ class StudentsArguments:
             raise ValueError(f"seed {self.seed}: must be at least 0 and less than 2**32")
 
 
+def folder_of(args: StudentsArguments) -> Path:
+    """Of what was trained with these settings; what was trained with others lies elsewhere."""
+    return Path(args.output_dir) / f"{args.num_images}-pictures-{args.max_train_steps}-steps-seed-{args.seed}"
+
+
 def command(module: str, *words: str) -> None:
     if code := subprocess.run([sys.executable, "-m", module, *words]).returncode:
         raise SystemExit(code)
@@ -87,10 +93,10 @@ def erased_teacher(folder: Path, seed: int) -> Path:
 def student(name: str, args: StudentsArguments) -> StableDiffusionPipeline:
     """The student of a row, or its erased teacher; trained unless it is there."""
     kind, erased, options = ROWS[name]
-    folder = Path(args.output_dir)
+    folder = folder_of(args)
     teacher = erased_teacher(folder / "models" / "erased-teacher", args.seed) if erased else MODEL_FOLDER
     if kind is None:
-        return StableDiffusionPipeline.from_pretrained(teacher)
+        return StableDiffusionPipeline.from_pretrained(teacher).to(PartialState().device)
     data, out = folder / "data", folder / "models" / name.replace(", ", "-").replace(" ", "-")
     if not (data / "train.parquet").exists():
         command("diffusers_safe.emoji.dataset", "--num_images", str(args.num_images), "--output_dir", str(data))
@@ -101,7 +107,7 @@ def student(name: str, args: StudentsArguments) -> StableDiffusionPipeline:
                 "--cache_folder", str(cache), "--output_dir", str(out), "--seed", str(args.seed),
                 "--max_train_steps", str(args.max_train_steps), "--checkpointing_steps", "200", *options,
                 *(["--resume_from_checkpoint", "latest"] if any(out.glob("checkpoint-*")) else []))  # fmt: skip
-    return StableDiffusionPipeline.from_pretrained(out)
+    return StableDiffusionPipeline.from_pretrained(out).to(PartialState().device)
 
 
 def seconds_an_image(pipelines: dict[str, StableDiffusionPipeline], rounds: int) -> dict[str, list[float]]:
@@ -120,8 +126,8 @@ def seconds_an_image(pipelines: dict[str, StableDiffusionPipeline], rounds: int)
 
 def main() -> None:
     args = parse_dataclass(StudentsArguments, __doc__, check=lambda args: check_output_dir(args.output_dir))
-    folder = Path(args.output_dir)
-    teacher = StableDiffusionPipeline.from_pretrained(MODEL_FOLDER)
+    folder = folder_of(args)
+    teacher = StableDiffusionPipeline.from_pretrained(MODEL_FOLDER).to(PartialState().device)
     tokens = CLIPTokenizer.from_pretrained(MODEL_FOLDER / "tokenizer").model_max_length
     judge = EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER)
     pipelines, cells = {"teacher": teacher}, {}
@@ -145,14 +151,11 @@ def main() -> None:
     lines = list(HEAD)
     for name, pipeline in pipelines.items():
         unet = pipeline.unet
-        with torch.device("meta"):
-            empty = type(unet).from_config(unet.config)
-        size = unet.config.sample_size
-        macs = forward_flops(empty, blank_inputs(empty, (1, 4, size, size), tokens)) / 2
+        cost = macs(unet.config, make_backbone(pipeline).latent_shape, tokens)
         times = sorted(seconds[name])
         measured = f"{times[len(times) // 2]:.3f} [{times[0]:.3f}, {times[-1]:.3f}]"
         count = sum(parameter.numel() for parameter in unet.parameters())
-        lines.append(f"| {name} | {count:,} | {macs / 1e6:,.0f} | {measured} | {' | '.join(map(str, cells[name]))} |")
+        lines.append(f"| {name} | {count:,} | {cost / 1e6:,.0f} | {measured} | {' | '.join(map(str, cells[name]))} |")
     write_text(folder / "table.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 

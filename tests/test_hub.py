@@ -525,7 +525,10 @@ def test_a_student_is_published_with_its_own_card(hub, tiny_model_folder, tmp_pa
         macs={"student": 2e9, "teacher": 3e9},
         arguments={"train_data_dir": str(tmp_path / "data"), "task_weight": 1.0, "output_weight": 0.0, "seed": 7},
         teacher_erasure=erasure,
-        data={"dropped": {"name a forbidden concept": 3}, "unreadable": {str(tmp_path / "data" / "a.png"): "cut off"}},
+        data={
+            "dropped": {"name a forbidden concept": 3},
+            "unreadable": {str(tmp_path / "a.png"): f"no such file: {tmp_path}"},
+        },
         losses={"task": 0.125},
     )
     save_student(pipeline, record, tmp_path / "out")

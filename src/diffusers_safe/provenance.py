@@ -9,6 +9,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import ClassVar
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HTTPError
 from torch import nn
 
 
@@ -151,10 +153,26 @@ def load_record(folder: str | Path) -> Provenance | Distillation:
     return Distillation.load(folder) if (Path(folder) / STUDENT_FILE).is_file() else Provenance.load(folder)
 
 
-def erasure_of(model: str) -> dict | None:
-    """The erasure.json in a model's folder, as it is; `None` without one, and for a model on the Hub."""
-    path = Path(model) / FILE_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def erasure_of(model: str, **hub_arguments) -> dict | None:
+    """What a model was made to forget, as its erasure.json says, or, of a student, that of its teacher.
+
+    `None` where no record says so, or it is out of reach.
+
+    Args:
+        model (`str`): Folder or Hub id.
+        hub_arguments: Of `hf_hub_download`, such as `revision`.
+    """
+    for name in (FILE_NAME, STUDENT_FILE):
+        path = Path(model) / name
+        if not Path(model).is_dir():
+            try:
+                path = Path(hf_hub_download(model, name, **hub_arguments))
+            except (OSError, ValueError, HTTPError):  # no such file, or no Hub
+                continue
+        if path.is_file():
+            record = json.loads(path.read_text(encoding="utf-8"))
+            return record if name == FILE_NAME else record.get("teacher_erasure")
+    return None
 
 
 def _load(kind: type, path: Path, otherwise: str):

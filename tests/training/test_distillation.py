@@ -15,7 +15,7 @@ from diffusers_safe.emoji.dataset import emoji_dataset
 from diffusers_safe.emoji.scenes import GROUPS, OBJECTS
 from diffusers_safe.provenance import Distillation, Provenance
 from diffusers_safe.training import distillation
-from diffusers_safe.training.distillation import open_data, student_pipeline
+from diffusers_safe.training.distillation import make_latents, open_rows, student_pipeline
 from diffusers_safe.training.distillation_arguments import DistillationArguments
 from diffusers_safe.training.distillation_loop import DistillationLoop
 from scripts import LAUNCH, ROOT, in_two_processes, log_rows, run, succeed, words_of
@@ -129,7 +129,8 @@ def make_loop(teacher_folder, pictures, tmp_path, **changes):
     accelerator = Accelerator(cpu=True)
     teacher = load_pipeline(teacher_folder)
     backbone, student = make_backbone(teacher), make_backbone(student_pipeline(teacher, args))
-    return DistillationLoop(accelerator, backbone, student, open_data(accelerator, backbone, args), args)
+    data = make_latents(accelerator, backbone, open_rows(args), args)
+    return DistillationLoop(accelerator, backbone, student, data, args)
 
 
 def test_the_teacher_is_frozen_and_every_part_of_the_student_moves(on_cpu, tiny_model_folder, pictures, tmp_path):
@@ -155,8 +156,14 @@ def test_a_teacher_that_goes_on_from_itself_has_nothing_to_learn_from_its_teache
 def test_a_term_without_a_gradient_is_told(on_cpu, tiny_model_folder, pictures, tmp_path):
     loop = make_loop(tiny_model_folder, pictures, tmp_path)
     take = loop.student_tap.take
-    loop.student_tap.take = lambda: [feature.detach() for feature in take()]
-    with pytest.raises(ValueError, match="feature_weight 1.0: this term sends no gradient"):
+    loop.student_tap.take = lambda: [*take()[:-1], take_last().detach()]
+    last = {}
+    loop.student.up_blocks[3].register_forward_hook(lambda module, inputs, output: last.update(output=output))
+
+    def take_last():
+        return last["output"]
+
+    with pytest.raises(ValueError, match="feature_map bk: up_blocks.3 of the student sends no gradient"):
         loop.batch_terms(0, range(4))
 
 
@@ -211,6 +218,13 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tiny_model_folder, pictures
         ({"dataset_name": "user/pictures"}, "give either --dataset_name or --train_data_dir"),
         ({"cache_latents": True, "streaming": True}, "cache_latents: keeps all samples"),
         ({"snr_gamma": 0}, "snr_gamma 0.0: must be greater than 0"),
+        ({"snr_gamma": 5, "loss_space": "velocity"}, "snr_gamma 5.0: weighs errors of predictions"),
+        ({"timestep_bias_portion": 0.5}, "timestep_bias_portion 0.5: needs --timestep_bias_strategy earlier or later"),
+        ({"timestep_bias_strategy": "later"}, "needs a --timestep_bias_multiplier other than 1"),
+        ({"ema_decay": 0.5}, "ema_decay 0.5: needs --use_ema"),
+        ({"latents_per_trajectory": 2}, "latents_per_trajectory 2: needs --sdd_weight"),
+        ({"prediction_type": "v_prediction"}, "the teacher predicts epsilon, and the student cannot learn both"),
+        ({"task_weight": 0, "output_weight": 0}, "feature_weight 1.0: alone it does not train the last layers"),
         ({"proportion_empty_prompts": 2}, "proportion_empty_prompts 2.0: must be in [0, 1]"),
         ({"timestep_bias_portion": 1}, "timestep_bias_portion 1.0: must be between 0 and 1"),
         ({"image_interpolation_mode": "magic"}, "image_interpolation_mode 'magic': unknown"),

@@ -9,6 +9,10 @@ def generators(count, first=0):
     return [torch.Generator().manual_seed(first + i) for i in range(count)]
 
 
+def predicting(scheduler, kind):
+    return DDIMScheduler.from_config(scheduler.config, prediction_type=kind)
+
+
 @pytest.fixture
 def scheduler():
     return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -26,7 +30,7 @@ def test_noise_is_added_as_the_schedule_says(scheduler):
 
 def test_velocity_is_the_target_of_models_that_predict_it(scheduler):
     noise = NoiseSchedule(scheduler).add(LATENTS, generators(3))
-    velocity = NoiseSchedule(scheduler, "v_prediction").add(LATENTS, generators(3))
+    velocity = NoiseSchedule(predicting(scheduler, "v_prediction")).add(LATENTS, generators(3))
     kept = scheduler.alphas_cumprod[noise.timesteps].view(-1, 1, 1, 1)
     torch.testing.assert_close(velocity.target, kept.sqrt() * noise.target - (1 - kept).sqrt() * LATENTS)
     assert torch.equal(velocity.model_input, noise.model_input)
@@ -57,7 +61,7 @@ def test_min_snr_weights(scheduler, kind):
     kept = scheduler.alphas_cumprod[timesteps]
     snr = kept / (1 - kept)
     divided = snr if kind == "epsilon" else snr + 1
-    weights = NoiseSchedule(scheduler, kind, snr_gamma=5.0).snr_weights(timesteps)
+    weights = NoiseSchedule(predicting(scheduler, kind), snr_gamma=5.0).snr_weights(timesteps)
     torch.testing.assert_close(weights, torch.minimum(snr, torch.tensor(5.0)) / divided)
     assert NoiseSchedule(scheduler).snr_weights(timesteps).tolist() == [1, 1, 1]
 
@@ -81,5 +85,9 @@ def test_timesteps_are_drawn_as_often_as_the_bias_says(scheduler, bias, favoured
 
 
 def test_what_cannot_be_predicted_is_refused(scheduler):
-    with pytest.raises(ValueError, match="prediction_type 'sample': unknown; allowed are epsilon, v_prediction"):
+    with pytest.raises(ValueError, match="prediction_type 'sample': allowed are epsilon, v_prediction"):
         NoiseSchedule(DDIMScheduler(prediction_type="sample"))
+    with pytest.raises(ValueError, match="timestep_bias_multiplier 0.0: leaves no timestep"):
+        TimestepBias("range", 0.0).weights(1000)
+    with pytest.raises(ValueError, match="timestep_bias_end 1000: must be at most 500"):
+        TimestepBias("range", 2.0).weights(500)

@@ -47,6 +47,13 @@ def forward_flops(unet: UNet2DConditionModel, inputs: dict) -> float:
     return forward.get_total_flops() / len(inputs["sample"])
 
 
+def macs(config: dict, latent_shape: tuple[int, int, int], tokens: int) -> float:
+    """Multiply-accumulates of one forward of one sample, of a UNet with this config."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    return forward_flops(unet, blank_inputs(unet, (1, *latent_shape), tokens)) / 2
+
+
 def training_cost(unet: UNet2DConditionModel, inputs: dict) -> tuple[float, float, float]:
     """FLOPs of a sample's forward and backward, and the bytes that a batch keeps for its backward."""
     own = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}

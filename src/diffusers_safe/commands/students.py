@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
 from ..backbones import check_model, load_pipeline
-from ..backbones.cost import blank_inputs, forward_flops
+from ..backbones.cost import macs
 from ..emoji import MODEL_FOLDER
 from ..formats import check_no_result, rewrite_index, stock_class_name, written_aside
 from ..students import (
@@ -118,9 +118,9 @@ def table(teacher: Teacher) -> str:
     """Markdown: what is counted, and a row for the teacher and for each student that fits it."""
     config = teacher.unet.config
     height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
-    shape = (1, config.in_channels, height, width)
+    shape = (config.in_channels, height, width)
     lines = [
-        f"{teacher.name}: latents of {' x '.join(map(str, shape[1:]))}, {teacher.tokens} tokens",
+        f"{teacher.name}: latents of {' x '.join(map(str, shape))}, {teacher.tokens} tokens",
         "",
         "| UNet | parameters | share | GMAC | share | in fp16 | taken out |",
         "|---|---|---|---|---|---|---|",
@@ -131,10 +131,10 @@ def table(teacher: Teacher) -> str:
         if name in STUDENTS:
             unet, taken_out = build_student(unet, name), STUDENTS[name].description
         count = sum(parameter.numel() for parameter in unet.parameters())
-        macs = forward_flops(unet, blank_inputs(unet, shape, teacher.tokens)) / 2
-        whole = whole or (count, macs)
+        cost = macs(unet.config, shape, teacher.tokens)
+        whole = whole or (count, cost)
         lines.append(
-            f"| {name} | {count:,} | {count / whole[0]:.1%} | {macs / 1e9:,.4g} | {macs / whole[1]:.1%} | "
+            f"| {name} | {count:,} | {count / whole[0]:.1%} | {cost / 1e9:,.4g} | {cost / whole[1]:.1%} | "
             f"{2 * count / MIB:,.1f} MiB | {taken_out} |"
         )
     return "\n".join(lines)

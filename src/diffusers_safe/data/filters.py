@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..concepts import names_concept
+from ..concepts import naming_pattern
 from .table import Row
 
 
@@ -43,7 +43,10 @@ ROW_RULES: dict[str, Callable[[Row, Filters], bool]] = {
     "no address": lambda row, _: not _is_address(row),
     "no caption": lambda row, _: not row.caption,
     "short caption": lambda row, filters: len(row.caption) < filters.min_caption_length,
-    "forbidden concept": lambda row, filters: any(names_concept(row.caption, c) for c in filters.forbidden_concepts),
+    "forbidden concept": lambda row, filters: (
+        bool(filters.forbidden_concepts)
+        and naming_pattern(tuple(filters.forbidden_concepts)).search(row.caption) is not None
+    ),
     "no aesthetic score": lambda row, filters: filters.min_aesthetic is not None and row.aesthetic is None,
     "low aesthetic score": lambda row, filters: (
         filters.min_aesthetic is not None and row.aesthetic < filters.min_aesthetic

@@ -12,6 +12,7 @@ from .filters import SIZE_RULES, Dropped, Filters, reason_to_drop
 
 # Those of the web. Pillow reads more, some with the help of other programs: not from strangers.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+LONGEST_SIDE = 65_500  # in pixels, of a JPEG that Pillow writes
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def read_picture(data: bytes, filters: Filters, resize: int | None = None, quali
         scale = resize / min(rgb.size)
         shrunk = rgb.resize([max(resize, round(side * scale)) for side in rgb.size], Image.Resampling.LANCZOS)
         changes.append("shrunk")
+    if max(shrunk.size) > LONGEST_SIDE:
+        raise Dropped("too long for a JPEG")
     jpeg = io.BytesIO()
     shrunk.save(jpeg, "JPEG", quality=quality)
     return Picture(jpeg.getvalue(), hashlib.sha256(data).hexdigest(), shrunk.size, rgb.size, tuple(changes))

@@ -13,6 +13,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from ..cards import CARD_NAME
 from ..evaluation.grid import GRID_NAME
 from ..formats import INDEX, LORA_NAME, PARTIAL_NAME, UNET_FOLDER, copy_with_facts
@@ -80,17 +83,28 @@ def published_record(record: Provenance | Distillation, base: Base) -> Provenanc
         return replace(record, base_model=base.name, arguments=arguments)
     erasure = record.teacher_erasure
     if erasure is not None:
-        base_model = (
-            Path(erasure["base_model"]).name if Path(erasure["base_model"]).exists() else erasure["base_model"]
-        )
+        base_model = _without_folder(erasure["base_model"])
         erasure = {**erasure, "base_model": base_model, "arguments": _without_paths(erasure.get("arguments", {}))}
-    unreadable = {Path(name).name: reason for name, reason in record.data.get("unreadable", {}).items()}
-    data, student = {**record.data, "unreadable": unreadable}, Path(record.student).name
+    # Names and reasons tell where the pictures lie; how many there are does not.
+    data = {**record.data, "unreadable": len(record.data.get("unreadable", {}))}
+    student = _without_folder(record.student)
     return replace(record, teacher=base.name, student=student, arguments=arguments, teacher_erasure=erasure, data=data)
 
 
 def _without_paths(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in arguments.items() if not name.endswith(_PATHS)}
+    kept = {name: value for name, value in arguments.items() if not name.endswith(_PATHS)}
+    if dataset := kept.get("dataset_name"):
+        kept["dataset_name"] = _without_folder(dataset)
+    return kept
+
+
+def _without_folder(name: str) -> str:
+    """A Hub id as it is; of a folder, there or gone, its name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return Path(name).name
+    return Path(name).name if Path(name).exists() else name
 
 
 @contextmanager

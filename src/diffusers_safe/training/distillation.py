@@ -11,17 +11,26 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from ..arguments import parse_dataclass, told_in_one_line
 from ..backbones import Backbone, load_pipeline, make_backbone
-from ..backbones.cost import blank_inputs, forward_flops
+from ..backbones.cost import macs
 from ..concepts import names_concept
 from ..evaluation.generate import GenerationSettings
 from ..evaluation.grid import save_grid
 from ..hub import push_or_exit
-from ..provenance import Distillation, erasure_of, fingerprint
+from ..provenance import Distillation, erasure_of
 from ..students import build_student
-from .data import CachedLatents, EncodedLatents, LatentCache, LatentSource, Preprocessing, make_pictures, open_dataset
+from .data import (
+    CachedLatents,
+    CaptionedImages,
+    EncodedLatents,
+    LatentCache,
+    LatentSource,
+    Preprocessing,
+    make_pictures,
+    open_dataset,
+)
 from .distillation_arguments import DistillationArguments
 from .distillation_loop import DistillationLoop
-from .erasure import make_accelerator
+from .erasure import make_accelerator, restore_forward
 from .output import save_student
 from .plan import make_distillation_plan
 from .samples import Samples, Validation
@@ -39,16 +48,20 @@ def main(argv: list[str] | None = None) -> None:
                 print(make_distillation_plan(args, int(os.environ.get("WORLD_SIZE", "1"))))
             return
         accelerator = make_accelerator(args)
+        rows = open_rows(args)
         teacher = load_pipeline(args.pretrained_model_name_or_path, **args.hub_arguments)
-        distill(accelerator, teacher, args)
+        distill(accelerator, teacher, rows, args)
         if accelerator.is_main_process:
             print(f"the student is in {args.output_dir}")
             if args.push_to_hub:
                 push_or_exit(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private)
 
 
-def distill(accelerator: Accelerator, teacher: DiffusionPipeline, args: DistillationArguments) -> DiffusionPipeline:
-    """Trains a student of a loaded pipeline, and writes it into the output folder as a stock pipeline.
+def distill(
+    accelerator: Accelerator, teacher: DiffusionPipeline, rows: CaptionedImages, args: DistillationArguments
+) -> DiffusionPipeline:
+    """Trains a student of a loaded pipeline on the pictures of [`open_rows`], and writes it into the output folder, a
+    stock pipeline.
 
     Returns:
         `DiffusionPipeline`: The student's; it shares all but the UNet with the teacher's.
@@ -56,14 +69,15 @@ def distill(accelerator: Accelerator, teacher: DiffusionPipeline, args: Distilla
     set_seed(args.seed)
     pipeline = student_pipeline(teacher, args)
     backbone, own = make_backbone(teacher, args.resolution), make_backbone(pipeline, args.resolution)
+    tokens = getattr(teacher, backbone.tokenizers[0]).model_max_length
     unets = {"student": pipeline.unet, "teacher": teacher.unet}
     record = Distillation(
         teacher=args.pretrained_model_name_or_path,
-        teacher_fingerprint=fingerprint(teacher.unet),
-        teacher_erasure=erasure_of(args.pretrained_model_name_or_path),
+        teacher_fingerprint="",
+        teacher_erasure=erasure_of(args.pretrained_model_name_or_path, **args.index_arguments),
         student=args.student or args.from_student,
         parameters={name: sum(parameter.numel() for parameter in unet.parameters()) for name, unet in unets.items()},
-        macs={name: _macs(unet, backbone) for name, unet in unets.items()},
+        macs={name: macs(unet.config, backbone.latent_shape, tokens) for name, unet in unets.items()},
         arguments={
             **args.recorded,
             "num_processes": accelerator.num_processes,
@@ -71,21 +85,29 @@ def distill(accelerator: Accelerator, teacher: DiffusionPipeline, args: Distilla
         },
         revision=args.revision,
     )
-    data = open_data(accelerator, backbone, args)
+    own_forward = vars(pipeline.unet).get("forward")
+    data = make_latents(accelerator, backbone, rows, args)
     loop = DistillationLoop(accelerator, backbone, own, data, args)
     samples = _samples(pipeline, teacher, loop, args)
     validation = Validation(accelerator, samples, args, loop.publishes) if args.validation_prompts else None
     loop.run(callback=lambda step, _: validation and validation.after_step(step))
-    accelerator.unwrap_model(loop.student, keep_fp32_wrapper=False)
+    loop.close()
+    restore_forward(pipeline.unet, own_forward)
     skipped = data.skipped()
-    record.losses = loop.last_means
-    record.data = {"dropped": dict(skipped.dropped), "unreadable": skipped.unreadable}
+    record.teacher_fingerprint, record.losses = loop.taught_by, loop.last_means
+    record.data = {
+        "samples": None if rows.streaming else len(rows),
+        "dropped": dict(skipped.dropped),
+        "unreadable": skipped.unreadable,
+    }
     if accelerator.is_main_process:
         if told := str(skipped):
             logger.warning("data: %s", told)
         save_student(pipeline, record, args.output_dir, args.save)
         if args.push_to_hub:
             pipeline.to(accelerator.device)
+            if not args.validation_prompts:  # a few captions, then
+                samples.kept = data.batch(0, range(min(4, args.train_batch_size))).captions
             save_grid(samples.draw(), args.output_dir)
     accelerator.wait_for_everyone()
     return pipeline
@@ -94,19 +116,21 @@ def distill(accelerator: Accelerator, teacher: DiffusionPipeline, args: Distilla
 def student_pipeline(teacher: DiffusionPipeline, args: DistillationArguments) -> DiffusionPipeline:
     """The teacher's pipeline around a student: built of its blocks, or the one to go on from."""
     if args.from_student is not None:
-        unet = UNet2DConditionModel.from_pretrained(args.from_student, subfolder="unet", dtype=torch.float32)
+        cache = {} if args.cache_dir is None else {"cache_dir": args.cache_dir}
+        unet = UNet2DConditionModel.from_pretrained(args.from_student, subfolder="unet", dtype=torch.float32, **cache)
     else:
         unet = build_student(teacher.unet, args.student)
-    return type(teacher)(**{**teacher.components, "unet": unet})
+    parts = {"unet": unet, "scheduler": args.scheduler_for(teacher.scheduler)}
+    return type(teacher)(**{**teacher.components, **parts})
 
 
-def open_data(accelerator: Accelerator, backbone: Backbone, args: DistillationArguments) -> LatentSource:
-    """The pictures and captions of a run, as latents and text states: encoded as they come, or from a cache.
+def open_rows(args: DistillationArguments) -> CaptionedImages:
+    """The pictures and captions of a run.
 
     Raises:
-        `ValueError`: If there are none, or the cache is of something else.
+        `ValueError`: If there are none, or a column is missing.
     """
-    rows = open_dataset(
+    return open_dataset(
         dataset_name=args.dataset_name,
         train_data_dir=args.train_data_dir,
         dataset_config_name=args.dataset_config_name,
@@ -119,6 +143,16 @@ def open_data(accelerator: Accelerator, backbone: Backbone, args: DistillationAr
         cache_dir=args.cache_dir,
         seed=args.seed,
     )
+
+
+def make_latents(
+    accelerator: Accelerator, backbone: Backbone, rows: CaptionedImages, args: DistillationArguments
+) -> LatentSource:
+    """Pictures and captions as latents and text states: encoded as they come, or from a cache.
+
+    Raises:
+        `ValueError`: If the cache is of something else.
+    """
     preprocessing = Preprocessing(
         backbone.picture_size, args.image_interpolation_mode, args.center_crop, args.random_flip
     )
@@ -137,14 +171,6 @@ def open_data(accelerator: Accelerator, backbone: Backbone, args: DistillationAr
         proportion_empty_prompts=args.proportion_empty_prompts,
     )
     return EncodedLatents(pictures, backbone, accelerator.device)
-
-
-def _macs(unet: UNet2DConditionModel, backbone: Backbone) -> float:
-    """Multiply-accumulates of one forward of one sample."""
-    with torch.device("meta"):
-        empty = UNet2DConditionModel.from_config(unet.config)
-    tokens = getattr(backbone.pipeline, backbone.tokenizers[0]).model_max_length
-    return forward_flops(empty, blank_inputs(empty, (1, *backbone.latent_shape), tokens)) / 2
 
 
 def _samples(

@@ -1,21 +1,22 @@
 """Command-line arguments of `train_distill.py`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
+from diffusers import SchedulerMixin
 from torch import nn
 
 from ..backbones import StoredModel
 from ..concepts import read_concepts
 from ..students import STUDENTS, empty_student, resolve_student
+from ..trajectories import Trajectories
 from ..weights import select_parameters
-from .arguments import SamplingArguments, option
-from .noise import PREDICTION_TYPES, TIMESTEP_BIASES, TimestepBias
+from .arguments import SamplingArguments, option, required
+from .data import INTERPOLATION_MODES
+from .loss_space import LossSpace
+from .noise import TARGETS, TIMESTEP_BIASES, NoiseSchedule, TimestepBias
 from .objectives.distillation import FEATURE_MAPS, DistillationObjective, feature_pairs
-
-
-INTERPOLATIONS = ("lanczos", "bicubic", "bilinear", "nearest")
 
 
 @dataclass(kw_only=True)
@@ -37,19 +38,19 @@ class DistillationArguments(SamplingArguments):
     )
     image_column: str = option("image", "The column of the pictures.")
     caption_column: str = option("text", "The column of the captions: a text, or several of which one is drawn.")
-    max_train_samples: int | None = option(None, "Only so many samples, the first ones.")
+    max_train_samples: int | None = option(None, "Only so many samples, drawn at random; of a stream the first ones.")
     streaming: bool = option(False, "Read the samples as they come instead of all before; shuffled in part only.")
     forbidden_concepts: list[str] = option(
         [], "Samples whose captions name one of these are left out (names, or one .txt file)."
     )
     center_crop: bool = option(False, "Cut the middle out of a picture; else a part drawn at random.")
     random_flip: bool = option(False, "Mirror pictures, left to right, half of the time.")
-    image_interpolation_mode: str = option("lanczos", f"Of resizing: {', '.join(INTERPOLATIONS)}.")
+    image_interpolation_mode: str = option("lanczos", f"Of resizing: {', '.join(INTERPOLATION_MODES)}.")
     dataloader_num_workers: int = option(0, "Threads that read pictures ahead; they change no result.")
     cache_latents: bool = option(
         False,
-        "Run the autoencoder and the text encoders once, ahead, and keep what they give on disk; needs center_crop "
-        "or pictures of the resolution.",
+        "Run the autoencoder and the text encoders once, ahead, and keep what they give on disk; needs center_crop, "
+        "or square pictures.",
     )
     cache_folder: str | None = option(
         None, "Where; default the folder cache in the output folder. Other runs may share it."
@@ -64,7 +65,7 @@ class DistillationArguments(SamplingArguments):
         "unconditional one.",
     )
     prediction_type: str | None = option(
-        None, f"What the student is to predict, {' or '.join(PREDICTION_TYPES)}; default as its teacher."
+        None, f"What the student is to predict, {' or '.join(TARGETS)}; default as its teacher."
     )
     snr_gamma: float | None = option(None, "Weigh the task's errors as Min-SNR does; 5.0 there.")
     noise_offset: float = option(0.0, "Of an offset of the noise that is the same all over a channel.")
@@ -78,6 +79,10 @@ class DistillationArguments(SamplingArguments):
     timestep_bias_end: int = option(1000, "Where the range ends.")
     proportion_empty_prompts: float = option(
         0.0, "Share of samples without their caption, for classifier-free guidance; in [0, 1]."
+    )
+    output_dir: str | None = required("Where the student's pipeline, distillation.json and checkpoints go.")
+    save: str | None = option(
+        None, "full: a stock pipeline folder; unet: its UNet only. Of a LoRA (--rank), fused in. The default is full."
     )
     use_ema: bool = option(False, "Publish an average of the student's weights.")
     ema_decay: float = option(0.9999, "m of that average, in [0, 1); smaller in the first steps: (1 + n) / (10 + n).")
@@ -94,6 +99,7 @@ class DistillationArguments(SamplingArguments):
         "cache_latents",
         "cache_folder",
         "from_student",
+        "train_data_dir",
     }
 
     def __post_init__(self):
@@ -109,8 +115,8 @@ class DistillationArguments(SamplingArguments):
             raise ValueError(f"train_data_dir {self.train_data_dir}: no such folder")
         self._check_choices(
             feature_map=FEATURE_MAPS,
-            image_interpolation_mode=INTERPOLATIONS,
-            prediction_type=(*PREDICTION_TYPES, None),
+            image_interpolation_mode=INTERPOLATION_MODES,
+            prediction_type=(*TARGETS, None),
             timestep_bias_strategy=TIMESTEP_BIASES,
         )
         self._check_at_least(
@@ -143,6 +149,33 @@ class DistillationArguments(SamplingArguments):
         if self.cache_latents and self.streaming:
             raise ValueError("cache_latents: keeps all samples, --streaming none; give one of them")
         self.make_objective()
+        self._check_useless()
+        if self.snr_gamma is not None and self.loss_space != "prediction":
+            raise ValueError(
+                f"snr_gamma {self.snr_gamma}: weighs errors of predictions; needs --loss_space prediction"
+            )
+
+    def _check_useless(self) -> None:
+        """An option that would change nothing is a mistake, told as one."""
+        biased = self.timestep_bias_strategy
+        needs = {
+            "timestep_bias_multiplier": (biased != "none", "--timestep_bias_strategy"),
+            "timestep_bias_portion": (biased in ("earlier", "later"), "--timestep_bias_strategy earlier or later"),
+            "timestep_bias_begin": (biased == "range", "--timestep_bias_strategy range"),
+            "timestep_bias_end": (biased == "range", "--timestep_bias_strategy range"),
+            "ema_decay": (self.use_ema, "--use_ema"),
+            "feature_map": (self.feature_weight > 0, "a --feature_weight above 0"),
+            "snr_gamma": (self.task_weight > 0, "a --task_weight above 0"),
+            "sampling_guidance_scale": (self.sdd_weight > 0, "--sdd_weight"),
+            "sampling_fraction": (self.sdd_weight > 0, "--sdd_weight"),
+            "latents_per_trajectory": (self.sdd_weight > 0, "--sdd_weight"),
+        }
+        defaults = {item.name: item.default for item in fields(self)}
+        for name, (met, need) in needs.items():
+            if not met and getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name} {getattr(self, name)}: needs {need}")
+        if biased != "none" and self.timestep_bias_multiplier == 1:
+            raise ValueError(f"timestep_bias_strategy {biased}: needs a --timestep_bias_multiplier other than 1")
 
     def make_objective(self) -> DistillationObjective:
         return DistillationObjective(self.task_weight, self.output_weight, self.feature_weight)
@@ -160,11 +193,14 @@ class DistillationArguments(SamplingArguments):
     def check_base_model(self) -> nn.Module:
         """Looks at the configs of teacher and student; returns the student's structure, without weights."""
         name = self.pretrained_model_name_or_path
-        teacher = StoredModel(name, self.resolution, **self.index_arguments).denoiser
+        stored = StoredModel(name, self.resolution, **self.index_arguments)
+        teacher = stored.denoiser
+        self._check_noise(stored)
         if self.student is not None:
             student = empty_student(teacher.config, self.student)
         else:
-            student = StoredModel(self.from_student, self.resolution, "from_student").denoiser
+            own = StoredModel(self.from_student, self.resolution, "from_student", **self._cache_argument)
+            student = own.denoiser
             for name in ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type"):
                 if (own := student.config[name]) != (there := teacher.config[name]):
                     raise ValueError(f"from_student {self.from_student}: has {name} {own}, the teacher {there}")
@@ -172,3 +208,33 @@ class DistillationArguments(SamplingArguments):
             feature_pairs(student.config, teacher.config, self.feature_map)
         select_parameters(student, self.train_method)
         return student
+
+    def _check_noise(self, teacher: StoredModel) -> None:
+        scheduler = self.scheduler_for(teacher.make_scheduler())
+        noise = NoiseSchedule(scheduler, bias=self.timestep_bias)
+        LossSpace(self.loss_space, noise.scheduler)
+        own = teacher.make_scheduler().config.prediction_type
+        if noise.prediction_type != own and self.output_weight > 0:
+            raise ValueError(
+                f"prediction_type {self.prediction_type}: the teacher predicts {own}, and the student cannot learn "
+                "both; needs --output_weight 0"
+            )
+        if self.sdd_weight:
+            scheduled = (teacher.make_scheduler, teacher.latent_shape, self.num_inference_steps)
+            Trajectories(*scheduled).stop_choices(self.sampling_fraction, self.latents_per_trajectory)
+            teacher.check_prompts(self.forbidden_concepts)
+
+    def scheduler_for(self, scheduler: SchedulerMixin) -> SchedulerMixin:
+        """The student's scheduler: its teacher's, with what the student predicts."""
+        if self.prediction_type is None:
+            return scheduler
+        return type(scheduler).from_config(scheduler.config, prediction_type=self.prediction_type)
+
+    @property
+    def _cache_argument(self) -> dict[str, str]:
+        return {} if self.cache_dir is None else {"cache_dir": self.cache_dir}
+
+    def check_output(self) -> None:
+        if self.from_student is not None and Path(self.output_dir).resolve() == Path(self.from_student).resolve():
+            raise ValueError(f"output_dir {self.output_dir}: is the student's own folder; give another")
+        super().check_output()

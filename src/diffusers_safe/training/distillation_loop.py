@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from ..backbones import Backbone
+from ..provenance import fingerprint
 from ..trajectories import Trajectories
 from .data import LatentSource
 from .distillation_arguments import DistillationArguments
@@ -33,6 +34,9 @@ class DistillationLoop(TrainingLoop):
         student (`Backbone`): Whose denoiser is trained in place; the rest of its pipeline is the teacher's.
         data (`LatentSource`): Latents of pictures, and their encoded captions.
         args (`DistillationArguments`): Everything else.
+
+    Attributes:
+        taught_by (`str`): [`fingerprint`] of the teacher's denoiser.
     """
 
     name = "distillation"
@@ -45,14 +49,14 @@ class DistillationLoop(TrainingLoop):
         data: LatentSource,
         args: DistillationArguments,
     ):
+        self.taught_by = fingerprint(teacher.denoiser)
         super().__init__(accelerator, student.denoiser, args, args.ema_decay if args.use_ema else None)
         self.publishes = "ema" if args.use_ema else "student"
         self.objective = args.make_objective()
         self.term_weights = {**self.objective.weights, "sdd": args.sdd_weight}
         self.data, self.backbone, self.teacher_backbone = data, student, teacher
         self.noise = NoiseSchedule(
-            teacher.pipeline.scheduler,
-            args.prediction_type,
+            student.pipeline.scheduler,
             args.snr_gamma,
             args.noise_offset,
             args.input_perturbation,
@@ -69,13 +73,24 @@ class DistillationLoop(TrainingLoop):
             pairs = feature_pairs(student.denoiser.config, teacher.denoiser.config, args.feature_map)
             self.student_tap = FeatureTap(student.denoiser, [own for own, _ in pairs])
             self.teacher_tap = FeatureTap(teacher.denoiser, [other for _, other in pairs])
-        self.forwards = 0
+        self._forwards = 0
         self._seen_to_learn = False
+        self.predictor = None
         parts = [self.data]
         if args.sdd_weight:
             self._set_up_sdd()
             parts.append(self.erasing)
-        self.make_resumable(*parts)
+        self.make_resumable(*parts, taught_by=self.taught_by, data=data.identity)
+
+    @property
+    def forwards(self) -> int:
+        return self._forwards + (self.predictor.forwards if self.predictor else 0)
+
+    def close(self) -> None:
+        """Takes the hooks off both UNets."""
+        for tap in (self.student_tap, self.teacher_tap):
+            if tap is not None:
+                tap.remove()
 
     def _set_up_sdd(self) -> None:
         args, concepts = self.args, self.args.forbidden_concepts
@@ -110,6 +125,8 @@ class DistillationLoop(TrainingLoop):
         noisy = self.noise.add(batch.latents, generators)
         inputs = (noisy.model_input, noisy.timesteps, batch.conditioning)
         student_pred, student_features = self._predict(self.student, self.backbone, self.student_tap, *inputs)
+        if not self._seen_to_learn:
+            self._check_gradients(student_pred, student_features)
         teacher_pred, teacher_features = self._teach(*inputs)
         losses = self.objective.losses(student_pred, noisy.target, teacher_pred, student_features, teacher_features)
         if "task" in losses:
@@ -118,13 +135,13 @@ class DistillationLoop(TrainingLoop):
             losses[name] = self.loss_space.weigh(losses[name], noisy.timesteps)
         terms = {name: values.mean() for name, values in losses.items()}
         if self.args.sdd_weight:
-            terms["sdd"] = self.sdd.loss(self.predictor, self.erasing.batch(step, slots)).mean()
-        if not self._seen_to_learn:
-            self._check_gradients(terms)
+            drawn = self.erasing.batch(step, slots)
+            losses = self.sdd.loss(self.predictor, drawn)
+            terms["sdd"] = self.loss_space.weigh(losses, drawn.timesteps).mean()
         return terms
 
     def _predict(self, denoiser, backbone: Backbone, tap: FeatureTap | None, *inputs) -> tuple[torch.Tensor, Features]:
-        self.forwards += len(inputs[0])
+        self._forwards += len(inputs[0])
         with tap or nullcontext():
             noise_pred = backbone.predict(denoiser, *inputs)
         return noise_pred.float(), tap.take() if tap else []
@@ -133,21 +150,21 @@ class DistillationLoop(TrainingLoop):
     def _teach(self, model_input, timesteps, conditioning) -> tuple[torch.Tensor | None, Features]:
         if not self.objective.needs_teacher:
             return None, []
-        half = {name: value.to(self.teacher_dtype) for name, value in conditioning.items()}
+        # Sizes are embedded in float32: bfloat16 does not know 1365 from 1368.
+        half = {
+            name: value if name == "time_ids" else value.to(self.teacher_dtype) for name, value in conditioning.items()
+        }
         denoiser = self.teacher_backbone.denoiser
         inputs = (model_input.to(self.teacher_dtype), timesteps, half)
         return self._predict(denoiser, self.teacher_backbone, self.teacher_tap, *inputs)
 
-    def _check_gradients(self, terms: dict[str, torch.Tensor]) -> None:
-        """A term that sends no gradient would be logged and teach nothing (as under reentrant checkpointing)."""
+    def _check_gradients(self, student_pred: torch.Tensor, features: Features) -> None:
+        """What carries no gradient would be logged and teach nothing (as under reentrant checkpointing)."""
         self._seen_to_learn = True
-        parameters = list(self.weights.student.values())
-        for name, value in terms.items():
-            sent = value.requires_grad and any(
-                gradient is not None
-                for gradient in torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+        names = self.student_tap.names if self.student_tap else []
+        outputs = {"the prediction": student_pred, **dict(zip(names, features))}
+        if deaf := [name for name, value in outputs.items() if not value.requires_grad]:
+            raise ValueError(
+                f"feature_map {self.args.feature_map}: {', '.join(deaf)} of the student sends no gradient to the "
+                "weights that train"
             )
-            if not sent:
-                raise ValueError(
-                    f"{name}_weight {self.term_weights[name]}: this term sends no gradient to what trains"
-                )

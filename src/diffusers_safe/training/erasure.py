@@ -195,7 +195,7 @@ def train(
             loop.weights.undo()
             raise
         finally:
-            _restore_forward(backbone.denoiser, own_forward)
+            restore_forward(backbone.denoiser, own_forward)
         if args.output_dir is not None and accelerator.is_main_process:
             save_result(pipeline, loop.weights, provenance, args.output_dir, args.save)
             if args.push_to_hub:
@@ -204,7 +204,7 @@ def train(
         accelerator.wait_for_everyone()
 
 
-def _restore_forward(denoiser: nn.Module, forward: Callable | None) -> None:
+def restore_forward(denoiser: nn.Module, forward: Callable | None) -> None:
     """Takes off what mixed precision wraps around a forward. accelerate's own way takes off one decorator too many,
     diffusers' own, that scales LoRAs."""
     vars(denoiser).pop("_original_forward", None)

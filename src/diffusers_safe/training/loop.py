@@ -6,6 +6,7 @@ import math
 import signal
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -53,7 +54,8 @@ class TrainingLoop(ABC):
         term_weights (`dict[str, float]`): How much each term of the loss counts.
         forwards (`int`): How many samples denoisers have seen so far in this process.
         student (`nn.Module`): The denoiser as it is trained, possibly wrapped for several processes.
-        last_means (`dict[str, float]`): The terms of the loss, means of the last twentieth of the run.
+        last_means (`dict[str, float]`): The terms of the loss, means of the last twentieth of the run, as far as it
+            was not an earlier one's.
     """
 
     name: str
@@ -141,9 +143,12 @@ class TrainingLoop(ABC):
 
     # --- the whole run -----------------------------------------------------------------------------------------------
 
-    def make_resumable(self, *parts) -> None:
-        """Makes these, which have a `state_dict`, a part of every checkpoint, with all that the loop itself knows."""
-        identity = RunIdentity(self.args, self.weights, self.samples_a_step)
+    def make_resumable(self, *parts, **facts: str) -> None:
+        """Makes these, which have a `state_dict`, a part of every checkpoint, with all that the loop itself knows.
+
+        `facts` are what a run that continues must share, beside its arguments and what it starts from.
+        """
+        identity = RunIdentity(self.args, self.weights, self.samples_a_step, facts)
 
         # The base model is on disk already: a checkpoint holds the trained weights only.
         def before_saving(models, weights, folder):
@@ -179,7 +184,7 @@ class TrainingLoop(ABC):
         hidden = not (progress_bar and self.accelerator.is_main_process)
         bar = tqdm(range(first, last), self.name, last, initial=first, disable=hidden)
         every = max(1, last // 20)
-        shown, recent = {}, []
+        shown, recent = {}, deque(maxlen=every)
         with _StopRequest(listens=args.output_dir is not None) as stop:
             for step in bar:
                 measured = self.train_step(step)
@@ -190,7 +195,6 @@ class TrainingLoop(ABC):
                     extra = self.measure(done)
                     shown = {name: value for name, value in extra.items() if isinstance(value, float)}
                     self.last_means = {name: sum(row[name] for row in recent) / len(recent) for name in measured}
-                    recent.clear()
                     log.write(done, {**measured, **extra}, rate, self.forwards)
                 else:
                     log.follow(done, {**measured, **rate})
@@ -227,10 +231,16 @@ class RunIdentity:
 
     file_name = "run.json"
 
-    def __init__(self, args: TrainingArguments, weights: TrainedWeights, samples_a_step: int):
+    def __init__(
+        self,
+        args: TrainingArguments,
+        weights: TrainedWeights,
+        samples_a_step: int,
+        facts: dict[str, str],
+    ):
         free = args.FREE | ({"max_train_steps"} if args.may_grow else set())
         self.state = {name: value for name, value in args.recorded.items() if name not in free}
-        self.state["samples_a_step"] = samples_a_step
+        self.state |= {"samples_a_step": samples_a_step, **facts}
         # What the run starts from: its sums tell another base model at once.
         sums = [value.detach().double().sum().item() for value in (weights.frozen or weights.student).values()]
         self.state["base_weights"] = hashlib.sha256(repr(sums).encode()).hexdigest()[:16]

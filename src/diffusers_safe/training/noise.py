@@ -7,7 +7,7 @@ from diffusers import DDPMScheduler, SchedulerMixin
 from diffusers.training_utils import compute_snr
 
 
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+TARGETS = ("epsilon", "v_prediction")
 TIMESTEP_BIASES = ("none", "earlier", "later", "range")
 
 
@@ -43,7 +43,13 @@ class TimestepBias:
     end: int = 1000
 
     def weights(self, num_timesteps: int) -> torch.Tensor:
-        """How often each timestep is drawn, `(num_timesteps,)`, summing to 1."""
+        """How often each timestep is drawn, `(num_timesteps,)`, summing to 1.
+
+        Raises:
+            `ValueError`: If the range lies outside, or no timestep is left.
+        """
+        if self.strategy == "range" and self.end > num_timesteps:
+            raise ValueError(f"timestep_bias_end {self.end}: must be at most {num_timesteps}, the model's timesteps")
         weights = torch.ones(num_timesteps, dtype=torch.float64)
         count = int(self.portion * num_timesteps)
         favoured = {
@@ -53,6 +59,8 @@ class TimestepBias:
             "range": slice(self.begin, self.end),
         }[self.strategy]
         weights[favoured] *= self.multiplier
+        if not weights.sum() > 0:
+            raise ValueError(f"timestep_bias_multiplier {self.multiplier}: leaves no timestep to train")
         return weights / weights.sum()
 
 
@@ -60,8 +68,7 @@ class NoiseSchedule:
     """Adds noise to latents as the model's own scheduler counts it.
 
     Args:
-        scheduler (`SchedulerMixin`): Of the model.
-        prediction_type (`str`, *optional*): What is predicted, one of `PREDICTION_TYPES`; the scheduler's by default.
+        scheduler (`SchedulerMixin`): Of the model; its `prediction_type` must be one of `TARGETS`.
         snr_gamma (`float`, *optional*): Errors count min(SNR, gamma) / SNR times, as in Min-SNR (Hang et al., arXiv
             2303.09556).
         noise_offset (`float`, defaults to 0.0): Of an offset that is the same all over each channel
@@ -74,18 +81,15 @@ class NoiseSchedule:
     def __init__(
         self,
         scheduler: SchedulerMixin,
-        prediction_type: str | None = None,
         snr_gamma: float | None = None,
         noise_offset: float = 0.0,
         input_perturbation: float = 0.0,
         bias: TimestepBias | None = None,
     ):
         self.scheduler = DDPMScheduler.from_config(scheduler.config)
-        self.prediction_type = prediction_type or self.scheduler.config.prediction_type
-        if self.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(
-                f"prediction_type '{self.prediction_type}': unknown; allowed are {', '.join(PREDICTION_TYPES)}"
-            )
+        self.prediction_type = self.scheduler.config.prediction_type
+        if self.prediction_type not in TARGETS:
+            raise ValueError(f"prediction_type '{self.prediction_type}': allowed are {', '.join(TARGETS)}")
         self.snr_gamma, self.noise_offset, self.input_perturbation = snr_gamma, noise_offset, input_perturbation
         self._often = (bias or TimestepBias()).weights(self.scheduler.config.num_train_timesteps)
 

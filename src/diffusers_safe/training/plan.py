@@ -9,7 +9,7 @@ from ..backbones import StoredModel
 from ..backbones.cost import blank_inputs, forward_flops, training_cost
 from ..trajectories import Trajectories
 from ..weights import TRAIN_METHODS, TrainedWeights
-from .arguments import TrainingArguments
+from .arguments import SamplingArguments, TrainingArguments
 from .distillation_arguments import DistillationArguments
 from .erasure_arguments import ErasureArguments
 from .loop import make_weights, peak_learning_rate
@@ -119,9 +119,9 @@ def make_distillation_plan(args: DistillationArguments, num_processes: int = 1) 
         flops += forward_flops(teacher.denoiser, inputs)
         memory["teacher"] = 4 * sum(parameter.numel() for parameter in teacher.denoiser.parameters())
     if args.sdd_weight:
-        # Half of the schedule on average, with guidance; the loss takes one for the target and one that learns.
-        drawn = args.sampling_fraction * args.num_inference_steps / args.latents_per_trajectory
-        forwards["SDD"] = drawn * (1 if args.sampling_guidance_scale > 1 else 0.5) + 2
+        scheduled = (teacher.make_scheduler, (1, 1, 1), args.num_inference_steps, args.sampling_guidance_scale)
+        # The loss takes one for the target and one that learns.
+        forwards["SDD"] = _live_drawing(args, Trajectories(*scheduled)) / args.latents_per_trajectory + 2
         flops += forward * forwards["SDD"] + backward
     return Plan(
         args,
@@ -185,11 +185,16 @@ def _forwards(args: ErasureArguments, trajectories: Trajectories, num_samples: i
 
 def _drawing(purpose: str, args: ErasureArguments, trajectories: Trajectories, num_samples: int) -> float:
     """Mean forwards for the latent of one sample: trajectories run to their last stop, and may serve several."""
-    choices = trajectories.stop_choices(args.sampling_fraction, args.latents_per_trajectory)
-    each = sum(map(max, choices)) / len(choices) * (2 if args.sampling_guidance_scale > 1 else 1)
+    each = _live_drawing(args, trajectories)
     if purpose in args.pooled_purposes():
         return each * min(args.trajectory_pool, num_samples) / num_samples
     return each / args.latents_per_trajectory
+
+
+def _live_drawing(args: SamplingArguments, trajectories: Trajectories) -> float:
+    """Mean forwards of one trajectory, which runs to its last stop."""
+    choices = trajectories.stop_choices(args.sampling_fraction, args.latents_per_trajectory)
+    return sum(map(max, choices)) / len(choices) * (2 if args.sampling_guidance_scale > 1 else 1)
 
 
 def _parts(values: dict[str, float], pattern: str, factor: float = 1) -> str:

@@ -95,14 +95,18 @@ class Samples:
         denoiser = pipeline.unet
         trains = denoiser.training
         denoiser.eval()
-        device, dtype = denoiser.device, denoiser.dtype  # a teacher may be in half precision, the rest is float32
-        half = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-        with half, nullcontext() if which is None else self.weights.use(which):
+        # A teacher may be elsewhere, and in half precision, while the rest of its pipeline is not.
+        home, dtype = denoiser.device, denoiser.dtype
+        if pipeline is self.teacher:
+            denoiser.to(self.pipeline.unet.device, torch.float32)
+        with nullcontext() if which is None else self.weights.use(which):
             rows = [
                 sample_images(pipeline, prompts, [self.seed + i] * len(prompts), self.settings, safety_checker=True)
                 for i in range(self.num_images)
             ]
         denoiser.train(trains)
+        if pipeline is self.teacher:
+            denoiser.to(home, dtype)
         return rows
 
 

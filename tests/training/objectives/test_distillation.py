@@ -61,11 +61,11 @@ def alike(pairs):
 
 DOWN, UP = [f"down_blocks.{i}" for i in LEVELS], [f"up_blocks.{i}" for i in LEVELS]
 SHIFTED = [("up_blocks.0", "up_blocks.1"), ("up_blocks.1", "up_blocks.2"), ("up_blocks.2", "up_blocks.3")]
-LAST_ATTENTION = "down_blocks.2.attentions.0.proj_out"
+LAST_ATTENTIONS = ("down_blocks.2.attentions.0.proj_out", "down_blocks.2.attentions.1.proj_out")
 EXPECTED = {
     ("bk-base", "bk"): alike(DOWN + UP),
     ("bk-small", "bk"): alike(DOWN + UP),
-    ("bk-tiny", "bk"): [*alike([*DOWN[:2], LAST_ATTENTION]), *SHIFTED],
+    ("bk-tiny", "bk"): [*alike(DOWN[:2]), LAST_ATTENTIONS, *SHIFTED],
     ("bk-base", "bk+mid"): alike([*DOWN, "mid_block", *UP]),
     ("bk-base", "segmind"): alike([*DOWN, "mid_block", *UP]),
     ("bk-small", "segmind"): alike(DOWN + UP),
@@ -147,5 +147,7 @@ def test_bad_input_is_told(teacher):
         DistillationObjective(output_weight=-1)
     with pytest.raises(ValueError, match="all are 0"):
         DistillationObjective(0, 0, 0)
+    with pytest.raises(ValueError, match="feature_weight 1: alone it does not train the last layers"):
+        DistillationObjective(0, 0, 1)
     with pytest.raises(ValueError, match="this UNet has no mid_block"):
         FeatureTap(build_student(teacher, "bk-small"), ["mid_block"])

@@ -17,7 +17,7 @@ def feature_pairs(student: dict[str, Any], teacher: dict[str, Any], feature_map:
 
     * `"bk"`, of the paper: the output of every down and up block, never of the mid block. A student without the
       deepest level (bk-tiny) has its up block i learn from the teacher's i + 1, and of its last down block, which
-      lacks the downsampler, the output projection of the attention.
+      lacks the downsampler, the output projection of the last attention.
     * `"bk+mid"`: that, and the mid block.
     * `"segmind"`, of distill-sd: the output of every block that the student has. Without the deepest level its last
       down block learns from the teacher's first up block.
@@ -50,10 +50,16 @@ def feature_pairs(student: dict[str, Any], teacher: dict[str, Any], feature_map:
     if missing and feature_map == "segmind":
         middle = [(f"down_blocks.{levels - 1}", "up_blocks.0")]
     elif missing:
-        middle = [(f"down_blocks.{levels - 1}.attentions.0.proj_out",) * 2]
+        middle = [(_last_attention(student, levels - 1), _last_attention(teacher, levels - 1))]
     elif feature_map == "bk+mid" or (feature_map == "segmind" and has_mid):
         middle = [("mid_block", "mid_block")]
     return down + middle + up
+
+
+def _last_attention(config: dict[str, Any], level: int) -> str:
+    layers = config["layers_per_block"]
+    count = layers if isinstance(layers, int) else layers[level]
+    return f"down_blocks.{level}.attentions.{count - 1}.proj_out"
 
 
 class FeatureTap:
@@ -76,9 +82,11 @@ class FeatureTap:
         modules = dict(denoiser.named_modules())
         if lacking := [name for name in names if modules.get(name) is None]:
             raise ValueError(f"feature_map: this UNet has no {', '.join(lacking)}")
-        self._names, self._caught, self._listens = names, {}, False
-        for name in names:
+        self.names, self._caught, self._listens = names, {}, False
+        self._hooks = [
             modules[name].register_forward_hook(lambda module, inputs, output, name=name: self._catch(name, output))
+            for name in names
+        ]
 
     def _catch(self, name: str, output: torch.Tensor | tuple) -> None:
         if self._listens:
@@ -93,7 +101,12 @@ class FeatureTap:
     def take(self) -> Features:
         """The outputs, in the order of `names`; they are forgotten here."""
         caught, self._caught = self._caught, {}
-        return [caught[name] for name in self._names]
+        return [caught[name] for name in self.names]
+
+    def remove(self) -> None:
+        """Leaves the denoiser as it was."""
+        for hook in self._hooks:
+            hook.remove()
 
 
 class DistillationObjective:
@@ -119,6 +132,11 @@ class DistillationObjective:
         self.weights = {name: value for name, value in weights.items() if value > 0}
         if not self.weights:
             raise ValueError("task_weight, output_weight, feature_weight: all are 0; nothing would be learned")
+        if self.weights.keys() == {"feature"}:
+            raise ValueError(
+                f"feature_weight {feature_weight}: alone it does not train the last layers; task_weight or "
+                "output_weight must be above 0"
+            )
 
     @property
     def needs_teacher(self) -> bool:
