@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
-CODE := src tests benchmarks setup.py train_sdd.py train_esd.py
+CODE := src tests benchmarks setup.py train_sdd.py train_esd.py train_distill.py
 
 .PHONY: demo test test-slow quality style setup clean
 
@@ -21,7 +21,7 @@ demo: setup
 	$(BIN)/diffusers-safe demo
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

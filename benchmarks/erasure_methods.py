@@ -23,6 +23,7 @@ from diffusers_safe.emoji import CLASSIFIER_FOLDER, MODEL_FOLDER
 from diffusers_safe.emoji.classifier import EmojiClassifier
 from diffusers_safe.emoji.evaluation import evaluate_erasure
 from diffusers_safe.emoji.scenes import GROUPS, OBJECTS, STYLES
+from diffusers_safe.evaluation.statistics import Estimate
 from diffusers_safe.provenance import write_text
 
 
@@ -77,8 +78,8 @@ def erased_by(recipe: Path) -> dict:
     return {"erased": [name for name in concepts if name in OBJECTS], "group": groups[0] if groups else None}
 
 
-def measure(name: str, seed: int, args: MethodsArguments, stock: StableDiffusionPipeline) -> str:
-    """One row of the table."""
+def measure(name: str, seed: int, args: MethodsArguments, stock: StableDiffusionPipeline) -> dict:
+    """The results of one training."""
     recipe, folder = RECIPES[name], Path(args.output_dir)
     after = train(recipe, folder / "models" / f"{name}-{seed}", seed)
     what = erased_by(recipe)
@@ -89,13 +90,41 @@ def measure(name: str, seed: int, args: MethodsArguments, stock: StableDiffusion
         each.mkdir(parents=True, exist_ok=True)
     if not (row / "before").exists():
         (row / "before").symlink_to(shared.resolve())
-    results = evaluate_erasure(
+    return evaluate_erasure(
         stock, after, classifier=EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER), folder=row,
         images_per_object=args.images_per_prompt, seed=seed, **what,
     )  # fmt: skip
+
+
+def table_row(name: str, seed: int | str, results: dict) -> str:
     rate, others, styles = results["concept_rate"], results["accuracy"], results["style_accuracy"]
     cells = [rate["before"], rate["after"], others["before"], others["difference"]]
     return f"| {name} | {seed} | {' | '.join(map(str, cells))} | {styles['difference'] if styles else ''} |"
+
+
+def pooled_row(name: str, seeds: list[dict]) -> str:
+    """The seeds together: a rate over all images, and the change of each other object averaged over the seeds, its
+    interval a bootstrap over the objects."""
+    rates = {
+        side: Estimate.rate(
+            sum(round(one["concept_rate"][side].value * one["concept_rate"][side].n) for one in seeds),
+            sum(one["concept_rate"][side].n for one in seeds),
+        )
+        for side in ("before", "after")
+    }
+
+    def others(value) -> Estimate:
+        rows = [(value(sides), subject) for one in seeds for subject, sides in one["accuracy_by_object"].items()]
+        return Estimate.mean(*map(list, zip(*rows)), "points")
+
+    change = others(lambda sides: sides["after"].value - sides["before"].value)
+    means = {
+        part: sum(one[part][key].value for one in seeds) / len(seeds) if all(one[part] for one in seeds) else None
+        for part, key in (("accuracy", "before"), ("style_accuracy", "difference"))
+    }
+    styles = "" if means["style_accuracy"] is None else f"{100 * means['style_accuracy']:+.1f} points"
+    told = [rates["before"], rates["after"], f"{100 * means['accuracy']:.1f} %", change, styles]
+    return f"| **{name}** | all | {' | '.join(map(str, told))} |"
 
 
 def main() -> None:
@@ -104,9 +133,14 @@ def main() -> None:
     lines = list(HEAD)
     with told_in_one_line():
         for name in args.only or RECIPES:
+            seeds = []
             for seed in args.seeds:
-                lines.append(measure(name, seed, args, stock))
+                seeds.append(measure(name, seed, args, stock))
+                lines.append(table_row(name, seed, seeds[-1]))
                 print(lines[-1], file=sys.stderr)
+                write_text(Path(args.output_dir) / "table.md", "\n".join(lines) + "\n")
+            if len(seeds) > 1:
+                lines.append(pooled_row(name, seeds))
                 write_text(Path(args.output_dir) / "table.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -6,38 +6,28 @@ The models' configs are built here, so nothing is downloaded; with the models at
 """
 
 import json
+import re
 import tempfile
 from pathlib import Path
 
 import torch
 import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
-from random_models import TOKENS, UNETS
+from random_models import TOKENS
 from transformers import CLIPTextConfig
 
 from diffusers_safe.arguments import parse_dataclass
 from diffusers_safe.emoji.architecture import build_tokenizer
+from diffusers_safe.students import TEACHER_CONFIGS
+from diffusers_safe.training.distillation_arguments import DistillationArguments
 from diffusers_safe.training.erasure_arguments import METHODS, preset_options
-from diffusers_safe.training.plan import GIB, make_plan, told_duration
+from diffusers_safe.training.plan import GIB, make_distillation_plan, make_plan, told_duration
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SDXL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 FAMILIES = {
-    "CompVis/stable-diffusion-v1-4": ("StableDiffusionPipeline", {"sample_size": 64, **UNETS["sd-1"]}),
-    "stabilityai/stable-diffusion-xl-base-1.0": ("StableDiffusionXLPipeline", SDXL),
+    "CompVis/stable-diffusion-v1-4": ("StableDiffusionPipeline", TEACHER_CONFIGS["sd-1.5"]),
+    "stabilityai/stable-diffusion-xl-base-1.0": ("StableDiffusionXLPipeline", TEACHER_CONFIGS["sdxl"]),
 }
 
 
@@ -63,13 +53,19 @@ def write_configs(folder: Path, pipeline_class: str, unet: dict) -> None:
 
 
 def plan_row(recipe: Path, models: dict[str, Path]) -> str:
-    method = "esd" if "train_esd.py" in recipe.read_text() else "sdd"
+    (script,) = set(re.findall(r"train_(\w+)\.py", recipe.read_text()))
+    kind = {**METHODS, "distill": DistillationArguments}[script]
     words = ["--config", str(recipe), "--output_dir", "out"]
     name = yaml.safe_load(recipe.read_text())["pretrained_model_name_or_path"]
     if name in models:
         words += ["--pretrained_model_name_or_path", str(models[name])]
-    args = parse_dataclass(METHODS[method], argv=words, presets=preset_options(METHODS[method]))
-    plan = make_plan(args)
+    if script == "distill":  # its pictures are made by another command
+        words += ["--train_data_dir", str(EXAMPLES)]
+        args = parse_dataclass(kind, argv=words)
+        plan = make_distillation_plan(args)
+    else:
+        args = parse_dataclass(kind, argv=words, presets=preset_options(kind))
+        plan = make_plan(args)
     petaflops = plan.flops * plan.num_samples / 1e15
     return (
         f"| [{recipe.stem}]({recipe.name}) | {plan.selected[1] / 1e6:,.2f} of {plan.total[1] / 1e6:,.0f} M | "

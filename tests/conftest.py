@@ -18,6 +18,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffusers_safe.emoji.architecture import MAX_TOKENS, build_scheduler, build_tokenizer
+from scripts import accelerate_on_cpu
 
 
 def build_tiny_pipeline(seed: int = 0) -> StableDiffusionPipeline:
@@ -132,6 +133,12 @@ def build_tiny_xl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
         ),
         add_watermarker=False,
     )
+
+
+@pytest.fixture
+def on_cpu():
+    with accelerate_on_cpu():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,15 @@
-"""The training scripts as a user runs them: commands in processes of their own."""
+"""The training scripts as a user runs them: commands in processes of their own, or a `main` in this one."""
 
 import json
 import os
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
 
 
 ROOT = Path(__file__).parents[1]
@@ -14,6 +18,18 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes",
 
 # accelerate launch --cpu starts one process, whatever --num_processes says, so torchrun starts the two.
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+
+
+@contextmanager
+def accelerate_on_cpu():
+    """accelerate in this process, on the CPU: without what was made of its global state before, or is made here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            yield
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def environment(**changes):

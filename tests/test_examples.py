@@ -4,17 +4,18 @@ from pathlib import Path
 
 import pytest
 import yaml
-from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 
+from diffusers_safe.emoji.dataset import emoji_dataset
 from diffusers_safe.emoji.demo import erasure_command
 from diffusers_safe.formats import LORA_NAME
-from diffusers_safe.training import esd, sdd
+from diffusers_safe.training import distillation, esd, sdd
 from diffusers_safe.training.erasure_arguments import SDDArguments, parse_arguments
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-RECIPES = sorted(EXAMPLES.glob("*.yaml"))
+STUDENT = EXAMPLES / "emoji-student.yaml"
+RECIPES = sorted(set(EXAMPLES.glob("*.yaml")) - {STUDENT})
 
 
 def command_of(recipe):
@@ -33,9 +34,7 @@ def tiny_models(make_tiny_pipeline, make_tiny_xl_pipeline, tmp_path_factory):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
-def test_a_recipe_runs(recipe, tiny_models, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
+def test_a_recipe_runs(on_cpu, recipe, tiny_models, tmp_path):
     family = "xl" if recipe.name.startswith("sdxl") else "sd"
     quick = {
         "pretrained_model_name_or_path": tiny_models / family,
@@ -45,17 +44,36 @@ def test_a_recipe_runs(recipe, tiny_models, tmp_path, monkeypatch):
         "num_inference_steps": 2,
         "train_batch_size": 1,
         "sampling_fraction": 1.0,
+        "latents_per_trajectory": 1,
     }
     words = [word for name, value in quick.items() for word in (f"--{name}", str(value))]
     concepts = ["--concepts", "knife", "gun"]  # the tiny tokenizer spells out what it does not know, byte by byte
     command_of(recipe).main(["--config", str(recipe), *words, *concepts])
-    AcceleratorState._reset_state(reset_partial_state=True)
     options = yaml.safe_load(recipe.read_text())
     if "rank" in options:
         assert (tmp_path / "out" / LORA_NAME).is_file()
     else:
         DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert (tmp_path / "out" / "validation" / "step-2.png").is_file() == ("validation_prompts" in options)
+
+
+def test_the_recipe_of_a_student_runs(on_cpu, tiny_models, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    emoji_dataset(8, cache_dir=str(tmp_path / "cache")).to_parquet(data / "train.parquet")
+    quick = {
+        "pretrained_model_name_or_path": tiny_models / "sd",
+        "train_data_dir": data,
+        "output_dir": tmp_path / "out",
+        "max_train_steps": 2,
+        "num_inference_steps": 2,
+        "train_batch_size": 2,
+        "lr_warmup_steps": 0,
+    }
+    words = [word for name, value in quick.items() for word in (f"--{name}", str(value))]
+    distillation.main(["--config", str(STUDENT), *words])
+    assert DiffusionPipeline.from_pretrained(tmp_path / "out").unet.config.mid_block_type is None
+    assert "train_distill.py --config examples/emoji-student.yaml" in STUDENT.read_text()
 
 
 def test_the_recipe_of_the_demo_is_the_demo(tiny_model_folder, tmp_path):

@@ -11,20 +11,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import HfApi, ModelCard
+from safetensors.torch import load_file
 
-from diffusers_safe import cli
+from diffusers_safe import ErasedStableDiffusionPipeline, cli
 from diffusers_safe.cards import CARD_NAME, is_ours
 from diffusers_safe.evaluation.grid import GRID_NAME
 from diffusers_safe.evaluation.report import Headline, Report, write_report
 from diffusers_safe.evaluation.statistics import Estimate
-from diffusers_safe.formats import PARTIAL_NAME
+from diffusers_safe.formats import PARTIAL_NAME, load_unet
 from diffusers_safe.hub import PUSH_FAILED, RETRY_WAITS, PushError, find_base, push_result
-from diffusers_safe.provenance import Provenance
+from diffusers_safe.provenance import Distillation, Provenance, fingerprint
+from diffusers_safe.students import build_student
+from diffusers_safe.training.output import save_student
 from diffusers_safe.training.sdd import main
 from hub_server import TOKEN, HubServer
+from scripts import accelerate_on_cpu
 
 
 ROOT = Path(__file__).parents[1]
@@ -42,13 +45,11 @@ def options(model, output_dir, *more):
 
 def erase(*arguments):
     """The script's main, in this process; returns its exit code."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        main(options(*arguments))
-    except SystemExit as stop:
-        return stop.code
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    with accelerate_on_cpu():
+        try:
+            main(options(*arguments))
+        except SystemExit as stop:
+            return stop.code
     return 0
 
 
@@ -66,19 +67,11 @@ def picture(pipeline):
     return pipeline("a knife", num_inference_steps=2, generator=generator, output_type="np").images
 
 
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-
 @pytest.fixture(scope="module")
 def erased(tiny_model_folder, tmp_path_factory):
     """The output folder of a run that was not pushed, with everything a folder may hold. Not to be changed."""
     folder = tmp_path_factory.mktemp("erased") / "tiny-safe"
-    patch = pytest.MonkeyPatch()
-    with patch.context() as context:
-        context.setenv("ACCELERATE_USE_CPU", "true")
-        assert erase(tiny_model_folder, folder, "--save", "both", "--checkpointing_steps", "1") == 0
+    assert erase(tiny_model_folder, folder, "--save", "both", "--checkpointing_steps", "1") == 0
     for name in (".hidden/secret.txt", ".result.partial/x.safetensors", "unet/.x.partial", "logs/events", "notes.txt"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("private")
@@ -118,6 +111,46 @@ def test_one_commit_holds_the_result_and_nothing_else(hub, folder, erased):
     assert not any("." == part[0] for path in files for part in path.split("/"))
     assert files[UNET] == (erased / UNET).read_bytes()
     assert files[CARD_NAME] == (folder / CARD_NAME).read_bytes()
+
+
+@pytest.mark.parametrize("base_model", [None, "runs/secret/tiny", "/home/secret/tiny"])
+def test_what_is_published_names_no_folder_of_this_machine(hub, folder, tiny_model_folder, base_model):
+    """And what lies here still does: it is how the base model is found."""
+    if base_model:  # folders that are gone
+        Provenance(**{**vars(Provenance.load(folder)), "base_model": base_model}).save(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert any(tiny_model_folder.encode() in content for content in before.values())
+    push_result(folder, "tester/x")
+    files = hub.files("tester/x")
+    for local in (tiny_model_folder, str(folder.parent), "secret", "_name_or_path"):
+        assert not [name for name, content in files.items() if local.encode() in content]
+    name = Path(base_model or tiny_model_folder).name
+    record = json.loads(files["erasure.json"])
+    assert record["base_model"] == name and f"| base model | `{name}`" in files[CARD_NAME].decode()
+    assert record["arguments"]["learning_rate"] == 1e-3 and "output_dir" not in record["arguments"]
+    assert before == {path: path.read_bytes() for path in before}
+
+    push_result(folder, "tester/x")
+    assert len(hub.repositories["tester/x"]) == 2  # the same files again
+
+
+def test_a_published_partial_file_asks_for_its_base_model_and_takes_it(hub, folder, tiny_model_folder, tmp_path):
+    for name in ("model_index.json", "unet"):
+        (folder / name).rename(tmp_path / name)
+    push_result(folder, "tester/x")
+    published = tmp_path / "published"
+    published.mkdir()
+    for name in (PARTIAL_NAME, "erasure.json"):
+        (published / name).write_bytes(hub.files("tester/x")[name])
+    load = ErasedStableDiffusionPipeline.from_pretrained
+    for source in (published, published / PARTIAL_NAME):
+        with pytest.raises(ValueError, match=f"base model of .*'{Path(tiny_model_folder).name}': .*give base_model"):
+            load(source)
+        pipeline = load(source, base_model=tiny_model_folder)
+        assert fingerprint(pipeline.unet) == fingerprint(load_unet(tmp_path / "unet"))
+        assert pipeline.erasure.concepts == ["knife", "gun"]
+    ours, theirs = (load_file(place / PARTIAL_NAME) for place in (folder, published))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
 def test_a_smaller_result_takes_the_place_of_a_whole_pipeline(hub, folder):
@@ -199,6 +232,25 @@ def test_the_card_is_made_of_facts(hub, folder, tiny_model_folder):
         assert fact in card.text, fact
     assert "no evaluation lies beside this model" in card.text and "samples.png" not in card.text
     assert tiny_model_folder not in card.text and str(folder) not in card.text
+
+
+def test_the_card_of_an_exported_lora_tells_how_far_off_it_is(hub, folder, tiny_model_folder, tmp_path):
+    push_result(folder, "tester/whole")
+    assert "relative Frobenius" not in (folder / CARD_NAME).read_text()
+    lora = tmp_path / "lora"
+    cli.main(["export", str(folder), "--to", "lora", "--rank", "2", "--output_dir", str(lora)])
+    export = Provenance.load(lora).export
+    push_result(lora, "tester/lora")
+    card = hub.files("tester/lora")[CARD_NAME].decode()
+    worst = export["worst"]
+    assert 0.01 < export["error"] < worst["error"]
+    assert f"| LoRA | rank 2, made from the erased weights: off by {export['error']:.2%} of what" in card
+    assert f"at worst {worst['error']:.2%} (`{worst['parameter']}`) |" in card
+    assert "how close it comes to the erased model is told below" in card
+
+    Provenance(**{**vars(Provenance.load(lora)), "export": {**export, "left_out": ["a.bias", "b"]}}).save(lora)
+    push_result(lora, "tester/lora")
+    assert "; 2 changed biases and norms are left out, such as `a.bias` |" in (lora / CARD_NAME).read_text()
 
 
 def test_the_usage_on_the_card_is_true(hub, folder, tiny_model_folder, monkeypatch):
@@ -408,7 +460,7 @@ def test_through_processes_of_their_own(tiny_model_folder, tmp_path):
         code = """
 import numpy, torch
 from diffusers import DiffusionPipeline
-from diffusers_safe import cli
+from diffusers_safe import ErasedStableDiffusionPipeline, cli
 cli.main(["push", "out", "--hub_model_id", "out"])
 pipeline = DiffusionPipeline.from_pretrained("tester/out")
 generator = torch.Generator().manual_seed(0)
@@ -451,7 +503,7 @@ def test_what_cannot_be_pushed_is_refused_in_one_line(hub, folder, tmp_path, cap
 def test_no_token_or_no_network_by_wish_is_told_before_any_work(
     tiny_model_folder, folder, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("diffusers_safe.hub.get_token", lambda: None)
+    monkeypatch.setattr("diffusers_safe.hub.push.get_token", lambda: None)
     message = "hub_token: there is none; give --hub_token, set HF_TOKEN, or log in"
     assert erase(tiny_model_folder, tmp_path / "out", "--push_to_hub") == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
@@ -459,3 +511,44 @@ def test_no_token_or_no_network_by_wish_is_told_before_any_work(
     assert message in capsys.readouterr().err
     assert erase(tiny_model_folder, tmp_path / "out", "--push_to_hub", "--hub_token", "x") == 2  # tests are offline
     assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_student_is_published_with_its_own_card(hub, tiny_model_folder, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model_folder)
+    pipeline.register_modules(unet=build_student(pipeline.unet, "bk-small"))
+    erasure = {"base_model": tiny_model_folder, "concepts": ["knife"], "arguments": {"output_dir": str(tmp_path)}}
+    record = Distillation(
+        teacher=tiny_model_folder,
+        teacher_fingerprint="0" * 16,
+        student="bk-small",
+        parameters={"student": 300, "teacher": 500},
+        macs={"student": 2e9, "teacher": 3e9},
+        arguments={"train_data_dir": str(tmp_path / "data"), "task_weight": 1.0, "output_weight": 0.0, "seed": 7},
+        teacher_erasure=erasure,
+        data={
+            "dropped": {"name a forbidden concept": 3},
+            "unreadable": {str(tmp_path / "a.png"): f"no such file: {tmp_path}"},
+        },
+        losses={"task": 0.125},
+    )
+    save_student(pipeline, record, tmp_path / "out")
+    assert push(tmp_path / "out", "--hub_model_id", "tester/small") == 0
+    files = hub.files("tester/small")
+    published = {name: content.decode(errors="replace") for name, content in files.items() if "weights" not in name}
+    local = (str(tmp_path), str(Path(tiny_model_folder).parent))
+    assert not any(folder in text for text in published.values() for folder in local)
+    assert {
+        "distillation.json",
+        "model_index.json",
+        "unet/config.json",
+    } <= files.keys() and "erasure.json" not in files
+    card = published["README.md"]
+    for word in (
+        "bk-small", "| this student | 300 | 2 G |", "| its teacher | 500 | 3 G |", "task x 1", "task 0.125", "`7`",
+        "3 rows name a forbidden concept", "Its teacher was made to forget `knife`", "knowledge-distillation",
+        "Nothing yet: no evaluation lies beside this model. How much of what its teacher draws was lost",
+    ):  # fmt: skip
+        assert word in card, word
+    assert "output x" not in card
+    image = StableDiffusionPipeline.from_pretrained(tmp_path / "out")("a cat", num_inference_steps=1).images[0]
+    assert image.size == (64, 64)

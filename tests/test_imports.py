@@ -11,11 +11,11 @@ import diffusers_safe
 SOURCE = Path(diffusers_safe.__file__).parent
 # Each layer may import from those above it and from itself.
 LAYERS = [
-    {"arguments", "cards", "concepts", "guidance", "weights", "lora", "provenance"},
-    {"backbones", "trajectories", "evaluation"},
+    {"arguments", "cards", "concepts", "guidance", "weights", "lora", "provenance", "students"},
+    {"backbones", "trajectories", "evaluation", "data"},
     {"formats"},
     {"hub"},
-    {"training", "pipelines", "students"},
+    {"training", "pipelines"},
     {"emoji"},
     {"commands", "cli"},
 ]

@@ -13,6 +13,7 @@ _HOMES = {
     "StableDiffusionInpaintPipelineSafe": "pipelines",
     "StableDiffusionPipelineSafe": "pipelines",
     "StableDiffusionXLPipelineSafe": "pipelines",
+    "build_student": "students",
     "disable_safe_latent_diffusion": "pipelines",
     "enable_safe_latent_diffusion": "pipelines",
     "erase": "training.erasure",

@@ -15,9 +15,17 @@ COMMANDS = {
         "diffusers_safe.commands.generate",
         "draw prompts with any pipeline, steered by Safe Latent Diffusion or not",
     ),
+    "prepare-data": (
+        "diffusers_safe.commands.prepare_data",
+        "make training data of captions and web addresses, or of a folder of pictures",
+    ),
     "export": (
         "diffusers_safe.commands.export",
         "save an erased model as something else: pipeline, UNet, erased weights alone, LoRA",
+    ),
+    "students": (
+        "diffusers_safe.commands.students",
+        "count what smaller UNets take, or make one of a model's: what distillation begins with",
     ),
     "push": (
         "diffusers_safe.commands.push",
@@ -28,7 +36,7 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    listing = "\n".join(f"  {name:10} {description}" for name, (_, description) in COMMANDS.items())
+    listing = "\n".join(f"  {name:13} {description}" for name, (_, description) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="diffusers-safe",
         description=f"Keep unwanted concepts out of text-to-image models.\n\ncommands:\n{listing}",

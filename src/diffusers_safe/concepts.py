@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -45,7 +46,14 @@ def read_concepts(values: list[str]) -> list[str]:
 
 def names_concept(prompt: str, concept: str) -> bool:
     """Whether a prompt has a concept's words in it, as whole words and in whatever case."""
-    return re.search(rf"(?<!\w){re.escape(concept)}(?!\w)", prompt, re.IGNORECASE) is not None
+    return naming_pattern((concept,)).search(prompt) is not None
+
+
+@lru_cache
+def naming_pattern(concepts: tuple[str, ...]) -> re.Pattern:
+    """What is found in the prompts that name one of these concepts; for many prompts."""
+    names = "|".join(map(re.escape, concepts))
+    return re.compile(rf"(?<!\w)(?:{names})(?!\w)", re.IGNORECASE)
 
 
 def joined(concepts: list[str]) -> str:

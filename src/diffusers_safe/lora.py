@@ -65,6 +65,7 @@ class LoRAWeights(TrainedWeights):
                 f"adapter, only {', '.join(names[:3])}..."
             )
         self.frozen = {f"{name}.weight": modules[name].weight for name in layers}
+        self._denoiser = denoiser
         denoiser.add_adapter(LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=layers), ADAPTER_NAME)
         cast_training_params(denoiser)  # fp32, whatever the base model's dtype
         self._layers = list(adapted_layers(denoiser).values())
@@ -78,6 +79,10 @@ class LoRAWeights(TrainedWeights):
         for layer in self._layers:
             weight = layer.lora_A[ADAPTER_NAME].weight
             weight.copy_(nn.init.kaiming_uniform_(torch.empty(weight.shape), a=math.sqrt(5), generator=generator))
+
+    def undo(self) -> None:
+        """Takes the adapters off the denoiser."""
+        self._denoiser.unload_lora()
 
     @contextmanager
     def _in_place_of_student(self, which: str) -> Iterator[None]:

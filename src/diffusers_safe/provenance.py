@@ -1,4 +1,4 @@
-"""erasure.json: what was erased from which model, how, and with which versions. It travels with every result."""
+"""Records of what was done to a model, which travel with every result: erasure.json and distillation.json."""
 
 import hashlib
 import importlib.metadata
@@ -7,11 +7,15 @@ import os
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import ClassVar
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HTTPError
 from torch import nn
 
 
 FILE_NAME = "erasure.json"
+STUDENT_FILE = "distillation.json"
 # What a record says of an erasure that somebody else made and did not describe.
 UNKNOWN = {
     "concepts": [],
@@ -73,6 +77,8 @@ class Provenance:
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
     export: dict | None = None
 
+    file_name: ClassVar[str] = FILE_NAME
+
     def save(self, folder: str | Path) -> None:
         write_text(Path(folder) / FILE_NAME, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
 
@@ -83,13 +89,99 @@ class Provenance:
         Raises:
             `ValueError`: If there is none or it has other fields.
         """
-        path = Path(folder) / FILE_NAME
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file; the folder holds no erased model")
-        try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: not an erasure record ({error})") from None
+        return _load(cls, Path(folder) / FILE_NAME, "the folder holds no erased model")
+
+
+@dataclass
+class Distillation:
+    """The record of a student: distillation.json.
+
+    Attributes:
+        teacher (`str`): Path or Hub id of the model that taught.
+        teacher_fingerprint (`str`): [`fingerprint`] of its denoiser.
+        student (`str`): What was built of it, a name of `students.STUDENTS`, or the student that was gone on from.
+        parameters (`dict[str, int]`): Of the denoisers of `"student"` and `"teacher"`.
+        macs (`dict[str, float]`): Multiply-accumulates of one forward of each, of one sample.
+        arguments (`dict`): Every argument of the run.
+        teacher_erasure (`dict`, *optional*): The erasure.json of a teacher that was erased.
+        data (`dict`): `samples`, `dropped` and `unreadable`: how many, the former by reason.
+        losses (`dict[str, float]`): The terms of the loss at the end, means of the last twentieth of the run.
+        revision (`str`, *optional*): Revision of the teacher on the Hub.
+        versions (`dict[str, str]`): Of the libraries.
+        created (`str`): UTC time, ISO 8601.
+    """
+
+    teacher: str
+    teacher_fingerprint: str
+    student: str
+    parameters: dict[str, int]
+    macs: dict[str, float]
+    arguments: dict
+    teacher_erasure: dict | None = None
+    data: dict = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+    revision: str | None = None
+    versions: dict[str, str] = field(default_factory=library_versions)
+    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+    file_name: ClassVar[str] = STUDENT_FILE
+
+    @property
+    def base_model(self) -> str:
+        """The teacher."""
+        return self.teacher
+
+    def save(self, folder: str | Path) -> None:
+        write_text(Path(folder) / STUDENT_FILE, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Distillation":
+        """Reads a folder's distillation.json.
+
+        Raises:
+            `ValueError`: If there is none or it has other fields.
+        """
+        return _load(cls, Path(folder) / STUDENT_FILE, "the folder holds no student")
+
+
+def load_record(folder: str | Path) -> Provenance | Distillation:
+    """The record of what a folder holds, an erased model or a student.
+
+    Raises:
+        `ValueError`: If there is none or it has other fields.
+    """
+    return Distillation.load(folder) if (Path(folder) / STUDENT_FILE).is_file() else Provenance.load(folder)
+
+
+def erasure_of(model: str, **hub_arguments) -> dict | None:
+    """What a model was made to forget, as its erasure.json says, or, of a student, that of its teacher.
+
+    `None` where no record says so, or it is out of reach.
+
+    Args:
+        model (`str`): Folder or Hub id.
+        hub_arguments: Of `hf_hub_download`, such as `revision`.
+    """
+    for name in (FILE_NAME, STUDENT_FILE):
+        path = Path(model) / name
+        if not Path(model).is_dir():
+            try:
+                path = Path(hf_hub_download(model, name, **hub_arguments))
+            except (OSError, ValueError, HTTPError):  # no such file, or no Hub
+                continue
+        if path.is_file():
+            record = json.loads(path.read_text(encoding="utf-8"))
+            return record if name == FILE_NAME else record.get("teacher_erasure")
+    return None
+
+
+def _load(kind: type, path: Path, otherwise: str):
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; {otherwise}")
+    try:
+        return kind(**json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a record of ours ({error})") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -127,6 +127,15 @@ def select_parameters(denoiser: nn.Module, train_method: str) -> list[str]:
     return names
 
 
+def check_plain(denoiser: nn.Module) -> None:
+    """
+    Raises:
+        `ValueError`: If the denoiser has adapters.
+    """
+    if present := list(getattr(denoiser, "peft_config", {})):
+        raise ValueError(f"the model has adapters already ({', '.join(present)}); fuse or unload them first")
+
+
 class TrainedWeights:
     """Student, EMA and frozen values of the selected parameters around one resident denoiser.
 
@@ -137,18 +146,22 @@ class TrainedWeights:
         denoiser (`nn.Module`): Its selected parameters are the student; fp32.
         names (`list[str]`): Result of [`select_parameters`].
         ema_decay (`float`, *optional*): `m` of `EMA = m * EMA + (1 - m) * student`, in [0, 1); no EMA if left out.
+        keeps_frozen (`bool`, defaults to `True`): Whether `"frozen"` can be used.
 
     Raises:
         `ValueError`: If the decay is out of its range, or the denoiser has adapters.
     """
 
-    def __init__(self, denoiser: nn.Module, names: list[str], ema_decay: float | None = None):
+    def __init__(
+        self, denoiser: nn.Module, names: list[str], ema_decay: float | None = None, keeps_frozen: bool = True
+    ):
         if ema_decay is not None and not 0 <= ema_decay < 1:
             raise ValueError(f"ema_decay {ema_decay}: must be at least 0 and less than 1")
-        if present := list(getattr(denoiser, "peft_config", {})):
-            raise ValueError(f"the model has adapters already ({', '.join(present)}); fuse or unload them first")
+        check_plain(denoiser)
         denoiser.requires_grad_(False)
         self._set_up(denoiser, names)
+        if not keeps_frozen:
+            self.frozen = None
         self.ema_decay = ema_decay
         self.ema = None if ema_decay is None else self._copy()
         self._in_use = "student"
@@ -203,11 +216,18 @@ class TrainedWeights:
             torch.clear_autocast_cache()
 
     @torch.no_grad()
-    def update_ema(self) -> None:
-        """One step of `EMA = m * EMA + (1 - m) * student` (SDD, algorithm 1). Without an EMA it does nothing."""
+    def update_ema(self, most: float = 1.0) -> None:
+        """One step of `EMA = m * EMA + (1 - m) * student` (SDD, algorithm 1), with m at `most` this. Without an EMA it
+        does nothing."""
         if self.ema is not None:
             for name, average in self.ema.items():
-                average.lerp_(self.student[name].detach(), 1 - self.ema_decay)
+                average.lerp_(self.student[name].detach(), 1 - min(self.ema_decay, most))
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Gives the denoiser its frozen values back, for good: what was trained is lost."""
+        for name, parameter in self.student.items():
+            parameter.copy_(self.frozen[name])
 
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
         """Student and EMA, for checkpoints. The frozen values are the base model's own."""

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from diffusers_safe.backbones import check_model, make_backbone
+from diffusers_safe.backbones import StoredModel, check_model, make_backbone
 
 
 @pytest.fixture
@@ -66,6 +67,42 @@ def test_each_family_has_its_added_conditions(families, folders, tmp_path):
     refused({"projection_class_embeddings_input_dim": 64}, match, families, folders, tmp_path / "3", "xl")
 
 
+@pytest.mark.parametrize("family", ["sd", "xl"])
+@pytest.mark.parametrize(
+    "scheduler, match",
+    [
+        (FlowMatchEulerDiscreteScheduler(), "^scheduler FlowMatchEulerDiscreteScheduler: is for flow matching"),
+        (UniPCMultistepScheduler(use_flow_sigmas=True), "^scheduler UniPCMultistepScheduler: is for flow matching"),
+        (
+            DPMSolverMultistepScheduler(prediction_type="flow_prediction"),
+            "^scheduler DPMSolverMultistepScheduler prediction_type 'flow_prediction': allowed are epsilon, v_pred",
+        ),
+    ],
+    ids=["class", "sigmas", "prediction"],
+)
+def test_schedulers_of_flow_matching(scheduler, match, families, folders, tmp_path, family):
+    pipeline = families[family]()
+    pipeline.register_modules(scheduler=scheduler)
+    with pytest.raises(ValueError, match=match):
+        make_backbone(pipeline)
+    model = shutil.copytree(folders / family, tmp_path / "model")
+    scheduler.save_pretrained(model / "scheduler")
+    index = json.loads((model / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    (model / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=match) as error:
+        check_model(str(model))
+    assert "\n" not in str(error.value)
+
+
+def test_a_scheduler_that_does_not_say_what_is_predicted_means_noise(folders, tmp_path):
+    """As SD 1.4's own, which is older than the choice."""
+    model = shutil.copytree(folders / "sd", tmp_path / "model")
+    path = model / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "prediction_type"}))
+    check_model(str(model))
+
+
 @pytest.mark.parametrize("resolution, allowed", [(60, "56 or 64"), (4, "8 or 16"), (65, "64 or 72")])
 @pytest.mark.parametrize("family", ["sd", "xl"])
 def test_a_resolution_that_the_autoencoder_cannot_divide(resolution, allowed, families, folders, tmp_path, family):
@@ -92,6 +129,35 @@ def test_every_multiple_of_the_autoencoders_factor_goes_through_the_unet(familie
         with torch.no_grad():
             noise_pred = backbone.predict(backbone.denoiser, latents, torch.tensor([500]), backbone.encode(["knife"]))
         assert noise_pred.shape == latents.shape
+
+
+@pytest.mark.parametrize("family", ["sd", "xl"])
+def test_prompts_that_are_too_long_are_told_by_the_tokenizers_alone(families, folders, family):
+    stored = StoredModel(str(folders / family))
+    for model in (stored, make_backbone(families[family]())):
+        model.check_prompts(["", "knife " * 30])
+        with pytest.raises(ValueError, match="^prompt 'knife .*' has 33 tokens; this model takes 32"):
+            model.check_prompts(["knife", "knife " * 31])
+
+
+@pytest.mark.parametrize("family", ["sd", "xl"])
+def test_a_stored_model_is_the_backbone_without_weights(families, folders, family):
+    for resolution in (None, 40):
+        stored = StoredModel(str(folders / family), resolution)
+        backbone = make_backbone(families[family](), resolution)
+        assert stored.latent_shape == backbone.latent_shape
+        schedulers = (stored.make_scheduler(), backbone.make_scheduler())
+        one, other = ({k: v for k, v in s.config.items() if k[0] != "_"} for s in schedulers)
+        assert one == other and len({type(scheduler) for scheduler in schedulers}) == 1
+    assert stored.make_scheduler() is not stored.make_scheduler()
+
+
+def test_a_model_without_a_tokenizer_is_told(folders, tmp_path):
+    model = shutil.copytree(folders / "xl", tmp_path / "model")
+    shutil.rmtree(model / "tokenizer_2")
+    with pytest.raises(ValueError, match="^pretrained_model_name_or_path '.*': no tokenizer_2") as error:
+        StoredModel(str(model)).check_prompts(["knife"])
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("family", ["sd", "xl"])

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from diffusers_safe.backbones import make_backbone
+from diffusers_safe.evaluation.statistics import Estimate
 from diffusers_safe.training.erasure_arguments import SDDArguments
 from diffusers_safe.training.erasure_loop import ErasureLoop
 
@@ -19,14 +19,11 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture
-def load(monkeypatch):
+def load(on_cpu, monkeypatch):
     """Imports a benchmark by name, as `python benchmarks/NAME.py` would find its neighbours."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.setattr(sys, "argv", ["benchmark"])
-    yield importlib.import_module
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return importlib.import_module
 
 
 def rows(text):
@@ -104,3 +101,18 @@ def test_bad_arguments_are_one_line(load, capsys, name, words, message):
         load(name).main(words.split())
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and message in lines[0]
+
+
+def test_seeds_are_pooled(load):
+    def results(gone, difference):
+        sides = {"before": Estimate.rate(2, 2), "after": Estimate.rate(2, 2)}
+        worse = {**sides, "after": Estimate.rate(2 - difference, 2)}
+        return {
+            "concept_rate": {"before": Estimate.rate(24, 24), "after": Estimate.rate(gone, 24)},
+            "accuracy": {"before": Estimate.mean([1.0, 1.0])},
+            "accuracy_by_object": {"cat": sides, "dog": worse},
+            "style_accuracy": None,
+        }
+
+    row = load("erasure_methods").pooled_row("a", [results(0, 0), results(3, 1)])
+    assert "100.0 % [92.6, 100.0], N=48 | 6.2 % [2.1, 16.8], N=48 | 100.0 % | -12.5 points" in row

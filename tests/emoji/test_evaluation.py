@@ -16,14 +16,16 @@ def test_rows_have_their_own_seeds_and_keep_them_when_more_are_asked_for():
     few, many = erasure_rows(WEAPONS, 2, 0, "weapon"), erasure_rows(WEAPONS, 4, 0, "weapon")
     assert len({row.seed for row in many}) == len({row.id for row in many}) == len(many)
     assert {(row.id, row.seed) for row in few} < {(row.id, row.seed) for row in many}
-    assert Counter(row.labels["part"] for row in few) == {"erased": 12, "object": 110, "group": 12}
+    assert Counter(row.labels["part"] for row in few) == {"erased": 24, "object": 110, "group": 12}
+    assert Counter(row.labels["part"] for row in erasure_rows(["cat"], 2, 0))["erased"] == 24
+    assert Counter(row.labels["part"] for row in erasure_rows(WEAPONS, 5, 0, "weapon"))["erased"] == 30
     assert {row.seed for row in few}.isdisjoint(row.seed for row in erasure_rows(WEAPONS, 2, 1, "weapon"))
 
 
 def test_an_erasure_is_measured_on_what_went_and_on_what_stayed(make_tiny_pipeline, tmp_path, scripted_judge, perfect):
     rows = erasure_rows(WEAPONS, 2, 0, "weapon")
     before, after = perfect(rows), perfect(rows)
-    after[:12] = ["gun", *["nothing"] * 10, "cat"]  # a gun for "a knife" counts as a weapon
+    after[:24] = ["gun", *["nothing"] * 22, "cat"]  # a gun for "a knife" counts as a weapon
     cat, fruit = ([i for i, row in enumerate(rows) if row.labels["subject"] == name] for name in ("cat", "fruit"))
     after[cat[0]] = after[fruit[0]] = "dog"
     results = evaluate_erasure(
@@ -31,9 +33,9 @@ def test_an_erasure_is_measured_on_what_went_and_on_what_stayed(make_tiny_pipeli
         images_per_object=2, group="weapon", settings=QUICK, retained=["cat", "fruit"], batch_size=64,
     )  # fmt: skip
     rate = results["concept_rate"]
-    assert (rate["before"].value, rate["after"].value, rate["after"].n) == (1, 1 / 12, 12)
-    assert results["concept_rate_by_prompt"]["a knife"]["after"].value == 0.5
-    assert results["seen_instead"] == {"nothing": 10, "cat": 1}
+    assert (rate["before"].value, rate["after"].value, rate["after"].n) == (1, 1 / 24, 24)
+    assert results["concept_rate_by_prompt"]["a knife"]["after"].value == 0.25
+    assert results["seen_instead"] == {"nothing": 22, "cat": 1}
     assert results["accuracy"]["before"].value == 1
     assert results["accuracy"]["difference"].value == pytest.approx(-0.5 / 55)
     assert results["accuracy"]["difference"].low < 0 == results["accuracy"]["difference"].high
@@ -44,10 +46,10 @@ def test_an_erasure_is_measured_on_what_went_and_on_what_stayed(make_tiny_pipeli
     assert 0 < results["distance"]["others"].value < 1
 
     written = json.loads((tmp_path / "results.json").read_text())
-    assert written["concept_rate"]["after"]["n"] == 12
+    assert written["concept_rate"]["after"]["n"] == 24
     assert written["protocol"]["model_before"] != written["protocol"]["model_after"]
     page = (tmp_path / "report.html").read_text()
-    assert "weapon recognised" in page and page.count("<figure>") == 6 * 2 + 55
+    assert "weapon recognised" in page and page.count("<figure>") == 6 * 3 + 55
 
 
 def test_a_style_is_measured_on_the_style_and_on_what_stayed(make_tiny_pipeline, tmp_path, scripted_judge, perfect):

@@ -23,15 +23,8 @@ from diffusers_safe.emoji.recipe import RecipeArguments, Stage, learning_rate_fa
 from diffusers_safe.emoji.render import render_many
 
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def arguments(folder, **changes):

@@ -110,7 +110,7 @@ def test_a_whole_pipeline_reads_its_base_only_when_asked(base, whole, tmp_path, 
     record.base_model = str(tmp_path / "gone")
     record.save(copy)
     pipeline = ErasedStableDiffusionPipeline.from_pretrained(copy)  # it draws without its base model
-    with pytest.raises(ValueError, match="base model of the erasure: .*gone.*from_pretrained takes another"):
+    with pytest.raises(ValueError, match="base model of the erasure: .*gone.*give base_model to from_pretrained"):
         with pipeline.erasure_disabled():
             pass
     assert same(weights_of(pipeline), before)
@@ -279,6 +279,8 @@ for source in ("tester/nothing", "tester/files"):
     assert "0 tester/files: holds several files, of which weight_name must name one: another.pt, some" in told
     assert FILE_NAME in files and not any(name.endswith((".py", ".bin", ".pt")) for name in files)
     assert json.loads(files[FILE_NAME])["base_model"] == "tester/base"
+    for local in (tiny_model_folder, "_name_or_path"):
+        assert not [name for name, content in files.items() if local.encode() in content]
 
 
 def test_sdxl(tmp_path):

@@ -175,6 +175,7 @@ pipeline.save_pretrained("saved", push_to_hub=True, repo_id="tester/saved")
         assert b'from_pretrained("tester/safe-emoji")' in files["README.md"] and "pipeline.py" in files
         assert "unet/diffusion_pytorch_model.safetensors" in hub.lfs_paths
         assert hub.files("tester/saved").keys() == files.keys()
+        assert not [name for name, content in files.items() if b"_name_or_path" in content]
 
         load = """
 import numpy as np, torch

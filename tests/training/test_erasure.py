@@ -1,12 +1,13 @@
 """`diffusers_safe.erase`, the way from Python."""
 
 import json
+import random
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from diffusers_safe import erase
 from diffusers_safe.provenance import fingerprint
@@ -14,15 +15,8 @@ from diffusers_safe.training.erasure_arguments import METHODS
 from diffusers_safe.weights import select_parameters
 
 
+pytestmark = pytest.mark.usefixtures("on_cpu")
 QUICK = {"max_train_steps": 2, "num_inference_steps": 3, "learning_rate": 1e-3, "watch_prompts": ["a cat"]}
-
-
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -80,6 +74,7 @@ def test_calls_with_other_precisions_follow_each_other_and_leave_a_plain_denoise
         plain.load_state_dict(pipeline.unet.state_dict())
         with torch.no_grad():
             assert torch.equal(pipeline.unet(*inputs).sample, plain(*inputs).sample)
+        assert "forward" not in vars(pipeline.unet)
 
 
 def test_adapters_of_another_are_refused_and_nothing_changes(tiny_pipeline):
@@ -127,10 +122,90 @@ def test_a_preset_stands_for_options_that_are_not_given(make_tiny_pipeline):
         ({"train_method": "half"}, "train_method 'half': unknown"),
         ({"resume_from_checkpoint": "latest"}, "resume_from_checkpoint latest: needs an output_dir"),
         ({"method": "esd", "preset": "esd-2026"}, "preset 'esd-2026': unknown"),
+        ({"resolution": 60}, "resolution 60: must be a multiple of 8"),
+        ({"concepts": ["knife " * 40]}, "has 42 tokens; this model takes 32"),
+        ({"retain_prompts": ["cat " * 40], "rank": 2}, "has 42 tokens; this model takes 32"),
+        ({"num_inference_steps": 2000}, "num_inference_steps"),
+        ({"loss_space": "velocity"}, "loss_space velocity: the model predicts 'sample'"),
     ],
 )
-def test_bad_input_is_told_before_anything_is_trained(tiny_pipeline, changes, message):
-    before = fingerprint(tiny_pipeline.unet)
+def test_bad_input_is_told_before_anything_is_trained_moved_or_written(
+    tiny_pipeline, tmp_path, monkeypatch, changes, message
+):
+    schedule = DDIMScheduler.from_config(tiny_pipeline.scheduler.config, prediction_type="sample")
+    tiny_pipeline.register_modules(scheduler=schedule)
+    before, touched = described(tiny_pipeline), []
+    for part in (tiny_pipeline.unet, tiny_pipeline.vae, tiny_pipeline.text_encoder):
+        monkeypatch.setattr(part, "to", lambda *arguments: touched.append(arguments))
+    out = None if "resume_from_checkpoint" in changes else str(tmp_path / "out")
     with pytest.raises(ValueError, match=message):
-        erase(**{"pipeline": tiny_pipeline, "concepts": ["knife"], **changes})
-    assert fingerprint(tiny_pipeline.unet) == before
+        erase(**{"pipeline": tiny_pipeline, "concepts": ["knife"], "output_dir": out, **changes})
+    monkeypatch.undo()
+    assert described(tiny_pipeline) == before and touched == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prompt_that_is_too_long_is_told_before_a_folder_is_loaded(tiny_model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers_safe.training.erasure.load_pipeline", None)
+    with pytest.raises(ValueError, match="has 42 tokens; this model takes 32"):
+        erase(tiny_model_folder, ["knife " * 40], output_dir=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def described(pipeline):
+    """What a caller can see of a pipeline's parts."""
+    unet, parts = pipeline.unet, (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    learns = [parameter.requires_grad for part in parts for parameter in part.parameters()]
+    return (
+        [(fingerprint(part), part.training, list(part.state_dict())) for part in parts],
+        (learns, vars(unet).get("forward"), getattr(unet, "peft_config", None), unet.is_gradient_checkpointing),
+    )
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at(step, *_):
+    raise Stopped
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_run_that_fails_leaves_the_pipeline_as_it_was(make_tiny_pipeline, tmp_path, rank):
+    pipeline = make_tiny_pipeline()
+    before = described(pipeline)
+    options = {**QUICK, "rank": rank, "mixed_precision": "bf16", "gradient_checkpointing": True}
+    with pytest.raises(Stopped):
+        erase(pipeline, ["knife"], progress_bar=False, callback=stop_at, **options)
+    assert described(pipeline) == before
+
+    folder = str(tmp_path)
+    erase(make_tiny_pipeline(), ["knife"], output_dir=folder, checkpointing_steps=1, progress_bar=False, **QUICK)
+    options |= {"seed": 1, "mixed_precision": None, "resume_from_checkpoint": f"{folder}/checkpoint-1"}
+    with pytest.raises(ValueError, match="the checkpoint is of another run"):
+        erase(pipeline, ["knife"], output_dir=f"{folder}/other", progress_bar=False, **options)
+    assert described(pipeline) == before
+
+
+def random_states():
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+
+def test_the_callers_random_generators_go_on_where_they_were(tiny_pipeline):
+    random.seed(1), np.random.seed(2), torch.manual_seed(3)
+    before = random_states()
+    seen = []
+    erase(tiny_pipeline, ["knife"], progress_bar=False, callback=lambda *_: seen.append(random_states()), **QUICK)
+    assert random_states() == before != seen[0]  # a run has its own
+    with pytest.raises(Stopped):
+        erase(tiny_pipeline, ["knife"], progress_bar=False, callback=stop_at, **QUICK)
+    assert random_states() == before
+
+
+def test_gradients_are_recomputed_during_the_run_only(tiny_pipeline):
+    seen = []
+    erase(
+        tiny_pipeline, ["knife"], progress_bar=False, gradient_checkpointing=True,
+        callback=lambda *_: seen.append(tiny_pipeline.unet.is_gradient_checkpointing), **QUICK,
+    )  # fmt: skip
+    assert seen == [True, True] and not tiny_pipeline.unet.is_gradient_checkpointing

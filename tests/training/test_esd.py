@@ -4,7 +4,6 @@ import sys
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
@@ -83,12 +82,10 @@ def test_two_processes_resume_what_one_began(tiny_model_folder, tmp_path):
     ],
 )
 def test_what_the_device_cannot_do_is_one_line_before_anything_is_loaded(
-    tiny_model_folder, tmp_path, monkeypatch, surroundings, changes, message
+    on_cpu, tiny_model_folder, tmp_path, monkeypatch, surroundings, changes, message
 ):
-    AcceleratorState._reset_state(reset_partial_state=True)
     for name, value in surroundings.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match=f"^error: {message}"):
         main(options(tiny_model_folder, tmp_path / "out", **changes))
-    AcceleratorState._reset_state(reset_partial_state=True)
     assert list((tmp_path / "out").iterdir()) == []

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
@@ -16,6 +15,7 @@ from diffusers_safe.training.generators import sample_generator
 from diffusers_safe.training.sdd import main
 from diffusers_safe.trajectories import Trajectories
 from diffusers_safe.weights import select_parameters
+from scripts import accelerate_on_cpu
 
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -39,13 +39,8 @@ def train(model, output_dir, **changes):
         "save": "both",
         **changes,
     }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        AcceleratorState._reset_state(reset_partial_state=True)
-        try:
-            main([word for name, value in chosen.items() for word in (f"--{name}", str(value))])
-        finally:
-            AcceleratorState._reset_state(reset_partial_state=True)
+    with accelerate_on_cpu():
+        main([word for name, value in chosen.items() for word in (f"--{name}", str(value))])
 
 
 @pytest.fixture(scope="module")

@@ -4,39 +4,9 @@ import json
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
-from diffusers_safe.backbones import make_backbone
 from diffusers_safe.training.arguments import LR_SCHEDULERS
-from diffusers_safe.training.erasure_arguments import SDDArguments
-from diffusers_safe.training.erasure_loop import ErasureLoop
-from diffusers_safe.training.objectives import SDDObjective
 from diffusers_safe.training.objectives.sdd import SDD_TARGETS
-
-
-@pytest.fixture
-def make_loop(make_tiny_pipeline, tmp_path):
-    def make(folder="run", mixed_precision="no", pipeline=None, **changes):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        (tmp_path / folder).mkdir(exist_ok=True)
-        settings = {
-            "pretrained_model_name_or_path": "tiny",
-            "concepts": ["knife", "gun"],
-            "output_dir": str(tmp_path / folder),
-            "num_inference_steps": 4,
-            "max_train_steps": 3,
-            "learning_rate": 1e-3,
-            "ema_decay": 0.5,
-            "watch_prompts": ["a cat"],
-            "checkpointing_steps": 0,
-        }
-        args = SDDArguments(**{**settings, **changes})
-        backbone = make_backbone(pipeline or make_tiny_pipeline())
-        accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
-        return ErasureLoop(accelerator, backbone, SDDObjective(args.sdd_target), args, args.ema_decay)
-
-    return make
 
 
 def result(loop):

@@ -71,6 +71,39 @@ def test_the_plan_counts_what_trains(make_args, tiny_pipeline):
     assert "nothing was trained" in str(plan) and "knife by SDD" in str(plan)
 
 
+@pytest.mark.parametrize("kind", [SDDArguments, ESDArguments])
+@pytest.mark.parametrize("rank", [None, 4])
+def test_the_memory_of_the_plan_is_what_the_loop_holds(make_args, make_tiny_pipeline, kind, rank):
+    args = make_args(kind, rank=rank)
+    memory = make_plan(args).memory
+    pipeline = make_tiny_pipeline()
+    loop = ErasureLoop(Accelerator(cpu=True), make_backbone(pipeline), args.make_objective(), args, args.ema_decay)
+    model = list(pipeline.unet.parameters())
+    held = {id(value) for value in model}
+    weights = [loop.weights.student, loop.weights.frozen, loop.weights.ema or {}]
+    copies = [value for part in weights for value in part.values() if id(value) not in held]
+
+    def size(tensors):
+        return 4 * sum(tensor.numel() for tensor in tensors)
+
+    assert memory["model"] == size(model)
+    assert memory["copies and gradients"] == size(copies) + size(loop.weights.student.values())
+    assert memory["Adam"] == 2 * size(loop.weights.student.values())
+
+
+def test_a_plan_reads_the_model_once(make_args, monkeypatch):
+    """And does not check again what the command line has checked."""
+    args = make_args()
+    monkeypatch.setattr(type(args), "check_base_model", None)
+    built = []
+    plain = UNet2DConditionModel.from_config.__func__
+    monkeypatch.setattr(
+        UNet2DConditionModel, "from_config", classmethod(lambda cls, config: built.append(1) or plain(cls, config))
+    )
+    make_plan(args)
+    assert len(built) == 1
+
+
 @pytest.fixture(scope="module")
 def real_size_folder(tmp_path_factory):
     """The configs of Stable Diffusion 1.5, no weights."""

@@ -5,19 +5,13 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_safe import erase
 from diffusers_safe.training.run_log import ConceptLosses, _keep
 
 
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 def test_the_tracker_gets_losses_by_concept_rate_and_speed(tiny_pipeline, tmp_path):

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -65,18 +64,14 @@ def test_what_is_drawn_of_a_run(tiny_pipeline, weights, arguments):
     assert (named.erased, named.kept) == (["a big Gun"], ["a cat"])
 
 
-def test_validation_draws_when_it_is_due_and_changes_nothing(make_tiny_pipeline, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    AcceleratorState._reset_state(reset_partial_state=True)
+def test_validation_draws_when_it_is_due_and_changes_nothing(on_cpu, make_tiny_pipeline, tmp_path):
     run = {"max_train_steps": 5, "num_inference_steps": 3, "learning_rate": 1e-3, "watch_prompts": ["a cat"],
            "progress_bar": False}  # fmt: skip
     quiet = erase(make_tiny_pipeline(), ["knife"], **run)
-    AcceleratorState._reset_state(reset_partial_state=True)
     drawn = erase(
         make_tiny_pipeline(), ["knife"], output_dir=str(tmp_path), report_to="tensorboard", validation_steps=2,
         validation_prompts=["a knife", "a cat"], **run,
     )  # fmt: skip
-    AcceleratorState._reset_state(reset_partial_state=True)
     assert fingerprint(drawn.unet) == fingerprint(quiet.unet)
     pictures = sorted(path.name for path in (tmp_path / "validation").iterdir())
     assert pictures == ["step-2.png", "step-4.png", "step-5.png"]

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
@@ -135,18 +134,17 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_where_an_undisturbed_one_does(era
     assert log_rows(out) == log_rows(erased)
 
 
-def test_sigterm_ends_the_program_with_130_after_a_checkpoint(tiny_model_folder, tmp_path, monkeypatch, capsys):
+def test_sigterm_ends_the_program_with_130_after_a_checkpoint(
+    on_cpu, tiny_model_folder, tmp_path, monkeypatch, capsys
+):
     def step_and_be_stopped(loop, step):
         os.kill(os.getpid(), signal.SIGTERM)
         return {"erase": 0.0}
 
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    AcceleratorState._reset_state(reset_partial_state=True)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(ErasureLoop, "train_step", step_and_be_stopped)
     with pytest.raises(SystemExit) as stop:
         main(options(tiny_model_folder, tmp_path / "out", checkpointing_steps=0))
-    AcceleratorState._reset_state(reset_partial_state=True)
     assert stop.value.code == 130
     assert f"--resume_from_checkpoint {tmp_path / 'out' / 'checkpoint-1'}" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-1", "log.jsonl"}

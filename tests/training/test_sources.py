@@ -2,43 +2,20 @@
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
-from diffusers_safe.backbones import make_backbone
-from diffusers_safe.training.erasure_arguments import ESDArguments, SDDArguments
-from diffusers_safe.training.erasure_loop import ErasureLoop
+from diffusers_safe.training.erasure_arguments import ESDArguments
 from diffusers_safe.training.generators import sample_generator
 
 
 STOPS = 6
-
-
 FROZEN = {"kind": ESDArguments, "sampling_model": "frozen"}
 
 
 @pytest.fixture
-def make_loop(make_tiny_pipeline, tmp_path):
-    def make(folder="run", kind=SDDArguments, **changes):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        (tmp_path / folder).mkdir(exist_ok=True)
-        settings = {
-            "pretrained_model_name_or_path": "tiny",
-            "concepts": ["knife", "gun"],
-            "output_dir": str(tmp_path / folder),
-            "num_inference_steps": STOPS,
-            "prompt_order": "matched",
-            "max_train_steps": 6,
-            "learning_rate": 1e-3,
-            **({"ema_decay": 0.5} if kind is SDDArguments else {}),
-            "watch_prompts": [],
-            "checkpointing_steps": 0,
-        }
-        args = kind(**{**settings, **changes})
-        backbone = make_backbone(make_tiny_pipeline())
-        return ErasureLoop(Accelerator(cpu=True), backbone, args.make_objective(), args, args.ema_decay)
-
-    return make
+def make_loop(make_loop):
+    """The same with a schedule of `STOPS` steps, and one concept a sample."""
+    settings = {"num_inference_steps": STOPS, "prompt_order": "matched", "max_train_steps": 6, "watch_prompts": []}
+    return lambda **changes: make_loop(**{**settings, **changes})
 
 
 def batches(source, steps, size=2):
@@ -111,7 +88,7 @@ def test_forwards_with_a_pool_are_those_of_the_loss(make_loop):
 def test_a_pool_that_lasts_is_the_exact_rule(make_loop):
     """Trajectory n of the pool is trajectory n of a run without one."""
     settings = {"retain_prompts": ["a cat", "a tree"], "train_batch_size": 2, **FROZEN}
-    exact, pooled = (make_loop(f"{n}", trajectory_pool=n, **settings) for n in (0, 100))
+    exact, pooled = (make_loop(folder=f"{n}", trajectory_pool=n, **settings) for n in (0, 100))
     for one, other in ((exact.erasing, pooled.erasing), (exact.retaining, pooled.retaining)):
         for step in range(6):
             ours, theirs = one.batch(step, range(2)), other.batch(step, range(2))

@@ -1,8 +1,9 @@
 """What differs between model families, behind one small interface."""
 
-from .base import Backbone, Conditioning, check_model, load_pipeline, make_backbone
+from .base import Backbone, Conditioning, load_pipeline, make_backbone
 from .stable_diffusion import StableDiffusionBackbone
 from .stable_diffusion_xl import StableDiffusionXLBackbone
+from .stored import StoredModel, check_model
 
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Conditioning",
     "StableDiffusionBackbone",
     "StableDiffusionXLBackbone",
+    "StoredModel",
     "check_model",
     "load_pipeline",
     "make_backbone",

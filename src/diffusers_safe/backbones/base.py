@@ -1,18 +1,19 @@
-"""The interface of a model family, and how a pipeline on disk or on the Hub finds its family."""
+"""The interface of a model family, and how a pipeline finds its family."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.loaders import TextualInversionLoaderMixin
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 
 # What a denoiser needs to know of a prompt beside latents and timesteps: named tensors, the batch first.
 Conditioning = dict[str, torch.Tensor]
-# A component's config by the component's name; None where the pipeline has no such component.
+# A component's config, with its class as `_class_name`, by the component's name; None where the pipeline has none.
 ComponentConfig = Callable[[str], dict[str, Any] | None]
 
 
@@ -25,16 +26,18 @@ class Backbone(ABC):
 
     Attributes:
         pipeline_classes (`tuple[str, ...]`): Names of the diffusers pipelines of this family.
+        tokenizers (`tuple[str, ...]`): Names of the tokenizers in the pipeline.
 
     Raises:
         `ValueError`: As [`~Backbone.check`].
     """
 
     pipeline_classes: tuple[str, ...] = ()
+    tokenizers: tuple[str, ...] = ()
 
     def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None):
         self.check(_loaded_configs(pipeline), resolution)
-        self.pipeline = pipeline
+        self.pipeline, self.resolution = pipeline, resolution
 
     @classmethod
     @abstractmethod
@@ -50,15 +53,37 @@ class Backbone(ABC):
     def skeleton(cls, config: ComponentConfig) -> nn.Module:
         """The denoiser's structure: on the meta device, without weights."""
 
+    @classmethod
+    @abstractmethod
+    def shape(cls, config: ComponentConfig, resolution: int | None = None) -> tuple[int, int, int]:
+        """Channels, height and width of one latent."""
+
     @property
     @abstractmethod
     def denoiser(self) -> nn.Module:
         """The network that is trained."""
 
     @property
-    @abstractmethod
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of one latent."""
+        return self.shape(_loaded_configs(self.pipeline), self.resolution)
+
+    def check_prompts(self, prompts: list[str]) -> None:
+        """
+        Raises:
+            `ValueError`: If a prompt is longer than the text encoders take: what is cut would not be trained.
+        """
+        for name in self.tokenizers:
+            check_lengths(prompts, getattr(self.pipeline, name))
+
+    @property
+    @abstractmethod
+    def picture_size(self) -> int:
+        """Height and width of a picture, in pixels.
+
+        Raises:
+            `ValueError`: If they are not the same.
+        """
 
     @abstractmethod
     def encode(self, prompts: list[str], device: torch.device | str = "cpu", truncation: bool = False) -> Conditioning:
@@ -69,7 +94,7 @@ class Backbone(ABC):
         captions of pictures are.
 
         Raises:
-            `ValueError`: If a prompt is longer than the text encoder takes: what is cut would not be trained.
+            `ValueError`: As [`~Backbone.check_prompts`].
         """
 
     @property
@@ -129,8 +154,12 @@ def _families() -> tuple[type[Backbone], ...]:
     return (StableDiffusionBackbone, StableDiffusionXLBackbone)
 
 
-def _find_family(*class_names: str) -> type[Backbone]:
-    """The family of the first name that has one."""
+def find_family(*class_names: str) -> type[Backbone]:
+    """The family of the first name of a pipeline's class that has one.
+
+    Raises:
+        `ValueError`: If none has.
+    """
     families = {name: family for family in _families() for name in family.pipeline_classes}
     for name in class_names:
         if name in families:
@@ -145,50 +174,31 @@ def _loaded_configs(pipeline: DiffusionPipeline) -> ComponentConfig:
         component = getattr(pipeline, name, None)
         if component is None:
             return None
-        return component.config if isinstance(component.config, dict) else component.config.to_dict()
+        known = component.config if isinstance(component.config, dict) else component.config.to_dict()
+        return {**known, "_class_name": type(component).__name__}
 
     return config
 
 
-def check_model(name_or_path: str, resolution: int | None = None, **hub_arguments) -> nn.Module:
-    """Looks at a model's configs only, so that what cannot be trained is told before anything is loaded.
-
-    Args:
-        name_or_path (`str`): Hub id or folder of a diffusers pipeline.
-        resolution (`int`, *optional*): As [`make_backbone`] takes it.
-
-    Returns:
-        `nn.Module`: The denoiser's structure, on the meta device.
-
-    Raises:
-        `ValueError`: If there is no diffusers pipeline there, its family is not supported, or [`Backbone.check`]
-            refuses it.
+def check_lengths(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
     """
-
-    def read(**where) -> dict[str, Any]:
-        loader = UNet2DConditionModel if where else DiffusionPipeline  # they differ in the name of the file
-        try:
-            return loader.load_config(name_or_path, **where, **hub_arguments)
-        except (OSError, ValueError) as error:
-            kind = "folder" if Path(name_or_path).exists() else "folder or Hub repository"
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"pretrained_model_name_or_path '{name_or_path}': no {kind} of a diffusers pipeline "
-                             f"(a folder needs a model_index.json): {reason}") from None  # fmt: skip
-
-    index = read()
-    class_name = index.get("_class_name", "a model_index.json without _class_name")
-    family = _find_family(class_name if isinstance(class_name, str) else class_name[-1])
-
-    def config(name: str) -> dict[str, Any] | None:
-        library, _ = index.get(name, (None, None))
-        return None if library is None else read(subfolder=name)
-
-    family.check(config, resolution)
-    return family.skeleton(config)
+    Raises:
+        `ValueError`: If a prompt has more tokens than the model takes.
+    """
+    for prompt in prompts:
+        # As the pipelines do it, for embeddings of several vectors.
+        converted = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
+        count = len(tokenizer(converted).input_ids)
+        if count > tokenizer.model_max_length:
+            raise ValueError(
+                f"prompt '{prompt[:60]}...' has {count} tokens; this model takes {tokenizer.model_max_length}, "
+                "and what is cut would not be trained. Concepts are not joined with --prompt_order matched and "
+                "no --negative_guidance_scale"
+            )
 
 
 def load_pipeline(name_or_path: str, **hub_arguments) -> DiffusionPipeline:
-    """Loads a supported pipeline in fp32, as training needs it. Call [`check_model`] first for clear errors."""
+    """Loads a supported pipeline in fp32, as training needs it. Make a [`StoredModel`] first for clear errors."""
     return DiffusionPipeline.from_pretrained(name_or_path, dtype=torch.float32, **hub_arguments)
 
 
@@ -203,5 +213,5 @@ def make_backbone(pipeline: DiffusionPipeline, resolution: int | None = None) ->
     Raises:
         `ValueError`: If its family is not supported, or [`Backbone.check`] refuses it.
     """
-    family = _find_family(*(base.__name__ for base in type(pipeline).__mro__))
+    family = find_family(*(base.__name__ for base in type(pipeline).__mro__))
     return family(pipeline, resolution)

@@ -7,11 +7,14 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 
 from .base import Backbone, ComponentConfig, Conditioning
+
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")  # the first is meant where a config says nothing
 
 
 class UNetBackbone(Backbone):
@@ -19,26 +22,21 @@ class UNetBackbone(Backbone):
 
     Attributes:
         text_encoders (`tuple[str, ...]`): Names of the text encoders in the pipeline.
-        tokenizers (`tuple[str, ...]`): Names of their tokenizers.
         addition_embed_type (`str`, *optional*): What the UNet must take beside the prompt's hidden states.
     """
 
     text_encoders: tuple[str, ...]
-    tokenizers: tuple[str, ...]
     addition_embed_type: str | None = None
-
-    def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None):
-        super().__init__(pipeline, resolution)
-        self._resolution = resolution
 
     @classmethod
     def check(cls, config: ComponentConfig, resolution: int | None = None) -> None:
-        for name in ("unet", "vae", *cls.text_encoders):
+        for name in ("unet", "vae", "scheduler", *cls.text_encoders):
             if config(name) is None:
                 raise ValueError(f"{name}: this pipeline has none (as a refiner has no text_encoder); "
                                  f"{cls.pipeline_classes[0]} needs one to be trained")  # fmt: skip
         unet, vae = config("unet"), config("vae")
         cls._check_inputs(unet, vae.get("latent_channels", 4))
+        _check_scheduler(config("scheduler"))
         scale = vae_scale_factor(vae)
         if resolution is not None and (resolution < scale or resolution % scale):
             below = max(resolution // scale, 1) * scale
@@ -78,23 +76,28 @@ class UNetBackbone(Backbone):
         with torch.device("meta"):
             return UNet2DConditionModel.from_config(config("unet"))
 
+    @classmethod
+    def shape(cls, config: ComponentConfig, resolution: int | None = None) -> tuple[int, int, int]:
+        unet = config("unet")
+        size = unet["sample_size"] if resolution is None else resolution // vae_scale_factor(config("vae"))
+        height, width = (size, size) if isinstance(size, int) else size
+        return unet["in_channels"], height, width
+
     @property
     def denoiser(self) -> nn.Module:
         return self.pipeline.unet
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        config = self.pipeline.unet.config
-        size = config.sample_size
-        if self._resolution is not None:
-            size = self._resolution // vae_scale_factor(self.pipeline.vae.config)
-        height, width = (size, size) if isinstance(size, int) else size
-        return config.in_channels, height, width
+    def picture_size(self) -> int:
+        _, height, width = self.latent_shape
+        if height != width:
+            raise ValueError(f"resolution: must be given; this model's own is not square ({height} x {width} latents)")
+        return height * vae_scale_factor(self.pipeline.vae.config)
 
     @torch.no_grad()
     def encode(self, prompts: list[str], device: torch.device | str = "cpu", truncation: bool = False) -> Conditioning:
-        for name in () if truncation else self.tokenizers:
-            self._check_lengths(prompts, getattr(self.pipeline, name))
+        if not truncation:
+            self.check_prompts(prompts)
         encoders = [getattr(self.pipeline, name) for name in self.text_encoders]
         homes = [encoder.device for encoder in encoders]
         for encoder in encoders:
@@ -127,19 +130,20 @@ class UNetBackbone(Backbone):
             return (latents - mean) * vae.scaling_factor / std
         return latents * vae.scaling_factor
 
-    def _check_lengths(self, prompts: list[str], tokenizer) -> None:
-        for prompt in prompts:
-            count = len(tokenizer(self.pipeline.maybe_convert_prompt(prompt, tokenizer)).input_ids)
-            if count > tokenizer.model_max_length:
-                raise ValueError(
-                    f"prompt '{prompt[:60]}...' has {count} tokens; this model takes {tokenizer.model_max_length}, "
-                    "and what is cut would not be trained. Concepts are not joined with --prompt_order matched and "
-                    "no --negative_guidance_scale"
-                )
-
     @abstractmethod
     def _encode(self, prompts: list[str], device: torch.device | str) -> Conditioning:
         """Encodes prompts that fit, with encoders that are on the device."""
+
+
+def _check_scheduler(scheduler: dict[str, Any]) -> None:
+    name, predicted = scheduler["_class_name"], scheduler.get("prediction_type", PREDICTION_TYPES[0])
+    if name.startswith("Flow") or scheduler.get("use_flow_sigmas"):
+        raise ValueError(
+            f"scheduler {name}: is for flow matching, whose latents and predictions are not this model family's; "
+            "allowed are schedulers of diffusion, such as DDIMScheduler"
+        )
+    if predicted not in PREDICTION_TYPES:
+        raise ValueError(f"scheduler {name} prediction_type '{predicted}': allowed are {', '.join(PREDICTION_TYPES)}")
 
 
 @contextmanager

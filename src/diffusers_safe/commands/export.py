@@ -20,11 +20,11 @@ from ..backbones import check_model, load_pipeline, make_backbone
 from ..formats import (
     LORA_NAME,
     PARTIAL_NAME,
-    RESULTS,
     UNET_FOLDER,
     ErasedWeights,
     LoRA,
     assign,
+    check_no_result,
     facts,
     fetch,
     low_rank,
@@ -81,8 +81,7 @@ class ExportArguments:
 def check_surroundings(args: ExportArguments) -> None:
     """The source's place and the output folder, which is created."""
     fetch(args.source, args.weight_name, only_records=True, **_revision(args))
-    if found := [name for name in RESULTS if (Path(args.output_dir) / name).exists()]:
-        raise ValueError(f"output_dir {args.output_dir}: holds a model already ({found[0]}); give another")
+    check_no_result(args.output_dir)
     check_output_dir(args.output_dir)
 
 

@@ -1,4 +1,4 @@
-"""Publishes an erased model on the Hugging Face Hub: what --push_to_hub does, later.
+"""Publishes an erased model, or a student, on the Hugging Face Hub: what --push_to_hub does, later.
 
     diffusers-safe push runs/sd-1.5-safe --hub_model_id user/sd-1.5-safe
 
@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     tell_errors_in_one_line(parser)
-    parser.add_argument("folder", help="Output folder of an erasure.")
+    parser.add_argument("folder", help="Output folder of a training.")
     parser.add_argument(
         "--hub_model_id", help="user/name, or a name in your own account. (default: the name of the folder)"
     )

@@ -1,14 +1,23 @@
-"""The emoji pictures as a captioned `datasets.Dataset`, made on the fly from a seed."""
+"""The emoji pictures as a captioned `datasets.Dataset`, made on the fly from a seed.
+
+    python -m diffusers_safe.emoji.dataset --num_images 8000 --output_dir runs/emoji-data
+
+writes them as a parquet file that `train_distill.py --train_data_dir runs/emoji-data --caption_column caption` reads.
+"""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, Features, Image, Value
 
+from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
 from .render import render
 from .scenes import draw_caption, draw_scene
 
 
+FILE_NAME = "train.parquet"
 FEATURES = Features(
     {
         "image": Image(),
@@ -55,3 +64,29 @@ def _rows(num_images: int, seed: int, hold_out: bool) -> Iterator[dict]:
             "background": scene.background,
             "style": scene.style or "plain",
         }
+
+
+@dataclass
+class DatasetArguments:
+    output_dir: str = field(metadata={"help": "Folder for the parquet file."})
+    num_images: int = field(default=8000, metadata={"help": "Pictures, at least 1."})
+    seed: int = field(default=0, metadata={"help": "Of the pictures; the embedded model was trained on 0."})
+
+    def __post_init__(self):
+        if self.num_images < 1:
+            raise ValueError(f"num_images {self.num_images}: must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed {self.seed}: must be at least 0")
+
+
+def main() -> None:
+    args = parse_dataclass(DatasetArguments, __doc__, check=lambda args: check_output_dir(args.output_dir))
+    path, partial = Path(args.output_dir) / FILE_NAME, Path(args.output_dir) / f".{FILE_NAME}.partial"
+    with told_in_one_line():
+        emoji_dataset(args.num_images, args.seed).to_parquet(partial)
+        partial.replace(path)
+    print(f"{args.num_images:,} pictures in {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -33,7 +33,7 @@ SETTINGS = {
     "sampling_fraction": 0.4,
     "latents_per_trajectory": 2,
     "trajectory_pool": 120,
-    "max_train_steps": 160,
+    "max_train_steps": 140,
     "train_batch_size": 8,
     "learning_rate": 2e-3,
     "lr_scheduler": "cosine",

@@ -1,5 +1,6 @@
 """What an erasure did to the embedded model: before and after, on the same prompts and seeds."""
 
+import math
 import zlib
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,6 +19,7 @@ from .scenes import BACKGROUNDS, GROUP_OF, GROUPS, OBJECTS, STYLES, group_member
 
 SETTINGS = GenerationSettings(num_inference_steps=25, guidance_scale=6.0)
 UNNAMED = "objects that training did not name"
+ERASED_IMAGES = 24  # at least, of all erased prompts together: none of 24 is below 14 % with 95 % confidence
 
 
 def evaluate_erasure(
@@ -50,7 +52,8 @@ def evaluate_erasure(
         erased (`list[str]`): Which objects were erased: some of `OBJECTS` and not all, or none where it was a style.
         classifier ([`EmojiClassifier`]): The judge.
         folder (`str` or `Path`): Where images, `results.json` and `report.html` go. A stopped run continues there.
-        images_per_object (`int`, defaults to 8): Images of each prompt, at least 1.
+        images_per_object (`int`, defaults to 8): Images of each prompt, at least 1; of those that were erased as many
+            more as make `ERASED_IMAGES` together.
         seed (`int`, defaults to 0): Every image's own seed follows from it.
         group (`str`, *optional*): The group that was erased as a whole; adds its own prompt to the concept rate.
         settings (`GenerationSettings`, *optional*): How to sample.
@@ -117,10 +120,16 @@ def erasure_rows(
         return _style_rows(erased, images_per_object, seed, group, style)
     _check_erased(erased, group)
     touched = {GROUP_OF[name] for name in erased}
-    subjects = [(name, "erased") for name in [*erased, *([group] if group else [])]]
-    subjects += [(name, "object") for name in OBJECTS if name not in erased]
-    subjects += [(name, "group") for name in GROUPS if name not in touched]
-    return prompt_rows([(name, prompt_for(name), {"part": part}) for name, part in subjects], images_per_object, seed)
+    gone = [*erased, *([group] if group else [])]
+    parts = {
+        "erased": (gone, max(images_per_object, math.ceil(ERASED_IMAGES / len(gone)))),
+        "object": ([name for name in OBJECTS if name not in erased], images_per_object),
+        "group": ([name for name in GROUPS if name not in touched], images_per_object),
+    }
+    rows = []
+    for part, (names, count) in parts.items():
+        rows += prompt_rows([(name, prompt_for(name), {"part": part}) for name in names], count, seed)
+    return rows
 
 
 def _style_rows(

@@ -56,7 +56,9 @@ class SampleGroup:
         return len(self.prompts) * (_TILE + _GAP) - _GAP
 
 
-def draw_grid(groups: list[SampleGroup], caption: str = "") -> Image.Image:
+def draw_grid(
+    groups: list[SampleGroup], caption: str = "", sides: tuple[str, str] = ("before", "after")
+) -> Image.Image:
     """Draws the picture: a column a prompt, and for each seed a row before and a row after right below it.
 
     Images of any size are scaled into squares of 192 pixels. An image that is all black, as safety checkers leave
@@ -65,6 +67,7 @@ def draw_grid(groups: list[SampleGroup], caption: str = "") -> Image.Image:
     Args:
         groups (`list[SampleGroup]`): One or more, with the same number of seeds.
         caption (`str`, defaults to `""`): A line below.
+        sides (`tuple[str, str]`, defaults to `("before", "after")`): What the two rows are called.
     """
     if len({len(group.before) for group in groups}) != 1:
         raise ValueError("groups: there must be at least one, all with the same number of seeds")
@@ -92,8 +95,8 @@ def draw_grid(groups: list[SampleGroup], caption: str = "") -> Image.Image:
         left += group.width + _GROUP_GAP
     for seed in range(seeds):
         y = top + seed * (pair_height + _GROUP_GAP) + _TILE // 2
-        draw.text((_MARGIN, y), "before", _SOFT, _font(_TEXT_SIZE), "lm")
-        draw.text((_MARGIN, y + _TILE + _GAP), "after", _INK, _font(_TEXT_SIZE), "lm", stroke_width=0.4)
+        draw.text((_MARGIN, y), sides[0], _SOFT, _font(_TEXT_SIZE), "lm")
+        draw.text((_MARGIN, y + _TILE + _GAP), sides[1], _INK, _font(_TEXT_SIZE), "lm", stroke_width=0.4)
     for number, line in enumerate(caption_lines):
         draw.text((_MARGIN + _ROW_LABEL, bottom + 16 + number * _LINE_HEIGHT), line, _SOFT, _font(_CAPTION_SIZE), "la")
     return picture

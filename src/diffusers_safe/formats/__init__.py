@@ -1,10 +1,10 @@
 """What an erasure is saved as and loaded from: our files and those that users of other repositories have."""
 
-from .folders import INDEX, RESULTS, UNET_FOLDER, rewrite_index, stock_class_name, written_aside
+from .folders import INDEX, RESULTS, UNET_FOLDER, check_no_result, rewrite_index, stock_class_name, written_aside
 from .lora import LoRA, low_rank
 from .read import FORMATS, ErasedWeights, assign, load_partial, load_unet, plain_parameters, read_erased_weights
 from .source import HUB_ARGUMENTS, fetch
-from .write import LORA_NAME, PARTIAL_NAME, facts, save_lora, save_partial, save_whole
+from .write import LORA_NAME, PARTIAL_NAME, copy_with_facts, facts, save_lora, save_partial, save_whole
 
 
 __all__ = [
@@ -18,6 +18,8 @@ __all__ = [
     "ErasedWeights",
     "LoRA",
     "assign",
+    "check_no_result",
+    "copy_with_facts",
     "facts",
     "fetch",
     "load_partial",

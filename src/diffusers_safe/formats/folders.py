@@ -11,14 +11,14 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from ..evaluation.grid import GRID_NAME
-from ..provenance import FILE_NAME, write_text
+from ..provenance import FILE_NAME, STUDENT_FILE, write_text
 from .write import LORA_NAME, PARTIAL_NAME
 
 
 INDEX = "model_index.json"
 UNET_FOLDER = "unet"
-# What makes a folder an erased model; a new result replaces all of them.
-RESULTS = (FILE_NAME, INDEX, PARTIAL_NAME, LORA_NAME, UNET_FOLDER, GRID_NAME)
+# What makes a folder an erased model or a student; a new result replaces all of them.
+RESULTS = (FILE_NAME, STUDENT_FILE, INDEX, PARTIAL_NAME, LORA_NAME, UNET_FOLDER, GRID_NAME)
 # Index entries of older repositories and of environments without torchvision -> what every environment can load.
 _RENAMED = {
     ("stable_diffusion_safe", "SafeStableDiffusionSafetyChecker"): (
@@ -58,6 +58,16 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def check_no_result(folder: str | Path) -> None:
+    """Looks for a model in an output folder, which a new one would replace.
+
+    Raises:
+        `ValueError`: If there is one.
+    """
+    if found := [name for name in RESULTS if (Path(folder) / name).exists()]:
+        raise ValueError(f"output_dir {folder}: holds a model already ({found[0]}); give another")
 
 
 def stock_class_name(pipeline: DiffusionPipeline) -> str:

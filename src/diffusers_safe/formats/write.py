@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -9,15 +10,15 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as LORA_NAME
 from peft import get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..lora import ADAPTER_NAME, adapted_component
 from ..provenance import Provenance
 
 
-__all__ = ["LORA_NAME", "PARTIAL_FORMAT", "PARTIAL_NAME", "facts", "known_facts", "save_lora", "save_partial",
-           "save_whole"]  # fmt: skip
+__all__ = ["LORA_NAME", "PARTIAL_FORMAT", "PARTIAL_NAME", "copy_with_facts", "facts", "known_facts", "save_lora",
+           "save_partial", "save_whole"]  # fmt: skip
 PARTIAL_NAME = "erased_weights.safetensors"
 PARTIAL_FORMAT = "diffusers-safe-partial-1"
 
@@ -95,6 +96,36 @@ def known_facts(metadata: dict[str, str]) -> dict:
             if not isinstance(known[name], kind):
                 raise ValueError(f"metadata {name} '{metadata[name][:60]}': must be JSON of another kind")
     return known
+
+
+def copy_with_facts(source: str | Path, target: str | Path, provenance: Provenance) -> bool:
+    """Copies a file of erased weights whose [`facts`] become those of another provenance.
+
+    Only the header is written anew, the tensors are copied byte for byte: safetensors orders metadata differently each
+    time, and the same file must stay the same file.
+
+    Returns:
+        `bool`: Whether there was anything to change; without, there is no copy.
+
+    Raises:
+        `ValueError`: If it is no safetensors file.
+    """
+    try:
+        with safe_open(source, framework="pt") as file:
+            own = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{source}: not a safetensors file ({error})") from None
+    if "base_model" not in own or facts(provenance).items() <= own.items():
+        return False
+    with open(source, "rb") as old:
+        header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
+        header["__metadata__"] |= facts(provenance)
+        text = json.dumps(header, ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+        with open(target, "wb") as new:
+            new.write(len(text).to_bytes(8, "little") + text)
+            shutil.copyfileobj(old, new)
+    return True
 
 
 def save_whole(weights: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:

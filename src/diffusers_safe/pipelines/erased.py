@@ -27,7 +27,7 @@ from ..formats import (
     stock_class_name,
     written_aside,
 )
-from ..hub import erasure_card, find_base
+from ..hub import erasure_card, find_base, published_record
 from ..provenance import FILE_NAME, UNKNOWN, Provenance, fingerprint
 from .repository import RepositoryMixin
 
@@ -83,6 +83,12 @@ class ErasedPipelineMixin(RepositoryMixin):
         base = _base_arguments(base_model, base_revision, erased.known, kwargs)
         if base["name"] is None:
             raise ValueError(f"{source}: does not say which model it was made from; give base_model")
+        try:
+            found = fetch(base["name"], only_records=True, **base["hub"])
+        except ValueError as error:
+            asked = "; give base_model, where it is" if base_model is None else ""
+            raise ValueError(f"base model of {source}: {error}{asked}") from None
+        cls._check_index(f"base model of {source}: {base['name']}", found)
         return cls._from_base(base, erased, **kwargs)
 
     @classmethod
@@ -112,10 +118,6 @@ class ErasedPipelineMixin(RepositoryMixin):
             dtype.get("default", torch.float32), dtype.get("unet", dtype.get("default", torch.float32))
         )  # fmt: skip
         dtypes = {**(dtype if isinstance(dtype, dict) else {}), "default": default, "unet": torch.float32}
-        try:
-            cls._check_index(base["name"], fetch(base["name"], only_records=True, **base["hub"]))
-        except ValueError as error:
-            raise ValueError(f"base model of {erased.source}: {error}") from None
         kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "variant")}
         options = {"dtype": dtypes, **base["hub"], **base["variant"]}
         pipeline = super().from_pretrained(base["name"], **{**kwargs, **options})
@@ -172,7 +174,9 @@ class ErasedPipelineMixin(RepositoryMixin):
         try:
             unet = load_unet(name, subfolder=UNET_FOLDER, **hub, **self._base["variant"])
         except ValueError as error:
-            raise ValueError(f"base model of the erasure: {error}; from_pretrained takes another") from None
+            raise ValueError(
+                f"base model of the erasure: {error}; give base_model to from_pretrained, where it is"
+            ) from None
         own, expected = fingerprint(unet), self._erasure.base_fingerprint
         if expected not in (None, own):
             raise ValueError(f"base_model {name}: its fingerprint is {own}, the erasure was made from {expected}")
@@ -199,7 +203,7 @@ class ErasedPipelineMixin(RepositoryMixin):
         super().save_config(save_directory, push_to_hub, **kwargs)
         rewrite_index(save_directory, stock_class_name(self))
 
-    def _write_repository(self, folder: Path, hub: dict[str, Any], **options) -> None:
+    def _write_repository(self, folder: Path, hub: dict[str, Any], **options) -> Provenance | None:
         if self._erasure is None:
             raise ValueError("nothing is known of an erasure of this pipeline; save it as the stock pipeline it is")
         if self._erasure_is_off:
@@ -209,9 +213,11 @@ class ErasedPipelineMixin(RepositoryMixin):
         with written_aside(folder) as aside:
             super()._write_repository(aside, hub, **options)
             self._erasure.save(aside)
-            if hub["repo_id"]:
-                base = find_base(self._erasure.base_model, self._erasure.revision, hub["token"])
-                write_card(erasure_card(aside, hub["repo_id"], base), aside)
+            if hub["repo_id"] is None:
+                return None
+            base = find_base(self._erasure.base_model, self._erasure.revision, hub["token"])
+            write_card(erasure_card(aside, hub["repo_id"], base), aside)
+        return published_record(self._erasure, base)
 
 
 def _base_arguments(

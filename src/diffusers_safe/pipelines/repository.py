@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from huggingface_hub import CommitInfo, ModelCard, ModelCardData, create_repo, upload_folder
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, ModelCardData
 
 from ..cards import CARD_NAME, card_on_hub, is_ours, make_card, write_card
 from ..formats.folders import rename_entry, rewrite_index
 from ..guidance import SAFETY_CONFIGS, SafetyConfig
+from ..hub import as_published
+from ..provenance import Provenance
 from .safe_latent_diffusion import SafeLatentDiffusionMixin, check_concept, check_either, check_known
 
 
@@ -54,32 +56,37 @@ class RepositoryMixin:
             safe_serialization (`bool`, defaults to `True`): safetensors instead of pickles.
             variant (`str`, *optional*): Put into the file names of the weights, such as `"fp16"`.
             max_shard_size (`int` or `str`, *optional*): Largest size of a weight file, such as `"5GB"`.
-            push_to_hub (`bool`, defaults to `False`): Also upload the folder. `repo_id` (default the folder's name),
-                `commit_message`, `private`, `token`, `create_pr` and `subfolder` then say how, and the commit is
-                returned.
+            push_to_hub (`bool`, defaults to `False`): Also upload the folder, but for hidden files and for what paths
+                of this machine its files hold. `repo_id` (default the folder's name), `commit_message`, `private`,
+                `token`, `create_pr` and `subfolder` then say how, and the commit is returned.
         """
         names = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder")
         hub = {name: kwargs.pop(name, None) for name in names}
         folder = Path(save_directory)
+        api = HfApi(token=hub["token"])
         if push_to_hub:
-            token = hub["token"]
-            repo_id = create_repo(
-                hub["repo_id"] or folder.resolve().name, private=hub["private"], token=token, exist_ok=True
-            ).repo_id
+            name = hub["repo_id"] or folder.resolve().name
+            hub["repo_id"] = api.create_repo(name, private=hub["private"], exist_ok=True).repo_id
+        else:
+            hub["repo_id"] = None
         options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
-        self._write_repository(folder, {**hub, "repo_id": repo_id if push_to_hub else None}, **options, **kwargs)
-        if push_to_hub:
-            there = card_on_hub(repo_id, token, hub["subfolder"])
-            return upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                path_in_repo=hub["subfolder"],
-                token=token,
+        record = self._write_repository(folder, hub, **options, **kwargs)
+        return self._commit(api, folder, hub, record) if push_to_hub else None
+
+    def _commit(self, api: HfApi, folder: Path, hub: dict[str, Any], record: Provenance | None) -> CommitInfo:
+        paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+        names = [path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
+        there = card_on_hub(hub["repo_id"], hub["token"], hub["subfolder"])
+        if there is not None and not is_ours(there):
+            names.remove(CARD_NAME)
+        place = f"{hub['subfolder']}/" if hub["subfolder"] else ""
+        with as_published(folder, names, record) as files:
+            return api.create_commit(
+                hub["repo_id"],
+                [CommitOperationAdd(f"{place}{name}", path) for name, path in files.items()],
                 commit_message=hub["commit_message"] or f"Upload {type(self).__name__}",
                 create_pr=bool(hub["create_pr"]),
-                ignore_patterns=[] if there is None or is_ours(there) else [CARD_NAME],
             )
-        return None
 
     def push_to_hub(
         self,
@@ -109,9 +116,11 @@ class RepositoryMixin:
         with tempfile.TemporaryDirectory() as folder:
             return self.save_pretrained(folder, safe_serialization, variant, push_to_hub=True, repo_id=repo_id, **hub)
 
-    def _write_repository(self, folder: Path, hub: dict[str, Any], **options) -> None:
-        """Writes all files; `hub` has `repo_id`, `None` for a folder that stays here, and how it will be pushed."""
+    def _write_repository(self, folder: Path, hub: dict[str, Any], **options) -> Provenance | None:
+        """Writes all files; `hub` has `repo_id`, `None` for a folder that stays here, and how it will be pushed.
+        Returns the record of an erasure as it is published, if there is one."""
         super().save_pretrained(str(folder), **options)
+        return None
 
 
 class SafePipelineMixin(RepositoryMixin, SafeLatentDiffusionMixin):
@@ -150,9 +159,10 @@ class SafePipelineMixin(RepositoryMixin, SafeLatentDiffusionMixin):
         code = f'from diffusers_safe import {name}\n\n\n__all__ = ["{name}"]\n'
         (Path(save_directory) / f"{_MODULE}.py").write_text(code)
 
-    def _write_repository(self, folder: Path, hub: dict[str, Any], **options) -> None:
-        super()._write_repository(folder, hub, **options)
+    def _write_repository(self, folder: Path, hub: dict[str, Any], **options) -> Provenance | None:
+        record = super()._write_repository(folder, hub, **options)
         write_card(safe_pipeline_card(self, hub["repo_id"]), folder)
+        return record
 
 
 def _class_name(pipeline: SafePipelineMixin) -> str:

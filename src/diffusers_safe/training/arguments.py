@@ -10,11 +10,11 @@ from diffusers.optimization import SchedulerType
 from torch import nn
 
 from ..arguments import check_output_dir
-from ..backbones import check_model
 from ..concepts import read_concepts
 from ..hub import check_model_id, check_push, default_model_id
-from ..weights import TRAIN_METHODS, resolve_train_method, select_parameters
+from ..weights import TRAIN_METHODS, resolve_train_method
 from .checkpoints import checkpoint_step, list_checkpoints
+from .loss_space import LOSS_SPACES
 
 
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
@@ -115,6 +115,7 @@ class TrainingArguments:
 
     # Set where a subclass has them.
     ema_decay: ClassVar[float | None] = None
+    KEEPS_FROZEN: ClassVar[bool] = True  # whether the run uses what the trained weights were at first
     SAVES: ClassVar[tuple[str, ...]] = ("full", "unet")
     LORA_SAVES: ClassVar[tuple[str, ...]] = ("lora", "full", "both", "unet")
     # What is written, where and how often, changes no step; a run that is continued may change it.
@@ -268,10 +269,9 @@ class TrainingArguments:
             self.check_output()
 
     def check_base_model(self) -> nn.Module:
-        """The part of [`~TrainingArguments.check_surroundings`] about the model; returns its denoiser's structure."""
-        denoiser = check_model(self.pretrained_model_name_or_path, self.resolution, **self.index_arguments)
-        select_parameters(denoiser, self.train_method)
-        return denoiser
+        """The part of [`~TrainingArguments.check_surroundings`] about the model; returns the structure of the denoiser
+        that trains, without weights."""
+        raise NotImplementedError
 
     def check_output(self) -> None:
         """The part of [`~TrainingArguments.check_surroundings`] about the output folder and what it holds."""
@@ -286,3 +286,39 @@ class TrainingArguments:
         if checkpoint is not None and checkpoint_step(checkpoint) > self.max_train_steps:
             raise ValueError(f"max_train_steps {self.max_train_steps}: {checkpoint} is further already")
         check_output_dir(self.output_dir)
+
+
+@dataclass(kw_only=True)
+class SamplingArguments(TrainingArguments):
+    """What trainings take that draw latents with a model."""
+
+    num_inference_steps: int = option(50, "Steps of the whole sampling schedule; a latent stops at one of them.")
+    sampling_fraction: float = option(
+        1.0,
+        "Latents stop within this first part of the schedule, in (0, 1]. The paper's is 1; the high "
+        "noise levels, where it is decided what a picture shows, come first.",
+    )
+    sampling_guidance_scale: float = option(3.0, "Classifier-free guidance while latents are drawn.")
+    latents_per_trajectory: int = option(
+        1,
+        "Latents that one run of the sampler gives, at as many stops, for as many successive optimizer steps; they "
+        "are drawn at the first of these, and grow old. The papers' is 1.",
+    )
+    loss_space: str = option(
+        "prediction",
+        "In what errors are measured: prediction (what the model predicts, the papers) or velocity (high noise levels "
+        "count more).",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_choices(loss_space=LOSS_SPACES)
+        self._check_at_least(1, "num_inference_steps", "latents_per_trajectory")
+        if not 0 < self.sampling_fraction <= 1:
+            raise ValueError(f"sampling_fraction {self.sampling_fraction}: must be greater than 0 and at most 1")
+        stops = max(1, round(self.sampling_fraction * self.num_inference_steps))
+        if self.latents_per_trajectory > stops:
+            raise ValueError(
+                f"latents_per_trajectory {self.latents_per_trajectory}: must be at most {stops}, the stops of a "
+                "trajectory (num_inference_steps * sampling_fraction)"
+            )

@@ -1,23 +1,26 @@
 """From a pipeline to an erased one: the same way for every method, from Python and from the command line."""
 
 import os
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from ..arguments import told_in_one_line
-from ..backbones import load_pipeline, make_backbone
+from ..backbones import StoredModel, load_pipeline, make_backbone
 from ..evaluation.grid import save_grid
 from ..hub import check_push, push_or_exit, push_result
 from ..provenance import Provenance, fingerprint
+from .checks import check_run
 from .erasure_arguments import METHODS, ErasureArguments, parse_arguments, preset_options
 from .erasure_loop import ErasureLoop
 from .output import save_result
@@ -42,6 +45,9 @@ def erase(
 
         pipeline = erase("stable-diffusion-v1-5/stable-diffusion-v1-5", ["Van Gogh"], method="esd", preset="esd-2025")
 
+    Nothing else of the caller's changes: not the state of random generators, and, where the call raises, not the
+    pipeline either.
+
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`] or `str`): A loaded pipeline of a supported family, whose denoiser
             is changed, or a folder or Hub id.
@@ -64,11 +70,17 @@ def erase(
         [`~diffusers_safe.hub.PushError`]: If it could not be published; the result is complete on disk.
     """
     args = _arguments(pipeline, concepts, method, output_dir, options)
-    accelerator = make_accelerator(args)
-    if isinstance(pipeline, str):
-        args.check_base_model()
-        pipeline = load_pipeline(pipeline, **args.hub_arguments)
-    train(accelerator, pipeline, args, progress_bar, callback)
+    with _random_states_kept():
+        accelerator = make_accelerator(args)
+        if isinstance(pipeline, str):
+            check_run(args, StoredModel(pipeline, args.resolution, **args.index_arguments))
+        else:
+            check_run(args, make_backbone(pipeline, args.resolution))
+        if output_dir is not None:
+            args.check_output()
+        if isinstance(pipeline, str):
+            pipeline = load_pipeline(pipeline, **args.hub_arguments)
+        train(accelerator, pipeline, args, progress_bar, callback)
     if args.push_to_hub and accelerator.is_main_process:
         push_result(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private)
     return pipeline
@@ -99,8 +111,6 @@ def _arguments(
             raise ValueError(f"{name} {options[name]}: needs an output_dir")
     if args.push_to_hub:
         check_push(args.hub_model_id, args.hub_token)
-    if output_dir is not None:
-        args.check_output()
     return args
 
 
@@ -155,7 +165,10 @@ def train(
     progress_bar: bool = True,
     callback: Callback | None = None,
 ) -> None:
-    """Erases from a loaded pipeline; where there is an output folder, writes the result, as it is to be published."""
+    """Erases from a loaded pipeline; where there is an output folder, writes the result, as it is to be published.
+
+    If the run is stopped or fails, the pipeline is as it was.
+    """
     set_seed(args.seed)
     with _in_float32(pipeline):
         backbone = make_backbone(pipeline, args.resolution)
@@ -173,11 +186,16 @@ def train(
             },
             revision=args.revision,
         )
+        own_forward = vars(backbone.denoiser).get("forward")
         loop = ErasureLoop(accelerator, backbone, objective, args, args.ema_decay)
         samples = Samples.of_run(pipeline, loop.weights, args)
-        loop.run(progress_bar, _with_validation(callback, samples, loop, args))
-        # Its forward was wrapped for mixed precision.
-        accelerator.unwrap_model(loop.predictor.student, keep_fp32_wrapper=False)
+        try:
+            loop.run(progress_bar, _with_validation(callback, samples, loop, args))
+        except BaseException:
+            loop.weights.undo()
+            raise
+        finally:
+            restore_forward(backbone.denoiser, own_forward)
         if args.output_dir is not None and accelerator.is_main_process:
             save_result(pipeline, loop.weights, provenance, args.output_dir, args.save)
             if args.push_to_hub:
@@ -186,11 +204,34 @@ def train(
         accelerator.wait_for_everyone()
 
 
+def restore_forward(denoiser: nn.Module, forward: Callable | None) -> None:
+    """Takes off what mixed precision wraps around a forward. accelerate's own way takes off one decorator too many,
+    diffusers' own, that scales LoRAs."""
+    vars(denoiser).pop("_original_forward", None)
+    vars(denoiser).pop("forward", None)
+    if forward is not None:
+        denoiser.forward = forward
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """Seeds that are set inside are not the caller's: the generators of Python, NumPy and torch, on the CPU and on
+    CUDA devices, go on afterwards where they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
 @contextmanager
 def _in_float32(pipeline: DiffusionPipeline) -> Iterator[None]:
     """Trained weights are float32, and pictures need all parts alike. Afterwards every part is as it was."""
     parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     homes = [(part, part.device, part.dtype, part.training) for part in parts]
+    plain = [part for part in parts if isinstance(part, ModelMixin) and not part.is_gradient_checkpointing]
     trainable = {parameter for part in parts for parameter in part.parameters() if parameter.requires_grad}
     try:
         for part in parts:
@@ -204,6 +245,8 @@ def _in_float32(pipeline: DiffusionPipeline) -> Iterator[None]:
                 part.to(dtype)
             for parameter in part.parameters():
                 parameter.requires_grad_(parameter in trainable)
+        for part in plain:
+            part.disable_gradient_checkpointing()
 
 
 def _with_validation(

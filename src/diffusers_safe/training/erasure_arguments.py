@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+from torch import nn
+
 from ..arguments import parse_dataclass
+from ..backbones import StoredModel
 from ..concepts import CONCEPT_SCHEDULES, PROMPT_ORDERS, joined, names_concept, read_concepts
-from .arguments import TrainingArguments, option, required
-from .loss_space import LOSS_SPACES
+from .arguments import SamplingArguments, option, required
+from .checks import check_run
 from .objectives import ESDObjective, Objective, SDDObjective
 from .objectives.esd import ESD_SAMPLERS
 from .objectives.sdd import SDD_TARGETS
@@ -14,7 +17,7 @@ from .presets import ESD_PRESETS, Preset
 
 
 @dataclass(kw_only=True)
-class ErasureArguments(TrainingArguments):
+class ErasureArguments(SamplingArguments):
     """What every erasure method takes."""
 
     concepts: list[str] = required("What to erase: one or more names, or one .txt file with a concept a line.")
@@ -24,27 +27,10 @@ class ErasureArguments(TrainingArguments):
         "paper: draw latents with one concept, train on all joined; repository: the other way round; "
         "matched: one concept for both.",
     )
-    num_inference_steps: int = option(50, "Steps of the whole sampling schedule; a latent stops at one of them.")
-    sampling_fraction: float = option(
-        1.0,
-        "Latents stop within this first part of the schedule, in (0, 1]. The paper's is 1; the high "
-        "noise levels, where it is decided what a picture shows, come first.",
-    )
-    sampling_guidance_scale: float = option(3.0, "Classifier-free guidance while latents are drawn.")
-    latents_per_trajectory: int = option(
-        1,
-        "Latents that one run of the sampler gives, at as many stops, for as many successive optimizer steps; they "
-        "are drawn at the first of these, and grow old. The papers' is 1.",
-    )
     trajectory_pool: int = option(
         0,
         "Where the frozen model draws the latents (always for --retain_prompts), draw this many trajectories once, "
         "ahead, and take all samples from them; 0, the papers' rule, draws anew for every step.",
-    )
-    loss_space: str = option(
-        "prediction",
-        "In what errors are measured: prediction (what the model predicts, the papers) or velocity (high noise levels "
-        "count more).",
     )
     retain_prompts: list[str] = option(
         [], "Prompts whose predictions are kept where the base model has them (names, or one .txt file)."
@@ -53,7 +39,7 @@ class ErasureArguments(TrainingArguments):
         False,
         "Also keep the unconditional prediction, on the way to the concepts: guidance multiplies the distance to it.",
     )
-    retain_weight: float = option(1.0, "Weight of each of these two retention terms.")
+    retain_weight: float = option(3.0, "Weight of each of these two retention terms.")
     watch_prompts: list[str] = option(
         ["a cat", "a tree", "a car", "an apple"],
         "Unrelated prompts that are watched, not trained: a warning says when they start to move. Those that name a "
@@ -63,7 +49,7 @@ class ErasureArguments(TrainingArguments):
     # Set where a subclass has them.
     PRESETS: ClassVar[dict[str, Preset]] = {}
     SAVES: ClassVar[tuple[str, ...]] = ("full", "partial", "both", "unet")
-    FREE: ClassVar[frozenset[str]] = TrainingArguments.FREE | {"watch_prompts", "preset"}
+    FREE: ClassVar[frozenset[str]] = SamplingArguments.FREE | {"watch_prompts", "preset"}
 
     def make_objective(self) -> Objective:
         """The method, with its settings."""
@@ -80,17 +66,13 @@ class ErasureArguments(TrainingArguments):
         ]
         if both := sorted(set(self.concepts) & set(self.retain_prompts)):
             raise ValueError(f"retain_prompts {both}: a concept cannot be erased and retained")
-        self._check_choices(concept_schedule=CONCEPT_SCHEDULES, prompt_order=PROMPT_ORDERS, loss_space=LOSS_SPACES)
+        self._check_choices(concept_schedule=CONCEPT_SCHEDULES, prompt_order=PROMPT_ORDERS)
         self._check_at_least(0, "retain_weight", "trajectory_pool")
-        self._check_at_least(1, "num_inference_steps", "latents_per_trajectory")
-        if not 0 < self.sampling_fraction <= 1:
-            raise ValueError(f"sampling_fraction {self.sampling_fraction}: must be greater than 0 and at most 1")
-        stops = max(1, round(self.sampling_fraction * self.num_inference_steps))
-        if self.latents_per_trajectory > stops:
-            raise ValueError(
-                f"latents_per_trajectory {self.latents_per_trajectory}: must be at most {stops}, the stops of a "
-                "trajectory (num_inference_steps * sampling_fraction)"
-            )
+
+    def check_base_model(self) -> nn.Module:
+        model = StoredModel(self.pretrained_model_name_or_path, self.resolution, **self.index_arguments)
+        check_run(self, model)
+        return model.denoiser
 
     @property
     def may_grow(self) -> bool:

@@ -6,6 +6,7 @@ import math
 import signal
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -28,7 +29,7 @@ def make_weights(denoiser: nn.Module, args: TrainingArguments, ema_decay: float 
     """What a run trains in a denoiser: the selected weights themselves, or a LoRA on them."""
     names = select_parameters(denoiser, args.train_method)
     if args.rank is None:
-        return TrainedWeights(denoiser, names, ema_decay)
+        return TrainedWeights(denoiser, names, ema_decay, args.KEEPS_FROZEN)
     return LoRAWeights(denoiser, names, ema_decay, rank=args.rank, alpha=args.lora_alpha, seed=args.seed)
 
 
@@ -53,6 +54,8 @@ class TrainingLoop(ABC):
         term_weights (`dict[str, float]`): How much each term of the loss counts.
         forwards (`int`): How many samples denoisers have seen so far in this process.
         student (`nn.Module`): The denoiser as it is trained, possibly wrapped for several processes.
+        last_means (`dict[str, float]`): The terms of the loss, means of the last twentieth of the run, as far as it
+            was not an earlier one's.
     """
 
     name: str
@@ -84,6 +87,7 @@ class TrainingLoop(ABC):
             num_warmup_steps=args.lr_warmup_steps,
             num_training_steps=args.max_train_steps,
         )
+        self.last_means: dict[str, float] = {}
         # The loop accumulates itself; what `accelerate launch` set would divide gradients a second time.
         accelerator.gradient_accumulation_steps = 1
         self.student, self.optimizer = accelerator.prepare(denoiser, self.optimizer)
@@ -102,6 +106,10 @@ class TrainingLoop(ABC):
     @abstractmethod
     def prepare(self) -> None:
         """Does what is done once, ahead of all steps; a checkpoint has been loaded by then."""
+
+    def most_ema_decay(self, step: int) -> float:
+        """The decay that the average has at most after a step, counted from 0."""
+        return 1.0
 
     def measure(self, step: int) -> dict:
         """What the log tells beside the loss, 20 times a run, after so many steps; called on every process."""
@@ -127,7 +135,7 @@ class TrainingLoop(ABC):
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
-        self.weights.update_ema()
+        self.weights.update_ema(self.most_ema_decay(step))
         means = {name: self.accelerator.reduce(value, "mean").item() for name, value in totals.items()}
         if not all(map(math.isfinite, means.values())):
             raise FloatingPointError(f"step {step + 1}: the loss is {means}; lower --learning_rate. Nothing was saved")
@@ -135,9 +143,12 @@ class TrainingLoop(ABC):
 
     # --- the whole run -----------------------------------------------------------------------------------------------
 
-    def make_resumable(self, *parts) -> None:
-        """Makes these, which have a `state_dict`, a part of every checkpoint, with all that the loop itself knows."""
-        identity = RunIdentity(self.args, self.weights, self.samples_a_step)
+    def make_resumable(self, *parts, **facts: str) -> None:
+        """Makes these, which have a `state_dict`, a part of every checkpoint, with all that the loop itself knows.
+
+        `facts` are what a run that continues must share, beside its arguments and what it starts from.
+        """
+        identity = RunIdentity(self.args, self.weights, self.samples_a_step, facts)
 
         # The base model is on disk already: a checkpoint holds the trained weights only.
         def before_saving(models, weights, folder):
@@ -173,15 +184,17 @@ class TrainingLoop(ABC):
         hidden = not (progress_bar and self.accelerator.is_main_process)
         bar = tqdm(range(first, last), self.name, last, initial=first, disable=hidden)
         every = max(1, last // 20)
-        shown = {}
+        shown, recent = {}, deque(maxlen=every)
         with _StopRequest(listens=args.output_dir is not None) as stop:
             for step in bar:
                 measured = self.train_step(step)
+                recent.append(measured)
                 done = step + 1
                 rate = {"learning_rate": self.lr_scheduler.get_last_lr()[0]}
                 if done % every == 0 or done == last:
                     extra = self.measure(done)
                     shown = {name: value for name, value in extra.items() if isinstance(value, float)}
+                    self.last_means = {name: sum(row[name] for row in recent) / len(recent) for name in measured}
                     log.write(done, {**measured, **extra}, rate, self.forwards)
                 else:
                     log.follow(done, {**measured, **rate})
@@ -218,12 +231,18 @@ class RunIdentity:
 
     file_name = "run.json"
 
-    def __init__(self, args: TrainingArguments, weights: TrainedWeights, samples_a_step: int):
+    def __init__(
+        self,
+        args: TrainingArguments,
+        weights: TrainedWeights,
+        samples_a_step: int,
+        facts: dict[str, str],
+    ):
         free = args.FREE | ({"max_train_steps"} if args.may_grow else set())
         self.state = {name: value for name, value in args.recorded.items() if name not in free}
-        self.state["samples_a_step"] = samples_a_step
-        # The frozen weights are the base model's: their sums tell another base model at once.
-        sums = [float(value.double().sum()) for value in weights.frozen.values()]
+        self.state |= {"samples_a_step": samples_a_step, **facts}
+        # What the run starts from: its sums tell another base model at once.
+        sums = [value.detach().double().sum().item() for value in (weights.frozen or weights.student).values()]
         self.state["base_weights"] = hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
 
     def save(self, folder: str | Path) -> None:

@@ -15,7 +15,7 @@ from ..formats import (
     written_aside,
 )
 from ..lora import LoRAWeights, fused
-from ..provenance import Provenance
+from ..provenance import Distillation, Provenance
 from ..weights import TrainedWeights
 
 
@@ -51,3 +51,17 @@ def save_result(
         if save in ("partial", "both") and not is_lora:
             save_partial(weights.student, provenance, aside / PARTIAL_NAME)
         provenance.save(aside)
+
+
+def save_student(
+    pipeline: DiffusionPipeline, record: Distillation, output_dir: str | Path, save: str = "full"
+) -> None:
+    """Writes a student's pipeline as a stock folder, or its UNet alone, and distillation.json. Whole or not at all."""
+    whole = fused(pipeline) if getattr(pipeline.unet, "peft_config", None) else pipeline
+    with written_aside(output_dir) as aside:
+        if save == "unet":
+            whole.unet.save_pretrained(aside / UNET_FOLDER, safe_serialization=True)
+        else:
+            whole.save_pretrained(aside, safe_serialization=True)
+            rewrite_index(aside, stock_class_name(pipeline))
+        record.save(aside)

@@ -1,19 +1,16 @@
 """What a training would do, from the model's configs alone, without its weights: `--dry_run`."""
 
 from dataclasses import dataclass
-from unittest.mock import patch
 
-import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoTokenizer
+from diffusers import UNet2DConditionModel
 
-from ..backbones.unet import vae_scale_factor
+from ..backbones import StoredModel
+from ..backbones.cost import blank_inputs, forward_flops, training_cost
 from ..trajectories import Trajectories
-from ..weights import TRAIN_METHODS
+from ..weights import TRAIN_METHODS, TrainedWeights
+from .arguments import SamplingArguments, TrainingArguments
+from .distillation_arguments import DistillationArguments
 from .erasure_arguments import ErasureArguments
 from .loop import make_weights, peak_learning_rate
 from .objectives import TrainingBatch
@@ -26,16 +23,18 @@ GIB = 2**30
 @dataclass
 class Plan:
     """Attributes:
-    args (`ErasureArguments`): Of the run.
+    args (`TrainingArguments`): Of the run.
+    goal (`tuple[str, str]`): What is done, and to what.
     selected, total (`tuple[int, int]`): Tensors and parameters: those that train, and all.
-    forwards (`dict[str, float]`): Mean sample-forwards of the denoiser for one training sample, by what they are for.
+    forwards (`dict[str, float]`): Mean sample-forwards of denoisers for one training sample, by what they are for.
     backwards (`int`): The same, for the backward.
     memory (`dict[str, float]`): Bytes on the device, by what they are for; all in float32.
     flops (`float`): Of one training sample, forwards and backward.
     num_processes (`int`): As launched.
     """
 
-    args: ErasureArguments
+    args: TrainingArguments
+    goal: tuple[str, str]
     selected: tuple[int, int]
     total: tuple[int, int]
     forwards: dict[str, float]
@@ -56,7 +55,7 @@ class Plan:
             method = f"a LoRA of rank {args.rank} on {method}"
         petaflops = self.flops * self.num_samples / 1e15
         rows = {
-            "erase": f"{', '.join(args.concepts)} by {args.make_objective().name.upper()}",
+            self.goal[0]: self.goal[1],
             "from": args.pretrained_model_name_or_path,
             "train": f"{args.train_method} ({method}): {self.selected[0]} of {self.total[0]} tensors, "
             f"{self.selected[1] / 1e6:,.2f} of {self.total[1] / 1e6:,.2f} M parameters",
@@ -77,53 +76,87 @@ class Plan:
 
 def make_plan(args: ErasureArguments, num_processes: int = 1) -> Plan:
     """The plan of a run; reads configs and the tokenizer, no weights."""
-    name, hub = args.pretrained_model_name_or_path, args.index_arguments
-    unet = args.check_base_model()
-    index = DiffusionPipeline.load_config(name, **hub)
-    scheduler = getattr(diffusers, index["scheduler"][1])
-    schedule = scheduler.load_config(name, subfolder="scheduler", **hub)
-    tokens = AutoTokenizer.from_pretrained(name, subfolder="tokenizer", **hub).model_max_length
-
+    model = StoredModel(args.pretrained_model_name_or_path, args.resolution, **args.index_arguments)
+    unet = model.denoiser.train()
     total = [parameter.numel() for parameter in unet.parameters()]
-    weights = make_weights(unet.train(), args, args.ema_decay)
+    weights = make_weights(unet, args, args.ema_decay)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
 
     trajectories = Trajectories(
-        lambda: scheduler.from_config(schedule), (1, 1, 1), args.num_inference_steps, args.sampling_guidance_scale
+        model.make_scheduler, model.latent_shape, args.num_inference_steps, args.sampling_guidance_scale
     )
     num_samples = args.max_train_steps * args.train_batch_size * args.gradient_accumulation_steps * num_processes
     forwards = _forwards(args, trajectories, num_samples)
-    size = unet.config.sample_size
-    if args.resolution is not None:
-        size = args.resolution // vae_scale_factor(AutoencoderKL.load_config(name, subfolder="vae", **hub))
-    height, width = (size, size) if isinstance(size, int) else size
-    inputs = _blank_inputs(unet, (args.train_batch_size, unet.config.in_channels, height, width), tokens)
-    forward, backward, activations = _measure(unet, inputs)
-    selected = [value.numel() for value in weights.student.values()]
-    own = set(map(id, unet.parameters()))
-    copies = [
-        value.numel()
-        for side in (weights.frozen, weights.ema or {})
-        for value in side.values()
-        if id(value) not in own
-    ]
-    trained = sum(selected)
+    forward, backward, activations = training_cost(unet, _blank_batch(unet, model, args))
     return Plan(
         args,
-        (len(selected), trained),
+        ("erase", f"{', '.join(args.concepts)} by {args.make_objective().name.upper()}"),
+        (len(weights.student), sum(map(torch.numel, weights.student.values()))),
         (len(total), sum(total)),
         forwards,
         len(forwards) - 1,
-        {
-            "model": 4 * sum(total),
-            "copies and gradients": 4 * (sum(copies) + trained),
-            "Adam": (2 if args.use_8bit_adam else 8) * trained,
-            "activations": activations,
-        },
+        {**_training_memory(unet, weights, args), "activations": activations},
         forward * sum(forwards.values()) + backward * (len(forwards) - 1),
         num_processes,
     )
+
+
+def make_distillation_plan(args: DistillationArguments, num_processes: int = 1) -> Plan:
+    """The plan of a distillation; the forwards of the autoencoder and the text encoders are not counted."""
+    teacher = StoredModel(args.pretrained_model_name_or_path, args.resolution, **args.index_arguments)
+    student = args.check_base_model().train()
+    total = [parameter.numel() for parameter in student.parameters()]
+    weights = make_weights(student, args, args.ema_decay if args.use_ema else None)
+    if args.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    inputs = _blank_batch(student, teacher, args)
+    forward, backward, activations = training_cost(student, inputs)
+    forwards, flops = {"the student": 1.0}, forward + backward
+    memory = {**_training_memory(student, weights, args), "activations": activations}
+    if args.make_objective().needs_teacher:
+        forwards["the teacher"] = 1.0
+        flops += forward_flops(teacher.denoiser, inputs)
+        memory["teacher"] = 4 * sum(parameter.numel() for parameter in teacher.denoiser.parameters())
+    if args.sdd_weight:
+        scheduled = (teacher.make_scheduler, (1, 1, 1), args.num_inference_steps, args.sampling_guidance_scale)
+        # The loss takes one for the target and one that learns.
+        forwards["SDD"] = _live_drawing(args, Trajectories(*scheduled)) / args.latents_per_trajectory + 2
+        flops += forward * forwards["SDD"] + backward
+    return Plan(
+        args,
+        ("distil", f"{args.student or args.from_student}"),
+        (len(weights.student), sum(map(torch.numel, weights.student.values()))),
+        (len(total), sum(total)),
+        forwards,
+        2 if args.sdd_weight else 1,
+        memory,
+        flops,
+        num_processes,
+    )
+
+
+def _blank_batch(unet: UNet2DConditionModel, model: StoredModel, args: TrainingArguments) -> dict:
+    """A batch of the run, without values."""
+    return blank_inputs(unet, (args.train_batch_size, *model.latent_shape), model.tokenizers[0].model_max_length)
+
+
+def _training_memory(unet: UNet2DConditionModel, weights: TrainedWeights, args: TrainingArguments) -> dict[str, float]:
+    """Bytes beside those of the activations."""
+    resident = list(unet.parameters())  # a LoRA's are among them by now
+    own = set(map(id, resident))
+    copies = [
+        value.numel()
+        for side in (weights.frozen or {}, weights.ema or {})
+        for value in side.values()
+        if id(value) not in own
+    ]
+    trained = sum(map(torch.numel, weights.student.values()))
+    return {
+        "model": 4 * sum(parameter.numel() for parameter in resident),
+        "copies and gradients": 4 * (sum(copies) + trained),
+        "Adam": (2 if args.use_8bit_adam else 8) * trained,
+    }
 
 
 class _Counter:
@@ -152,71 +185,16 @@ def _forwards(args: ErasureArguments, trajectories: Trajectories, num_samples: i
 
 def _drawing(purpose: str, args: ErasureArguments, trajectories: Trajectories, num_samples: int) -> float:
     """Mean forwards for the latent of one sample: trajectories run to their last stop, and may serve several."""
-    choices = trajectories.stop_choices(args.sampling_fraction, args.latents_per_trajectory)
-    each = sum(map(max, choices)) / len(choices) * (2 if args.sampling_guidance_scale > 1 else 1)
+    each = _live_drawing(args, trajectories)
     if purpose in args.pooled_purposes():
         return each * min(args.trajectory_pool, num_samples) / num_samples
     return each / args.latents_per_trajectory
 
 
-def _measure(unet: UNet2DConditionModel, inputs: dict) -> tuple[float, float, float]:
-    """FLOPs of a sample's forward and backward, and the bytes that a batch keeps for its backward."""
-    own = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
-    kept = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage  # held, so that its address is not used again
-        return tensor
-
-    # The attention for meta tensors keeps the matrix of weights; the kernels of CPUs and GPUs do not.
-    with patch.object(functional, "scaled_dot_product_attention", lambda q, k, v, **_: _Attention.apply(q, k, v)):
-        with FlopCounterMode(display=False) as forward, saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = unet(**inputs, return_dict=False)[0]
-        with FlopCounterMode(display=False) as backward:
-            output.sum().backward()
-    activations = sum(storage.nbytes() for storage in kept.values())
-    batch_size = len(inputs["sample"])
-    return forward.get_total_flops() / batch_size, backward.get_total_flops() / batch_size, activations
-
-
-def _blank_inputs(unet: UNet2DConditionModel, shape: tuple[int, int, int, int], tokens: int) -> dict:
-    config, batch_size = unet.config, shape[0]
-    widths = config.cross_attention_dim
-    width = widths if isinstance(widths, int) else widths[0]
-    inputs = {
-        "sample": torch.empty(shape, device="meta"),
-        "timestep": torch.empty(batch_size, dtype=torch.long, device="meta"),
-        "encoder_hidden_states": torch.empty(batch_size, tokens, width, device="meta"),
-    }
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {
-            "text_embeds": torch.empty(batch_size, pooled, device="meta"),
-            "time_ids": torch.empty(batch_size, 6, device="meta"),
-        }
-    return inputs
-
-
-class _Attention(torch.autograd.Function):
-    """The matrix products of attention that keeps its inputs only, and nothing else of it."""
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        ctx.save_for_backward(query, key, value)
-        return query @ key.transpose(-1, -2) @ value
-
-    @staticmethod
-    def backward(ctx, gradient):
-        query, key, value = ctx.saved_tensors
-        weights = query @ key.transpose(-1, -2)
-        weights_gradient = gradient @ value.transpose(-1, -2)
-        return (
-            weights_gradient @ key,
-            weights_gradient.transpose(-1, -2) @ query,
-            weights.transpose(-1, -2) @ gradient,
-        )
+def _live_drawing(args: SamplingArguments, trajectories: Trajectories) -> float:
+    """Mean forwards of one trajectory, which runs to its last stop."""
+    choices = trajectories.stop_choices(args.sampling_fraction, args.latents_per_trajectory)
+    return sum(map(max, choices)) / len(choices) * (2 if args.sampling_guidance_scale > 1 else 1)
 
 
 def _parts(values: dict[str, float], pattern: str, factor: float = 1) -> str:

@@ -1,8 +1,10 @@
 """Pictures of a model that forgets, beside what its base model draws from the same seeds."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -30,6 +32,7 @@ class Samples:
         num_images (`int`, defaults to 1): Images of each prompt, with the seeds `seed`, `seed + 1`, ...
         seed (`int`, defaults to 0): Of the first image of every prompt.
         settings (`GenerationSettings`, *optional*): How to sample.
+        teacher (`DiffusionPipeline`, *optional*): Draws what stands beside; the frozen weights by default.
     """
 
     def __init__(
@@ -41,9 +44,11 @@ class Samples:
         num_images: int = 1,
         seed: int = 0,
         settings: GenerationSettings | None = None,
+        teacher: DiffusionPipeline | None = None,
     ):
         self.pipeline, self.weights, self.erased, self.kept = pipeline, weights, erased, kept
         self.num_images, self.seed, self.settings = num_images, seed, settings or GenerationSettings()
+        self.teacher = teacher
         self._before = None
 
     @classmethod
@@ -62,37 +67,46 @@ class Samples:
     def draw(self, which: str = "student") -> Image.Image:
         """The picture; after is `"student"` or `"ema"`."""
         if self._before is None:
-            self._before = self._sample("frozen")
-        after, count = self._sample(which), len(self.erased)
+            self._before = (
+                self._sample(self.pipeline, "frozen") if self.teacher is None else self._sample(self.teacher)
+            )
+        after, count = self._sample(self.pipeline, which), len(self.erased)
         groups = []
+        titles = ("to erase", "to keep") if self.teacher is None else ("forbidden", "to learn")
         for title, tone, prompts, part in (
-            ("to erase", "gone", self.erased, slice(count)),
-            ("to keep", "kept", self.kept, slice(count, None)),
+            (titles[0], "gone", self.erased, slice(count)),
+            (titles[1], "kept", self.kept, slice(count, None)),
         ):
             if prompts:
                 sides = ([row[part] for row in rows] for rows in (self._before, after))
                 groups.append(SampleGroup(title, tone, prompts, *sides))
         last = self.seed + self.num_images - 1
         seeds = f"seed {self.seed}" if self.num_images == 1 else f"seeds {self.seed} to {last}"
+        sides = ("before", "after") if self.teacher is None else ("teacher", "student")
         return draw_grid(
             groups,
-            f"Before and after with the same noise: {seeds}, {self.settings.num_inference_steps} steps, guidance "
-            f"{self.settings.guidance_scale:g}. Not chosen by hand.",
+            f"{' and '.join(sides).capitalize()} with the same noise: {seeds}, {self.settings.num_inference_steps} "
+            f"steps, guidance {self.settings.guidance_scale:g}. Not chosen by hand.",
+            sides,
         )
 
-    def _sample(self, which: str) -> list[list[Image.Image]]:
+    def _sample(self, pipeline: DiffusionPipeline, which: str | None = None) -> list[list[Image.Image]]:
         prompts = [*self.erased, *self.kept]
-        denoiser = self.pipeline.unet
+        denoiser = pipeline.unet
         trains = denoiser.training
         denoiser.eval()
-        with self.weights.use(which):
+        # A teacher may be elsewhere, and in half precision, while the rest of its pipeline is not.
+        home, dtype = denoiser.device, denoiser.dtype
+        if pipeline is self.teacher:
+            denoiser.to(self.pipeline.unet.device, torch.float32)
+        with nullcontext() if which is None else self.weights.use(which):
             rows = [
-                sample_images(
-                    self.pipeline, prompts, [self.seed + i] * len(prompts), self.settings, safety_checker=True
-                )
+                sample_images(pipeline, prompts, [self.seed + i] * len(prompts), self.settings, safety_checker=True)
                 for i in range(self.num_images)
             ]
         denoiser.train(trains)
+        if pipeline is self.teacher:
+            denoiser.to(home, dtype)
         return rows
 
 

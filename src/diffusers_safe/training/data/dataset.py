@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ...concepts import names_concept
+from ...concepts import naming_pattern
 from ..generators import sample_generator
 
 
@@ -139,8 +139,10 @@ class CaptionedImages:
         """Why a row with these captions is not used, if it is not."""
         if not captions:
             return NO_CAPTION
-        named = (names_concept(caption, concept) for caption in captions for concept in self.forbidden_concepts)
-        return FORBIDDEN if any(named) else None
+        if not self.forbidden_concepts:
+            return None
+        pattern = naming_pattern(tuple(self.forbidden_concepts))
+        return FORBIDDEN if any(map(pattern.search, captions)) else None
 
     def __len__(self) -> int:
         return len(self.indices)

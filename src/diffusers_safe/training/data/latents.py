@@ -44,6 +44,11 @@ class LatentSource(ABC):
     def __init__(self, backbone: Backbone, seed: int, samples_a_step: int, device: torch.device | str = "cpu"):
         self.backbone, self.seed, self.samples_a_step, self.device = backbone, seed, samples_a_step, device
 
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """The fingerprint of the data, wherever it lies; of a stream, which is not read before, nothing but that."""
+
     @abstractmethod
     def batch(self, step: int, slots: range) -> LatentBatch:
         """The latents of a step, counted from 0, at these places among `samples_a_step`. Each time a picture comes
@@ -83,6 +88,11 @@ class EncodedLatents(LatentSource):
     def __init__(self, pictures: PictureSource, backbone: Backbone, device: torch.device | str = "cpu"):
         super().__init__(backbone, pictures.seed, pictures.samples_a_step, device)
         self.pictures = pictures
+
+    @property
+    def identity(self) -> str:
+        data = self.pictures.data
+        return "a stream" if data.streaming else data.fingerprint()
 
     def batch(self, step: int, slots: range) -> LatentBatch:
         pictures = self.pictures.batch(step, slots)
@@ -129,6 +139,10 @@ class CachedLatents(LatentSource):
         super().__init__(cache.backbone, seed, samples_a_step, device)
         self.cache, self.proportion_empty_prompts = cache, proportion_empty_prompts
         self.order = EpochOrder(len(cache.data), seed)
+
+    @property
+    def identity(self) -> str:
+        return self.cache.made_of["data"]
 
     def batch(self, step: int, slots: range) -> LatentBatch:
         places, captions, flips = zip(*(self._choose(step * self.samples_a_step + slot) for slot in slots))

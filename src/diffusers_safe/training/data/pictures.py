@@ -199,7 +199,7 @@ class ShuffledPictures(PictureSource):
         return {"unreadable": self.skipped().unreadable}
 
     def load_state_dict(self, state: dict) -> None:
-        self._skipped.unreadable = dict(state["unreadable"])
+        self._skipped.unreadable = dict(state.get("unreadable", {}))
 
     def skipped(self) -> Skipped:
         every = gather_object([self._skipped.unreadable])

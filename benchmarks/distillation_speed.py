@@ -1,0 +1,139 @@
+"""What a step of distillation takes: a plain loop, ours, and ours with --cache_latents.
+
+    python benchmarks/distillation_speed.py
+    python benchmarks/distillation_speed.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --train_batch_size 8
+
+The plain loop is the reference's: autoencoder and text encoder run at every step, both UNets catch their features, all
+in float32. The ways take turns, round after round, so that a machine whose speed wanders hurts them alike; the ratio
+is taken within each round.
+"""
+
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from diffusers_safe.arguments import parse_dataclass, told_in_one_line
+from diffusers_safe.backbones import load_pipeline, make_backbone
+from diffusers_safe.emoji import MODEL_FOLDER
+from diffusers_safe.emoji.dataset import FILE_NAME, emoji_dataset
+from diffusers_safe.students import build_student
+from diffusers_safe.training.data import Preprocessing, make_pictures, open_dataset
+from diffusers_safe.training.distillation import make_latents, open_rows, student_pipeline
+from diffusers_safe.training.distillation_arguments import DistillationArguments
+from diffusers_safe.training.distillation_loop import DistillationLoop
+from diffusers_safe.training.noise import NoiseSchedule
+from diffusers_safe.training.objectives.distillation import FeatureTap, feature_pairs
+
+
+@dataclass
+class SpeedArguments:
+    model: str = field(default=str(MODEL_FOLDER), metadata={"help": "The teacher: folder or Hub id."})
+    student: str = field(default="bk-small", metadata={"help": "Of it."})
+    train_batch_size: int = field(default=8, metadata={"help": "Samples a step."})
+    num_images: int = field(default=128, metadata={"help": "Pictures to train on."})
+    rounds: int = field(default=8, metadata={"help": "How often every way is timed; the first is not counted."})
+    steps: int = field(default=3, metadata={"help": "Steps of a round."})
+
+    def __post_init__(self):
+        for name in ("train_batch_size", "num_images", "rounds", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+
+
+class PlainLoop:
+    """Task, output and feature terms as one writes them down."""
+
+    def __init__(self, args: DistillationArguments, device: torch.device):
+        self.args, self.device = args, device
+        self.pipeline = load_pipeline(args.pretrained_model_name_or_path).to(device)
+        self.teacher = self.pipeline.unet
+        self.student = build_student(self.teacher, args.student).to(device).train()
+        pairs = feature_pairs(self.student.config, self.teacher.config, args.feature_map)
+        self.own = FeatureTap(self.student, [own for own, _ in pairs])
+        self.taught = FeatureTap(self.teacher, [other for _, other in pairs])
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=args.learning_rate)
+        rows = open_dataset(train_data_dir=args.train_data_dir, caption_column=args.caption_column)
+        preprocessing = Preprocessing(make_backbone(self.pipeline).picture_size, center_crop=True)
+        self.pictures = make_pictures(rows, preprocessing, args.seed, args.train_batch_size)
+        self.noise = NoiseSchedule(self.pipeline.scheduler)
+
+    def train_step(self, step: int) -> float:
+        """One optimizer step; returns the loss."""
+        batch = self.pictures.batch(step, range(self.args.train_batch_size))
+        generators = [torch.Generator().manual_seed(row) for row in range(self.args.train_batch_size)]
+        with torch.no_grad():
+            moments = self.pipeline.vae.encode(batch.pixel_values.to(self.device)).latent_dist
+            latents = moments.sample() * self.pipeline.vae.config.scaling_factor
+            prompts = self.pipeline.encode_prompt(batch.captions, self.device, 1, False)[0]
+        noisy = self.noise.add(latents, generators)
+        with torch.no_grad(), self.taught:
+            teacher_pred = self.teacher(noisy.model_input, noisy.timesteps, prompts).sample
+        with self.own:
+            student_pred = self.student(noisy.model_input, noisy.timesteps, prompts).sample
+        loss = functional.mse_loss(student_pred, noisy.target) + functional.mse_loss(student_pred, teacher_pred)
+        loss = loss + sum(functional.mse_loss(*pair) for pair in zip(self.own.take(), self.taught.take()))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+
+def make_ways(args: SpeedArguments, folder: Path, accelerator: Accelerator) -> dict:
+    """Name -> something with `train_step`."""
+    data = folder / "data"
+    data.mkdir()
+    emoji_dataset(args.num_images, cache_dir=str(folder / "arrow")).to_parquet(data / FILE_NAME)
+
+    def arguments(cached: bool) -> DistillationArguments:
+        return DistillationArguments(
+            pretrained_model_name_or_path=args.model, student=args.student, train_data_dir=str(data),
+            caption_column="caption", center_crop=True, cache_latents=cached, output_dir=str(folder / "out"),
+            train_batch_size=args.train_batch_size,
+        )  # fmt: skip
+
+    def ours(cached: bool) -> DistillationLoop:
+        given, teacher = arguments(cached), load_pipeline(args.model)
+        backbone = make_backbone(teacher)
+        student = make_backbone(student_pipeline(teacher, given))
+        latents = make_latents(accelerator, backbone, open_rows(given), given)
+        loop = DistillationLoop(accelerator, backbone, student, latents, given)
+        loop.prepare()
+        return loop
+
+    return {
+        "plain loop": PlainLoop(arguments(False), accelerator.device),
+        "ours": ours(False),
+        "ours, --cache_latents": ours(True),
+    }
+
+
+def main() -> None:
+    args = parse_dataclass(SpeedArguments, __doc__)
+    accelerator = Accelerator()
+    with told_in_one_line(), tempfile.TemporaryDirectory() as folder:
+        ways = make_ways(args, Path(folder), accelerator)
+        times = {name: [] for name in ways}
+        for turn in tqdm(range(args.rounds + 1), "rounds"):
+            for name, way in ways.items():
+                started = time.perf_counter()
+                for step in range(args.steps):
+                    way.train_step(turn * args.steps + step)
+                if turn > 0:
+                    times[name].append((time.perf_counter() - started) / args.steps)
+    print("| | s/step | ratio to the plain loop, median [least, most] |\n|---|---|---|")
+    for name, spent in times.items():
+        ratio = np.array(spent) / np.array(times["plain loop"])
+        print(f"| {name} | {np.median(spent):.3f} | {np.median(ratio):.2f} [{ratio.min():.2f}, {ratio.max():.2f}] |")
+    print(f"\n{args.student}, batch {args.train_batch_size}, {args.rounds} rounds, {accelerator.device}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Students of the embedded model beside their teacher: how small, how fast, how good.
+
+    python benchmarks/students.py --output_dir runs/students
+    python benchmarks/students.py --output_dir runs/students --only bk-tiny "bk-tiny, task only"
+
+Every student is trained for the same steps on the same pictures, once taught (task, output and feature terms) and once
+by the pictures alone ("task only"); the last ones are a teacher that had all weapons erased and its students, on
+captions without weapons and on all captions. All are drawn on the same prompts and seeds as the teacher. Speed is
+measured in rounds, each UNet in turn. What is finished is kept; the table (Markdown, also in `table.md`) comes last.
+"""
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPTokenizer
+
+from diffusers_safe.arguments import check_output_dir, parse_dataclass, told_in_one_line
+from diffusers_safe.backbones import make_backbone
+from diffusers_safe.backbones.cost import macs
+from diffusers_safe.emoji import CLASSIFIER_FOLDER, MODEL_FOLDER
+from diffusers_safe.emoji.classifier import EmojiClassifier
+from diffusers_safe.emoji.evaluation import evaluate_erasure
+from diffusers_safe.emoji.scenes import group_members
+from diffusers_safe.provenance import write_text
+
+
+GROUP = "weapon"
+WEAPONS = group_members(GROUP)
+RECIPE = Path(__file__).parents[1] / "examples" / "emoji-student.yaml"
+ERASURE = Path(__file__).parents[1] / "examples" / "emoji-weapon-sdd.yaml"
+TASK_ONLY = ["--output_weight", "0", "--feature_weight", "0"]
+SAFE = ["--task_weight", "0", "--forbidden_concepts", *WEAPONS, GROUP]
+# name -> (kind of student, if it is one, whether the teacher is erased, other options)
+ROWS: dict[str, tuple[str | None, bool, list[str]]] = {
+    **{
+        f"{kind}{told}": (kind, False, options)
+        for kind in ("bk-base", "bk-small", "bk-tiny")
+        for told, options in (("", []), (", task only", TASK_ONLY))
+    },
+    "erased teacher": (None, True, []),
+    "bk-small of the erased teacher": ("bk-small", True, SAFE),
+    "bk-small of the erased teacher, all captions": ("bk-small", True, []),
+}
+HEAD = [
+    "| UNet | parameters | MMAC | seconds an image | weapon recognised | others recognised | change of others |",
+    "|" + "---|" * 7,
+]
+
+
+@dataclass
+class StudentsArguments:
+    output_dir: str = field(metadata={"help": "Folder for all runs; finished ones are kept."})
+    only: list[str] = field(default_factory=list, metadata={"help": "Names of rows; default all."})
+    num_images: int = field(default=8000, metadata={"help": "Pictures to train on."})
+    max_train_steps: int = field(default=1500, metadata={"help": "Of each student."})
+    images_per_prompt: int = field(default=4, metadata={"help": "Images of each prompt."})
+    rounds: int = field(default=5, metadata={"help": "In which speed is measured."})
+    seed: int = field(default=0, metadata={"help": "Of trainings and images."})
+
+    def __post_init__(self):
+        if unknown := [name for name in self.only if name not in ROWS]:
+            raise ValueError(f"only {unknown}: unknown; allowed are {', '.join(ROWS)}")
+        for name in ("num_images", "max_train_steps", "images_per_prompt", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed {self.seed}: must be at least 0 and less than 2**32")
+
+
+def folder_of(args: StudentsArguments) -> Path:
+    """Of what was trained with these settings; what was trained with others lies elsewhere."""
+    return Path(args.output_dir) / f"{args.num_images}-pictures-{args.max_train_steps}-steps-seed-{args.seed}"
+
+
+def command(module: str, *words: str) -> None:
+    if code := subprocess.run([sys.executable, "-m", module, *words]).returncode:
+        raise SystemExit(code)
+
+
+def erased_teacher(folder: Path, seed: int) -> Path:
+    if not (folder / "model_index.json").exists():
+        command("diffusers_safe.training.sdd", "--config", str(ERASURE), "--seed", str(seed),
+                "--pretrained_model_name_or_path", str(MODEL_FOLDER), "--output_dir", str(folder),
+                "--checkpointing_steps", "0", "--validation_steps", "100000")  # fmt: skip
+    return folder
+
+
+def student(name: str, args: StudentsArguments) -> StableDiffusionPipeline:
+    """The student of a row, or its erased teacher; trained unless it is there."""
+    kind, erased, options = ROWS[name]
+    folder = folder_of(args)
+    teacher = erased_teacher(folder / "models" / "erased-teacher", args.seed) if erased else MODEL_FOLDER
+    if kind is None:
+        return StableDiffusionPipeline.from_pretrained(teacher).to(PartialState().device)
+    data, out = folder / "data", folder / "models" / name.replace(", ", "-").replace(" ", "-")
+    if not (data / "train.parquet").exists():
+        command("diffusers_safe.emoji.dataset", "--num_images", str(args.num_images), "--output_dir", str(data))
+    if not (out / "model_index.json").exists():
+        cache = folder / ("cache-safe" if "--forbidden_concepts" in options else "cache")
+        command("diffusers_safe.training.distillation", "--config", str(RECIPE), "--student", kind,
+                "--pretrained_model_name_or_path", str(teacher), "--train_data_dir", str(data),
+                "--cache_folder", str(cache), "--output_dir", str(out), "--seed", str(args.seed),
+                "--max_train_steps", str(args.max_train_steps), "--checkpointing_steps", "200", *options,
+                *(["--resume_from_checkpoint", "latest"] if any(out.glob("checkpoint-*")) else []))  # fmt: skip
+    return StableDiffusionPipeline.from_pretrained(out).to(PartialState().device)
+
+
+def seconds_an_image(pipelines: dict[str, StableDiffusionPipeline], rounds: int) -> dict[str, list[float]]:
+    """Of 4 images of 25 steps at once, with guidance, for each pipeline once a round."""
+    seconds = {name: [] for name in pipelines}
+    for pipeline in pipelines.values():
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline("a cat", num_inference_steps=2)
+    for _ in range(rounds):
+        for name, pipeline in pipelines.items():
+            start = time.perf_counter()
+            pipeline(["a cat"] * 4, num_inference_steps=25, guidance_scale=6.0)
+            seconds[name].append((time.perf_counter() - start) / 4)
+    return seconds
+
+
+def main() -> None:
+    args = parse_dataclass(StudentsArguments, __doc__, check=lambda args: check_output_dir(args.output_dir))
+    folder = folder_of(args)
+    teacher = StableDiffusionPipeline.from_pretrained(MODEL_FOLDER).to(PartialState().device)
+    tokens = CLIPTokenizer.from_pretrained(MODEL_FOLDER / "tokenizer").model_max_length
+    judge = EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER)
+    pipelines, cells = {"teacher": teacher}, {}
+    with told_in_one_line():
+        for name in args.only or ROWS:
+            pipelines[name] = student(name, args)
+            images = folder / f"images-{args.images_per_prompt}"
+            row, shared = images / name.replace(", ", "-").replace(" ", "-"), images / "before"
+            for each in (row, shared):
+                each.mkdir(parents=True, exist_ok=True)
+            if not (row / "before").exists():
+                (row / "before").symlink_to(shared.resolve())
+            results = evaluate_erasure(
+                teacher, pipelines[name], WEAPONS, judge, row, args.images_per_prompt, args.seed, GROUP
+            )
+            rate, others = results["concept_rate"], results["accuracy"]
+            cells.setdefault("teacher", [rate["before"], others["before"], ""])
+            cells[name] = [rate["after"], others["after"], others["difference"]]
+            print(f"{name}: {' | '.join(map(str, cells[name]))}", file=sys.stderr)
+        seconds = seconds_an_image(pipelines, args.rounds)
+    lines = list(HEAD)
+    for name, pipeline in pipelines.items():
+        unet = pipeline.unet
+        cost = macs(unet.config, make_backbone(pipeline).latent_shape, tokens)
+        times = sorted(seconds[name])
+        measured = f"{times[len(times) // 2]:.3f} [{times[0]:.3f}, {times[-1]:.3f}]"
+        count = sum(parameter.numel() for parameter in unet.parameters())
+        lines.append(f"| {name} | {count:,} | {cost / 1e6:,.0f} | {measured} | {' | '.join(map(str, cells[name]))} |")
+    write_text(folder / "table.md", "\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Makes training data of a table of captions and web addresses, or of a folder of pictures: shards for load_dataset.
+
+    diffusers-safe prepare-data laion.parquet --url_column URL --caption_column TEXT \\
+        --aesthetic_column AESTHETIC_SCORE --min_aesthetic 6 --min_side 512 --max_aspect_ratio 2 --resize 512 \\
+        --forbidden_concepts concepts.txt --output_dir data/laion
+    diffusers-safe prepare-data photos --format parquet --output_dir data/photos
+
+The source is a table (.parquet, .csv, .jsonl, or a pattern of several), a folder of pictures with captions
+(metadata.csv or .jsonl with file_name, or a .txt file beside each picture), or a dataset on the Hugging Face Hub. What
+was dropped and why is printed and is in report.json. A run that was stopped, at whatever moment, continues when it is
+started again.
+"""
+
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
+from ..concepts import read_concepts
+from ..data import (
+    FORMATS,
+    DownloadSettings,
+    Filters,
+    PreparationSettings,
+    check_folder,
+    prepare,
+    read_table,
+)
+
+
+@dataclass
+class PrepareDataArguments:
+    source: str = field(
+        metadata={"help": "Table, folder of pictures, or dataset on the Hub. May be given without --source."}
+    )
+    output_dir: str = field(metadata={"help": "Where the shards go; an empty or new folder."})
+    format: str = field(default="webdataset", metadata={"help": f"Of the shards: {', '.join(FORMATS)}."})
+    url_column: str | None = field(
+        default=None, metadata={"help": "Of a table or dataset: web addresses of pictures; default url."}
+    )
+    caption_column: str = field(default="text", metadata={"help": "Of a table, dataset or metadata file."})
+    split: str | None = field(
+        default=None,
+        metadata={"help": 'Of a table or dataset, default train; "train[:1000]" are its first thousand rows.'},
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Of a dataset on the Hub."})
+    aesthetic_column: str | None = field(default=None, metadata={"help": "Scores, for --min_aesthetic."})
+    min_aesthetic: float | None = field(default=None, metadata={"help": "Least score that stays."})
+    min_side: int = field(default=1, metadata={"help": "Least pixels of the shorter side, before --resize."})
+    max_aspect_ratio: float | None = field(default=None, metadata={"help": "Longer by shorter side."})
+    min_caption_length: int = field(default=1, metadata={"help": "In characters."})
+    forbidden_concepts: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Drop captions with one of these as whole words; names, or a .txt file with one a line."},
+    )
+    resize: int | None = field(
+        default=None, metadata={"help": "Pixels of the shorter side; larger pictures are shrunk to it."}
+    )
+    jpeg_quality: int = field(default=95, metadata={"help": "1 to 95."})
+    shard_size: int = field(default=1000, metadata={"help": "Pictures of a shard."})
+    timeout: float = field(default=10, metadata={"help": "Seconds for the whole of a server's answer."})
+    retries: int = field(default=2, metadata={"help": "Further attempts where a server is slow or busy."})
+    concurrency: int = field(default=32, metadata={"help": "Pictures under way at once."})
+    user_agent: str | None = field(
+        default=None, metadata={"help": "What servers are told; default name and version of this package."}
+    )
+
+    def __post_init__(self):
+        filters = Filters(
+            self.min_caption_length,
+            tuple(read_concepts(self.forbidden_concepts)) if self.forbidden_concepts else (),
+            self.min_aesthetic,
+            self.min_side,
+            self.max_aspect_ratio,
+        )
+        self.settings = PreparationSettings(filters, self.format, self.shard_size, self.resize, self.jpeg_quality)
+        self.downloads = DownloadSettings(self.timeout, self.retries, self.concurrency, self.user_agent)
+
+
+def check_surroundings(args: PrepareDataArguments) -> None:
+    """The table and its columns, and then the output folder, which is created."""
+    columns = (args.url_column, args.caption_column, args.aesthetic_column)
+    args.table = read_table(args.source, *columns, args.dataset_config_name, args.split)
+    check_folder(Path(args.output_dir), args.settings.facts(args.table))
+    check_output_dir(args.output_dir)
+
+
+def report_lines(report: dict) -> list[str]:
+    """The report as a table: a count and what it counts."""
+    lines = [f"{report['rows']:>9}  rows", f"{report['kept']:>9}  kept"]
+    lines += [f"{count:>9}  dropped: {reason}" for reason, count in report["dropped"].items()]
+    lines += [f"{count:>9}  of those kept: {change}" for change, count in report["changed"].items()]
+    return lines
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> None:
+    if argv and not argv[0].startswith("-"):
+        argv = ["--source", *argv]
+    args = parse_dataclass(PrepareDataArguments, __doc__, argv, prog, check_surroundings)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about pictures that are strange; those that fail are counted
+    with told_in_one_line():
+        report = prepare(args.table, args.output_dir, args.settings, args.downloads)
+    print("\n".join(report_lines(report)))
+    shards = f"{report['shards']} shard{'s' if report['shards'] > 1 else ''}"
+    print(f"{shards} and report.json in {Path(args.output_dir).resolve()}")

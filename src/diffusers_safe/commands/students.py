@@ -1,0 +1,177 @@
+"""What smaller UNets take beside their teacher, as a table; or one of them, made of a model that is at hand.
+
+    diffusers-safe students
+    diffusers-safe students --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5
+    diffusers-safe students --teacher emoji --student bk-tiny --output_dir runs/emoji-tiny
+
+The table is counted from configs, no weights are read: parameters; multiply-accumulates of a forward of one sample at
+the model's own resolution (convolutions, linear layers, attention); the size of the weights in half precision. With
+--student and --output_dir the teacher's pipeline is written with the student in place of its UNet, a stock pipeline
+folder: what distillation begins with. Before that it draws nothing good.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from transformers import AutoTokenizer
+
+from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
+from ..backbones import check_model, load_pipeline
+from ..backbones.cost import macs
+from ..emoji import MODEL_FOLDER
+from ..formats import check_no_result, rewrite_index, stock_class_name, written_aside
+from ..students import (
+    ALIASES,
+    STUDENTS,
+    TEACHER_CONFIGS,
+    build_student,
+    fitting_students,
+    resolve_student,
+    student_config,
+)
+
+
+EMBEDDED = "emoji"
+TEACHERS = (*TEACHER_CONFIGS, EMBEDDED)
+CLIP_TOKENS = 77  # the prompt's length in all of TEACHER_CONFIGS
+MIB = 2**20
+
+
+@dataclass
+class StudentsArguments:
+    pretrained_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The teacher: Hub id or folder of a diffusers pipeline."}
+    )
+    teacher: str | None = field(
+        default=None,
+        metadata={"help": f"A teacher that is known by name: {', '.join(TEACHERS)}; all of them if none is given."},
+    )
+    student: str | None = field(
+        default=None, metadata={"help": f"Which one to write: {', '.join([*STUDENTS, *ALIASES])}. Needs --output_dir."}
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "Where the student's pipeline goes."})
+    revision: str | None = field(default=None, metadata={"help": "Of the model on the Hub."})
+    variant: str | None = field(default=None, metadata={"help": "Of the weight files, such as fp16."})
+
+    def __post_init__(self):
+        name = self.pretrained_model_name_or_path
+        if self.teacher is not None and self.teacher not in TEACHERS:
+            raise ValueError(f"teacher '{self.teacher}': unknown; allowed are {', '.join(TEACHERS)}")
+        if self.teacher is not None and name is not None:
+            raise ValueError(f"teacher {self.teacher}: give it or pretrained_model_name_or_path, not both")
+        if (self.student is None) != (self.output_dir is None):
+            raise ValueError(f"student {self.student}, output_dir {self.output_dir}: give both or neither")
+        if self.teacher == EMBEDDED:
+            self.pretrained_model_name_or_path = name = str(MODEL_FOLDER)
+        if self.student is not None:
+            self.student = resolve_student(self.student)
+            if name is None:
+                raise ValueError(
+                    f"student {self.student}: a teacher with weights is needed; give --pretrained_model_name_or_path "
+                    f"or --teacher {EMBEDDED}"
+                )
+            if Path(self.output_dir).resolve() == Path(name).resolve():
+                raise ValueError(f"output_dir {self.output_dir}: is the teacher's own folder; give another")
+
+    @property
+    def hub_arguments(self) -> dict[str, str]:
+        return {} if self.revision is None else {"revision": self.revision}
+
+
+@dataclass
+class Teacher:
+    """A teacher's name, its UNet on the meta device, and the length of its prompts."""
+
+    name: str
+    unet: UNet2DConditionModel
+    tokens: int
+
+
+def find_teachers(args: StudentsArguments) -> list[Teacher]:
+    """The teachers that are asked for, from their configs.
+
+    Raises:
+        `ValueError`: If a model is not there or is none of a supported family.
+    """
+    name = args.pretrained_model_name_or_path
+    if name is not None:
+        return [_teacher_at(name, args.teacher or name, **args.hub_arguments)]
+    if args.teacher is not None:
+        return [_published_teacher(args.teacher)]
+    return [*map(_published_teacher, TEACHER_CONFIGS), _teacher_at(str(MODEL_FOLDER), EMBEDDED)]
+
+
+def _teacher_at(path: str, name: str, **hub_arguments) -> Teacher:
+    unet = check_model(path, **hub_arguments)
+    tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer", **hub_arguments)
+    return Teacher(name, unet, tokenizer.model_max_length)
+
+
+def _published_teacher(name: str) -> Teacher:
+    with torch.device("meta"):
+        return Teacher(name, UNet2DConditionModel(**TEACHER_CONFIGS[name]), CLIP_TOKENS)
+
+
+def table(teacher: Teacher) -> str:
+    """Markdown: what is counted, and a row for the teacher and for each student that fits it."""
+    config = teacher.unet.config
+    height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
+    shape = (config.in_channels, height, width)
+    lines = [
+        f"{teacher.name}: latents of {' x '.join(map(str, shape))}, {teacher.tokens} tokens",
+        "",
+        "| UNet | parameters | share | GMAC | share | in fp16 | taken out |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    whole = None
+    for name in ("teacher", *fitting_students(config)):
+        unet, taken_out = teacher.unet, ""
+        if name in STUDENTS:
+            unet, taken_out = build_student(unet, name), STUDENTS[name].description
+        count = sum(parameter.numel() for parameter in unet.parameters())
+        cost = macs(unet.config, shape, teacher.tokens)
+        whole = whole or (count, cost)
+        lines.append(
+            f"| {name} | {count:,} | {count / whole[0]:.1%} | {cost / 1e9:,.4g} | {cost / whole[1]:.1%} | "
+            f"{2 * count / MIB:,.1f} MiB | {taken_out} |"
+        )
+    return "\n".join(lines)
+
+
+def write_student(args: StudentsArguments) -> UNet2DConditionModel:
+    """Writes the teacher's pipeline with the student in it, as a stock folder, whole or not at all."""
+    variant = {} if args.variant is None else {"variant": args.variant}
+    pipeline = load_pipeline(args.pretrained_model_name_or_path, **args.hub_arguments, **variant)
+    student = build_student(pipeline.unet, args.student)
+    pipeline.register_modules(unet=student)
+    with written_aside(args.output_dir) as aside:
+        pipeline.save_pretrained(aside, safe_serialization=True)
+        rewrite_index(aside, stock_class_name(pipeline))
+    return student
+
+
+def check_surroundings(args: StudentsArguments) -> None:
+    """The teacher's configs, and the output folder, which is created."""
+    for teacher in find_teachers(args):
+        if args.student is not None:
+            student_config(teacher.unet.config, args.student)
+        elif not fitting_students(teacher.unet.config):
+            raise ValueError(f"{teacher.name}: none of the students ({', '.join(STUDENTS)}) fits its UNet")
+    if args.output_dir is not None:
+        check_no_result(args.output_dir)
+        check_output_dir(args.output_dir)
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> None:
+    args = parse_dataclass(StudentsArguments, __doc__, argv, prog, check_surroundings)
+    with told_in_one_line():
+        if args.student is None:
+            print("\n\n".join(map(table, find_teachers(args))))
+            return
+        student = write_student(args)
+    count = sum(parameter.numel() for parameter in student.parameters())
+    print(f"{args.student}, {count:,} parameters, in {Path(args.output_dir).resolve()}; not trained yet")
+    if student.config.mid_block_type is None:
+        print("it has no middle block, so ControlNetModel.from_unet does not take it")

@@ -1,0 +1,144 @@
+"""Bytes of pictures from the web or from a folder."""
+
+import asyncio
+from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from importlib.metadata import version
+from pathlib import Path
+
+from huggingface_hub.utils import httpx  # httpx or httpx2, whichever its version uses
+
+from .filters import Dropped
+from .table import Row
+
+
+MAX_BYTES = 50 * 2**20  # of one picture
+MAX_REDIRECTS = 5
+MAX_WAIT = 30.0  # seconds before another attempt, whatever Retry-After asks for
+TRANSIENT = (408, 429, 500, 502, 503, 504)  # statuses that may pass
+UNREACHABLE = ("no connection", "slow answer")  # what a network that is down looks like, too
+# What a server says in X-Robots-Tag of a picture that is not for training.
+NOT_FOR_TRAINING = {"noai", "noimageai"}
+
+
+@dataclass(frozen=True)
+class DownloadSettings:
+    """How pictures are fetched from the web. None of it changes what is in a shard, unless a server is slow or fails.
+
+    Attributes:
+        timeout (`float`, defaults to 10): Seconds for the whole of one answer, redirects included.
+        retries (`int`, defaults to 2): Further attempts where a server is slow, busy or cuts the connection, after 1,
+            2, 4, ... seconds or what its `Retry-After` says, at most [`MAX_WAIT`].
+        concurrency (`int`, defaults to 32): Pictures under way at once.
+        user_agent (`str`, *optional*): What servers are told; the name and version of this package by default.
+    """
+
+    timeout: float = 10.0
+    retries: int = 2
+    concurrency: int = 32
+    user_agent: str | None = None
+
+    def __post_init__(self):
+        if not self.timeout > 0:
+            raise ValueError(f"timeout {self.timeout}: must be above 0 seconds")
+        if self.retries < 0:
+            raise ValueError(f"retries {self.retries}: must be at least 0")
+        if self.concurrency < 1:
+            raise ValueError(f"concurrency {self.concurrency}: must be at least 1")
+        if self.user_agent is not None and not (self.user_agent.isascii() and self.user_agent.isprintable()):
+            raise ValueError(f"user_agent {self.user_agent!r}: must be one line of ASCII")
+
+
+class _TryAgain(Dropped):
+    """A reason that may pass, and after how many seconds the server asks to come back."""
+
+    def __init__(self, reason: str, retry_after: float | None = None):
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+class Fetcher:
+    """Fetches pictures while its `async with` block lasts."""
+
+    def __init__(self, settings: DownloadSettings):
+        self.settings = settings
+        self._client = httpx.AsyncClient(
+            headers={
+                "User-Agent": settings.user_agent or f"diffusers-safe/{version('diffusers-safe')} prepare-data",
+                "Accept": "image/*, */*;q=0.1",
+                "Accept-Encoding": "identity",
+            },
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # no answer may depend on another
+            follow_redirects=True,
+            max_redirects=MAX_REDIRECTS,
+            timeout=None,  # each step would have it to itself
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=settings.concurrency),
+        )
+
+    async def __aenter__(self) -> "Fetcher":
+        await self._client.__aenter__()
+        return self
+
+    async def __aexit__(self, *error) -> None:
+        await self._client.__aexit__(*error)
+
+    async def fetch(self, row: Row) -> tuple[bytes, tuple[str, ...]]:
+        """A picture's bytes, and how they came if it was not straight.
+
+        Raises:
+            [`Dropped`]: If there are none.
+        """
+        if row.folder is not None:
+            return await asyncio.to_thread(_read, row.folder / row.address), ()
+        for attempt in range(self.settings.retries + 1):
+            try:
+                return await asyncio.wait_for(self._download(row.address), self.settings.timeout)
+            except asyncio.TimeoutError:
+                problem = _TryAgain("slow answer")
+            except _TryAgain as error:
+                problem = error
+            if attempt < self.settings.retries:
+                wait = 2.0**attempt if problem.retry_after is None else problem.retry_after
+                await asyncio.sleep(min(wait, MAX_WAIT))
+        raise problem
+
+    async def _download(self, address: str) -> tuple[bytes, tuple[str, ...]]:
+        try:
+            async with self._client.stream("GET", address) as answer:
+                if answer.status_code in TRANSIENT:
+                    raise _TryAgain(f"HTTP {answer.status_code}", _seconds(answer.headers.get("Retry-After")))
+                if answer.status_code != 200:
+                    raise Dropped(f"HTTP {answer.status_code}")
+                robots = answer.headers.get("X-Robots-Tag", "").lower().replace(",", " ").split()
+                if NOT_FOR_TRAINING.intersection(robots):
+                    raise Dropped("not for training (X-Robots-Tag)")
+                data = bytearray()
+                async for chunk in answer.aiter_bytes():
+                    data += chunk
+                    if len(data) > MAX_BYTES:
+                        raise Dropped(f"more than {MAX_BYTES // 2**20} MB")
+                return bytes(data), (("redirected",) if answer.history else ())
+        except httpx.TooManyRedirects:
+            raise Dropped("too many redirects") from None
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol):
+            raise Dropped("no address") from None
+        except httpx.ConnectError:
+            raise _TryAgain("no connection") from None
+        except httpx.HTTPError:  # cut off, or no HTTP
+            raise _TryAgain("broken answer") from None
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """`Retry-After` in seconds; its other form, a date, is not read."""
+    return float(retry_after) if retry_after and retry_after.isdecimal() else None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        raise Dropped("no such file") from None
+    if len(data) > MAX_BYTES:
+        raise Dropped(f"more than {MAX_BYTES // 2**20} MB")
+    return data

@@ -1,0 +1,93 @@
+"""From the bytes of whatever picture to an upright RGB JPEG without metadata."""
+
+import hashlib
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from .filters import SIZE_RULES, Dropped, Filters, reason_to_drop
+
+
+# Those of the web. Pillow reads more, some with the help of other programs: not from strangers.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+LONGEST_SIDE = 65_500  # in pixels, of a JPEG that Pillow writes
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture ready for a shard.
+
+    Attributes:
+        jpeg (`bytes`): Upright, RGB, without metadata.
+        sha256 (`str`): Of the bytes it was read from.
+        size (`tuple[int, int]`): Width and height in pixels.
+        original_size (`tuple[int, int]`): Before it was shrunk.
+        changes (`tuple[str, ...]`): What was done to it.
+    """
+
+    jpeg: bytes
+    sha256: str
+    size: tuple[int, int]
+    original_size: tuple[int, int]
+    changes: tuple[str, ...]
+
+
+def read_picture(data: bytes, filters: Filters, resize: int | None = None, quality: int = 95) -> Picture:
+    """Decodes, checks and encodes a picture; of an animation the first frame.
+
+    Args:
+        data (`bytes`): A file.
+        filters ([`Filters`]): The least side and the aspect ratio count here.
+        resize (`int`, *optional*): Pixels of the shorter side; larger pictures are shrunk to it.
+        quality (`int`, defaults to 95): Of the JPEG, 1 to 95.
+
+    Raises:
+        [`Dropped`]: If it is no picture, cannot be decoded to the end, has more pixels than
+            `PIL.Image.MAX_IMAGE_PIXELS` (89 million), or a filter says so.
+    """
+    Image.init()
+    try:
+        image = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Dropped("too many pixels")
+        rgb, changes = _rgb(ImageOps.exif_transpose(image))
+        if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
+            changes.append("turned upright")
+    except Dropped:
+        raise
+    except UnidentifiedImageError:
+        raise Dropped("not a picture") from None
+    except Image.DecompressionBombError:
+        raise Dropped("too many pixels") from None
+    except Exception:  # a broken file can raise anything in a decoder
+        raise Dropped("broken picture") from None
+    if reason := reason_to_drop(SIZE_RULES, rgb.size, filters):
+        raise Dropped(reason)
+    shrunk = rgb
+    if resize is not None and min(rgb.size) > resize:
+        scale = resize / min(rgb.size)
+        shrunk = rgb.resize([max(resize, round(side * scale)) for side in rgb.size], Image.Resampling.LANCZOS)
+        changes.append("shrunk")
+    if max(shrunk.size) > LONGEST_SIDE:
+        raise Dropped("too long for a JPEG")
+    jpeg = io.BytesIO()
+    shrunk.save(jpeg, "JPEG", quality=quality)
+    return Picture(jpeg.getvalue(), hashlib.sha256(data).hexdigest(), shrunk.size, rgb.size, tuple(changes))
+
+
+def _rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
+    """A picture in 8-bit RGB, and how it came to that."""
+    changes = [] if image.mode == "RGB" else [f"{image.mode} to RGB"]
+    if image.mode == "F":
+        raise Dropped("floating-point picture")
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        changes.append("laid on white")
+    image = image.convert("RGB")
+    image.info.clear()  # a comment would go into the JPEG
+    return image, changes

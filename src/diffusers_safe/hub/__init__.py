@@ -1,0 +1,35 @@
+"""An erased model, or a student, on the Hugging Face Hub: its model card, made of facts, and the push."""
+
+from .base import Base, find_base
+from .card import erasure_card
+from .published import as_published, check_folder, published_record
+from .push import (
+    PUSH_FAILED,
+    RETRY_WAITS,
+    PushError,
+    check_model_id,
+    check_push,
+    default_model_id,
+    push_or_exit,
+    push_result,
+)
+from .student_card import student_card
+
+
+__all__ = [
+    "PUSH_FAILED",
+    "RETRY_WAITS",
+    "Base",
+    "PushError",
+    "as_published",
+    "check_folder",
+    "check_model_id",
+    "check_push",
+    "default_model_id",
+    "erasure_card",
+    "find_base",
+    "published_record",
+    "push_or_exit",
+    "push_result",
+    "student_card",
+]

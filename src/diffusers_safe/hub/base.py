@@ -1,0 +1,76 @@
+"""What is known of the model that an erasure changed, from its card: its name on the Hub, and its licence."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from ..cards import CARD_NAME, card_on_hub
+from .failures import reason
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is known of the model that was changed.
+
+    Attributes:
+        name (`str`): Its id on the Hub, or the name of its folder.
+        on_hub (`bool`): Whether it is there.
+        metadata (`dict`): `base_model`, `license`, `license_name` and `license_link`, as far as its card tells.
+    """
+
+    name: str
+    on_hub: bool
+    metadata: dict[str, Any]
+
+
+def find_base(base_model: str, revision: str | None = None, token: str | None = None) -> Base:
+    """Reads a base model's card, in its folder or on the Hub, for what a derived model's card must say.
+
+    A card that is missing, broken or out of reach leaves things unknown; it raises nothing.
+    """
+    if Path(base_model).exists():
+        path = Path(base_model) / CARD_NAME
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        own = _front_matter(text)
+        metadata = {"base_model": own.get("base_model"), **_licence(own)}
+        return Base(Path(base_model).resolve().name, False, _known(metadata))
+    try:
+        validate_repo_id(base_model)
+        own = _front_matter(card_on_hub(base_model, token, revision=revision, max_retries=0) or "")
+    except (HFValidationError, RepositoryNotFoundError):
+        return Base(Path(base_model).name, False, {})  # a folder that is gone
+    except (HTTPError, OSError) as error:
+        logger.warning("the card of %s cannot be read (%s): its licence stays unknown", base_model, reason(error))
+        own = {}
+    metadata = {"base_model": base_model, **_licence(own, f"https://huggingface.co/{base_model}/blob/main/")}
+    return Base(base_model, True, _known(metadata))
+
+
+def _front_matter(card: str) -> dict[str, Any]:
+    if not card.startswith("---"):
+        return {}
+    try:
+        return ModelCard(card, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, TypeError, yaml.YAMLError):
+        return {}
+
+
+def _licence(own: dict[str, Any], home: str | None = None) -> dict[str, Any]:
+    """A link inside the base's repository is followed from `home`; without one it would lead nowhere."""
+    link = own.get("license_link")
+    if isinstance(link, str) and "://" not in link:
+        link = f"{home}{link}" if home else None
+    return {"license": own.get("license"), "license_name": own.get("license_name"), "license_link": link}
+
+
+def _known(metadata: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metadata.items() if value is not None}

@@ -1,0 +1,240 @@
+"""Command-line arguments of `train_distill.py`."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import ClassVar
+
+from diffusers import SchedulerMixin
+from torch import nn
+
+from ..backbones import StoredModel
+from ..concepts import read_concepts
+from ..students import STUDENTS, empty_student, resolve_student
+from ..trajectories import Trajectories
+from ..weights import select_parameters
+from .arguments import SamplingArguments, option, required
+from .data import INTERPOLATION_MODES
+from .loss_space import LossSpace
+from .noise import TARGETS, TIMESTEP_BIASES, NoiseSchedule, TimestepBias
+from .objectives.distillation import FEATURE_MAPS, DistillationObjective, feature_pairs
+
+
+@dataclass(kw_only=True)
+class DistillationArguments(SamplingArguments):
+    """Arguments of knowledge distillation. The teacher is `pretrained_model_name_or_path`."""
+
+    student: str | None = option(
+        None,
+        f"What is built of the teacher's blocks: {', '.join(STUDENTS)} (aliases sd_small, sd_tiny).",
+    )
+    from_student: str | None = option(
+        None, "Go on from this student instead: a folder or Hub id of a pipeline, such as an earlier output_dir."
+    )
+    dataset_name: str | None = option(None, "Hub id of a dataset of pictures with captions, or its folder.")
+    dataset_config_name: str | None = option(None, "Its configuration, if it has several.")
+    dataset_split: str = option("train", "Its split.")
+    train_data_dir: str | None = option(
+        None, "A folder instead: pictures with a metadata.csv or .jsonl, parquet files, or tar files of a webdataset."
+    )
+    image_column: str = option("image", "The column of the pictures.")
+    caption_column: str = option("text", "The column of the captions: a text, or several of which one is drawn.")
+    max_train_samples: int | None = option(None, "Only so many samples, drawn at random; of a stream the first ones.")
+    streaming: bool = option(False, "Read the samples as they come instead of all before; shuffled in part only.")
+    forbidden_concepts: list[str] = option(
+        [], "Samples whose captions name one of these are left out (names, or one .txt file)."
+    )
+    center_crop: bool = option(False, "Cut the middle out of a picture; else a part drawn at random.")
+    random_flip: bool = option(False, "Mirror pictures, left to right, half of the time.")
+    image_interpolation_mode: str = option("lanczos", f"Of resizing: {', '.join(INTERPOLATION_MODES)}.")
+    dataloader_num_workers: int = option(0, "Threads that read pictures ahead; they change no result.")
+    cache_latents: bool = option(
+        False,
+        "Run the autoencoder and the text encoders once, ahead, and keep what they give on disk; needs center_crop, "
+        "or square pictures.",
+    )
+    cache_folder: str | None = option(
+        None, "Where; default the folder cache in the output folder. Other runs may share it."
+    )
+    task_weight: float = option(1.0, "Weight of the error against the noise itself.")
+    output_weight: float = option(1.0, "Weight of the error against the teacher's prediction.")
+    feature_weight: float = option(1.0, "Weight of the errors against the teacher's feature maps.")
+    feature_map: str = option("bk", f"Which feature maps: {', '.join(FEATURE_MAPS)} (docs/methods.md).")
+    sdd_weight: float = option(
+        0.0,
+        "Weight of the loss of SDD on the student, for forbidden_concepts: their predictions move to the "
+        "unconditional one.",
+    )
+    prediction_type: str | None = option(
+        None, f"What the student is to predict, {' or '.join(TARGETS)}; default as its teacher."
+    )
+    snr_gamma: float | None = option(None, "Weigh the task's errors as Min-SNR does; 5.0 there.")
+    noise_offset: float = option(0.0, "Of an offset of the noise that is the same all over a channel.")
+    input_perturbation: float = option(0.0, "Noise of the input that the target does not have; 0.1 in the paper.")
+    timestep_bias_strategy: str = option(
+        "none", f"Which timesteps are drawn more often: {', '.join(TIMESTEP_BIASES)}, as in diffusers."
+    )
+    timestep_bias_multiplier: float = option(1.0, "How many times as often.")
+    timestep_bias_portion: float = option(0.25, "The first or last share of timesteps that is meant; in (0, 1).")
+    timestep_bias_begin: int = option(0, "Where the range begins.")
+    timestep_bias_end: int = option(1000, "Where the range ends.")
+    proportion_empty_prompts: float = option(
+        0.0, "Share of samples without their caption, for classifier-free guidance; in [0, 1]."
+    )
+    output_dir: str | None = required("Where the student's pipeline, distillation.json and checkpoints go.")
+    save: str | None = option(
+        None, "full: a stock pipeline folder; unet: its UNet only. Of a LoRA (--rank), fused in. The default is full."
+    )
+    use_ema: bool = option(False, "Publish an average of the student's weights.")
+    ema_decay: float = option(0.9999, "m of that average, in [0, 1); smaller in the first steps: (1 + n) / (10 + n).")
+    train_method: str = option("full", "Which weights of the student train, as for erasures (train_sdd.py --help).")
+    max_train_steps: int = option(50000, "Optimizer steps.")
+    train_batch_size: int = option(64, "Samples a process and step.")
+    learning_rate: float = option(5e-5, "Peak learning rate of AdamW.")
+    adam_weight_decay: float = option(1e-2, "AdamW's weight decay.")
+
+    KEEPS_FROZEN: ClassVar[bool] = False
+    LORA_SAVES: ClassVar[tuple[str, ...]] = ("full", "unet")  # an adapter of a student that nobody has is of no use
+    FREE: ClassVar[frozenset[str]] = SamplingArguments.FREE | {
+        "dataloader_num_workers",
+        "cache_latents",
+        "cache_folder",
+        "from_student",
+        "train_data_dir",
+    }
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.forbidden_concepts = read_concepts(self.forbidden_concepts) if self.forbidden_concepts else []
+        if (self.student is None) == (self.from_student is None):
+            raise ValueError("student: give either --student, what is to be built, or --from_student, to go on from")
+        if self.student is not None:
+            self.student = resolve_student(self.student)
+        if (self.dataset_name is None) == (self.train_data_dir is None):
+            raise ValueError("dataset_name: give either --dataset_name or --train_data_dir")
+        if self.train_data_dir is not None and not Path(self.train_data_dir).is_dir():
+            raise ValueError(f"train_data_dir {self.train_data_dir}: no such folder")
+        self._check_choices(
+            feature_map=FEATURE_MAPS,
+            image_interpolation_mode=INTERPOLATION_MODES,
+            prediction_type=(*TARGETS, None),
+            timestep_bias_strategy=TIMESTEP_BIASES,
+        )
+        self._check_at_least(
+            0,
+            "sdd_weight",
+            "noise_offset",
+            "input_perturbation",
+            "timestep_bias_multiplier",
+            "timestep_bias_begin",
+            "dataloader_num_workers",
+        )
+        self._check_at_least(1, "max_train_samples", "timestep_bias_end")
+        if self.snr_gamma is not None and not self.snr_gamma > 0:
+            raise ValueError(f"snr_gamma {self.snr_gamma}: must be greater than 0")
+        if not 0 < self.timestep_bias_portion < 1:
+            raise ValueError(f"timestep_bias_portion {self.timestep_bias_portion}: must be between 0 and 1")
+        if self.timestep_bias_begin >= self.timestep_bias_end:
+            raise ValueError(
+                f"timestep_bias_begin {self.timestep_bias_begin}: must be less than timestep_bias_end "
+                f"{self.timestep_bias_end}"
+            )
+        if not 0 <= self.proportion_empty_prompts <= 1:
+            raise ValueError(f"proportion_empty_prompts {self.proportion_empty_prompts}: must be in [0, 1]")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay {self.ema_decay}: must be at least 0 and less than 1")
+        if self.sdd_weight and not self.forbidden_concepts:
+            raise ValueError(f"sdd_weight {self.sdd_weight}: needs --forbidden_concepts, what to erase")
+        if self.cache_folder is not None and not self.cache_latents:
+            raise ValueError(f"cache_folder {self.cache_folder}: needs --cache_latents")
+        if self.cache_latents and self.streaming:
+            raise ValueError("cache_latents: keeps all samples, --streaming none; give one of them")
+        self.make_objective()
+        self._check_useless()
+        if self.snr_gamma is not None and self.loss_space != "prediction":
+            raise ValueError(
+                f"snr_gamma {self.snr_gamma}: weighs errors of predictions; needs --loss_space prediction"
+            )
+
+    def _check_useless(self) -> None:
+        """An option that would change nothing is a mistake, told as one."""
+        biased = self.timestep_bias_strategy
+        needs = {
+            "timestep_bias_multiplier": (biased != "none", "--timestep_bias_strategy"),
+            "timestep_bias_portion": (biased in ("earlier", "later"), "--timestep_bias_strategy earlier or later"),
+            "timestep_bias_begin": (biased == "range", "--timestep_bias_strategy range"),
+            "timestep_bias_end": (biased == "range", "--timestep_bias_strategy range"),
+            "ema_decay": (self.use_ema, "--use_ema"),
+            "feature_map": (self.feature_weight > 0, "a --feature_weight above 0"),
+            "snr_gamma": (self.task_weight > 0, "a --task_weight above 0"),
+            "sampling_guidance_scale": (self.sdd_weight > 0, "--sdd_weight"),
+            "sampling_fraction": (self.sdd_weight > 0, "--sdd_weight"),
+            "latents_per_trajectory": (self.sdd_weight > 0, "--sdd_weight"),
+        }
+        defaults = {item.name: item.default for item in fields(self)}
+        for name, (met, need) in needs.items():
+            if not met and getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name} {getattr(self, name)}: needs {need}")
+        if biased != "none" and self.timestep_bias_multiplier == 1:
+            raise ValueError(f"timestep_bias_strategy {biased}: needs a --timestep_bias_multiplier other than 1")
+
+    def make_objective(self) -> DistillationObjective:
+        return DistillationObjective(self.task_weight, self.output_weight, self.feature_weight)
+
+    @property
+    def timestep_bias(self) -> TimestepBias:
+        return TimestepBias(
+            self.timestep_bias_strategy,
+            self.timestep_bias_multiplier,
+            self.timestep_bias_portion,
+            self.timestep_bias_begin,
+            self.timestep_bias_end,
+        )
+
+    def check_base_model(self) -> nn.Module:
+        """Looks at the configs of teacher and student; returns the student's structure, without weights."""
+        name = self.pretrained_model_name_or_path
+        stored = StoredModel(name, self.resolution, **self.index_arguments)
+        teacher = stored.denoiser
+        self._check_noise(stored)
+        if self.student is not None:
+            student = empty_student(teacher.config, self.student)
+        else:
+            own = StoredModel(self.from_student, self.resolution, "from_student", **self._cache_argument)
+            student = own.denoiser
+            for name in ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type"):
+                if (own := student.config[name]) != (there := teacher.config[name]):
+                    raise ValueError(f"from_student {self.from_student}: has {name} {own}, the teacher {there}")
+        if self.feature_weight > 0:
+            feature_pairs(student.config, teacher.config, self.feature_map)
+        select_parameters(student, self.train_method)
+        return student
+
+    def _check_noise(self, teacher: StoredModel) -> None:
+        scheduler = self.scheduler_for(teacher.make_scheduler())
+        noise = NoiseSchedule(scheduler, bias=self.timestep_bias)
+        LossSpace(self.loss_space, noise.scheduler)
+        own = teacher.make_scheduler().config.prediction_type
+        if noise.prediction_type != own and self.output_weight > 0:
+            raise ValueError(
+                f"prediction_type {self.prediction_type}: the teacher predicts {own}, and the student cannot learn "
+                "both; needs --output_weight 0"
+            )
+        if self.sdd_weight:
+            scheduled = (teacher.make_scheduler, teacher.latent_shape, self.num_inference_steps)
+            Trajectories(*scheduled).stop_choices(self.sampling_fraction, self.latents_per_trajectory)
+            teacher.check_prompts(self.forbidden_concepts)
+
+    def scheduler_for(self, scheduler: SchedulerMixin) -> SchedulerMixin:
+        """The student's scheduler: its teacher's, with what the student predicts."""
+        if self.prediction_type is None:
+            return scheduler
+        return type(scheduler).from_config(scheduler.config, prediction_type=self.prediction_type)
+
+    @property
+    def _cache_argument(self) -> dict[str, str]:
+        return {} if self.cache_dir is None else {"cache_dir": self.cache_dir}
+
+    def check_output(self) -> None:
+        if self.from_student is not None and Path(self.output_dir).resolve() == Path(self.from_student).resolve():
+            raise ValueError(f"output_dir {self.output_dir}: is the student's own folder; give another")
+        super().check_output()

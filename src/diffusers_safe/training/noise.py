@@ -1,0 +1,122 @@
+"""Noise for training on pictures: which noise level each has, what is predicted, and how much an error counts."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers.training_utils import compute_snr
+
+
+TARGETS = ("epsilon", "v_prediction")
+TIMESTEP_BIASES = ("none", "earlier", "later", "range")
+
+
+@dataclass
+class NoisyLatents:
+    """Attributes:
+    model_input (`torch.Tensor`): `(B, C, H, W)`, the latents with noise.
+    timesteps (`torch.Tensor`): `(B,)`, integers.
+    target (`torch.Tensor`): `(B, C, H, W)`, what the model should predict: the noise, or the velocity.
+    """
+
+    model_input: torch.Tensor
+    timesteps: torch.Tensor
+    target: torch.Tensor
+
+
+@dataclass
+class TimestepBias:
+    """Which timesteps are drawn more often; the strategies of diffusers' `train_text_to_image_sdxl.py`.
+
+    Attributes:
+        strategy (`str`): `"none"`: all alike; `"earlier"` or `"later"`: the first or last `portion` of them;
+            `"range"`: from `begin` up to `end`.
+        multiplier (`float`): How many times as often, at least 0.
+        portion (`float`): In (0, 1).
+        begin, end (`int`): Of the range.
+    """
+
+    strategy: str = "none"
+    multiplier: float = 1.0
+    portion: float = 0.25
+    begin: int = 0
+    end: int = 1000
+
+    def weights(self, num_timesteps: int) -> torch.Tensor:
+        """How often each timestep is drawn, `(num_timesteps,)`, summing to 1.
+
+        Raises:
+            `ValueError`: If the range lies outside, or no timestep is left.
+        """
+        if self.strategy == "range" and self.end > num_timesteps:
+            raise ValueError(f"timestep_bias_end {self.end}: must be at most {num_timesteps}, the model's timesteps")
+        weights = torch.ones(num_timesteps, dtype=torch.float64)
+        count = int(self.portion * num_timesteps)
+        favoured = {
+            "none": slice(0, 0),
+            "earlier": slice(0, count),
+            "later": slice(num_timesteps - count, None),
+            "range": slice(self.begin, self.end),
+        }[self.strategy]
+        weights[favoured] *= self.multiplier
+        if not weights.sum() > 0:
+            raise ValueError(f"timestep_bias_multiplier {self.multiplier}: leaves no timestep to train")
+        return weights / weights.sum()
+
+
+class NoiseSchedule:
+    """Adds noise to latents as the model's own scheduler counts it.
+
+    Args:
+        scheduler (`SchedulerMixin`): Of the model; its `prediction_type` must be one of `TARGETS`.
+        snr_gamma (`float`, *optional*): Errors count min(SNR, gamma) / SNR times, as in Min-SNR (Hang et al., arXiv
+            2303.09556).
+        noise_offset (`float`, defaults to 0.0): Of an offset that is the same all over each channel
+            (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
+        input_perturbation (`float`, defaults to 0.0): The model's input has noise that is this much off (Ning et al.,
+            arXiv 2301.11706, 0.1 there).
+        bias (`TimestepBias`, *optional*): Which timesteps come more often.
+    """
+
+    def __init__(
+        self,
+        scheduler: SchedulerMixin,
+        snr_gamma: float | None = None,
+        noise_offset: float = 0.0,
+        input_perturbation: float = 0.0,
+        bias: TimestepBias | None = None,
+    ):
+        self.scheduler = DDPMScheduler.from_config(scheduler.config)
+        self.prediction_type = self.scheduler.config.prediction_type
+        if self.prediction_type not in TARGETS:
+            raise ValueError(f"prediction_type '{self.prediction_type}': allowed are {', '.join(TARGETS)}")
+        self.snr_gamma, self.noise_offset, self.input_perturbation = snr_gamma, noise_offset, input_perturbation
+        self._often = (bias or TimestepBias()).weights(self.scheduler.config.num_train_timesteps)
+
+    def add(self, latents: torch.Tensor, generators: list[torch.Generator]) -> NoisyLatents:
+        """Noise for `(B, C, H, W)` latents, drawn from B generators on the CPU."""
+        timesteps = torch.cat([torch.multinomial(self._often, 1, generator=generator) for generator in generators])
+        noise = self._randn(latents, generators)
+        if self.noise_offset:
+            noise += self.noise_offset * self._randn(latents[:, :, :1, :1], generators)
+        perturbed = noise
+        if self.input_perturbation:
+            perturbed = noise + self.input_perturbation * self._randn(latents, generators)
+        timesteps = timesteps.to(latents.device)
+        model_input = self.scheduler.add_noise(latents, perturbed, timesteps)
+        target = noise
+        if self.prediction_type == "v_prediction":
+            target = self.scheduler.get_velocity(latents, noise, timesteps)
+        return NoisyLatents(model_input, timesteps, target)
+
+    def _randn(self, like: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        drawn = [torch.randn(like.shape[1:], generator=generator) for generator in generators]
+        return torch.stack(drawn).to(like.device)
+
+    def snr_weights(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """How much the errors at `(B,)` timesteps count, `(B,)`; 1 without `snr_gamma`."""
+        if self.snr_gamma is None:
+            return torch.ones(timesteps.shape, device=timesteps.device)
+        snr = compute_snr(self.scheduler, timesteps).float()
+        capped = snr.clamp(max=self.snr_gamma)
+        return capped / (snr + 1 if self.prediction_type == "v_prediction" else snr)

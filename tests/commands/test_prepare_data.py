@@ -1,0 +1,653 @@
+"""`diffusers-safe prepare-data` against a web server on this machine that does all that servers do."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from filelock import FileLock
+from PIL import Image
+
+from diffusers_safe import cli
+from diffusers_safe.data import Filters, downloads, pictures, preparation
+from diffusers_safe.data.filters import Dropped
+from diffusers_safe.data.pictures import read_picture
+from scripts import environment
+
+
+def draw(number: int, size=(48, 40), mode="RGB") -> Image.Image:
+    """A picture of coloured squares, another for each number."""
+    colours = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(colours).resize(size, Image.Resampling.NEAREST).convert(mode)
+
+
+def encode(image: Image.Image, form: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+class PictureServer(ThreadingHTTPServer):
+    """`/N.png` is picture N; the rest is told by its name. Knows what it was asked."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.asked: list[str] = []
+        self.headers: list[dict] = []
+        self.delay = lambda path: 0.0  # seconds before an answer
+        self.stopped = threading.Event()
+
+    def url(self, name: str) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/{name}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        name = self.path[1:]
+        self.server.asked.append(name)
+        self.server.headers.append(dict(self.headers))
+        self.server.stopped.wait(self.server.delay(name))
+        kind, rest = re.match(r"([a-z]*)-?([^?]*)", name).groups()
+        first_time = self.server.asked.count(name) == 1
+        if kind == "to":
+            self.answer(302, Location=f"/{rest}")
+        elif kind == "loop":
+            self.answer(302, Location=self.path)
+        elif kind == "status":
+            self.answer(int(rest))
+        elif kind == "busy" and first_time:
+            self.answer(503, **{"Retry-After": "0"})
+        elif kind == "mute":
+            self.server.stopped.wait(30)
+        elif kind in ("drip", "heads"):
+            self.drip(kind)
+        elif kind == "cut" and (first_time or rest == "always.png"):
+            self.answer(200, encode(draw(1)), cut=True)
+        elif kind == "page":
+            self.answer(200, b"<html>not here any more</html>", **{"Content-Type": "image/png"})
+        elif kind == "broken":
+            self.answer(200, encode(draw(2, (400, 400)), "JPEG")[:900])
+        elif kind == "noai":
+            self.answer(200, encode(draw(3)), **{"X-Robots-Tag": "noarchive, noai"})
+        elif kind == "large":
+            self.answer(200, encode(draw(4)) + bytes(200_000))
+        elif kind == "size":
+            self.answer(200, encode(draw(5, tuple(map(int, rest.removesuffix(".png").split("x"))))))
+        elif kind == "same":
+            self.answer(200, encode(draw(0)))
+        elif kind == "cookie":
+            self.answer(200, encode(draw(int(rest))), **{"Set-Cookie": "visitor=1"})
+        else:
+            self.answer(200, encode(draw(int(rest.removesuffix(".png")))))
+
+    def answer(self, status: int, body: bytes = b"", cut: bool = False, **headers):
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if cut else body)
+        self.close_connection = cut
+
+    def drip(self, kind: str):
+        """A byte now and then, so that no single read is ever slow."""
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" if kind == "drip" else b"HTTP/1.1 200 OK\r\nX: "
+        try:
+            self.wfile.write(head)
+            while not self.server.stopped.wait(0.1):
+                self.wfile.write(b"a")
+        except OSError:
+            pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with PictureServer() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield server
+        server.stopped.set()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def write_table(path: Path, rows: list[dict]) -> Path:
+    table = datasets.Dataset.from_list(rows)
+    {".csv": table.to_csv, ".parquet": table.to_parquet}.get(path.suffix, table.to_json)(path)
+    return path
+
+
+def web_table(path: Path, server: PictureServer, names: list[str]) -> Path:
+    return write_table(path, [{"url": server.url(name), "text": f"caption of {name}"} for name in names])
+
+
+def picture_folder(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for number in range(count):
+        draw(number).save(folder / f"{number:02}.png")
+        (folder / f"{number:02}.txt").write_text(f"picture {number}\n", encoding="utf-8")
+    return folder
+
+
+def prepare(source, folder, *options):
+    cli.main(["prepare-data", str(source), "--output_dir", str(folder), *map(str, options)])
+    report = json.loads((folder / "report.json").read_text())
+    assert report["rows"] == report["kept"] + sum(report["dropped"].values())
+    assert not (folder / ".preparation").exists()
+    return report
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def members(folder: Path) -> list[tuple[str, bytes]]:
+    found = []
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            found += [(member.name, tar.extractfile(member).read()) for member in tar]
+    return found
+
+
+def captions(folder: Path) -> list[str]:
+    return [content.decode() for name, content in members(folder) if name.endswith(".txt")]
+
+
+def test_what_servers_do_is_counted(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(downloads, "MAX_BYTES", 100_000)
+    names = ["0.png", "to-1.png", "loop-1", "status-404", "status-404?again", "status-500", "status-204", "busy-1.png",
+             "mute", "drip", "heads", "cut-always.png", "page", "broken.jpg", "noai.png", "large.png", "same-0.png",
+             "7.png", "0.png"]  # fmt: skip
+    expected = {
+        "HTTP 404": 2,
+        "HTTP 500": 1,
+        "HTTP 204": 1,
+        "HTTP 503": 1,
+        "too many redirects": 1,
+        "slow answer": 3,
+        "broken answer": 1,
+        "no connection": 1,
+        "not a picture": 1,
+        "broken picture": 1,
+        "not for training (X-Robots-Tag)": 1,
+        "more than 0 MB": 1,
+        "same picture as before": 1,
+        "same address as before": 1,
+        "no address": 2,
+    }
+    rows = [{"url": server.url(name), "text": name} for name in names]
+    rows += [{"url": url, "text": "elsewhere"} for url in ("http://127.0.0.1:9/x.png", "ftp://127.0.0.1/x.png", None)]
+    start = time.monotonic()
+    report = prepare(write_table(tmp_path / "table.parquet", rows), tmp_path / "out", "--timeout", 2, "--retries", 0)
+    assert report["dropped"] == expected
+    assert report["changed"] == {"redirected": 1}
+    assert captions(tmp_path / "out") == ["0.png", "to-1.png", "7.png"]
+    assert time.monotonic() - start < 20  # three slow servers, at once
+    told = capsys.readouterr().out
+    assert "3  dropped: slow answer" in told and "3  kept" in told and "1  of those kept: redirected" in told
+
+
+def test_what_may_pass_is_tried_again(server, tmp_path):
+    table = web_table(tmp_path / "table.csv", server, ["busy-1.png", "cut-2.png", "status-503", "status-404"])
+    report = prepare(table, tmp_path / "out", "--retries", 1, "--user_agent", "a test")
+    assert report["kept"] == 2 and report["dropped"] == {"HTTP 404": 1, "HTTP 503": 1}
+    assert sorted(server.asked) == ["busy-1.png", "busy-1.png", "cut-2.png", "cut-2.png", "status-404",
+                                    "status-503", "status-503"]  # fmt: skip
+    assert {headers["User-Agent"] for headers in server.headers} == {"a test"}
+
+
+def test_no_answer_depends_on_another_and_servers_know_who_asks(server, tmp_path):
+    prepare(web_table(tmp_path / "t.csv", server, [f"cookie-{i}" for i in range(4)]), tmp_path / "out",
+            "--concurrency", 1)  # fmt: skip
+    assert not any("Cookie" in headers for headers in server.headers)
+    assert all(headers["User-Agent"].startswith("diffusers-safe/") for headers in server.headers)
+
+
+@pytest.mark.parametrize("form", ["webdataset", "parquet"])
+def test_the_network_changes_no_byte(server, tmp_path, form):
+    names = [name for i in range(12) for name in (f"{i}.png", f"same-{i}", f"status-{404 + i % 2 * 6}?{i}")]
+    table = web_table(tmp_path / "table.jsonl", server, names)
+    options = ("--format", form, "--shard_size", 5)
+    results = []
+    for run, (delay, concurrency) in enumerate(
+        [(lambda name: 0, 1), (lambda name: 0.2 * (name in ("0.png", "same-3")), 16), (lambda name: 0.01, 7)]
+    ):
+        server.delay = delay
+        report = prepare(table, tmp_path / str(run), *options, "--concurrency", concurrency)
+        assert report["kept"] == 12 and report["shards"] == 3 and report["dropped"]["same picture as before"] == 12
+        results.append(hashes(tmp_path / str(run)))
+    assert results[0] == results[1] == results[2] and len(results[0]) == 4
+
+
+def test_concurrency_is_a_limit(server, tmp_path):
+    now, most, lock = 0, 0, threading.Lock()
+
+    def delay(name):
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.05)
+        with lock:
+            now -= 1
+        return 0
+
+    server.delay = delay
+    prepare(web_table(tmp_path / "t.csv", server, [f"{i}.png" for i in range(12)]), tmp_path / "out",
+            "--concurrency", 3)  # fmt: skip
+    assert 2 <= most <= 3
+
+
+def test_filters_and_their_counts(server, tmp_path):
+    rows = [
+        {"URL": server.url("0.png"), "TEXT": "a small cat", "score": 6.5},
+        {"URL": server.url("1.png"), "TEXT": "a KNIFE, sharp", "score": 7.0},
+        {"URL": server.url("2.png"), "TEXT": "penknifes are other words", "score": 7.0},
+        {"URL": server.url("3.png"), "TEXT": "in the style of van gogh", "score": 7.0},
+        {"URL": server.url("4.png"), "TEXT": "a cat", "score": 9.0},
+        {"URL": server.url("5.png"), "TEXT": " ", "score": 9.0},
+        {"URL": server.url("6.png"), "TEXT": None, "score": 9.0},
+        {"URL": server.url("7.png"), "TEXT": "not pretty", "score": 5.9},
+        {"URL": server.url("8.png"), "TEXT": "nobody knows", "score": None},
+        {"URL": server.url("size-39x80.png"), "TEXT": "too narrow", "score": 6.0},
+        {"URL": server.url("size-40x81.png"), "TEXT": "too long", "score": 6.0},
+        {"URL": server.url("size-80x40.png"), "TEXT": "just right", "score": 6.0},
+    ]
+    (tmp_path / "forbidden.txt").write_text("# words\nknife\nVan Gogh\n")
+    table = write_table(tmp_path / "table.csv", rows)
+    options = ("--url_column", "URL", "--caption_column", "TEXT", "--aesthetic_column", "score", "--min_aesthetic", 6,
+               "--min_side", 40, "--max_aspect_ratio", 2, "--min_caption_length", 6,
+               "--forbidden_concepts", tmp_path / "forbidden.txt")  # fmt: skip
+    report = prepare(table, tmp_path / "out", *options)
+    assert captions(tmp_path / "out") == ["a small cat", "penknifes are other words", "just right"]
+    assert report["dropped"] == {
+        "forbidden concept": 2,
+        "no caption": 2,
+        "aspect ratio": 1,
+        "low aesthetic score": 1,
+        "no aesthetic score": 1,
+        "short caption": 1,
+        "short side": 1,
+    }
+    assert sorted(server.asked) == ["0.png", "2.png", "size-39x80.png", "size-40x81.png", "size-80x40.png"]
+    assert json.loads(dict(members(tmp_path / "out"))["000002.json"])["aesthetic"] == 6.0
+    asked = len(server.asked)
+    assert prepare(table, tmp_path / "out", *options) == report and len(server.asked) == asked  # done is done
+
+
+def test_shards_load_with_datasets(server, tmp_path):
+    table = web_table(tmp_path / "table.csv", server, [f"{i}.png" for i in range(5)])
+    for form in ("webdataset", "parquet"):
+        out = tmp_path / form
+        prepare(table, out, "--format", form, "--shard_size", 2, "--resize", 20)
+        for dataset in (
+            datasets.load_dataset(form, data_dir=str(out), split="train"),
+            datasets.load_dataset(str(out), split="train"),
+            list(datasets.load_dataset(form, data_dir=str(out), split="train", streaming=True)),
+        ):
+            assert len(dataset) == 5
+            row = dataset[3]
+            image, text, about = (
+                (row["jpg"], row["txt"], row["json"]) if form == "webdataset" else (row["image"], row["text"], row)
+            )
+            assert image.size == (24, 20) and image.mode == "RGB" and text == "caption of 3.png"
+            assert about["url"] == server.url("3.png")
+            assert (about["width"], about["height"], about["original_width"], about["original_height"]) == (
+                24, 20, 48, 40)  # fmt: skip
+            assert about["sha256"] == hashlib.sha256(encode(draw(3))).hexdigest()
+    assert [name for name, _ in members(tmp_path / "webdataset")][:4] == [
+        "000000.jpg", "000000.txt", "000000.json", "000001.jpg"]  # fmt: skip
+
+
+def test_a_folder_with_text_files_or_metadata(tmp_path):
+    folder = picture_folder(tmp_path / "pictures", 3)
+    draw(8).save(folder / "lonely.png")
+    (folder / "01.png").write_bytes(b"no picture")
+    assert prepare(folder, tmp_path / "pairs")["dropped"] == {"no caption": 1, "not a picture": 1}
+    assert captions(tmp_path / "pairs") == ["picture 0", "picture 2"]
+    about = json.loads(dict(members(tmp_path / "pairs"))["000001.json"])
+    assert about["file_name"] == "02.png"
+    with (folder / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["file_name", "title"], ["02.png", "the second"], ["gone.png", "x"]])
+    report = prepare(folder, tmp_path / "metadata", "--caption_column", "title")
+    assert report["dropped"] == {"no such file": 1} and captions(tmp_path / "metadata") == ["the second"]
+    (folder / "metadata.csv").unlink()
+    (folder / "metadata.jsonl").write_text('{"file_name": "00.png", "text": "café"}\n', encoding="utf-8")
+    prepare(folder, tmp_path / "jsonl", "--format", "parquet")
+    assert datasets.load_dataset("parquet", data_dir=str(tmp_path / "jsonl"), split="train")["text"][:] == ["café"]
+
+
+def test_several_tables_and_a_part_of_them(server, tmp_path):
+    for part in (1, 0):
+        web_table(tmp_path / f"part-{part}[x].parquet", server, [f"{part * 2 + i}.png" for i in range(2)])
+    pattern = tmp_path / "part-*.parquet"
+    assert prepare(pattern, tmp_path / "all")["kept"] == 4
+    assert captions(tmp_path / "all") == [f"caption of {i}.png" for i in range(4)]
+    prepare(pattern, tmp_path / "some", "--split", "train[1:3]")
+    assert captions(tmp_path / "some") == ["caption of 1.png", "caption of 2.png"]
+    assert prepare(tmp_path / "part-1[x].parquet", tmp_path / "one")["kept"] == 2
+
+
+def test_a_dataset_of_the_hub(server, tmp_path, monkeypatch):
+    def load_dataset(name, config, split):
+        assert (name, config, split) == ("user/laion", "small", "test")
+        return datasets.Dataset.from_list([{"url": server.url("1.png"), "text": "one"}])
+
+    monkeypatch.setattr("diffusers_safe.data.table.load_dataset", load_dataset)
+    prepare("user/laion", tmp_path / "out", "--dataset_config_name", "small", "--split", "test")
+    assert captions(tmp_path / "out") == ["one"]
+
+
+def average(jpeg: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")).reshape(-1, 3).mean(0)
+
+
+@pytest.mark.parametrize(
+    "data, expected, changes",
+    [
+        (lambda: encode(Image.new("RGB", (20, 10), (200, 50, 0)), "JPEG"), (200, 50, 0), ()),
+        (lambda: encode(Image.new("L", (20, 10), 90)), (90, 90, 90), ("L to RGB",)),
+        (lambda: encode(Image.new("1", (20, 10), 1)), (255, 255, 255), ("1 to RGB",)),
+        (lambda: encode(Image.new("I;16", (20, 10), 90 * 257)), (90, 90, 90), ("I;16 to RGB",)),
+        (lambda: encode(Image.new("RGB", (20, 10), (9, 99, 199)).quantize()), (9, 99, 199), ("P to RGB",)),
+        (lambda: encode(Image.new("CMYK", (20, 10), (255, 0, 255, 0)), "JPEG"), (0, 255, 0), ("CMYK to RGB",)),
+        (
+            lambda: encode(Image.new("RGBA", (20, 10), (0, 0, 0, 51))),
+            (204, 204, 204),
+            ("RGBA to RGB", "laid on white"),
+        ),
+        (
+            lambda: encode(Image.new("P", (20, 10)), transparency=0),
+            (255, 255, 255),
+            ("P to RGB", "laid on white"),
+        ),
+        (
+            lambda: encode(Image.new("RGB", (20, 10)), transparency=(0, 0, 0)),
+            (255, 255, 255),
+            ("laid on white",),
+        ),
+    ],
+)
+def test_every_mode_becomes_rgb(data, expected, changes):
+    picture = read_picture(data(), Filters())
+    assert picture.changes == changes and picture.size == (20, 10)
+    assert np.abs(average(picture.jpeg) - expected).max() < 4
+    assert Image.open(io.BytesIO(picture.jpeg)).mode == "RGB"
+
+
+def test_pictures_stand_upright_and_lose_their_metadata():
+    image = Image.new("RGB", (40, 20), "blue")
+    image.paste("red", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees, clockwise
+    exif[0x010E] = "secret place"
+    data = encode(image, "JPEG", exif=exif, comment=b"secret words", quality=95)
+    picture = read_picture(data, Filters(min_side=20, max_aspect_ratio=2))
+    upright = Image.open(io.BytesIO(picture.jpeg))
+    assert picture.changes == ("turned upright",) and upright.size == (20, 40) == picture.original_size
+    assert upright.getpixel((10, 5))[0] > 200 and upright.getpixel((10, 35))[2] > 200
+    assert not upright.getexif() and b"secret" in data and b"secret" not in picture.jpeg
+
+
+@pytest.mark.parametrize("size, resized", [((100, 50), (40, 20)), ((33, 77), (20, 47)), ((20, 90), (20, 90))])
+def test_resize_shrinks_the_shorter_side(size, resized):
+    picture = read_picture(encode(draw(0, size)), Filters(), resize=20)
+    assert picture.size == resized == Image.open(io.BytesIO(picture.jpeg)).size and picture.original_size == size
+    assert picture.changes == (("shrunk",) if size != resized else ())
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (lambda: b"", "not a picture"),
+        (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+        (lambda: encode(draw(0))[:80], "broken picture"),
+        (lambda: encode(draw(0, (300, 300)), "JPEG")[:-300], "broken picture"),
+        (lambda: encode(draw(0).convert("L").convert("F"), "TIFF"), "floating-point picture"),
+        (lambda: encode(draw(0, (40, 26))), "too many pixels"),
+        (lambda: encode(draw(0, (90, 90))), "too many pixels"),
+    ],
+)
+def test_what_is_no_good_picture_has_a_reason(monkeypatch, data, reason):
+    if reason == "too many pixels":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(Dropped, match=f"^{reason}$"):
+        read_picture(data(), Filters())
+
+
+def test_any_error_of_a_decoder_is_a_broken_picture(monkeypatch):
+    def fail(image):
+        raise RuntimeError("a bug in a decoder")
+
+    monkeypatch.setattr(pictures.ImageOps, "exif_transpose", fail)
+    with pytest.raises(Dropped, match="broken picture"):
+        read_picture(encode(draw(0)), Filters())
+
+
+def test_kill_9_and_the_same_command_again(server, tmp_path):
+    names = [name for i in range(24) for name in (f"{i}.png", f"status-404?{i}")]
+    table = web_table(tmp_path / "table.csv", server, names)
+    options = ("--shard_size", "4", "--concurrency", "2")
+    prepare(table, tmp_path / "whole", *options)
+    server.delay = lambda name: 0.05
+    server.asked.clear()
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "diffusers_safe.cli", "prepare-data", str(table), "--output_dir", str(out)]
+    env = environment(HF_DATASETS_CACHE=str(tmp_path / "cache"), NO_PROXY="127.0.0.1")
+    process = subprocess.Popen([*command, *options], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "train-00001.tar").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "report.json").exists() and (out / ".preparation").is_dir()
+    finished = {path: path.stat() for path in out.glob("*.tar")}
+    server.delay = lambda name: 0
+    server.asked.clear()
+    prepare(table, out, *options)
+    assert hashes(out) == hashes(tmp_path / "whole") and 2 <= len(finished) < 6
+    for path, before in finished.items():
+        assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    done = 4 * len(finished)  # pictures 0 to done - 1
+    assert not {f"{i}.png" for i in range(done)} & set(server.asked) and len(server.asked) == 48 - 2 * done + 1
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("form", ["webdataset", "parquet"])
+def test_a_stop_at_every_step_that_can_be_seen_on_disk(tmp_path, monkeypatch, form):
+    folder = picture_folder(tmp_path / "pictures", 5)
+    (folder / "01.png").write_bytes(b"no picture")
+    (folder / "04.png").write_bytes(b"no picture")
+    options = ("--format", form, "--shard_size", 2)
+    report = prepare(folder, tmp_path / "whole", *options)
+    assert (report["kept"], report["shards"], report["dropped"]) == (3, 2, {"not a picture": 2})
+    replace, stops = os.replace, 0
+    while True:
+        out, left = tmp_path / f"out-{stops}", stops
+
+        def replace_or_stop(source, target):
+            nonlocal left
+            if left == 0:
+                raise Killed
+            replace(source, target)
+            left -= 1
+
+        monkeypatch.setattr(os, "replace", replace_or_stop)
+        try:
+            prepare(folder, out, *options)
+        except Killed:
+            stops += 1
+        else:
+            break
+        finally:
+            monkeypatch.setattr(os, "replace", replace)
+        before = {path: path.stat().st_ino for path in out.glob("train-*")}
+        assert prepare(folder, out, *options) == report
+        assert hashes(out) == hashes(tmp_path / "whole")
+        assert all(path.stat().st_ino == inode for path, inode in before.items())
+    assert stops == 6  # settings, two shards with their records, report
+
+
+def test_a_stop_when_all_is_done_leaves_no_trace(tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise Killed
+
+    folder = picture_folder(tmp_path / "pictures", 1)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(preparation.shutil, "rmtree", stop)
+        prepare(folder, tmp_path / "out")
+    assert (tmp_path / "out" / ".preparation").is_dir()
+    assert prepare(folder, tmp_path / "out")["kept"] == 1
+
+
+def test_a_network_that_is_down_is_not_taken_for_dead_addresses(tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr(preparation, "MAX_DEAD_HOSTS", 5)
+    urls = [f"http://127.0.0.{i}:9/{j}.png" for i in range(1, 6) for j in range(3)]
+    few = write_table(tmp_path / "few.csv", [{"url": url, "text": "x"} for url in urls[:12]])
+    with pytest.raises(SystemExit, match="no picture is left of 12 rows: no connection 12"):
+        prepare(few, tmp_path / "few", "--retries", 0)
+    table = write_table(tmp_path / "table.csv", [{"url": url, "text": "x"} for url in urls])
+    with pytest.raises(SystemExit, match="5 servers in a row cannot be reached, the last .*: is the network down"):
+        prepare(table, tmp_path / "out", "--retries", 0)
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_nothing_left_is_an_error_that_says_why_and_leaves_nothing(tmp_path):
+    folder = picture_folder(tmp_path / "pictures", 2)
+    with pytest.raises(SystemExit) as stop:
+        prepare(folder, tmp_path / "out", "--forbidden_concepts", "picture")
+    assert stop.value.code == "error: no picture is left of 2 rows: forbidden concept 2"  # exit code 1
+    assert list((tmp_path / "out").iterdir()) == []
+    assert prepare(folder, tmp_path / "out")["kept"] == 2
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["prepare-data", *map(str, argv)])
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if "error" in line]
+    assert stop.value.code == 2 and len(lines) == 1 and "Traceback" not in captured.err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["{folder}", "--format", "zip"], "format 'zip': unknown; allowed are webdataset, parquet"),
+        (["{folder}", "--shard_size", "0"], "shard_size 0: must be at least 1"),
+        (["{folder}", "--resize", "0"], "resize 0: must be at least 1"),
+        (["{folder}", "--jpeg_quality", "96"], "jpeg_quality 96: must lie between 1 and 95"),
+        (["{folder}", "--timeout", "0"], "timeout 0.0: must be above 0 seconds"),
+        (["{folder}", "--retries", "-1"], "retries -1: must be at least 0"),
+        (["{folder}", "--concurrency", "0"], "concurrency 0: must be at least 1"),
+        (["{folder}", "--user_agent", "two\nlines"], "user_agent 'two\\nlines': must be one line of ASCII"),
+        (["{folder}", "--max_aspect_ratio", "0.5"], "max_aspect_ratio 0.5: must be at least 1"),
+        (["{folder}", "--min_side", "0"], "min_side 0: must be at least 1"),
+        (["{folder}", "--min_aesthetic", "5"], "min_aesthetic 5.0: needs aesthetic_column"),
+        (["{table}", "--aesthetic_column", "score"], "aesthetic_column 'score': needs min_aesthetic"),
+        (["{folder}", "--forbidden_concepts", "no.txt"], "concepts file no.txt: no such file"),
+        (["{folder}", "--split", "test"], "split 'test': means nothing for "),
+        (["{folder}", "--url_column", "URL"], "url_column 'URL': means nothing for "),
+        (["{table}", "--dataset_config_name", "x"], "dataset_config_name 'x': means nothing for "),
+        (["{table}", "--split", "test"], 'Unknown split "test"'),
+        (["{table}", "--url_column", "URL"], "no column 'URL', only url, text, score, tags"),
+        (["{table}", "--caption_column", "TEXT"], "no column 'TEXT', only url, text, score, tags"),
+        (["{table}", "--caption_column", "tags"], "column 'tags' holds List, not plain values"),
+        (["{folder}", "--aesthetic_column", "score", "--min_aesthetic", "5"], "no column 'score', only file_name"),
+        (["no.parquet"], "source no.parquet: no such file"),
+        (["no-*.csv"], "source no-*.csv: no such file"),
+        (["no/where"], "source no/where: "),
+        (["{empty}"], "0 pictures, and neither metadata.csv nor metadata.jsonl"),
+        (["{broken}"], "broken.parquet: "),
+        (["{nothing}"], 'nothing.csv: Instruction "train" corresponds to no data'),
+        ([], "required: --source"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    picture_folder(tmp_path / "folder", 1)
+    row = {"url": "http://127.0.0.1:9/x.png", "text": "x", "score": 5.0, "tags": ["a"]}
+    write_table(tmp_path / "table.jsonl", [row])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.parquet").write_bytes(b"no table")
+    (tmp_path / "nothing.csv").write_text("url,text\n")
+    files = {name.split(".")[0]: tmp_path / name for name in os.listdir(tmp_path)}
+    told = refused(capsys, *(option.format(**files) for option in options), "--output_dir", tmp_path / "out")
+    assert message in told and not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, capsys):
+    folder = picture_folder(tmp_path / "pictures", 2)
+    assert "holds something else (00.png); give an empty or a new folder" in refused(
+        capsys, folder, "--output_dir", folder
+    )
+    out = tmp_path / "out"
+    prepare(folder, out)
+    before = hashes(out)
+    assert "holds another preparation (min_side 1, not 9)" in refused(
+        capsys, folder, "--output_dir", out, "--min_side", 9
+    )
+    (folder / "00.txt").write_text("another caption")
+    assert "holds another preparation (table " in refused(capsys, folder, "--output_dir", out)
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(capsys, folder, "--output_dir", tmp_path / "file")
+    assert hashes(out) == before
+    (out / "report.json").write_text("[]")
+    assert "report.json is none of a preparation" in refused(capsys, folder, "--output_dir", out)
+
+
+def test_what_stopped_halfway_is_recognised(tmp_path, capsys, monkeypatch):
+    folder, out = picture_folder(tmp_path / "pictures", 5), tmp_path / "out"
+    options = ("--output_dir", out, "--shard_size", 2)
+    write_text = preparation.write_text
+
+    def stop_at_the_report(path, text):
+        if path.name == "report.json":
+            raise OSError("the disk is full")
+        write_text(path, text)
+
+    monkeypatch.setattr(preparation, "write_text", stop_at_the_report)
+    with pytest.raises(SystemExit, match="error: the disk is full"):
+        cli.main(["prepare-data", str(folder), *map(str, options)])
+    assert "holds another preparation (shard_size 2, not 3)" in refused(
+        capsys, folder, "--output_dir", out, "--shard_size", 3
+    )
+    with FileLock(out / ".preparation" / "lock"), pytest.raises(SystemExit, match="another process is filling it"):
+        cli.main(["prepare-data", str(folder), *map(str, options)])
+    (out / "train-00001.tar").unlink()
+    with pytest.raises(SystemExit, match="train-00001.tar was finished and is gone"):
+        cli.main(["prepare-data", str(folder), *map(str, options)])
+    (out / ".preparation" / "00001.json").write_text("{")
+    with pytest.raises(SystemExit, match="00001.json: broken record; delete it"):
+        cli.main(["prepare-data", str(folder), *map(str, options)])
