@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import HfApi, ModelCard
+from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_safe import ErasedStableDiffusionPipeline, cli
@@ -23,6 +24,7 @@ from diffusers_safe.evaluation.statistics import Estimate
 from diffusers_safe.formats import PARTIAL_NAME, load_unet
 from diffusers_safe.hub import PUSH_FAILED, RETRY_WAITS, PushError, find_base, push_result
 from diffusers_safe.provenance import Provenance, fingerprint
+from diffusers_safe.training.samples import Samples
 from diffusers_safe.training.sdd import main
 from hub_server import TOKEN, HubServer
 from scripts import accelerate_on_cpu
@@ -419,6 +421,15 @@ def test_the_result_is_complete_before_and_can_be_pushed_later(hub, tiny_model_f
     assert f"published at {hub.url}/tester/later" in capsys.readouterr().out
     files = hub.files("tester/later")
     assert {"erasure.json", GRID_NAME, CARD_NAME, *PIPELINE} <= files.keys() and b"](samples.png)" in files[CARD_NAME]
+
+
+def test_the_picture_on_the_card_is_the_last_that_validation_drew(hub, tiny_model_folder, tmp_path, monkeypatch):
+    drawn, draw = [], Samples.draw
+    monkeypatch.setattr(Samples, "draw", lambda samples, which: drawn.append(which) or draw(samples, which))
+    assert erase(tiny_model_folder, tmp_path / "out", "--push_to_hub", "--validation_prompts", "a knife", "a cat") == 0
+    assert drawn == ["ema"]
+    pictures = [tmp_path / "out" / name for name in (GRID_NAME, "validation/step-2.png")]
+    assert len({Image.open(picture).tobytes() for picture in pictures}) == 1
 
 
 def test_the_token_is_written_nowhere(hub, tiny_model_folder, tmp_path, monkeypatch, capsys):

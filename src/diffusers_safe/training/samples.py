@@ -30,6 +30,9 @@ class Samples:
         num_images (`int`, defaults to 1): Images of each prompt, with the seeds `seed`, `seed + 1`, ...
         seed (`int`, defaults to 0): Of the first image of every prompt.
         settings (`GenerationSettings`, *optional*): How to sample.
+
+    Attributes:
+        last (`Image.Image`, *optional*): The picture that was drawn last.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Samples:
         self.pipeline, self.weights, self.erased, self.kept = pipeline, weights, erased, kept
         self.num_images, self.seed, self.settings = num_images, seed, settings or GenerationSettings()
         self._before = None
+        self.last: Image.Image | None = None
 
     @classmethod
     def of_run(cls, pipeline: DiffusionPipeline, weights: TrainedWeights, args: ErasureArguments) -> "Samples":
@@ -74,11 +78,12 @@ class Samples:
                 groups.append(SampleGroup(title, tone, prompts, *sides))
         last = self.seed + self.num_images - 1
         seeds = f"seed {self.seed}" if self.num_images == 1 else f"seeds {self.seed} to {last}"
-        return draw_grid(
+        self.last = draw_grid(
             groups,
             f"Before and after with the same noise: {seeds}, {self.settings.num_inference_steps} steps, guidance "
             f"{self.settings.guidance_scale:g}. Not chosen by hand.",
         )
+        return self.last
 
     def _sample(self, which: str) -> list[list[Image.Image]]:
         prompts = [*self.erased, *self.kept]
