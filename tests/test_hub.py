@@ -13,10 +13,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import HfApi, ModelCard
+from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_safe import ErasedStableDiffusionPipeline, cli
 from diffusers_safe.cards import CARD_NAME, is_ours
+from diffusers_safe.emoji.dataset import emoji_dataset
 from diffusers_safe.evaluation.grid import GRID_NAME
 from diffusers_safe.evaluation.report import Headline, Report, write_report
 from diffusers_safe.evaluation.statistics import Estimate
@@ -24,7 +26,9 @@ from diffusers_safe.formats import PARTIAL_NAME, load_unet
 from diffusers_safe.hub import PUSH_FAILED, RETRY_WAITS, PushError, find_base, push_result
 from diffusers_safe.provenance import Distillation, Provenance, fingerprint
 from diffusers_safe.students import build_student
+from diffusers_safe.training import distillation
 from diffusers_safe.training.output import save_student
+from diffusers_safe.training.samples import Samples
 from diffusers_safe.training.sdd import main
 from hub_server import TOKEN, HubServer
 from scripts import accelerate_on_cpu
@@ -423,6 +427,15 @@ def test_the_result_is_complete_before_and_can_be_pushed_later(hub, tiny_model_f
     assert {"erasure.json", GRID_NAME, CARD_NAME, *PIPELINE} <= files.keys() and b"](samples.png)" in files[CARD_NAME]
 
 
+def test_the_picture_on_the_card_is_the_last_that_validation_drew(hub, tiny_model_folder, tmp_path, monkeypatch):
+    drawn, draw = [], Samples.draw
+    monkeypatch.setattr(Samples, "draw", lambda samples, which: drawn.append(which) or draw(samples, which))
+    assert erase(tiny_model_folder, tmp_path / "out", "--push_to_hub", "--validation_prompts", "a knife", "a cat") == 0
+    assert drawn == ["ema"]
+    pictures = [tmp_path / "out" / name for name in (GRID_NAME, "validation/step-2.png")]
+    assert len({Image.open(picture).tobytes() for picture in pictures}) == 1
+
+
 def test_the_token_is_written_nowhere(hub, tiny_model_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("HF_TOKEN")
     more = ("--push_to_hub", "--hub_token", TOKEN, "--save", "both", "--checkpointing_steps", "1")
@@ -552,3 +565,24 @@ def test_a_student_is_published_with_its_own_card(hub, tiny_model_folder, tmp_pa
     assert "output x" not in card
     image = StableDiffusionPipeline.from_pretrained(tmp_path / "out")("a cat", num_inference_steps=1).images[0]
     assert image.size == (64, 64)
+
+
+def test_a_distillation_publishes_its_student(hub, tiny_model_folder, tmp_path):
+    """With pictures of a few captions, where no validation prompts were given."""
+    (tmp_path / "data").mkdir()
+    emoji_dataset(4, cache_dir=str(tmp_path / "cache")).to_parquet(tmp_path / "data" / "train.parquet")
+    words = [
+        "--pretrained_model_name_or_path",
+        tiny_model_folder,
+        "--student",
+        "bk-tiny",
+        "--caption_column",
+        "caption",
+    ]
+    words += ["--train_data_dir", str(tmp_path / "data"), "--center_crop", "--num_inference_steps", "1"]
+    words += ["--max_train_steps", "1", "--train_batch_size", "2", "--output_dir", str(tmp_path / "small")]
+    with accelerate_on_cpu():
+        distillation.main([*words, "--push_to_hub", "--hub_model_id", "tester/small"])
+    files = hub.files("tester/small")
+    assert {"README.md", "distillation.json", GRID_NAME, "unet/config.json"} <= files.keys()
+    assert str(tmp_path).encode() not in b"".join(content for name, content in files.items() if "json" in name)

@@ -33,7 +33,7 @@ from .distillation_loop import DistillationLoop
 from .erasure import make_accelerator, restore_forward
 from .output import save_student
 from .plan import make_distillation_plan
-from .samples import Samples, Validation
+from .samples import MOST_PROMPTS, Samples, Validation
 
 
 logger = logging.getLogger(__name__)
@@ -105,10 +105,11 @@ def distill(
             logger.warning("data: %s", told)
         save_student(pipeline, record, args.output_dir, args.save)
         if args.push_to_hub:
-            pipeline.to(accelerator.device)
-            if not args.validation_prompts:  # a few captions, then
-                samples.kept = data.batch(0, range(min(4, args.train_batch_size))).captions
-            save_grid(samples.draw(), args.output_dir)
+            if samples.last is None:  # else it is what validation has drawn after the last step
+                pipeline.to(accelerator.device)
+                samples.kept = data.batch(0, range(min(MOST_PROMPTS, args.train_batch_size))).captions
+                samples.draw()
+            save_grid(samples.last, args.output_dir)
     accelerator.wait_for_everyone()
     return pipeline
 

@@ -199,8 +199,10 @@ def train(
         if args.output_dir is not None and accelerator.is_main_process:
             save_result(pipeline, loop.weights, provenance, args.output_dir, args.save)
             if args.push_to_hub:
-                pipeline.to(accelerator.device)
-                save_grid(samples.draw(), args.output_dir)
+                if samples.last is None:  # else it is what validation has drawn after the last step
+                    pipeline.to(accelerator.device)
+                    samples.draw()
+                save_grid(samples.last, args.output_dir)
         accelerator.wait_for_everyone()
 
 

@@ -33,6 +33,9 @@ class Samples:
         seed (`int`, defaults to 0): Of the first image of every prompt.
         settings (`GenerationSettings`, *optional*): How to sample.
         teacher (`DiffusionPipeline`, *optional*): Draws what stands beside; the frozen weights by default.
+
+    Attributes:
+        last (`Image.Image`, *optional*): The picture that was drawn last.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Samples:
         self.num_images, self.seed, self.settings = num_images, seed, settings or GenerationSettings()
         self.teacher = teacher
         self._before = None
+        self.last: Image.Image | None = None
 
     @classmethod
     def of_run(cls, pipeline: DiffusionPipeline, weights: TrainedWeights, args: ErasureArguments) -> "Samples":
@@ -83,12 +87,13 @@ class Samples:
         last = self.seed + self.num_images - 1
         seeds = f"seed {self.seed}" if self.num_images == 1 else f"seeds {self.seed} to {last}"
         sides = ("before", "after") if self.teacher is None else ("teacher", "student")
-        return draw_grid(
+        self.last = draw_grid(
             groups,
             f"{' and '.join(sides).capitalize()} with the same noise: {seeds}, {self.settings.num_inference_steps} "
             f"steps, guidance {self.settings.guidance_scale:g}. Not chosen by hand.",
             sides,
         )
+        return self.last
 
     def _sample(self, pipeline: DiffusionPipeline, which: str | None = None) -> list[list[Image.Image]]:
         prompts = [*self.erased, *self.kept]

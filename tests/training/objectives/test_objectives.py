@@ -18,6 +18,7 @@ OBJECTIVES = {
     "sdd-negative": SDDObjective("student", "", 0.2, "knife, gun"),
     "esd": ESDObjective(),
     "esd-erase-from": ESDObjective(2.0, "a cat", "frozen"),
+    "esd-to-nothing": ESDObjective(0.0),
 }
 PROMPTS = ["knife", "gun", "a cat", "knife, gun"]
 
@@ -122,6 +123,10 @@ def test_targets_of_one_model_are_one_forward_and_none_is_computed_twice(setting
     SDDObjective("frozen", "", 0.5, "knife, gun").loss(predictor, batch)
     ESDObjective().loss(predictor, batch)
     assert rows == [4, 2, 4, 2]  # nothing and the concepts by the frozen model; the student
+    rows.clear()
+    for objective in (SDDObjective("frozen"), ESDObjective(0.0), ESDObjective(0.0, "a cat")):
+        objective.loss(predictor, batch)
+    assert rows == [2, 2] * 3  # the target only, where nothing is moved away from
 
 
 def test_unknown_target():
@@ -137,6 +142,9 @@ def test_esd_is_its_equation(setting):
         concept = predict_plainly(predictor, batch, batch.prompts)
         start = predict_plainly(predictor, batch, ["a cat", "a cat"])
     noise_pred = torch.stack([own["knife"][0], own["gun"][1]])
+    torch.testing.assert_close(
+        ESDObjective(0.0).loss(predictor, batch).detach(), (noise_pred - empty).square().mean(dim=(1, 2, 3))
+    )
     expected = (noise_pred - (empty - 1.5 * (concept - empty))).square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(ESDObjective(1.5).loss(predictor, batch).detach(), expected)
     expected = (own["a cat"] - (start - 1.5 * (concept - empty))).square().mean(dim=(1, 2, 3))

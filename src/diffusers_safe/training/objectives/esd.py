@@ -47,7 +47,12 @@ class ESDObjective(Objective):
     def loss(self, predictor: Predictor, batch: TrainingBatch) -> torch.Tensor:
         count = len(batch.prompts)
         trained = batch.prompts if self.erase_from is None else [self.erase_from] * count
-        base = trained if self.erase_from is not None else [""] * count
-        start, concept, empty = targets(predictor, batch, [base, batch.prompts, [""] * count], "frozen")
-        target = start - self.negative_guidance_scale * (concept - empty)  # equation 7
+        target = self._target(predictor, batch, trained if self.erase_from is not None else [""] * count)
         return squared_error(predictor(batch.model_input, batch.timesteps, trained, "student"), target)
+
+    def _target(self, predictor: Predictor, batch: TrainingBatch, base: list[str]) -> torch.Tensor:
+        if not self.negative_guidance_scale:
+            return targets(predictor, batch, [base], "frozen")[0]
+        nothing = [""] * len(batch.prompts)
+        start, concept, empty = targets(predictor, batch, [base, batch.prompts, nothing], "frozen")
+        return start - self.negative_guidance_scale * (concept - empty)  # equation 7
