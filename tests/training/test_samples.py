@@ -23,7 +23,7 @@ def test_before_is_the_base_model_and_after_is_what_is_asked_for(tiny_pipeline, 
     monkeypatch.setattr(
         samples,
         "draw_grid",
-        lambda groups, caption: drawn.append((groups, caption)) or grid.draw_grid(groups, caption),
+        lambda groups, caption, sides: drawn.append((groups, caption)) or grid.draw_grid(groups, caption, sides),
     )
     pictures = Samples(tiny_pipeline, weights, ["a", "b"], ["a cat"], 2, 5, GenerationSettings(2))
     pictures.draw()
@@ -35,6 +35,7 @@ def test_before_is_the_base_model_and_after_is_what_is_asked_for(tiny_pipeline, 
     pictures.draw("ema")
     (first, caption), (second, _), (third, _) = drawn
     assert [group.prompts for group in first] == [["a", "b"], ["a cat"]] and "seeds 5 to 6" in caption
+    assert caption.startswith("Before and after with the same noise")
 
     def flat(groups):
         return [[[image.tobytes() for row in rows for image in row] for rows in (group.before, group.after)]
@@ -81,3 +82,16 @@ def test_validation_draws_when_it_is_due_and_changes_nothing(on_cpu, make_tiny_p
     reader = EventAccumulator(str(events))
     reader.Reload()
     assert [event.step for event in reader.Images("validation")] == [2, 4, 5]
+
+
+def test_a_student_stands_below_its_teacher_and_leaves_it_as_it_was(make_tiny_pipeline, monkeypatch):
+    teacher, pipeline = make_tiny_pipeline(seed=1), make_tiny_pipeline()
+    teacher.unet.to(torch.bfloat16)
+    weights = TrainedWeights(pipeline.unet, select_parameters(pipeline.unet, "full"), keeps_frozen=False)
+    drawn = []
+    monkeypatch.setattr(samples, "draw_grid", lambda groups, caption, sides: drawn.append((groups, caption, sides)))
+    Samples(pipeline, weights, [], ["a cat"], settings=GenerationSettings(2), teacher=teacher).draw()
+    (((group,), caption, sides),) = drawn
+    assert sides == ("teacher", "student") and caption.startswith("Teacher and student") and group.title == "to learn"
+    assert group.before[0][0].tobytes() != group.after[0][0].tobytes()
+    assert teacher.unet.dtype == torch.bfloat16
