@@ -18,7 +18,7 @@ def test_missing_and_foreign_records(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         Provenance.load(tmp_path)
     (tmp_path / FILE_NAME).write_text('{"model": 1}')
-    with pytest.raises(ValueError, match="not an erasure record"):
+    with pytest.raises(ValueError, match="not a record of ours"):
         Provenance.load(tmp_path)
 
 
