@@ -4,14 +4,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
 from ..evaluation.grid import GRID_NAME
-from ..provenance import FILE_NAME, write_text
+from ..provenance import FILE_NAME, Provenance, write_text
 from .write import LORA_NAME, PARTIAL_NAME
 
 
@@ -30,20 +30,26 @@ _RENAMED = {
 
 
 @contextmanager
-def written_aside(folder: str | Path) -> Iterator[Path]:
-    """A folder to write a result to. When the block has ended well, its content moves into `folder`.
+def written_aside(folder: str | Path, provenance: Provenance) -> Iterator[Path]:
+    """A folder to write a result to, with its `erasure.json`. When the block has ended well, all of it moves into
+    `folder`.
 
     What an earlier result left there ([`RESULTS`]) goes first, and JSON files come last: a folder that has a
-    `model_index.json` or an `erasure.json` is complete. When the block fails, `folder` is as it was.
+    `model_index.json` or an `erasure.json` is complete. When the block fails, `folder` is as it was, or not there.
     """
     folder = Path(folder)
     aside = folder / ".result.partial"
     shutil.rmtree(aside, ignore_errors=True)
+    made = [path for path in aside.parents if not path.exists()]
     aside.mkdir(parents=True)
     try:
+        provenance.save(aside)
         yield aside
     except BaseException:
         shutil.rmtree(aside)
+        for path in made:
+            with suppress(OSError):  # somebody else has put something into it
+                path.rmdir()
         raise
     for name in RESULTS:
         _remove(folder / name)
@@ -58,6 +64,15 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def save_model(pipeline: DiffusionPipeline, folder: str | Path, only_unet: bool = False) -> None:
+    """Writes a pipeline as a stock folder that every environment can load, or its UNet alone; in safetensors."""
+    if only_unet:
+        pipeline.unet.save_pretrained(Path(folder) / UNET_FOLDER, safe_serialization=True)
+    else:
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        rewrite_index(folder, stock_class_name(pipeline))
 
 
 def stock_class_name(pipeline: DiffusionPipeline) -> str:
