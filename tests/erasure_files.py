@@ -5,7 +5,7 @@ import re
 import torch
 from safetensors.torch import save_file
 
-from diffusers_safe.formats import low_rank, save_partial
+from diffusers_safe.formats import full_rank, low_rank, save_partial
 from diffusers_safe.provenance import Provenance, fingerprint
 from diffusers_safe.weights import select_parameters
 
@@ -90,7 +90,7 @@ def write_form(form, unet, erased, path, base_model="base"):
             provenance.save(path)
     elif form == "lora":
         path /= "pytorch_lora_weights.safetensors"
-        save_file(low_rank(unet, erased, 1000).tensors, path)
+        save_file(low_rank(unet, erased, full_rank(unet, erased)).tensors, path)
     return path
 
 

@@ -126,9 +126,23 @@ def check_output_dir(folder: str | Path) -> None:
     Raises:
         `ValueError`: If it cannot.
     """
+    check_writable(folder)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+    except OSError as error:
+        raise ValueError(f"output_dir {folder}: cannot be made ({error.strerror})") from None
+
+
+def check_writable(folder: str | Path) -> None:
+    """The same without creating it, which is asked of the nearest folder above it that exists.
+
+    Raises:
+        `ValueError`: If it cannot be written.
+    """
+    place = Path(folder).absolute()
+    nearest = next(path for path in (place, *place.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
         raise ValueError(f"output_dir {folder}: cannot be written ({error.strerror})") from None

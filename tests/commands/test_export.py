@@ -14,6 +14,9 @@ from diffusers_safe.provenance import Provenance, fingerprint
 from erasure_files import FORMS, make_erased, write_form
 
 
+FULL_RANK = 16  # of the tiny model's layers that are changed here
+
+
 @pytest.fixture(scope="module")
 def base(tiny_model_folder):
     return DiffusionPipeline.from_pretrained(tiny_model_folder)
@@ -38,7 +41,7 @@ def draw(pipeline):
 
 @pytest.mark.parametrize("to", ["full", "unet", "partial", "lora"])
 def test_each_form_holds_the_erasure_and_its_record(make_tiny_pipeline, partial, tmp_path, to, capsys):
-    folder = export(partial, to, tmp_path / "out", *(("--rank", 1000) if to == "lora" else ()))
+    folder = export(partial, to, tmp_path / "out", *(("--rank", FULL_RANK) if to == "lora" else ()))
     unet = make_tiny_pipeline().unet
     expected = {**dict(unet.named_parameters()), **make_erased(unet)}
     expected = {name: value.detach().clone() for name, value in expected.items()}
@@ -66,7 +69,7 @@ def test_everything_becomes_a_partial(base, tiny_model_folder, tmp_path, form):
 
 def test_a_lora_of_full_rank_draws_what_the_erased_model_draws(base, partial, tmp_path, capsys):
     erased = DiffusionPipeline.from_pretrained(export(partial, "full", tmp_path / "full"))
-    lora = export(partial, "lora", tmp_path / "lora", "--rank", 1000)
+    lora = export(partial, "lora", tmp_path / "lora", "--rank", FULL_RANK)
     stock = DiffusionPipeline.from_pretrained(base.config._name_or_path)
     before = draw(stock)
     stock.load_lora_weights(lora)
@@ -94,8 +97,8 @@ def test_what_a_lora_cannot_hold_is_told_or_left_out(base, tiny_model_folder, tm
     path = write_form("partial", base.unet, make_erased(base.unet, "noxattn"), tmp_path / "in", tiny_model_folder)
     with pytest.raises(SystemExit, match="a LoRA cannot hold .*norm.*of the change would be lost.*--only_weights"):
         export(path, "lora", tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
-    export(path, "lora", tmp_path / "out", "--only_weights", "--rank", 1000)
+    assert not (tmp_path / "out").exists()
+    export(path, "lora", tmp_path / "out", "--only_weights", "--rank", FULL_RANK)
     told = capsys.readouterr().out
     assert "left out: " in told and "changed biases and norms, such as" in told
     stock = DiffusionPipeline.from_pretrained(tiny_model_folder)
@@ -145,13 +148,42 @@ def test_what_is_there_already_is_kept(partial, tmp_path, capsys):
         assert message in capsys.readouterr().err and sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_base_model_that_is_unknown_or_another_is_told(base, partial, make_tiny_pipeline, tmp_path):
+def test_a_base_model_that_is_unknown_or_another_is_told_and_nothing_is_left(
+    base, partial, make_tiny_pipeline, tmp_path
+):
+    folder = tmp_path / "runs" / "out"
     esd = write_form("esd", base.unet, make_erased(base.unet), tmp_path / "in")
     with pytest.raises(SystemExit, match="does not say which model it was made from; give --base_model"):
-        export(esd, "full", tmp_path / "out")
+        export(esd, "full", folder)
     make_tiny_pipeline(seed=1).save_pretrained(tmp_path / "other")
     with pytest.raises(SystemExit, match="made for .* with fingerprint"):
-        export(partial, "full", tmp_path / "out", "--base_model", tmp_path / "other")
-    with pytest.raises(SystemExit, match="no folder or Hub repository|no folder"):
+        export(partial, "full", folder, "--base_model", tmp_path / "other")
+    gone = write_form("partial", base.unet, make_erased(base.unet), tmp_path / "gone", "a-model-of-then")
+    with pytest.raises(SystemExit, match="base_model 'a-model-of-then': no .*the source names it, --base_model gives"):
+        export(gone, "partial", folder)
+    assert not folder.parent.exists()
+    export(gone, "partial", folder, "--base_model", base.config._name_or_path)
+
+
+def test_a_base_model_that_is_not_there_is_told_before_the_source_is_read(partial, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("diffusers_safe.commands.export.read_erased_weights", None)
+    with pytest.raises(SystemExit) as stop:
         export(partial, "full", tmp_path / "out", "--base_model", tmp_path / "nowhere")
-    assert list((tmp_path / "out").iterdir()) == []
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f"error: base_model '{tmp_path / 'nowhere'}': no folder" in error
+    assert error.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options, rank", [((), FULL_RANK), (("--rank", 1), 1)])
+def test_a_rank_that_no_layer_has_is_told_and_the_default_is_none(base, partial, tmp_path, options, rank):
+    with pytest.raises(SystemExit, match=f"^error: rank 17: must be from 1 to {FULL_RANK}, with which"):
+        export(partial, "lora", tmp_path / "out", "--rank", 17)
+    assert not (tmp_path / "out").exists()
+    assert Provenance.load(export(partial, "lora", tmp_path / "out", *options)).export["rank"] == rank
+
+
+def test_an_output_folder_that_cannot_be_made_is_told(partial, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        export(partial, "partial", tmp_path / "file" / "out")
+    assert stop.value.code == 2 and "cannot be written (Not a directory)" in capsys.readouterr().err

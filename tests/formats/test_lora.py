@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_safe.formats import low_rank
+from diffusers_safe.formats import full_rank, low_rank
 
 
 class Net(nn.Module):
@@ -45,9 +45,9 @@ def test_errors_are_the_least_that_the_rank_allows(changed, rank):
 
 def test_more_rank_less_error_and_full_rank_none(changed):
     net, erased = changed
-    errors = [low_rank(net, erased, rank).error for rank in range(1, 9)]
+    errors = [low_rank(net, erased, rank).error for rank in range(1, 8)]
     assert all(more < less for less, more in zip(errors, errors[1:6])) and errors[-1] < 1e-6
-    full = low_rank(net, erased, 100)
+    full = low_rank(net, erased, full_rank(net, erased))
     assert full.rank == 7 and full.tensors["unet.conv.lora_A.weight"].shape == (5, 6, 3, 3)
     assert full.tensors["unet.conv.lora_B.weight"].shape == (5, 5, 1, 1)
 
@@ -55,11 +55,11 @@ def test_more_rank_less_error_and_full_rank_none(changed):
 def test_biases_are_held_exactly_or_left_out_and_counted(changed):
     net, erased = changed
     erased["wide.bias"] = net.wide.bias.detach() + 2
-    held = low_rank(net, erased, 100)
+    held = low_rank(net, erased, 7)
     assert held.error < 1e-6 and held.left_out == []
     assert torch.allclose(held.tensors["unet.wide.lora_B.bias"], torch.full((7,), 2.0))
     assert not held.tensors["unet.tall.lora_B.bias"].any()
-    plain = low_rank(net, erased, 100, only_weights=True)
+    plain = low_rank(net, erased, 7, only_weights=True)
     total = sum(np.linalg.norm(matrix) ** 2 for matrix in matrices(net, {k: erased[k] for k in plain.errors
                                                                         if k != "wide.bias"}).values())  # fmt: skip
     assert plain.left_out == ["wide.bias"] and plain.errors["wide.bias"] == pytest.approx(1)
@@ -75,3 +75,10 @@ def test_a_norm_is_told_before_it_is_lost(changed):
     assert low_rank(net, erased, 2, only_weights=True).left_out == ["norm.weight"]
     with pytest.raises(ValueError, match="cannot hold any of the 1 changed parameters"):
         low_rank(net, {"norm.weight": erased["norm.weight"]}, 2, only_weights=True)
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_a_rank_that_no_layer_has_is_told(changed, rank):
+    net, erased = changed
+    with pytest.raises(ValueError, match=f"rank {rank}: must be from 1 to 7, with which a LoRA holds this change"):
+        low_rank(net, erased, rank)

@@ -15,24 +15,23 @@ of ESD, 2023 and 2025), a CompVis checkpoint, a LoRA. Beside the result goes an 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
-from ..backbones import check_model, load_pipeline, make_backbone
+from ..arguments import check_writable, parse_dataclass, told_in_one_line
+from ..backbones import StoredModel, load_pipeline, make_backbone
 from ..formats import (
     LORA_NAME,
     PARTIAL_NAME,
-    UNET_FOLDER,
     ErasedWeights,
     LoRA,
     assign,
     check_no_result,
     facts,
     fetch,
+    full_rank,
     low_rank,
     read_erased_weights,
-    rewrite_index,
+    save_model,
     save_partial,
     save_whole,
-    stock_class_name,
     written_aside,
 )
 from ..provenance import fingerprint
@@ -57,7 +56,10 @@ class ExportArguments:
     weight_name: str | None = field(
         default=None, metadata={"help": "The file of the source that holds the erasure, if there are several."}
     )
-    rank: int | None = field(default=None, metadata={"help": f"Of the LoRA; default {DEFAULT_RANK}."})
+    rank: int | None = field(
+        default=None,
+        metadata={"help": f"Of the LoRA; default {DEFAULT_RANK}, or less where less is exact, which is the most."},
+    )
     only_weights: bool = field(
         default=False,
         metadata={
@@ -79,10 +81,12 @@ class ExportArguments:
 
 
 def check_surroundings(args: ExportArguments) -> None:
-    """The source's place and the output folder, which is created."""
+    """The source's place, the base model where it is given, and the output folder. Nothing is made yet."""
     fetch(args.source, args.weight_name, only_records=True, **_revision(args))
     check_no_result(args.output_dir)
-    check_output_dir(args.output_dir)
+    if args.base_model is not None:
+        StoredModel(args.base_model, argument="base_model", **_of_base(args.base_revision))
+    check_writable(args.output_dir)
 
 
 def export(args: ExportArguments) -> LoRA | None:
@@ -90,38 +94,45 @@ def export(args: ExportArguments) -> LoRA | None:
 
     Raises:
         `ValueError`: If there is no erasure, its base model is not known or another one, or a LoRA cannot hold it.
+            Nothing is written then.
     """
     erased = read_erased_weights(fetch(args.source, args.weight_name, **_revision(args)))
     base_model, base_revision = _base_model(args, erased)
-    hub = {"revision": base_revision} if base_revision else {}
+    hub = _of_base(base_revision)
     variant = erased.known.get("arguments", {}).get("variant") if args.base_model is None else None
-    check_model(base_model, **hub)
+    try:
+        StoredModel(base_model, argument="base_model", **hub)
+    except ValueError as error:
+        named = "; the source names it, --base_model gives another" if args.base_model is None else ""
+        raise ValueError(f"{error}{named}") from None
     pipeline = load_pipeline(base_model, **hub, **({"variant": variant} if variant else {}))
     denoiser = make_backbone(pipeline).denoiser
     changed = erased.changes(denoiser)
     own = erased.known.get("base_fingerprint") or fingerprint(denoiser)
-    provenance = replace(erased.provenance(base_model, base_revision, own), export={"to": args.to})
+    export = {"to": args.to}
     lora = None
-    with written_aside(args.output_dir) as aside:
-        if args.to == "lora":
-            lora = low_rank(denoiser, changed, args.rank or DEFAULT_RANK, args.only_weights)
-            provenance.export |= lora.report()
+    if args.to == "lora":
+        rank = args.rank or min(DEFAULT_RANK, full_rank(denoiser, changed))
+        lora = low_rank(denoiser, changed, rank, args.only_weights)
+        export |= lora.report()
+    provenance = replace(erased.provenance(base_model, base_revision, own), export=export)
+    with written_aside(args.output_dir, provenance) as aside:
+        if lora is not None:
             save_whole(lora.tensors, aside / LORA_NAME, {"format": "pt", **facts(provenance)})
         elif args.to == "partial":
             save_partial(changed, provenance, aside / PARTIAL_NAME)
         else:
             assign(denoiser, changed)
-            if args.to == "full":
-                pipeline.save_pretrained(aside, safe_serialization=True)
-                rewrite_index(aside, stock_class_name(pipeline))
-            else:
-                denoiser.save_pretrained(aside / UNET_FOLDER, safe_serialization=True)
-        provenance.save(aside)
+            save_model(pipeline, aside, only_unet=args.to == "unet")
     return lora
 
 
 def _revision(args: ExportArguments) -> dict[str, str]:
     return {"revision": args.revision} if args.revision else {}
+
+
+def _of_base(revision: str | None) -> dict[str, str]:
+    return {"revision": revision} if revision else {}
 
 
 def _base_model(args: ExportArguments, erased: ErasedWeights) -> tuple[str, str | None]:

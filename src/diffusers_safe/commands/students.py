@@ -21,7 +21,7 @@ from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
 from ..backbones import check_model, load_pipeline
 from ..backbones.cost import macs
 from ..emoji import MODEL_FOLDER
-from ..formats import check_no_result, rewrite_index, stock_class_name, written_aside
+from ..formats import check_no_result, save_model, written_aside
 from ..students import (
     ALIASES,
     STUDENTS,
@@ -147,8 +147,7 @@ def write_student(args: StudentsArguments) -> UNet2DConditionModel:
     student = build_student(pipeline.unet, args.student)
     pipeline.register_modules(unet=student)
     with written_aside(args.output_dir) as aside:
-        pipeline.save_pretrained(aside, safe_serialization=True)
-        rewrite_index(aside, stock_class_name(pipeline))
+        save_model(pipeline, aside)
     return student
 
 

@@ -1,7 +1,16 @@
 """What an erasure is saved as and loaded from: our files and those that users of other repositories have."""
 
-from .folders import INDEX, RESULTS, UNET_FOLDER, check_no_result, rewrite_index, stock_class_name, written_aside
-from .lora import LoRA, low_rank
+from .folders import (
+    INDEX,
+    RESULTS,
+    UNET_FOLDER,
+    check_no_result,
+    rewrite_index,
+    save_model,
+    stock_class_name,
+    written_aside,
+)
+from .lora import LoRA, full_rank, low_rank
 from .read import FORMATS, ErasedWeights, assign, load_partial, load_unet, plain_parameters, read_erased_weights
 from .source import HUB_ARGUMENTS, fetch
 from .write import LORA_NAME, PARTIAL_NAME, copy_with_facts, facts, save_lora, save_partial, save_whole
@@ -22,6 +31,7 @@ __all__ = [
     "copy_with_facts",
     "facts",
     "fetch",
+    "full_rank",
     "load_partial",
     "load_unet",
     "plain_parameters",
@@ -29,6 +39,7 @@ __all__ = [
     "read_erased_weights",
     "rewrite_index",
     "save_lora",
+    "save_model",
     "save_partial",
     "save_whole",
     "stock_class_name",

@@ -4,14 +4,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
 from ..evaluation.grid import GRID_NAME
-from ..provenance import FILE_NAME, STUDENT_FILE, write_text
+from ..provenance import FILE_NAME, STUDENT_FILE, Distillation, Provenance, write_text
 from .write import LORA_NAME, PARTIAL_NAME
 
 
@@ -30,20 +30,27 @@ _RENAMED = {
 
 
 @contextmanager
-def written_aside(folder: str | Path) -> Iterator[Path]:
-    """A folder to write a result to. When the block has ended well, its content moves into `folder`.
+def written_aside(folder: str | Path, record: Provenance | Distillation | None = None) -> Iterator[Path]:
+    """A folder to write a result to, with its record, if it has one. When the block has ended well, all of it moves
+    into `folder`.
 
     What an earlier result left there ([`RESULTS`]) goes first, and JSON files come last: a folder that has a
-    `model_index.json` or an `erasure.json` is complete. When the block fails, `folder` is as it was.
+    `model_index.json` or a record is complete. When the block fails, `folder` is as it was, or not there.
     """
     folder = Path(folder)
     aside = folder / ".result.partial"
     shutil.rmtree(aside, ignore_errors=True)
+    made = [path for path in aside.parents if not path.exists()]
     aside.mkdir(parents=True)
     try:
+        if record is not None:
+            record.save(aside)
         yield aside
     except BaseException:
         shutil.rmtree(aside)
+        for path in made:
+            with suppress(OSError):  # somebody else has put something into it
+                path.rmdir()
         raise
     for name in RESULTS:
         _remove(folder / name)
@@ -68,6 +75,15 @@ def check_no_result(folder: str | Path) -> None:
     """
     if found := [name for name in RESULTS if (Path(folder) / name).exists()]:
         raise ValueError(f"output_dir {folder}: holds a model already ({found[0]}); give another")
+
+
+def save_model(pipeline: DiffusionPipeline, folder: str | Path, only_unet: bool = False) -> None:
+    """Writes a pipeline as a stock folder that every environment can load, or its UNet alone; in safetensors."""
+    if only_unet:
+        pipeline.unet.save_pretrained(Path(folder) / UNET_FOLDER, safe_serialization=True)
+    else:
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        rewrite_index(folder, stock_class_name(pipeline))
 
 
 def stock_class_name(pipeline: DiffusionPipeline) -> str:

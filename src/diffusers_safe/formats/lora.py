@@ -16,6 +16,7 @@ from torch import nn
 
 
 _PREFIX = "unet."
+_LAYERS = (nn.Linear, nn.Conv2d)  # that a LoRA can change
 _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<which>A\.weight|B\.weight|B\.bias)")
 
 
@@ -110,6 +111,14 @@ class LoRA:
         return {"rank": self.rank, "error": self.error, "worst": worst, "left_out": self.left_out}
 
 
+def full_rank(denoiser: nn.Module, erased: dict[str, torch.Tensor]) -> int:
+    """The least rank with which a LoRA holds any change of these weights exactly; arguments as of [`low_rank`]."""
+    modules = dict(denoiser.named_modules())
+    weights = [value.flatten(1) for name, value in erased.items()
+               if name.endswith(".weight") and isinstance(modules[name.removesuffix(".weight")], _LAYERS)]  # fmt: skip
+    return max((min(weight.shape) for weight in weights), default=1)
+
+
 @torch.no_grad()
 def low_rank(denoiser: nn.Module, erased: dict[str, torch.Tensor], rank: int, only_weights: bool = False) -> LoRA:
     """The best LoRA of a rank for the difference between erased weights and a base model's (Eckart and Young, 1936).
@@ -120,12 +129,13 @@ def low_rank(denoiser: nn.Module, erased: dict[str, torch.Tensor], rank: int, on
     Args:
         denoiser (`nn.Module`): The base model's.
         erased (`dict[str, torch.Tensor]`): The changed parameters, by name.
-        rank (`int`): At least 1; a layer's own full rank is enough where that is less.
+        rank (`int`): From 1 to [`full_rank`]; a layer's own full rank is enough where that is less.
         only_weights (`bool`, defaults to `False`): Leave out changed biases and norms, to get a LoRA that every
             program reads and `fuse_lora` can fuse. What is lost is part of `error`.
 
     Raises:
-        `ValueError`: If a changed parameter cannot be held and `only_weights` is not given, or nothing can.
+        `ValueError`: If the rank is out of its range, a changed parameter cannot be held and `only_weights` is not
+            given, or nothing can.
     """
     modules, parameters = dict(denoiser.named_modules()), dict(denoiser.named_parameters())
     differences = {name: value.double().cpu() - parameters[name].double().cpu() for name, value in erased.items()}
@@ -135,7 +145,7 @@ def low_rank(denoiser: nn.Module, erased: dict[str, torch.Tensor], rank: int, on
     left_out = []
     for name, value in differences.items():
         layer, _, kind = name.rpartition(".")
-        can_hold = isinstance(modules[layer], (nn.Linear, nn.Conv2d)) and not (only_weights and kind == "bias")
+        can_hold = isinstance(modules[layer], _LAYERS) and not (only_weights and kind == "bias")
         if can_hold:
             layers.setdefault(layer, {})[kind] = value
         else:
@@ -148,6 +158,9 @@ def low_rank(denoiser: nn.Module, erased: dict[str, torch.Tensor], rank: int, on
         )
     if not layers:
         raise ValueError(f"a LoRA cannot hold any of the {len(left_out)} changed parameters, such as {left_out[0]}")
+    most = full_rank(denoiser, erased)
+    if not 1 <= rank <= most:
+        raise ValueError(f"rank {rank}: must be from 1 to {most}, with which a LoRA holds this change exactly")
     with_bias = any("bias" in parts for parts in layers.values())
     tensors, squares, largest = {}, {name: sizes[name] ** 2 for name in left_out}, 0
     for layer, parts in layers.items():

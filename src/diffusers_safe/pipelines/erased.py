@@ -210,9 +210,8 @@ class ErasedPipelineMixin(RepositoryMixin):
             raise ValueError("the erasure is disabled; leave the block of erasure_disabled before saving")
         if not options["safe_serialization"]:
             raise ValueError("safe_serialization False: an erased model is saved as safetensors only")
-        with written_aside(folder) as aside:
+        with written_aside(folder, self._erasure) as aside:
             super()._write_repository(aside, hub, **options)
-            self._erasure.save(aside)
             if hub["repo_id"] is None:
                 return None
             base = find_base(self._erasure.base_model, self._erasure.revision, hub["token"])

@@ -1,19 +1,10 @@
-"""What a finished erasure leaves in its output folder."""
+"""What a finished training leaves in its output folder."""
 
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
-from ..formats import (
-    LORA_NAME,
-    PARTIAL_NAME,
-    UNET_FOLDER,
-    rewrite_index,
-    save_lora,
-    save_partial,
-    stock_class_name,
-    written_aside,
-)
+from ..formats import LORA_NAME, PARTIAL_NAME, save_lora, save_model, save_partial, written_aside
 from ..lora import LoRAWeights, fused
 from ..provenance import Distillation, Provenance
 from ..weights import TrainedWeights
@@ -38,19 +29,13 @@ def save_result(
             first and the last.
     """
     is_lora = isinstance(weights, LoRAWeights)
-    with written_aside(output_dir) as aside:
+    with written_aside(output_dir, provenance) as aside:
         if save in ("full", "both", "unet"):
-            whole = fused(pipeline) if is_lora else pipeline
-            if save == "unet":
-                whole.unet.save_pretrained(aside / UNET_FOLDER, safe_serialization=True)
-            else:
-                whole.save_pretrained(aside, safe_serialization=True)
-                rewrite_index(aside, stock_class_name(pipeline))
+            save_model(fused(pipeline) if is_lora else pipeline, aside, only_unet=save == "unet")
         if save in ("lora", "both") and is_lora:
             save_lora(pipeline, provenance, aside / LORA_NAME)
         if save in ("partial", "both") and not is_lora:
             save_partial(weights.student, provenance, aside / PARTIAL_NAME)
-        provenance.save(aside)
 
 
 def save_student(
@@ -58,10 +43,5 @@ def save_student(
 ) -> None:
     """Writes a student's pipeline as a stock folder, or its UNet alone, and distillation.json. Whole or not at all."""
     whole = fused(pipeline) if getattr(pipeline.unet, "peft_config", None) else pipeline
-    with written_aside(output_dir) as aside:
-        if save == "unet":
-            whole.unet.save_pretrained(aside / UNET_FOLDER, safe_serialization=True)
-        else:
-            whole.save_pretrained(aside, safe_serialization=True)
-            rewrite_index(aside, stock_class_name(pipeline))
-        record.save(aside)
+    with written_aside(output_dir, record) as aside:
+        save_model(whole, aside, only_unet=save == "unet")
