@@ -43,7 +43,8 @@ def write_configs(folder: Path, pipeline_class: str, unet: dict) -> None:
     scheduler().save_config(folder / "scheduler")
     tokenizer = build_tokenizer()
     tokenizer.model_max_length = TOKENS
-    tokenizer.save_pretrained(folder / "tokenizer")
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizer.save_pretrained(folder / name)
     CLIPTextConfig().save_pretrained(folder / "text_encoder")
     CLIPTextConfig(projection_dim=1280).save_pretrained(folder / "text_encoder_2")
     parts = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": scheduler.__name__}
