@@ -18,6 +18,7 @@ def test_the_demo_runs_the_public_script_with_arguments_it_takes(tiny_model_fold
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_demo_erases_weapons_and_keeps_the_rest(tmp_path, capsys):
     main(["demo", "--output_dir", str(tmp_path)])
     results = json.loads((tmp_path / "weapon-0" / "evaluation" / "results.json").read_text())
