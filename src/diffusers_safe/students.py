@@ -98,25 +98,25 @@ STUDENTS: dict[str, Student] = {
         _SDXL,
         {
             "mid_block_type": "UNetMidBlock2D",
-            "transformer_layers_per_block": [1, 2, 4],
-            "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+            "transformer_layers_per_block": (1, 2, 4),
+            "reverse_transformer_layers_per_block": ((4, 4, 10), (2, 1, 1), 1),
         },
         kept_layers=dict.fromkeys(_SSD_1B_ATTENTIONS, (0, 1, 2, 6)),
     ),
     "koala-1b": Student(
         "a pair of blocks on every level, and 4 of 10 transformer layers",
         _SDXL,
-        {"layers_per_block": 1, "transformer_layers_per_block": [1, 2, 6]},
+        {"layers_per_block": 1, "transformer_layers_per_block": (1, 2, 6)},
     ),
     "koala-700m": Student(
         "a pair of blocks on every level, 5 of 10 transformer layers, and the middle block",
         _SDXL,
-        {"layers_per_block": 1, "transformer_layers_per_block": [1, 2, 5], "mid_block_type": None},
+        {"layers_per_block": 1, "transformer_layers_per_block": (1, 2, 5), "mid_block_type": None},
     ),
     "segmind-vega": Student(
         "1 of 2 and 8 of 10 transformer layers, and of the middle block all but a residual block",
         _SDXL,
-        {"mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": [1, 1, 2]},
+        {"mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": (1, 1, 2)},
     ),
 }
 ALIASES = {"sd_small": "bk-base", "sd_tiny": "bk-tiny"}
