@@ -161,15 +161,33 @@ def read_manifest(folder: str | Path) -> list[dict]:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise ValueError(f"{path}: no such file; the folder holds no generated images")
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     try:
-        return [json.loads(line) for line in lines]
+        return [json.loads(line) for line in whole_lines(path)]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: broken manifest ({error}); delete it to generate the images again") from None
 
 
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that grows, without a last one that a kill cut off."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
+
+
+def load_image(folder: str | Path, row: dict) -> Image.Image:
+    """Loads a generated image, RGB, by its row of the manifest.
+
+    Raises:
+        `ValueError`: If the file is missing or not the one that was generated.
+    """
+    path = Path(folder) / row["file"]
+    if not _is_intact(path, row):
+        state = "damaged or changed since it was generated" if path.is_file() else "no such file"
+        raise ValueError(f"{path}: {state}; run the generation again, it makes only what is missing")
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
 def load_images(folder: str | Path, rows: list[dict]) -> np.ndarray:
-    """Loads generated images.
+    """Loads generated images of one size.
 
     Args:
         folder (`str` or `Path`): Where [`generate`] wrote them.
@@ -183,14 +201,7 @@ def load_images(folder: str | Path, rows: list[dict]) -> np.ndarray:
     """
     if not rows:
         raise ValueError("no rows: there must be at least one image to load")
-    images = []
-    for row in rows:
-        path = Path(folder) / row["file"]
-        if not _is_intact(path, row):
-            state = "damaged or changed since it was generated" if path.is_file() else "no such file"
-            raise ValueError(f"{path}: {state}; run the generation again, it makes only what is missing")
-        with Image.open(path) as image:
-            images.append(np.asarray(image.convert("RGB")))
+    images = [np.asarray(load_image(folder, row)) for row in rows]
     shapes = {image.shape[:2]: row["file"] for image, row in zip(images, rows)}
     if len(shapes) > 1:
         sizes = ", ".join(f"{file} {height} x {width}" for (height, width), file in shapes.items())

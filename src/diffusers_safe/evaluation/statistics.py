@@ -119,6 +119,15 @@ class Estimate:
         low, high = bootstrap_mean_interval(values, clusters, seed)
         return cls(macro_mean(values, clusters), low, high, len(values), unit)
 
+    @classmethod
+    def of_images(cls, values: Sequence[float], prompts: Sequence[Hashable], unit: str = "%") -> "Estimate":
+        """The average over images, each counted once. A share whose prompts have one image each has its Wilson
+        interval; where prompts have several, the bootstrap draws whole prompts, which counts them alike if they have
+        as many."""
+        if unit == "%" and len(set(prompts)) == len(prompts):
+            return cls.rate(int(sum(values)), len(values))
+        return cls.mean(values, prompts, unit)
+
     @property
     def headline(self) -> str:
         """The number alone: `"3.1 %"`, `"-0.4 points"` or `"0.027"`."""

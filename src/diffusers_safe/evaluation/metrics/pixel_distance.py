@@ -1,6 +1,31 @@
 """How far images moved: the simplest distance, without a network."""
 
+from collections.abc import Sequence
+
 import numpy as np
+from PIL import Image
+
+from .base import Metric, Quantity
+
+
+class PixelDistance(Metric):
+    """[`pixel_distance`] to the original model's image of the same prompt and seed."""
+
+    name = "pixel_distance"
+    compares = True
+    quantities = {"pixel_distance": Quantity("pixel distance", better="lower")}
+
+    def identity(self) -> dict:
+        return {"metric": self.name}
+
+    def score(
+        self, images: Sequence[Image.Image], rows: Sequence[dict], originals: Sequence[Image.Image]
+    ) -> list[dict]:
+        pairs = [(np.asarray(original)[None], np.asarray(image)[None]) for original, image in zip(originals, images)]
+        return [{"distance": float(pixel_distance(*pair)[0])} for pair in pairs]
+
+    def values(self, row: dict, score: dict) -> dict[str, float]:
+        return {"pixel_distance": score["distance"]}
 
 
 def pixel_distance(before: np.ndarray, after: np.ndarray) -> np.ndarray:
