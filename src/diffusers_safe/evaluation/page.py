@@ -248,7 +248,11 @@ def _own_class(own: bool) -> str:
 
 
 def _text_or_link(cell: str) -> str:
-    return f'<a href="{escape(cell)}">{escape(cell)}</a>' if cell.startswith("https://") else escape(cell)
+    """Text, whose last word becomes a link if it is an address."""
+    text, _, last = cell.rpartition(" ")
+    if not last.startswith("https://"):
+        return escape(cell)
+    return f'{escape(text)} <a href="{escape(last)}">{escape(last.removeprefix("https://"))}</a>'.strip()
 
 
 # --- plots -----------------------------------------------------------------------------------------------------------

@@ -169,8 +169,8 @@ class Table:
     Attributes:
         title (`str`): Its heading.
         columns (`Sequence[str]`): Their heads.
-        groups (`list[tuple[str, list[Sequence[str]]]]`): Rows under a heading of their own, `""` for none. A cell that
-            is an `https` address becomes a link.
+        groups (`list[tuple[str, list[Sequence[str]]]]`): Rows under a heading of their own, `""` for none. A last
+            word that is an `https` address becomes a link.
         note (`str`, defaults to `""`): What to know before reading it.
         own (`frozenset[tuple[str, int]]`): Rows, by the group's heading and their number, which stand out.
     """
