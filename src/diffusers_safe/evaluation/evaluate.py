@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Protocol
@@ -108,7 +108,7 @@ def evaluate(
     folder, settings = Path(folder), settings or GenerationSettings()
     check_subjects(subjects)
     check_rows(list(rows))
-    _check_metrics(metrics)
+    _check_metrics(metrics, rows)
     if veil not in VEILS:
         raise ValueError(f"veil '{veil}': unknown; allowed are {', '.join(VEILS)}")
     if images_only:
@@ -118,14 +118,13 @@ def evaluate(
     models = [
         found.get(subject.name) or _generated(subject, rows, folder, settings, batch_size) for subject in subjects
     ]
-    for metric in metrics:
-        measure(metric, models, scoring_batch_size)
+    measured = [measure(metric, models, scoring_batch_size) for metric in metrics]
     results = {
-        "protocol": _protocol(models, rows, settings, prompts or {}, metrics),
+        "protocol": _protocol(models, rows, settings, prompts or {}),
         "models": {model.name: {**model.facts, "images": len(model.rows), "black": model.black} for model in models},
-        "metrics": {metric.name: metric_results(metric, models) for metric in metrics},
+        "metrics": {facts.name: metric_results(facts, models) for facts in measured},
     }
-    report = evaluation_report(results, models, metrics, title, veil, pictures)
+    report = evaluation_report(results, models, measured, title, veil, pictures)
     path = write_report(folder, {**results, "report": shown_flags(report)}, report)
     results = json.loads(path.with_name(RESULTS_NAME).read_text(encoding="utf-8"))
     write_text(folder / TABLE_NAME, results_table(results, report.title))
@@ -152,13 +151,15 @@ def as_images(subject: Generator | ImageFolder, folder: Path) -> ImageFolder:
     return subject if isinstance(subject, ImageFolder) else ImageFolder(subject.name, folder / IMAGES / subject.name)
 
 
-def _check_metrics(metrics: Sequence[Metric]) -> None:
+def _check_metrics(metrics: Sequence[Metric], rows: Sequence[PromptRow]) -> None:
     if not metrics:
         raise ValueError("metrics: there must be at least one")
     names = [metric.name for metric in metrics]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"metric '{name}': given twice")
+    for metric in metrics:
+        metric.check([asdict(row) for row in rows])
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
@@ -199,11 +200,13 @@ def _generated(
 
 
 def _steering(subject: Generator) -> dict:
-    """What a subject's fields say that is not empty and fits into JSON."""
-    fields = vars(subject) if is_dataclass(subject) else {}
-    plain = (str, int, float, bool, list)
-    told = {name: value for name, value in fields.items() if name != "name" and isinstance(value, plain) and value}
-    return {name: without_folder(value) if isinstance(value, str) else value for name, value in told.items()}
+    """What a subject's fields say beyond their defaults, as far as it fits into JSON."""
+    told = {}
+    for item in fields(subject) if is_dataclass(subject) else ():
+        value = getattr(subject, item.name)
+        if item.name != "name" and value != item.default and isinstance(value, (str, int, float, list)) and value:
+            told[item.name] = without_folder(value) if isinstance(value, str) else value
+    return told
 
 
 def without_folder(text: str) -> str:
@@ -229,7 +232,6 @@ def _protocol(
     rows: Sequence[PromptRow],
     settings: GenerationSettings,
     prompts: dict,
-    metrics: Sequence[Metric],
 ) -> dict:
     drawn = json.dumps([[row.id, row.prompt, row.seed] for row in rows], ensure_ascii=False)
     return {
@@ -244,7 +246,6 @@ def _protocol(
         "original": models[0].name,
         "safety_checker": "off",
         "black_images": {model.name: model.black for model in models},
-        "metrics": {metric.name: metric.identity() for metric in metrics},
         "versions": library_versions(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
