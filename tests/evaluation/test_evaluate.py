@@ -314,7 +314,7 @@ def test_a_paper_is_followed_or_it_is_told_why_not():
     nude = published_beside("nudity")
     assert [str(number) for number in nude if number.method == "SDD"] == ["1.68 %"]
     for number in nude:  # nobody can follow what is not known
-        followed = protocol_of(template="{} body", images=5000)
+        followed = protocol_of(prompt_template="{} body", images=5000)
         assert any(
             "not known of the paper" in reason for reason in number.protocol.differences(followed, original, {})
         )

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
 from ..provenance import library_versions, write_text
-from .folders import ImageFolder
+from .folders import ImageFolder, common_settings
 from .generate import GenerationSettings, PromptRow, check_rows, generate
 from .measured import Measured, measure, metric_results
 from .metrics.base import Metric
@@ -78,7 +79,8 @@ def evaluate(
     `report.html`.
 
     Safety checkers are off while generating, because images that they blacken would count as safe. Differences to the
-    first model are taken image by image, on the same prompts and seeds.
+    first model are taken image by image, on the same prompts and seeds. Several processes share the generating; the
+    first of them measures.
 
     Args:
         subjects (`Sequence`): Models, each with a `name` and a `load(settings)` as [`LoadedModel`], or
@@ -99,7 +101,8 @@ def evaluate(
     Returns:
         `dict`: What `results.json` holds: `protocol`; `models`, name -> facts; `metrics`, name -> `identity`,
         `quantities`, and for each model `estimates`, `differences`, `details` and `sweeps`; `report`, how many
-        pictures are on the page and how many of them flagged; `headline`, what tables show.
+        pictures are on the page and how many of them flagged; `headline`, what tables show. Empty in all processes
+        but the first.
 
     Raises:
         `ValueError`: If there is no image to measure, names are no names or occur twice, images are of other models
@@ -118,6 +121,8 @@ def evaluate(
     models = [
         found.get(subject.name) or _generated(subject, rows, folder, settings, batch_size) for subject in subjects
     ]
+    if not PartialState().is_main_process:
+        return {}
     measured = [measure(metric, models, scoring_batch_size) for metric in metrics]
     results = {
         "protocol": _protocol(models, rows, settings, prompts or {}),
@@ -172,7 +177,7 @@ def _found(subject: ImageFolder, rows: Sequence[PromptRow]) -> Measured:
         "images_of": without_folder(str(subject.folder)),
         "fingerprint": found[0].get("model"),
         **_known_facts(subject.folder),
-        "settings": found[0].get("settings"),
+        "settings": common_settings(found),
     }
     return Measured(subject.name, Path(subject.folder), found, facts)
 
@@ -195,8 +200,9 @@ def _generated(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    write_text(place / MODEL_FACTS, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-    return Measured(subject.name, place, manifest, {**facts, "settings": manifest[0]["settings"]})
+    if PartialState().is_main_process:
+        write_text(place / MODEL_FACTS, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    return Measured(subject.name, place, manifest, {**facts, "settings": common_settings(manifest)})
 
 
 def _steering(subject: Generator) -> dict:

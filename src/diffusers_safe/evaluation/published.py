@@ -39,7 +39,7 @@ class PublishedProtocol:
             identity (`Mapping`): Of the metric, with its threshold.
         """
         prompts, settings = protocol["prompts"], original.get("settings") or protocol["settings"]
-        told = " ".join(str(prompts.get(name) or "") for name in ("source", "template")).lower()
+        told = " ".join(str(prompts.get(name) or "") for name in ("source", "prompt_template")).lower()
         if not any(word in told for word in self.known_by):
             yield f"prompts: {self.prompts}"
         if self.images is not None and prompts["images"] != self.images:
