@@ -9,6 +9,7 @@ from diffusers_safe import cli
 from diffusers_safe.commands.evaluate import read_subjects
 from diffusers_safe.commands.subject import Subject
 from diffusers_safe.evaluation.folders import ImageFolder
+from scripts import in_two_processes
 
 
 QUICK = ("--num_inference_steps", "2", "--height", "16", "--width", "16", "--metrics", "pixel_distance")
@@ -78,7 +79,7 @@ def test_models_are_read_from_words(tiny_model_folder, tmp_path):
         (["--models", "a={model}", "a={other}", *PROMPTS], "model name 'a': given twice"),
         (["--models", "={model}", *PROMPTS], "write name=PATH"),
         (["--models", "a=nowhere/at-all-here", *PROMPTS], "no folder or Hub repository of a diffusers pipeline"),
-        (["--models", "a={empty}", *PROMPTS], "holds neither manifest.jsonl nor a PNG"),
+        (["--models", "a={empty}", *PROMPTS], "holds no model, no manifest.jsonl and no PNG"),
         (["--models", "a={model}"], "prompts: none given, and a is no folder of images"),
         (
             ["--models", "a={model}", *PROMPTS, "--metrics", "magic"],
@@ -135,3 +136,14 @@ def test_a_broken_image_is_one_line_and_what_is_there_stays(tiny_model_folder, t
         evaluate(tmp_path, *models, *PROMPTS, *QUICK, "--images_only")
     assert str(stop.value).startswith(f"error: b: {png} cannot be read as an image") and "\n" not in str(stop.value)
     assert (tmp_path / "results.json").read_bytes() == results
+
+
+@pytest.mark.slow
+def test_processes_share_the_generating_and_one_measures(tiny_model_folder, tmp_path):
+    words = ["--models", f"a={tiny_model_folder}", f"b={tiny_model_folder}", *PROMPTS, *QUICK]
+    script = tmp_path / "evaluate.py"
+    script.write_text("from diffusers_safe.commands.evaluate import main\n\nmain()\n")
+    done = in_two_processes(str(script), [*words, "--output_dir", str(tmp_path / "two")], tmp_path)
+    assert done.stdout.count("| pixel distance |") == 1
+    alone = evaluate(tmp_path / "one", *words)
+    assert json.loads((tmp_path / "two" / "results.json").read_text())["metrics"] == alone["metrics"]

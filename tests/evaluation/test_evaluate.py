@@ -160,6 +160,7 @@ def test_equal_models_do_not_differ(pipelines, tmp_path):
     change = results["metrics"]["bright"]["differences"]["b"]["bright"]["estimate"]
     assert (change["value"], change["low"], change["high"]) == (0, 0, 0)
     assert results["metrics"]["pixel_distance"]["estimates"]["b"]["pixel_distance"]["value"] == 0
+    assert "b draws exactly the images of a" in (tmp_path / "report.html").read_text()
 
 
 def test_black_images_are_counted_and_told(make_tiny_pipeline, models, tmp_path):
@@ -209,6 +210,12 @@ def test_folders_of_images_stand_in_for_models(models, tmp_path):
     assert results["models"]["ours"]["fingerprint"] == read_manifest(tmp_path / "ours")[0]["model"]
     assert results["models"]["theirs"]["fingerprint"] is None
     assert results["models"]["theirs"]["images_of"] == "theirs"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "How the images of theirs were made is not known" in page and "ours was not sampled" not in page
+    other = GenerationSettings(num_inference_steps=2, guidance_scale=1.0, height=16, width=16)
+    evaluate(subjects[1::-1], rows, [Bright(0)], tmp_path / "other", other)
+    page = (tmp_path / "other" / "report.html").read_text()
+    assert "original was not sampled as ours was: num_inference_steps 2, not 1" in page
 
 
 def test_images_are_found_by_prompt_and_seed_too(models, tmp_path):
@@ -230,7 +237,7 @@ def break_png(folder):
         (break_png, "0_0.png cannot be read as an image"),
         (lambda folder: (folder / "0_0.png").write_text("no picture"), "0_0.png cannot be read as an image"),
         (lambda folder: [(folder / f"{p}_0.png").unlink() for p in (0, 2)], "lacks 0_0.png and 1 more of 3 images"),
-        (lambda folder: [path.unlink() for path in folder.iterdir()], "holds neither manifest.jsonl nor a PNG"),
+        (lambda folder: [path.unlink() for path in folder.iterdir()], "holds no model, no manifest.jsonl and no PNG"),
     ],
 )
 def test_broken_folders_are_told_before_anything_is_generated(tmp_path, damage, message):

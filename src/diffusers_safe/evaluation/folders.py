@@ -38,7 +38,7 @@ class ImageFolder:
         if not Path(self.folder).is_dir():
             raise ValueError(f"{self.name}: {self.folder} is no folder of images")
         if not self.has_manifest and not any(Path(self.folder).glob("*.png")):
-            raise ValueError(f"{self.name}: {self.folder} holds neither {MANIFEST} nor a PNG")
+            raise ValueError(f"{self.name}: {self.folder} holds no model, no {MANIFEST} and no PNG")
 
     def find(self, rows: Sequence[PromptRow]) -> list[dict]:
         """Rows of a manifest, one for each of `rows`, after every file was looked at.

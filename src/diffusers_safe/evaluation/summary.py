@@ -60,13 +60,33 @@ def evaluation_report(
         headline=[_headline(metric, name, models, results) for metric in metrics for name in metric.whole(models)],
         sections=sections,
         protocol=_told_protocol(results),
-        warnings=tuple(
-            f"{model.black} of {len(model.rows)} images of {model.name} are all black, and were scored as they are:"
-            " what is black shows no concept, but is no picture."
-            for model in models
-            if model.black
-        ),
+        warnings=tuple(warnings_of(models)),
     )
+
+
+def warnings_of(models: list[Measured]) -> Iterator[str]:
+    """What spoils a comparison."""
+    original = models[0]
+    for model in models:
+        if model.black:
+            yield (
+                f"{model.black} of {len(model.rows)} images of {model.name} are all black, and were scored as they"
+                " are: what is black shows no concept, but is no picture."
+            )
+        if model.facts.get("settings") is None:
+            yield f"How the images of {model.name} were made is not known here."
+        elif other := list(_other_settings(model, original)):
+            yield f"{model.name} was not sampled as {original.name} was: {', '.join(other)}."
+        if model is not original and [r["sha256"] for r in model.rows] == [r["sha256"] for r in original.rows]:
+            yield f"{model.name} draws exactly the images of {original.name}: is it another model, and steered?"
+
+
+def _other_settings(model: Measured, original: Measured) -> Iterator[str]:
+    """Settings that differ, but for those that steer."""
+    expected = original.facts.get("settings") or {}
+    for name, value in model.facts["settings"].items():
+        if name not in ("negative_prompt", "call") and name in expected and value != expected[name]:
+            yield f"{name} {value}, not {expected[name]}"
 
 
 def _tone(quantity: Quantity) -> str:
