@@ -102,6 +102,12 @@ class Backbone(ABC):
     def encoders(self) -> dict[str, nn.Module]:
         """The autoencoder and the text encoders, by their names in the pipeline."""
 
+    @property
+    @abstractmethod
+    def encoding_identity(self) -> dict[str, str]:
+        """What decides how pictures and prompts are encoded, by name: fingerprints of encoders and tokenizers, and of
+        the pipeline's config what matters."""
+
     @abstractmethod
     def encode_pictures(self, pixel_values: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
         """Encodes pictures on a device, without gradients; the autoencoder goes back to where it was.

@@ -117,8 +117,8 @@ def distill(
 def student_pipeline(teacher: DiffusionPipeline, args: DistillationArguments) -> DiffusionPipeline:
     """The teacher's pipeline around a student: built of its blocks, or the one to go on from."""
     if args.from_student is not None:
-        cache = {} if args.cache_dir is None else {"cache_dir": args.cache_dir}
-        unet = UNet2DConditionModel.from_pretrained(args.from_student, subfolder="unet", dtype=torch.float32, **cache)
+        where = {"subfolder": "unet", **args.student_arguments}
+        unet = UNet2DConditionModel.from_pretrained(args.from_student, dtype=torch.float32, **where)
     else:
         unet = build_student(teacher.unet, args.student)
     parts = {"unet": unet, "scheduler": args.scheduler_for(teacher.scheduler)}
@@ -161,8 +161,8 @@ def make_latents(
     if args.cache_latents:
         folder = args.cache_folder or Path(args.output_dir) / "cache"
         cache = LatentCache(folder, rows, preprocessing, backbone)
-        cache.build(accelerator.device, num_workers=args.dataloader_num_workers)
-        return CachedLatents(cache, args.seed, samples_a_step, accelerator.device, args.proportion_empty_prompts)
+        drawn = (args.seed, samples_a_step, accelerator.device, args.proportion_empty_prompts)
+        return CachedLatents(cache, *drawn, num_workers=args.dataloader_num_workers)
     pictures = make_pictures(
         rows,
         preprocessing,

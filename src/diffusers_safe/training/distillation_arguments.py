@@ -7,7 +7,7 @@ from typing import ClassVar
 from diffusers import SchedulerMixin
 from torch import nn
 
-from ..backbones import StoredModel
+from ..backbones import StoredModel, stored_unet
 from ..concepts import read_concepts
 from ..students import STUDENTS, empty_student, resolve_student
 from ..trajectories import Trajectories
@@ -28,8 +28,10 @@ class DistillationArguments(SamplingArguments):
         f"What is built of the teacher's blocks: {', '.join(STUDENTS)} (aliases sd_small, sd_tiny).",
     )
     from_student: str | None = option(
-        None, "Go on from this student instead: a folder or Hub id of a pipeline, such as an earlier output_dir."
+        None, "Go on from this student instead: a folder or Hub id with a UNet, such as an earlier output_dir."
     )
+    student_revision: str | None = option(None, "Its revision on the Hub; --revision is the teacher's.")
+    student_variant: str | None = option(None, "Its variant, such as fp16; --variant is the teacher's.")
     dataset_name: str | None = option(None, "Hub id of a dataset of pictures with captions, or its folder.")
     dataset_config_name: str | None = option(None, "Its configuration, if it has several.")
     dataset_split: str = option("train", "Its split.")
@@ -99,6 +101,8 @@ class DistillationArguments(SamplingArguments):
         "cache_latents",
         "cache_folder",
         "from_student",
+        "student_revision",
+        "student_variant",
         "train_data_dir",
     }
 
@@ -164,6 +168,8 @@ class DistillationArguments(SamplingArguments):
             "timestep_bias_begin": (biased == "range", "--timestep_bias_strategy range"),
             "timestep_bias_end": (biased == "range", "--timestep_bias_strategy range"),
             "ema_decay": (self.use_ema, "--use_ema"),
+            "student_revision": (self.from_student is not None, "--from_student"),
+            "student_variant": (self.from_student is not None, "--from_student"),
             "feature_map": (self.feature_weight > 0, "a --feature_weight above 0"),
             "snr_gamma": (self.task_weight > 0, "a --task_weight above 0"),
             "sampling_guidance_scale": (self.sdd_weight > 0, "--sdd_weight"),
@@ -199,8 +205,8 @@ class DistillationArguments(SamplingArguments):
         if self.student is not None:
             student = empty_student(teacher.config, self.student)
         else:
-            own = StoredModel(self.from_student, self.resolution, "from_student", **self._cache_argument)
-            student = own.denoiser
+            where = {name: value for name, value in self.student_arguments.items() if name != "variant"}
+            student = stored_unet(self.from_student, "from_student", **where)
             for name in ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type"):
                 if (own := student.config[name]) != (there := teacher.config[name]):
                     raise ValueError(f"from_student {self.from_student}: has {name} {own}, the teacher {there}")
@@ -231,8 +237,10 @@ class DistillationArguments(SamplingArguments):
         return type(scheduler).from_config(scheduler.config, prediction_type=self.prediction_type)
 
     @property
-    def _cache_argument(self) -> dict[str, str]:
-        return {} if self.cache_dir is None else {"cache_dir": self.cache_dir}
+    def student_arguments(self) -> dict[str, str]:
+        """What `from_pretrained` takes beside `from_student`."""
+        chosen = {"revision": self.student_revision, "variant": self.student_variant, "cache_dir": self.cache_dir}
+        return {name: value for name, value in chosen.items() if value is not None}
 
     def check_output(self) -> None:
         if self.from_student is not None and Path(self.output_dir).resolve() == Path(self.from_student).resolve():
