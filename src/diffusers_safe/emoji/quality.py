@@ -20,9 +20,9 @@ from ..evaluation.statistics import Estimate
 from ..provenance import write_text
 from . import CLASSIFIER_FOLDER, MODEL_FOLDER
 from .classifier import HEADS, EmojiClassifier, to_tensor
-from .evaluation import SETTINGS, prompt_rows, protocol_of, rate, shows_subject
+from .evaluation import SETTINGS, prompt_rows, protocol_of, rate
 from .render import render_many
-from .scenes import BACKGROUNDS, GROUPS, OBJECTS, STYLES, is_held_out, prompt_for
+from .scenes import BACKGROUNDS, GROUPS, OBJECTS, STYLES, is_held_out, prompt_for, shows
 
 
 IMAGES_PER_GROUP = 4  # times as many as of an object
@@ -149,7 +149,7 @@ def _quality_results(rows: list[PromptRow], seen: dict[str, list[str]]) -> dict:
     labels = [row.labels for row in rows]
     part = np.array([label["part"] for label in labels])
     held_out = np.array([label.get("held_out", False) for label in labels])
-    shows = np.array([shows_subject(name, row) for name, row in zip(seen["object"], rows)])
+    shows = np.array([shows(name, row.labels["subject"]) for name, row in zip(seen["object"], rows)])
     results, means, held = {}, {}, {}
 
     def measure(name: str, right: np.ndarray, chosen: np.ndarray, asked: np.ndarray, entries: list[str]) -> None:
