@@ -8,6 +8,7 @@ often the judge still sees what was erased, and what that cost others. The table
 row by row; finished rows are kept when it is run again.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -48,20 +49,21 @@ class MethodsArguments:
             raise ValueError(f"seeds {bad}: must be at least 0 and less than 2**32")
 
 
-def train(recipe: Path, folder: Path, seed: int) -> StableDiffusionPipeline:
+def train(recipe: Path, folder: Path, seed: int, threads: int | None = None) -> StableDiffusionPipeline:
     """The model of a recipe and a seed; trained unless it is there."""
+    threads = threads or torch.get_num_threads()
     note = folder.with_suffix(".yaml")
     if not (folder / "model_index.json").exists():
         script = re.search(r"train_(\w+)\.py", recipe.read_text())[1]
         command = [
             *(sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1"),
-            *("--num_cpu_threads_per_process", str(torch.get_num_threads()), "--mixed_precision", "no"),
+            *("--num_cpu_threads_per_process", str(threads), "--mixed_precision", "no"),
             *("--num_machines", "1", "--dynamo_backend", "no", "-m", f"diffusers_safe.training.{script}"),
             *("--config", str(recipe), "--pretrained_model_name_or_path", str(MODEL_FOLDER)),
             *("--output_dir", str(folder), "--seed", str(seed), "--checkpointing_steps", "0"),
             *("--validation_steps", "100000"),
         ]
-        if code := subprocess.run(command).returncode:
+        if code := subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode:
             raise SystemExit(code)
         write_text(note, recipe.read_text())
     elif note.read_text() != recipe.read_text():
