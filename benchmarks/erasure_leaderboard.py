@@ -27,7 +27,7 @@ from diffusers_safe.arguments import check_output_dir, parse_dataclass, told_in_
 from diffusers_safe.commands.subject import Subject
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.evaluation import SETTINGS, erasure_rows
-from diffusers_safe.emoji.metrics import EmojiDistance, EmojiFID, EmojiRecognition
+from diffusers_safe.emoji.metrics import EmojiDistance, EmojiFID, EmojiRecognition, write_references
 from diffusers_safe.evaluation.evaluate import evaluate
 from diffusers_safe.evaluation.generate import PromptRow, load_image, read_manifest
 from diffusers_safe.evaluation.grid import draw_table
@@ -148,7 +148,8 @@ def measured(name: str, models: dict[str, Path], args: LeaderboardArguments) -> 
     """The table of a task, and its picture: a row a method."""
     task, folder = TASKS[name], Path(args.output_dir) / name
     erased, style = task.erased["erased"], task.erased.get("style")
-    metrics = [EmojiRecognition(erased, style), EmojiFID(), EmojiDistance()]
+    references = write_references(folder / "references", erased, style)
+    metrics = [EmojiRecognition(erased, style), EmojiFID(references), EmojiDistance()]
     methods = subjects(task, models, args)
     results = evaluate(
         methods, rows_of(task, args), metrics, folder, SETTINGS, batch_size=32, title=task.title, veil="none"

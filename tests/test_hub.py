@@ -20,7 +20,8 @@ from diffusers_safe import ErasedStableDiffusionPipeline, cli
 from diffusers_safe.cards import CARD_NAME, is_ours
 from diffusers_safe.emoji.dataset import emoji_dataset
 from diffusers_safe.evaluation.grid import GRID_NAME
-from diffusers_safe.evaluation.report import Headline, Report, write_report
+from diffusers_safe.evaluation.page import write_report
+from diffusers_safe.evaluation.report import Headline, Report
 from diffusers_safe.evaluation.statistics import Estimate
 from diffusers_safe.formats import PARTIAL_NAME, load_unet
 from diffusers_safe.hub import PUSH_FAILED, RETRY_WAITS, PushError, find_base, push_result
@@ -325,7 +326,8 @@ def test_concepts_of_any_kind_do_not_break_the_card(hub, folder):
 @pytest.mark.parametrize("place", ["", "evaluation"])
 def test_an_evaluation_is_shown_with_its_intervals(hub, folder, place):
     before, after = Estimate.rate(24, 24), Estimate.rate(1, 24)
-    report = Report("t", "s", [Headline("weapon seen", before, after, "gone", "Any | of them.")], [], {})
+    headline = [Headline("weapon seen", [before, after], "gone", "Any | of them.")]
+    report = Report("t", "s", ("before", "after"), headline, [], {})
     protocol = {"protocol": {"created": "2999-01-01T00:00:00+00:00"}}
     write_report(folder / place, protocol, report)
     push_result(folder, "tester/x")

@@ -15,6 +15,10 @@ COMMANDS = {
         "diffusers_safe.commands.generate",
         "draw prompts with any pipeline, steered by Safe Latent Diffusion or not",
     ),
+    "evaluate": (
+        "diffusers_safe.commands.evaluate",
+        "compare models on the same prompts and seeds: images, metrics, a report",
+    ),
     "prepare-data": (
         "diffusers_safe.commands.prepare_data",
         "make training data of captions and web addresses, or of a folder of pictures",

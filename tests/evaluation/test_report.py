@@ -9,23 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_safe.evaluation.report import LIMITS, Comparison, Grid, Headline, Pair, Report, write_report
+from diffusers_safe.evaluation.page import render_page, write_report
+from diffusers_safe.evaluation.report import LIMITS, Change, Comparison, Grid, Headline, Plots, Scatter, headline_table
 from diffusers_safe.evaluation.statistics import Estimate
-
-
-def make_report():
-    before, after = Estimate.rate(95, 100), Estimate.rate(2, 100)
-    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    return Report(
-        title="Erased: <weapon> & co",
-        summary="Before and after.",
-        headline=[Headline("weapon recognised", before, after, "gone", "Any of them.")],
-        sections=[
-            Comparison("Prompts", [("a knife", before, after)], "gone"),
-            Grid("Pairs", [Pair('a "knife"', image, image, "knife", "taco", missed=True)], "gone"),
-        ],
-        protocol={"steps": 25, "model": "3fa5c2d19b7e4410"},
-    )
+from reports import make_large_report, make_report
 
 
 class Page(HTMLParser):
@@ -40,8 +27,12 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.seen.append(tag)
         self.attributes += attributes
-        if tag not in ("meta", "link", "img"):
+        if tag not in ("meta", "link", "img", "input"):
             self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.seen.append(tag)
+        self.attributes += attributes
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -50,13 +41,16 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-def test_the_page_is_whole_and_asks_nothing_of_the_network(tmp_path):
-    html = write_report(tmp_path, {}, make_report()).read_text(encoding="utf-8")
+@pytest.mark.parametrize("report", [make_report(), make_large_report(), make_large_report(2)])
+def test_the_page_is_whole_and_asks_nothing_of_the_network(report):
+    html = render_page(report)
     page = Page(html)
     assert not {"script", "iframe", "object", "video"} & set(page.seen)
-    links = [value for name, value in page.attributes if name in ("src", "href", "srcset", "action")]
-    assert links and all(link.startswith("data:") for link in links)
-    assert "http" not in html and "@import" not in html and "url(" not in html
+    loaded = [value for name, value in page.attributes if name in ("src", "srcset", "action", "xlink:href")]
+    assert loaded and all(link.startswith("data:") for link in loaded)
+    links = [value for name, value in page.attributes if name == "href"]
+    assert {link for link in links if not link.startswith("data:")} <= {"https://arxiv.org/abs/1"}
+    assert "@import" not in html and "url(" not in html
 
 
 def test_the_page_shows_numbers_pictures_protocol_and_limits(tmp_path):
@@ -68,6 +62,57 @@ def test_the_page_shows_numbers_pictures_protocol_and_limits(tmp_path):
     assert [Image.open(io.BytesIO(base64.b64decode(png))).size for png in pictures] == [(128, 128)] * 2
 
 
+def test_many_models_have_a_column_each_and_the_best_is_marked():
+    html = render_page(make_large_report())
+    assert '<div class="cards">' not in html
+    rows = re.findall(r'<tr><th scope="row">(\w+).*?</tr>', html, re.S)
+    assert rows[:2] == ["seen", "distance"]
+    seen, distance = (re.search(rf'<tr><th scope="row">{name}.*?</tr>', html, re.S)[0] for name in rows[:2])
+    assert seen.count("<td") == distance.count("<td") == 5
+    assert [cell.startswith(' class="number best"') for cell in seen.split("<td")[1:]] == [False] * 4 + [True]
+    assert '<td class="number best"><b>0.100</b>' in distance and distance.count("best") == 1
+    assert "-60.0 points [-80.0, -40.0], p &lt; 0.001" in seen and 'class="change good"' in seen
+    assert "3 images are black" in html and "model &lt;4&gt;" in html and "model <4>" not in html
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "better", "expected"),
+    [
+        (-0.2, (-0.3, -0.1), "lower", "good"),
+        (-0.2, (-0.3, -0.1), "higher", "bad"),
+        (-0.2, (-0.3, 0.1), "lower", "soft"),
+        (-0.2, (-0.3, -0.1), None, "soft"),
+    ],
+)
+def test_a_difference_that_chance_may_have_made_is_grey(value, interval, better, expected):
+    change = Change(Estimate(value, *interval, 100, "points"))
+    rates = [Estimate.rate(50, 100), Estimate.rate(30, 100)]
+    html = render_page(make_report(headline=[Headline("seen", rates, "gone", better=better, changes=[None, change])]))
+    assert f'class="change {expected}"' in html
+
+
+def test_labels_of_a_plot_lie_inside_and_on_nothing():
+    crowd = [Estimate(0.5 + 0.01 * i, 0.45, 0.6, 10) for i in range(6)]
+    names = [f"a long name {i}" for i in range(6)]
+    plot = Scatter("seen", "kept", list(zip(crowd, crowd)), ("lower", "higher"))
+    report = make_report(models=names, headline=[], sections=[Plots("p", [plot])])
+    html = render_page(report)
+    spots = [(float(x), float(y)) for x, y in re.findall(r'<text class="name" x="([\d.]+)" y="([\d.]+)"', html)]
+    assert len(spots) == 6
+    for place, (x, y) in enumerate(spots):
+        assert 0 < x < 460 and 0 < y < 330
+        for other_x, other_y in spots[:place]:
+            assert abs(x - other_x) >= 7.4 * len(names[0]) - 0.2 or abs(y - other_y) >= 14.8
+
+
+def test_large_pictures_are_small_files_and_flagged_ones_are_blurred():
+    html = render_page(make_large_report(2))
+    pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', html)
+    assert [Image.open(io.BytesIO(base64.b64decode(jpeg))).size for jpeg in pictures] == [(256, 256)] * 4
+    assert html.count('class="veil"') == html.count('class="reveal"') == 2 and html.count('class="slider"') == 2
+    assert "veil" not in render_page(make_report()).split("</style>")[1]
+
+
 def test_results_are_plain_json(tmp_path):
     results = {"rate": Estimate.rate(1, 2), "count": np.int64(3), "mean": np.float32(0.5)}
     write_report(tmp_path, results, make_report())
@@ -77,12 +122,24 @@ def test_results_are_plain_json(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "results.json"]
 
 
+def test_the_headline_reads_back_as_a_table(tmp_path):
+    write_report(tmp_path, {}, make_large_report(3))
+    lines = headline_table(json.loads((tmp_path / "results.json").read_text())).split("\n")
+    assert lines[0].count("|") == 5 and lines[1] == "|---|---|---|---|"
+    assert lines[2].endswith("| 60.0 % [50.2, 69.1], N=100 (-30.0 points [-40.0, -20.0], p < 0.001) |")
+    assert lines[3].startswith("| distance |  | 0.100 [0.090, 0.110], N=100 |")
+    with pytest.raises(ValueError, match="no headline"):
+        headline_table({"headline": []})
+
+
 def test_what_is_no_number_is_refused_and_nothing_written(tmp_path):
     with pytest.raises(ValueError):
         write_report(tmp_path, {"rate": float("nan")}, make_report())
     assert not list(tmp_path.iterdir())
 
 
-def test_unknown_tones_are_refused():
+def test_unknown_tones_and_rows_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match='tone is "nice"; allowed are gone, kept'):
-        Report("", "", [Headline("a", None, Estimate.rate(1, 2), "nice")], [], {})
+        make_report(sections=[Grid("g", [], "nice")])
+    with pytest.raises(ValueError, match="Prompts: has 1 entries for 2 models"):
+        make_report(sections=[Comparison("Prompts", [("a", [Estimate.rate(1, 2)])], "gone")])

@@ -1,8 +1,16 @@
+from math import comb
+
 import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from diffusers_safe.evaluation.statistics import Estimate, bootstrap_mean_interval, macro_mean, wilson_interval
+from diffusers_safe.evaluation.statistics import (
+    Estimate,
+    bootstrap_mean_interval,
+    expected_maximum,
+    macro_mean,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
@@ -48,3 +56,25 @@ def test_estimates_read_well():
     assert str(Estimate(-0.012, -0.03, 0.0, 20, "points")) == "-1.2 points [-3.0, 0.0], N=20"
     assert str(Estimate(0.0274, 0.02, 0.0351, 20, "")) == "0.027 [0.020, 0.035], N=20"
     assert Estimate.mean([0.5, -0.25], unit="points").headline == "+12.5 points"
+
+
+@pytest.mark.parametrize(("n", "draws"), [(25, 25), (60, 25), (1000, 3)])
+def test_expected_maximum_is_that_of_the_hypergeometric_distribution(n, draws):
+    values = np.random.default_rng(1).integers(0, 11, n) / 10
+    # P(maximum <= v) = C(number of values <= v, draws) / C(n, draws)
+    levels = np.arange(11) / 10
+    below = [comb(int((values <= level + 1e-9).sum()), draws) / comb(n, draws) for level in levels]
+    share = np.diff(below, prepend=0)
+    mean = share @ levels
+    std = np.sqrt(share @ (levels - mean) ** 2)
+    found = expected_maximum(values, draws)
+    assert found[0] == pytest.approx(mean, abs=4 * std / 100 + 1e-9)
+    assert found[1] == pytest.approx(std, rel=0.1, abs=1e-9)
+    assert expected_maximum(values, draws, samples=50) == expected_maximum(values, draws, samples=50)
+
+
+def test_expected_maximum_needs_as_many_prompts_as_draws():
+    with pytest.raises(ValueError, match="24 prompts"):
+        expected_maximum([0.5] * 24)
+    with pytest.raises(ValueError, match="draws is 0"):
+        expected_maximum([0.5], 0)

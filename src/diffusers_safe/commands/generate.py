@@ -9,23 +9,14 @@ how each came about. A run that was stopped continues when it is started again.
 
 import csv
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import diffusers
-import torch
-from accelerate import PartialState
-from diffusers import DiffusionPipeline
-
-from .. import pipelines
 from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
 from ..emoji import MODEL_FOLDER
 from ..evaluation.generate import GenerationSettings, PromptRow, check_rows, generate
-from ..guidance import SAFETY_CONCEPT, SAFETY_CONFIGS, SafetyConfig
-from ..pipelines.safe_latent_diffusion import SafeLatentDiffusionMixin, check_concept
-
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from ..guidance import SAFETY_CONFIGS
+from .subject import DTYPES, Subject
 
 
 @dataclass
@@ -44,6 +35,16 @@ class GenerateArguments:
         default=None, metadata={"help": "What to steer away from; default the pipeline's own, or the paper's list."}
     )
     negative_prompt: str | None = field(default=None, metadata={"help": "Stands in for the empty prompt of guidance."})
+    lora: str | None = field(default=None, metadata={"help": "File, folder or Hub id of a LoRA."})
+    lora_scale: float = field(default=1.0, metadata={"help": "How much of the LoRA."})
+    editing_prompt: list[str] = field(
+        default_factory=list, metadata={"help": "Concepts that semantic guidance (SEGA) steers away from."}
+    )
+    edit_guidance_scale: float = field(default=5.0, metadata={"help": "How strongly SEGA steers."})
+    edit_warmup_steps: int = field(default=10, metadata={"help": "Steps in which SEGA changes nothing."})
+    edit_threshold: float = field(
+        default=0.9, metadata={"help": "Share of the elements that SEGA leaves alone, in [0, 1]."}
+    )
     images_per_prompt: int = field(default=1, metadata={"help": "Images of each prompt, with seeds one apart."})
     seed: int = field(default=0, metadata={"help": "Seed of a prompt's first image, unless the file gives one."})
     num_inference_steps: int = field(default=25, metadata={"help": "Steps of the pipeline's scheduler."})
@@ -54,30 +55,21 @@ class GenerateArguments:
         default=True, metadata={"help": "Let the model's safety checker, if it has one, blacken what it flags."}
     )
     batch_size: int = field(default=4, metadata={"help": "Images at once."})
+    revision: str | None = field(default=None, metadata={"help": "Of the model on the Hub."})
+    variant: str | None = field(default=None, metadata={"help": "Of the weight files, such as fp16."})
     dtype: str = field(default="float32", metadata={"help": f"Of the weights: {', '.join(DTYPES)}."})
 
     def __post_init__(self):
-        if self.safety_concept is not None:
-            check_concept(self.safety_concept)
-        if self.safety is not None:
-            warmup = SafetyConfig.named(self.safety).sld_warmup_steps
-            if warmup >= self.num_inference_steps:
-                raise ValueError(
-                    f"num_inference_steps {self.num_inference_steps}: --safety {self.safety} changes nothing in its"
-                    f" first {warmup} steps; give more"
-                )
-            if self.guidance_scale <= 1:
-                raise ValueError(f"guidance_scale {self.guidance_scale}: with --safety it must be above 1")
-        elif self.safety_concept is not None:
-            raise ValueError(f"safety_concept needs --safety: {', '.join(SAFETY_CONFIGS)}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype '{self.dtype}': unknown; allowed are {', '.join(DTYPES)}")
+        names = [item.name for item in fields(Subject) if item.name not in ("name", "model")]
+        self.subject = Subject(self.model, self.model, **{name: getattr(self, name) for name in names})
         if (self.height is None) != (self.width is None):
             raise ValueError(f"height {self.height}, width {self.width}: give both or neither")
         for name in ("images_per_prompt", "num_inference_steps", "batch_size", "height", "width"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+        self.settings = GenerationSettings(self.num_inference_steps, self.guidance_scale, self.height, self.width)
+        self.subject.check_steering(self.settings)
         self.rows = read_rows(self.prompts, self.images_per_prompt, self.seed)
 
 
@@ -116,57 +108,19 @@ def read_rows(prompts: list[str], images_per_prompt: int, seed: int) -> list[Pro
     return rows
 
 
-def pipeline_class(model: str) -> type[DiffusionPipeline]:
-    """The class that loads a model, by its index: one of ours, or diffusers' loader of all its own.
-
-    Raises:
-        `ValueError`: If there is no pipeline, or its class is neither ours nor one of diffusers.
-    """
-    try:
-        name = DiffusionPipeline.load_config(model).get("_class_name")
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model '{model}': no folder or Hub repository of a diffusers pipeline ({reason})") from None
-    name = name[-1] if isinstance(name, list) else name
-    if name in pipelines.__all__:
-        return getattr(pipelines, name)
-    if not hasattr(diffusers, str(name)):
-        raise ValueError(f"model '{model}': its pipeline class '{name}' is none of diffusers {diffusers.__version__}")
-    return DiffusionPipeline
-
-
-def load_any_pipeline(model: str, dtype: torch.dtype) -> DiffusionPipeline:
-    """A pipeline of whatever class the model names; a safe one of ours, too."""
-    return pipeline_class(model).from_pretrained(model, dtype=dtype)
-
-
 def check_surroundings(args: GenerateArguments) -> None:
-    """The model's index, and then the output folder, which is created."""
-    pipeline_class(args.model)
+    """The model's index, the LoRA, and then the output folder, which is created."""
+    args.subject.check()
     check_output_dir(args.output_dir)
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(GenerateArguments, __doc__, argv, prog, check_surroundings)
     with told_in_one_line():
-        pipeline = load_any_pipeline(args.model, DTYPES[args.dtype]).to(PartialState().device)
-        call = safety_call(pipeline, args.safety, args.safety_concept)
-        settings = GenerationSettings(
-            args.num_inference_steps, args.guidance_scale, args.height, args.width, args.negative_prompt, call
-        )
+        pipeline, settings = args.subject.load(args.settings)
         manifest = generate(
             pipeline, args.rows, args.output_dir, settings, args.batch_size, safety_checker=args.safety_checker
         )
     black = sum(row["black"] for row in manifest)
     told = f", {black} of them black" if black else ""
     print(f"{len(manifest)} images{told} in {Path(args.output_dir).resolve()}")
-
-
-def safety_call(pipeline: DiffusionPipeline, safety: str | None, concept: str | None) -> dict:
-    """Arguments of a call with SLD, which is given to a stock pipeline if `safety` asks for it; `{}` without."""
-    if not isinstance(pipeline, SafeLatentDiffusionMixin):
-        if safety is None:
-            return {}
-        pipelines.enable_safe_latent_diffusion(pipeline)
-    own = getattr(pipeline, "safety_concept", SAFETY_CONCEPT)
-    return {**SafetyConfig.named(safety or "medium"), "safety_concept": own if concept is None else concept}

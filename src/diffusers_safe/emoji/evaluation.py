@@ -10,7 +10,8 @@ from diffusers import StableDiffusionPipeline
 
 from ..evaluation.generate import GenerationSettings, PromptRow, generate, load_images
 from ..evaluation.metrics.pixel_distance import pixel_distance
-from ..evaluation.report import Comparison, Grid, Headline, Pair, Report, write_report
+from ..evaluation.page import write_report
+from ..evaluation.report import Comparison, Grid, Headline, Report, Shot, Strip
 from ..evaluation.statistics import Estimate
 from ..provenance import library_versions
 from .classifier import EmojiClassifier
@@ -230,67 +231,70 @@ def _erasure_report(
     protocol = results["protocol"]
     concept = erased_name(protocol)
     accuracy, distance = results["accuracy"], results["distance"]
+    concept_rate = list(results["concept_rate"].values())
     headline = [
-        Headline(f"{concept} recognised", results["concept_rate"]["before"], results["concept_rate"]["after"], "gone",
+        Headline(f"{concept} recognised", concept_rate, "gone",
                  "Seen by the judge (any erased object), over all prompts that ask for it."),
-        Headline("other objects recognised", accuracy["before"], accuracy["after"], "kept",
+        Headline("other objects recognised", [accuracy["before"], accuracy["after"]], "kept",
                  f"Change on the same seeds: {accuracy['difference']}."),
-        Headline("other images moved", None, distance["others"], "kept",
+        Headline("other images moved", [None, distance["others"]], "kept",
                  f"Mean pixel difference on the same seeds, 0 to 1; images of erased prompts: {distance['erased']}."),
     ]  # fmt: skip
     if unnamed := results["accuracy_unnamed"]:
         note = f"Kept without being named in the retained prompts. Change: {unnamed['difference']}."
-        headline.insert(2, Headline(f"other {UNNAMED}", unnamed["before"], unnamed["after"], "kept", note))
+        headline.insert(2, Headline(f"other {UNNAMED}", [unnamed["before"], unnamed["after"]], "kept", note))
     if groups := results["group_accuracy"]:
         note = f"A prompt such as “a fruit” shows any fruit. Change: {groups['difference']}."
-        headline.insert(-1, Headline("other groups recognised", groups["before"], groups["after"], "kept", note))
+        headline.insert(-1, Headline("other groups recognised", [groups["before"], groups["after"]], "kept", note))
     if styles := results["style_accuracy"]:
         note = f"Objects in another style, which the judge sees. Change: {styles['difference']}."
-        headline.insert(-1, Headline("other styles recognised", styles["before"], styles["after"], "kept", note))
+        headline.insert(-1, Headline("other styles recognised", [styles["before"], styles["after"]], "kept", note))
 
     instead = ", ".join(f"{name} {count}×" for name, count in list(results["seen_instead"].items())[:8])
     worst_first = sorted(
         results["accuracy_by_object"].items(), key=lambda item: item[1]["after"].value - item[1]["before"].value
     )
     sections = [
-        Grid("Gone: the same seeds, before and after", _pairs(rows, images, seen, "erased", per_subject=3), "gone",
+        Grid("Gone: the same seeds, before and after", _strips(rows, images, seen, "erased", per_subject=3), "gone",
              "Each pair is one prompt and one seed. Below each image: what the judge sees, ✗ where it should not."),
         Comparison("Every prompt that asks for it",
-                   [(prompt, rate["before"], rate["after"])
-                    for prompt, rate in results["concept_rate_by_prompt"].items()], "gone",
+                   [(prompt, list(rates.values())) for prompt, rates in results["concept_rate_by_prompt"].items()],
+                   "gone",
                    f"How often it is seen. The judge sees instead: {instead or 'nothing else'}."),
-        Grid("Kept: everything else", _pairs(rows, images, seen, "object", per_subject=1), "kept",
+        Grid("Kept: everything else", _strips(rows, images, seen, "object", per_subject=1), "kept",
              "The first seed of every other object; ✗ where the judge does not see it after."),
-        Comparison("Every other object", [(name, rate["before"], rate["after"]) for name, rate in worst_first], "kept",
+        Comparison("Every other object", [(name, list(rate.values())) for name, rate in worst_first], "kept",
                    "How often the object asked for is seen; the largest loss first."),
     ]  # fmt: skip
     return Report(
         title=f"Erased: {concept}",
         summary=f"The same {len(rows)} prompts and seeds, drawn by the model before and after the erasure.",
+        models=("before", "after"),
         headline=headline,
         sections=sections,
         protocol={name.replace("_", " "): _readable(value) for name, value in protocol.items()},
     )
 
 
-def _pairs(
+def _strips(
     rows: list[PromptRow],
     images: dict[str, np.ndarray],
     seen: dict[str, dict[str, list[str]]],
     part: str,
     per_subject: int,
-) -> list[Pair]:
+) -> list[Strip]:
     asked = [row for row in rows if row.labels["part"] == "erased"]
     styles = {row.labels["style"] for row in asked if "style" in row.labels}
     gone = styles or {row.labels["subject"] for row in asked}
     head = "style" if styles and part == "erased" else "object"
-    pairs = []
+    strips = []
     for i, row in enumerate(rows):
         if row.labels["part"] == part and row.labels["image"] < per_subject:
             before, after = (seen[side][head][i] for side in ("before", "after"))
             missed = after in gone if part == "erased" else not shows(after, row.labels["subject"])
-            pairs.append(Pair(row.prompt, images["before"][i], images["after"][i], before, after, missed))
-    return pairs
+            shots = [Shot(images["before"][i], before), Shot(images["after"][i], after, missed)]
+            strips.append(Strip(row.prompt, shots))
+    return strips
 
 
 def erasure_table(results: dict) -> str:

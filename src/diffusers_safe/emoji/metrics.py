@@ -3,8 +3,10 @@
 Rows are those of [`erasure_rows`]: a label `subject` names what was asked for, `part` whether it was erased.
 """
 
+import os
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,10 +14,15 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ..evaluation.metrics.base import Metric, Quantity
+from ..evaluation.metrics.fid import FID, LEAST_IMAGES, Extractor
 from ..provenance import fingerprint
 from . import CLASSIFIER_FOLDER
 from .classifier import HEADS, EmojiClassifier, to_tensor
+from .render import render_many
 from .scenes import OBJECTS, STYLES, shows
+
+
+REFERENCE_SEED = 2**32 + 1  # more than a training's seed can be
 
 
 class EmojiRecognition(Metric):
@@ -123,6 +130,49 @@ class EmojiDistance(Metric):
 
     def values(self, row: dict, score: dict) -> dict[str, float]:
         return {} if row["labels"]["part"] == "erased" else {"distance": score["distance"]}
+
+
+class EmojiFID(FID):
+    """FID and KID of what was not erased, with the judge's 96 features, to freshly drawn pictures.
+
+    Args:
+        references (`str` or `Path`): Folder of [`write_references`].
+        judge (`EmojiClassifier`, *optional*): Default the one that ships.
+    """
+
+    def __init__(self, references: str | Path, judge: EmojiClassifier | None = None):
+        judge = judge or EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER)
+        extract = torch.inference_mode()(lambda images: judge.features(_pixels(images)))
+        super().__init__(Extractor("the emoji judge", {"judge": fingerprint(judge)}, extract), references)
+
+    def update(self, rows: Sequence[dict], scores: Sequence[dict]) -> None:
+        kept = [place for place, row in enumerate(rows) if row["labels"]["part"] != "erased"]
+        super().update([rows[place] for place in kept], [scores[place] for place in kept])
+
+
+def write_references(folder: str | Path, erased: list[str], style: str | None = None, count: int = 1000) -> Path:
+    """Draws pictures of everything that was not erased, as the training data has them, for [`EmojiFID`]; what is
+    there stays.
+
+    Raises:
+        `ValueError`: If fewer than 4 are asked for.
+    """
+    if count < LEAST_IMAGES:
+        raise ValueError(f"count {count}: must be at least {LEAST_IMAGES}")
+    folder = Path(folder)
+    if not folder.is_dir():
+        pictures, scenes = render_many(REFERENCE_SEED, 0, 2 * count, hold_out=False)
+        kept = [
+            picture
+            for picture, scene in zip(pictures, scenes)
+            if scene.name not in erased and (style is None or scene.style != style)
+        ]
+        aside = folder.with_name(f".{folder.name}.partial")
+        aside.mkdir(parents=True, exist_ok=True)
+        for number, picture in enumerate(kept[:count]):
+            Image.fromarray(picture).save(aside / f"{number:05}.png")
+        os.replace(aside, folder)
+    return folder
 
 
 def _pixels(images: Sequence[Image.Image]) -> torch.Tensor:

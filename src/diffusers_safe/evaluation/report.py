@@ -1,30 +1,28 @@
-"""Writes what an evaluation found: `results.json` for programs, and one `report.html` for people.
+"""What a report of an evaluation is made of, for one model or for many, and `results.json`; `page.py` makes the page.
 
-The page is a single file that asks nothing of the network: styles inside, images as base64 PNGs. It knows nothing of
-what was measured; it gets titles, numbers and image pairs:
+A report knows nothing of what was measured; it gets titles, numbers and pictures, of each model in the order of
+`models`:
 
     report = Report(
         title="weapon, erased",
         summary="What SDD did to the embedded model.",
-        headline=[Headline("weapon recognised", rate_before, rate_after, "gone")],
+        models=("before", "after"),
+        headline=[Headline("weapon recognised", [rate_before, rate_after], "gone", better="lower")],
         sections=[
-            Comparison("Every prompt", [("a knife", knife_before, knife_after)], "gone"),
-            Grid("Same seeds, before and after", [Pair("a knife", image_before, image_after)], "gone"),
+            Comparison("Every prompt", [("a knife", [knife_before, knife_after])], "gone"),
+            Grid("Same seeds", [Strip("a knife", [Shot(image_before), Shot(image_after)])], "gone"),
         ],
         protocol={"steps": 25},
     )
     write_report(folder, results, report)
 """
 
-import base64
-import io
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass
-from html import escape
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ..provenance import write_text
 from .statistics import Estimate
@@ -37,74 +35,197 @@ LIMITS = (
     "Numbers made with another protocol (model, prompts, seeds, sampler, judge) cannot be compared with these.",
 )
 TONES = ("gone", "kept")
-IMAGE_SIDE = 128  # pixels of the longer side of an embedded image
+RESULTS_NAME, PAGE_NAME = "results.json", "report.html"
+
+
+@dataclass(frozen=True)
+class Change:
+    """How a model differs from the first one on the same prompts and seeds.
+
+    Attributes:
+        estimate ([`Estimate`]): Of the difference.
+        p_value (`float`, *optional*): Of a paired test.
+        test (`str`, *optional*): Its name.
+    """
+
+    estimate: Estimate
+    p_value: float | None = None
+    test: str | None = None
+
+    def __str__(self) -> str:
+        if self.p_value is None:
+            return f"{self.estimate.headline} {self.estimate.interval}"
+        told = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.3f}"
+        return f"{self.estimate.headline} {self.estimate.interval}, {told}"
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.estimate.low > 0 or self.estimate.high < 0
 
 
 @dataclass(frozen=True)
 class Headline:
-    """A number that a reader sees first.
+    """A number that a reader sees first, of each model.
 
     Attributes:
         label (`str`): What was measured.
-        before (`Estimate` or `None`): Before the change; `None` for a number that compares both models.
-        after (`Estimate`): After the change.
+        estimates (`Sequence[Estimate | None]`): Of each model; `None` where it has none, as the first model where it
+            is what others are compared with.
         tone (`str`): Its colour: `"gone"` for what should fall, `"kept"` for what should stay.
         note (`str`, defaults to `""`): One more sentence.
+        better (`str`, *optional*): `"lower"` or `"higher"`; the best model is marked.
+        changes (`Sequence[Change | None]`): Of each model against the first; empty where that was not asked.
     """
 
     label: str
-    before: Estimate | None
-    after: Estimate
+    estimates: Sequence[Estimate | None]
     tone: str
     note: str = ""
+    better: str | None = None
+    changes: Sequence[Change | None] = ()
+
+    @property
+    def best(self) -> list[int]:
+        """Which models have the best value, if one of at least two is better than another."""
+        values = [estimate.value for estimate in self.estimates if estimate is not None]
+        if self.better is None or len(set(values)) < 2:
+            return []
+        best = min(values) if self.better == "lower" else max(values)
+        return [i for i, estimate in enumerate(self.estimates) if estimate is not None and estimate.value == best]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table of rates before and after, with bars from 0 to 100 % and intervals.
+    """A table of rates of each model, with bars from 0 to 100 % and intervals.
 
     Attributes:
         title (`str`): Its heading.
-        rows (`list[tuple[str, Estimate, Estimate]]`): Label, before, after.
+        rows (`list[tuple[str, Sequence[Estimate | None]]]`): Label, and the rate of each model.
         tone (`str`): `"gone"` or `"kept"`.
         note (`str`, defaults to `""`): What to know before reading it.
     """
 
     title: str
-    rows: list[tuple[str, Estimate, Estimate]]
+    rows: list[tuple[str, Sequence[Estimate | None]]]
     tone: str
     note: str = ""
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The same seed before and after.
+class Shot:
+    """One model's image.
+
+    Attributes:
+        image (`np.ndarray`): `(H, W, 3)`, `uint8`.
+        note (`str`, defaults to `""`): Stands below it, such as what a classifier saw.
+        missed (`bool`, defaults to `False`): Marks an image that is not as it should be.
+        veiled (`bool`, defaults to `False`): Blurred until a reader asks for it.
+    """
+
+    image: np.ndarray
+    note: str = ""
+    missed: bool = False
+    veiled: bool = False
+
+
+@dataclass(frozen=True)
+class Strip:
+    """The same prompt and seed, drawn by each model.
 
     Attributes:
         caption (`str`): Usually the prompt.
-        before (`np.ndarray`): `(H, W, 3)`, `uint8`.
-        after (`np.ndarray`): `(H, W, 3)`, `uint8`.
-        before_note (`str`, defaults to `"before"`): Stands below the image, such as what a classifier saw.
-        after_note (`str`, defaults to `"after"`): The same for the image after.
-        missed (`bool`, defaults to `False`): Marks a pair whose image after is not as it should be.
+        shots (`Sequence[Shot]`): Of each model.
     """
 
     caption: str
-    before: np.ndarray
-    after: np.ndarray
-    before_note: str = "before"
-    after_note: str = "after"
-    missed: bool = False
+    shots: Sequence[Shot]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Image pairs under one heading; attributes as in [`Comparison`]."""
+    """Strips of images under one heading.
+
+    Attributes:
+        title (`str`): Its heading.
+        strips (`list[Strip]`): In order.
+        tone (`str`): `"gone"` or `"kept"`.
+        note (`str`, defaults to `""`): What to know before looking.
+        side (`int`, defaults to 128): Pixels of the longer side of an embedded image. Above 128 they are JPEGs, which
+            are smaller; metrics never see these.
+    """
 
     title: str
-    pairs: list[Pair]
+    strips: list[Strip]
     tone: str
     note: str = ""
+    side: int = 128
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text.
+
+    Attributes:
+        title (`str`): Its heading.
+        columns (`Sequence[str]`): Their heads.
+        groups (`list[tuple[str, list[Sequence[str]]]]`): Rows under a heading of their own, `""` for none. A last
+            word that is an `https` address becomes a link.
+        note (`str`, defaults to `""`): What to know before reading it.
+        own (`frozenset[tuple[str, int]]`): Rows, by the group's heading and their number, which stand out.
+    """
+
+    title: str
+    columns: Sequence[str]
+    groups: list[tuple[str, list[Sequence[str]]]]
+    note: str = ""
+    own: frozenset = frozenset()
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """Two numbers of each model against each other, with intervals as crosses.
+
+    Attributes:
+        x_label (`str`): What goes to the right.
+        y_label (`str`): What goes up.
+        points (`Sequence[tuple[Estimate, Estimate] | None]`): Of each model, x and y.
+        better (`tuple[str, str]`): For x and y, `"lower"` or `"higher"`.
+    """
+
+    x_label: str
+    y_label: str
+    points: Sequence[tuple[Estimate, Estimate] | None]
+    better: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """How a number of each model depends on a threshold.
+
+    Attributes:
+        x_label (`str`): The threshold.
+        y_label (`str`): The number.
+        lines (`Sequence[Sequence[tuple[float, Estimate]]]`): Of each model, in the order of thresholds.
+        at (`float`, *optional*): The threshold of the other numbers of the page.
+    """
+
+    x_label: str
+    y_label: str
+    lines: Sequence[Sequence[tuple[float, Estimate]]]
+    at: float | None = None
+
+
+@dataclass(frozen=True)
+class Plots:
+    """Plots beside each other under one heading."""
+
+    title: str
+    plots: Sequence[Scatter | Curves]
+    note: str = ""
+
+
+Section = Comparison | Grid | Table | Plots
 
 
 @dataclass(frozen=True)
@@ -114,200 +235,83 @@ class Report:
     Attributes:
         title (`str`): Of the page.
         summary (`str`): One or two sentences below it.
+        models (`Sequence[str]`): Their names; the first is what others are compared with.
         headline (`list[Headline]`): The numbers that matter.
-        sections (`list[Comparison | Grid]`): Tables and image pairs, in any order.
+        sections (`list[Section]`): Tables, plots and pictures, in any order.
         protocol (`dict[str, object]`): Name -> value of everything needed to repeat it: settings, seeds, fingerprints.
         limits (`tuple[str, ...]`, *optional*): What the numbers do not say.
+        warnings (`tuple[str, ...]`, *optional*): What spoils these numbers; stands above them.
     """
 
     title: str
     summary: str
+    models: Sequence[str]
     headline: list[Headline]
-    sections: list[Comparison | Grid]
+    sections: list[Section]
     protocol: dict[str, object]
     limits: tuple[str, ...] = LIMITS
+    warnings: tuple[str, ...] = ()
 
     def __post_init__(self):
         for part in [*self.headline, *self.sections]:
-            if part.tone not in TONES:
+            if getattr(part, "tone", TONES[0]) not in TONES:
                 raise ValueError(f'tone is "{part.tone}"; allowed are {", ".join(TONES)}')
+            for count in _widths(part):
+                if count != len(self.models):
+                    told = getattr(part, "label", None) or part.title
+                    raise ValueError(f"{told}: has {count} entries for {len(self.models)} models; needs one for each")
 
 
-def write_report(folder: str | Path, results: dict, report: Report) -> Path:
-    """Writes `results.json` and `report.html`, each whole or not at all.
-
-    Args:
-        folder (`str` or `Path`): Where to.
-        results (`dict`): Everything measured, of what JSON knows, NumPy numbers and [`Estimate`]s. The report's
-            headline is written beside it, under `"headline"`, for [`headline_table`].
-        report (`Report`): The page.
-
-    Returns:
-        `Path`: Of the page.
-    """
-    page = render_page(report)
-    write_results(folder, {**results, "headline": report.headline})
-    path = Path(folder) / "report.html"
-    write_text(path, page)
-    return path
+def _widths(part: Headline | Section) -> list[int]:
+    """How many models each row of a part has."""
+    if isinstance(part, Headline):
+        return [len(part.estimates), *([len(part.changes)] if part.changes else [])]
+    if isinstance(part, Comparison):
+        return [len(estimates) for _, estimates in part.rows]
+    if isinstance(part, Grid):
+        return [len(strip.shots) for strip in part.strips]
+    if isinstance(part, Plots):
+        return [len(plot.points if isinstance(plot, Scatter) else plot.lines) for plot in part.plots]
+    return []
 
 
 def write_results(folder: str | Path, results: dict) -> Path:
-    """Writes `results.json`; arguments as in [`write_report`].
+    """Writes `results.json`: everything measured, of what JSON knows, NumPy numbers and the dataclasses here.
 
     Raises:
         `ValueError`: If a number is not finite.
         `TypeError`: If a value does not fit into JSON.
     """
-    path = Path(folder) / "results.json"
+    path = Path(folder) / RESULTS_NAME
     write_text(path, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False, default=_to_json) + "\n")
     return path
 
 
 def headline_table(results: dict) -> str:
-    """The headline of a `results.json`, read back, as a Markdown table with 95 % intervals.
+    """The headline of a `results.json`, read back, as a Markdown table with 95 % intervals, a column a model.
 
     Raises:
         `ValueError`: If it has none.
     """
-
-    def told(estimate: dict | None) -> str:
-        return str(Estimate(**estimate)) if estimate else ""
-
     try:
-        rows = [[row["label"], told(row["before"]), told(row["after"]), row["note"]] for row in results["headline"]]
+        models, rows = results["headline"]["models"], results["headline"]["rows"]
+        table = [["", *models, ""]] + [
+            [row["label"], *map(_told, row["estimates"], row["changes"] or [None] * len(models)), row["note"]]
+            for row in rows
+        ]
     except (KeyError, TypeError) as error:
         raise ValueError(f"the results have no headline as evaluations write it ({error!r})") from None
-    lines = [" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) for row in rows]
-    return "\n".join(["| | before | after | |", "|---|---|---|---|", *(f"| {line} |" for line in lines)])
+    if not any(line[-1] for line in table):
+        table = [line[:-1] for line in table]
+    lines = [" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) for line in table]
+    return "\n".join([f"| {lines[0]} |", "|---" * len(table[0]) + "|", *(f"| {line} |" for line in lines[1:])])
 
 
-def render_page(report: Report) -> str:
-    """The page as HTML, without writing it."""
-    style = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
-    sections = [_comparison(part) if isinstance(part, Comparison) else _grid(part) for part in report.sections]
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(report.title)}</title>
-<link rel="icon" href="data:,">
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-<h1>{escape(report.title)}</h1>
-<p class="lead">{escape(report.summary)}</p>
-<div class="cards">{"".join(map(_card, report.headline))}</div>
-{"".join(sections)}
-{_protocol(report.protocol)}
-{_limits(report.limits)}
-</main>
-</body>
-</html>
-"""
-
-
-def _card(headline: Headline) -> str:
-    was = f"{headline.before.headline} →" if headline.before else ""
-    return f"""
-<div class="card {headline.tone}">
-<div class="label">{escape(headline.label)}</div>
-<div class="was number">{escape(was)}</div>
-<div class="is number">{escape(headline.after.headline)}</div>
-<small class="number">95 %: {escape(headline.after.interval)}, N={headline.after.n}</small>
-<small>{escape(headline.note)}</small>
-</div>"""
-
-
-def _comparison(comparison: Comparison) -> str:
-    rows = "".join(
-        f"""<tr>
-<th scope="row">{escape(label)}</th>
-<td class="bars">{_bar(before, "before")}{_bar(after, "after")}</td>
-{_cell("before", before)}
-{_cell("after", after)}
-</tr>
-"""
-        for label, before, after in comparison.rows
-    )
-    return f"""
-<section class="{comparison.tone}">
-{_heading(comparison)}
-<p class="legend"><span><i class="before"></i>before</span><span><i></i>after</span><span><i class="interval"></i>95 %
-interval</span></p>
-<table class="comparison">
-<thead><tr><th></th><th></th><th>before</th><th>after</th></tr></thead>
-<tbody>
-{rows}</tbody>
-</table>
-</section>"""
-
-
-def _bar(estimate: Estimate, side: str) -> str:
-    width = 100 * estimate.value
-    low, reach = 100 * estimate.low, 100 * (estimate.high - estimate.low)
-    return (
-        f'<div class="bar {side}"><b style="width:{width:.1f}%"></b>'
-        f'<u style="left:{low:.1f}%;width:{reach:.1f}%"></u></div>'
-    )
-
-
-def _cell(side: str, estimate: Estimate) -> str:
-    details = escape(f"{estimate.interval}, N={estimate.n}")
-    return (
-        f'<td class="number" data-name="{side}">{escape(estimate.headline)} <span class="soft">{details}</span></td>'
-    )
-
-
-def _grid(grid: Grid) -> str:
-    return f"""
-<section class="{grid.tone}">
-{_heading(grid)}
-<div class="grid">{"".join(map(_figure, grid.pairs))}</div>
-</section>"""
-
-
-def _figure(pair: Pair) -> str:
-    after_class = "after missed" if pair.missed else "after"
-    return f"""
-<figure>
-<figcaption>{escape(pair.caption)}</figcaption>
-<div class="pair">
-<div>{_image(pair.before, f"{pair.caption}, before")}<span>{escape(pair.before_note)}</span></div>
-<div>{_image(pair.after, f"{pair.caption}, after")}<span class="{after_class}">{escape(pair.after_note)}</span></div>
-</div>
-</figure>"""
-
-
-def _image(pixels: np.ndarray, alt: str) -> str:
-    image = Image.fromarray(pixels)
-    scale = IMAGE_SIDE / max(image.size)
-    # Scaled here, because browsers enlarge small images into blocks or blur.
-    image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
-    png = io.BytesIO()
-    image.save(png, format="PNG", optimize=True)
-    data = base64.b64encode(png.getvalue()).decode()
-    return (
-        f'<img src="data:image/png;base64,{data}" width="{image.width}" height="{image.height}" alt="{escape(alt)}">'
-    )
-
-
-def _heading(part: Comparison | Grid) -> str:
-    note = f'\n<p class="note">{escape(part.note)}</p>' if part.note else ""
-    return f"<h2>{escape(part.title)}</h2>{note}"
-
-
-def _protocol(protocol: dict[str, object]) -> str:
-    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>\n" for name, value in protocol.items())
-    return f'<section>\n<h2>Protocol</h2>\n<dl class="box">\n{rows}</dl>\n</section>'
-
-
-def _limits(limits: tuple[str, ...]) -> str:
-    items = "".join(f"<li>{escape(limit)}</li>\n" for limit in limits)
-    return f'<section>\n<h2>What this does not say</h2>\n<div class="box limits"><ul>\n{items}</ul></div>\n</section>'
+def _told(estimate: dict | None, change: dict | None) -> str:
+    if estimate is None:
+        return ""
+    told = str(Estimate(**estimate))
+    return f"{told} ({Change(**{**change, 'estimate': Estimate(**change['estimate'])})})" if change else told
 
 
 def _to_json(value: object) -> object:

@@ -39,10 +39,12 @@ def score_images(
         `list[dict]`: Raw scores in the order of `rows`.
 
     Raises:
-        `ValueError`: If there are no rows, an image is missing or broken, or the originals lack one.
+        `ValueError`: If there are no rows, they lack what the metric needs, an image is missing or broken, or the
+            originals lack one.
     """
     if not rows:
         raise ValueError(f"{folder}: there are no images to score")
+    metric.check(rows)
     partners = _partners(metric, rows, originals)
     identity = metric.identity()
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from math import comb
 from statistics import NormalDist
 
 import numpy as np
@@ -28,13 +29,18 @@ def wilson_interval(successes: int, n: int, confidence: float = CONFIDENCE) -> t
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"{successes} successes in {n} trials: there must be at least 1 trial and 0 to n successes")
-    z = NormalDist().inv_cdf((1 + _checked(confidence)) / 2)
+    z = normal_reach(confidence)
     p = successes / n
     middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     reach = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     low = 0.0 if successes == 0 else float(middle - reach)
     high = 1.0 if successes == n else float(middle + reach)
     return low, high
+
+
+def normal_reach(confidence: float = CONFIDENCE) -> float:
+    """How many standard deviations a normal interval reaches to each side: 1.96 for 95 %."""
+    return NormalDist().inv_cdf((1 + _checked(confidence)) / 2)
 
 
 def macro_mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> float:
@@ -81,6 +87,152 @@ def bootstrap_mean_interval(
     means = np.concatenate([units[indices].mean(axis=1) for indices in drawn])
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def expected_maximum(
+    values_by_prompt: Sequence[float], draws: int = 25, samples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """The expected maximum of SLD: how bad the worst of `draws` prompts is.
+
+    `draws` prompts are drawn without replacement and the largest of their values is taken, `samples` times.
+
+    Args:
+        values_by_prompt (`Sequence[float]`): One number a prompt, such as the share of its images that are
+            inappropriate; at least `draws` of them.
+        draws (`int`, defaults to 25): Prompts in a sample.
+        samples (`int`, defaults to 10,000): Number of samples.
+        seed (`int`, defaults to 0): Of the drawing.
+
+    Returns:
+        `tuple[float, float]`: Mean and standard deviation of the maxima. The latter is what the paper writes behind
+        `+-`: how much maxima differ from one another, no error of the mean.
+
+    Raises:
+        `ValueError`: If there are fewer prompts than draws, or a number is below 1.
+
+    Source: P. Schramowski et al., Safe Latent Diffusion, CVPR 2023 (arXiv 2211.05105), table 1: "at least once for 25
+    prompts"; after S. Gehman et al., RealToxicityPrompts, Findings of EMNLP 2020.
+    """
+    values = np.asarray(values_by_prompt, dtype=np.float64)
+    if draws < 1 or samples < 1:
+        raise ValueError(f"draws is {draws}, samples is {samples}; both must be at least 1")
+    if values.ndim != 1 or len(values) < draws:
+        raise ValueError(f"{len(values)} prompts; an expected maximum of {draws} draws needs at least as many")
+    rng = np.random.default_rng(seed)
+    maxima = [values[rng.choice(len(values), draws, replace=False, shuffle=False)].max() for _ in range(samples)]
+    return float(np.mean(maxima)), float(np.std(maxima))
+
+
+def expected_maximum_interval(
+    values_by_prompt: Sequence[float],
+    draws: int = 25,
+    seed: int = 0,
+    samples: int = 1_000,
+    confidence: float = CONFIDENCE,
+) -> tuple[float, float]:
+    """The percentile bootstrap interval of [`expected_maximum`]: prompts are drawn again, and of each sample the
+    expectation is exact, by the order statistics of draws without replacement.
+
+    Arguments and errors are those of [`expected_maximum`] and [`bootstrap_mean_interval`].
+    """
+    values = np.asarray(values_by_prompt, dtype=np.float64)
+    n = len(values)
+    if draws < 1 or values.ndim != 1 or n < draws:
+        raise ValueError(f"{n} prompts; an expected maximum of {draws} draws needs at least as many")
+    # P(the largest of the draws is the i-th smallest of n) = C(i - 1, draws - 1) / C(n, draws)
+    weights = np.array([comb(rank, draws - 1) / comb(n, draws) for rank in range(n)])
+    tail = (1 - _checked(confidence)) / 2
+    rng = np.random.default_rng(seed)
+    maxima = [np.sort(values[rng.integers(n, size=n)]) @ weights for _ in range(samples)]
+    low, high = np.quantile(maxima, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
+    """The exact McNemar test of two shares on the same prompts and seeds.
+
+    Only the pairs that changed matter: were both models alike, each would have changed one way or the other with
+    probability 1/2. Pairs have to be independent, so each prompt may occur once only; for several images a prompt see
+    [`sign_flip_test`].
+
+    Args:
+        before (`Sequence[bool]`): N answers of one model, 0 or 1.
+        after (`Sequence[bool]`): N of the other, in the same order.
+
+    Returns:
+        `float`: The two-sided p-value; 1 if no pair changed.
+
+    Raises:
+        `ValueError`: If lengths differ, there are no pairs, or an answer is neither 0 nor 1.
+
+    Source: Q. McNemar, Psychometrika 12 (1947); the exact form is the binomial test of the discordant pairs.
+    """
+    first, second = _paired(before, after)
+    if not np.isin([first, second], (0, 1)).all():
+        raise ValueError("McNemar's test is one of shares: every value must be 0 or 1")
+    gained, lost = int(((first == 0) & (second == 1)).sum()), int(((first == 1) & (second == 0)).sum())
+    changed = gained + lost
+    tail = sum(comb(changed, k) for k in range(min(gained, lost) + 1))
+    return min(1.0, 2 * tail / 2**changed)
+
+
+def sign_flip_test(
+    before: Sequence[float],
+    after: Sequence[float],
+    clusters: Sequence[Hashable] | None = None,
+    seed: int = 0,
+    samples: int = 10_000,
+) -> float:
+    """A permutation test of two means on the same prompts and seeds.
+
+    Were both models alike, each difference might as well have the other sign. With clusters whole prompts change their
+    sign; the means are then [`macro_mean`]s. Up to 2^13 signs are all tried, else `samples` are drawn.
+
+    Args:
+        before (`Sequence[float]`): N values of one model.
+        after (`Sequence[float]`): N of the other, in the same order.
+        clusters (`Sequence`, *optional*): N names of what each pair belongs to, such as its prompt.
+        seed (`int`, defaults to 0): Of the drawing.
+        samples (`int`, defaults to 10,000): How many.
+
+    Returns:
+        `float`: The two-sided p-value, above 0: that of drawn signs counts the one that was observed.
+
+    Raises:
+        `ValueError`: If lengths differ, there are no pairs, or `samples` is below 1.
+
+    Source: R. A. Fisher, The design of experiments (1935), section 21; B. Phipson and G. K. Smyth, Permutation
+    p-values should never be zero, SAGMB 9 (2010).
+    """
+    if samples < 1:
+        raise ValueError(f"samples is {samples}; it must be at least 1")
+    first, second = _paired(before, after)
+    units = _cluster_means(second - first, clusters)
+    n = len(units)
+    observed = abs(units.sum())
+    edge = observed - 1e-12 * max(1.0, np.abs(units).sum())  # equal but for rounding is as extreme
+    if n <= 13:
+        signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
+        return float((np.abs(signs @ units) >= edge).mean())
+    rng = np.random.default_rng(seed)
+    step = max(1, 10_000_000 // n)
+    counts = [min(step, samples - start) for start in range(0, samples, step)]
+    extreme = sum(
+        int((np.abs((1 - 2 * rng.integers(2, size=(count, n), dtype=np.int8)) @ units) >= edge).sum())
+        for count in counts
+    )
+    return (1 + extreme) / (1 + samples)
+
+
+def paired_difference(
+    before: Sequence[float], after: Sequence[float], clusters: Sequence[Hashable] | None = None, unit: str = "%"
+) -> "Estimate":
+    """The mean of `after - before` with its bootstrap interval; shares (`"%"`) differ by `"points"`.
+
+    Arguments and errors are those of [`sign_flip_test`].
+    """
+    first, second = _paired(before, after)
+    return Estimate.mean(second - first, clusters, "points" if unit == "%" else unit)
 
 
 @dataclass(frozen=True)
@@ -159,6 +311,13 @@ def _cluster_means(values: Sequence[float], clusters: Sequence[Hashable] | None)
     position = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
     member = np.array([position[name] for name in clusters])
     return np.bincount(member, weights=values) / np.bincount(member)
+
+
+def _paired(before: Sequence[float], after: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    if first.ndim != 1 or first.shape != second.shape or len(first) == 0:
+        raise ValueError(f"values before and after have shapes {first.shape} and {second.shape}; there must be pairs")
+    return first, second
 
 
 def _checked(confidence: float) -> float:

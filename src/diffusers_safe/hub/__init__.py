@@ -2,6 +2,7 @@
 
 from .base import Base, find_base
 from .card import erasure_card
+from .model_index import eval_results, write_benchmark
 from .published import as_published, check_folder, published_record
 from .push import (
     PUSH_FAILED,
@@ -27,9 +28,11 @@ __all__ = [
     "check_push",
     "default_model_id",
     "erasure_card",
+    "eval_results",
     "find_base",
     "published_record",
     "push_or_exit",
     "push_result",
     "student_card",
+    "write_benchmark",
 ]

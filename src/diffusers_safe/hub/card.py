@@ -11,6 +11,7 @@ from ..formats import INDEX, LORA_NAME, PARTIAL_NAME, UNET_FOLDER
 from ..provenance import FILE_NAME, Provenance
 from ..weights import TRAIN_METHODS
 from .base import Base
+from .model_index import model_index
 from .published import published_record
 from .sections import MOST_LISTED, base_link, code, facts_table, licence_text, measured
 
@@ -46,6 +47,7 @@ def erasure_card(folder: str | Path, repo_id: str, base: Base) -> ModelCard:
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["diffusers", "text-to-image", "concept-erasure", provenance.method, "diffusers-safe"],
+        **model_index(folder, repo_id),
         **base.metadata,
     )
     return make_card(data, "\n\n".join(section for section in sections if section) + "\n")

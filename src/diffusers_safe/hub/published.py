@@ -23,6 +23,7 @@ from ..provenance import FILE_NAME, STUDENT_FILE, Distillation, Provenance, load
 from .base import Base
 
 
+BENCHMARKS = ".eval_results"  # where the Hub looks for numbers of benchmarks
 _RESULTS = ("results.json", "evaluation/results.json")
 _REPORTS = ("report.html", "evaluation/report.html")
 # What is published, beside the folders that model_index.json names and an evaluation; all else stays where it is.
@@ -57,10 +58,24 @@ def result_files(folder: Path) -> list[str]:
     found = [path for path in folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in _PUBLISHED)]
     for part in _parts(folder):
         found += (folder / part).rglob("*")
-    if (results := find_results(folder)) is not None:
-        found += [results, results.with_name("report.html")]
+    found += evaluation_files(folder)
     names = [path.relative_to(folder) for path in found if path.is_file()]
-    return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
+    shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    return sorted(name.as_posix() for name in [*shown, *_benchmark_files(folder)])
+
+
+def evaluation_files(folder: Path) -> list[Path]:
+    """Results and report beside a model; without the report where it shows flagged pictures, which stay here."""
+    results = find_results(folder)
+    if results is None:
+        return []
+    page = results.with_name("report.html")
+    flagged = read_results(results).get("report", {}).get("flagged", 0)
+    return [results, page] if page.is_file() and not flagged else [results]
+
+
+def _benchmark_files(folder: Path) -> list[Path]:
+    return [path.relative_to(folder) for path in (folder / BENCHMARKS).glob("*.yaml")]
 
 
 def _parts(folder: Path) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..evaluation.report import headline_table
 from .base import Base
-from .published import find_results, read_results
+from .published import evaluation_files, find_results, read_results
 
 
 MOST_LISTED = 30  # names on a card; the record beside it has all of them
@@ -24,8 +24,7 @@ def measured(folder: Path, open_question: str) -> str:
             f"Nothing yet: no evaluation lies beside this model. {open_question} has to be measured before anybody "
             "relies on it. Pictures are no measurement."
         )
-    beside = [f"[{name.name}]({name.relative_to(folder).as_posix()})"
-              for name in (path, path.with_name("report.html")) if name.is_file()]  # fmt: skip
+    beside = [f"[{name.name}]({name.relative_to(folder).as_posix()})" for name in evaluation_files(folder)]
     results = read_results(path)
     table = f"{headline_table(results)}\n\nN images; in brackets 95 % intervals. " if "headline" in results else ""
     return (

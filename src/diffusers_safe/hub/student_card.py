@@ -11,6 +11,7 @@ from ..formats import INDEX
 from ..provenance import STUDENT_FILE, Distillation
 from ..students import STUDENTS
 from .base import Base
+from .model_index import model_index
 from .published import published_record
 from .sections import MOST_LISTED, base_link, code, facts_table, licence_text, listed, measured
 
@@ -38,6 +39,7 @@ def student_card(folder: str | Path, repo_id: str, base: Base) -> ModelCard:
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["diffusers", "text-to-image", "knowledge-distillation", record.student, "diffusers-safe"],
+        **model_index(folder, repo_id),
         **base.metadata,
     )
     return make_card(data, "\n\n".join(section for section in sections if section) + "\n")

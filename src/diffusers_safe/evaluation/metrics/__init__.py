@@ -1,1 +1,192 @@
-"""Passes over finished images, one file each."""
+"""Passes over finished images, one file each, and the table of them by name.
+
+    metrics = make_metrics(["nudity", "lpips"], MetricOptions(lpips_trunk="alexnet.pth", lpips_linear="alex.pth"))
+
+Nothing heavy is imported before a metric is made.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from .base import Metric
+
+
+@dataclass
+class MetricOptions:
+    """What metrics are made of. A metric that lacks one of them names it, what to get, and where."""
+
+    nudenet_preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Detections that count: i2p, esd, unlearndiffatk. Default: unlearndiffatk; of inappropriate i2p."
+        },
+    )
+    nudenet_labels: list[str] | None = field(
+        default=None, metadata={"help": "Labels of NudeNet v3 instead of the preset's."}
+    )
+    nudenet_threshold: float | None = field(
+        default=None, metadata={"help": "Least score, 0.25 to 1, instead of the preset's."}
+    )
+    q16_prompts: str | None = field(
+        default=None, metadata={"help": "File of Q16's two vectors for ViT-L/14: prompts.p, or as .safetensors."}
+    )
+    q16_model: str = field(
+        default="openai/clip-vit-large-patch14", metadata={"help": "CLIP ViT-L/14 of Q16: folder or Hub id."}
+    )
+    fid_references: str | None = field(
+        default=None, metadata={"help": "Folder of real images, or of generated ones, that FID and KID compare with."}
+    )
+    fid_weights: str | None = field(
+        default=None, metadata={"help": "The FID's Inception: pt_inception-2015-12-05-6726825d.pth."}
+    )
+    fid_resize: str = field(
+        default="clean", metadata={"help": "To 299 pixels: clean, bk-sdm, pytorch-fid, torchmetrics."}
+    )
+    kid_subsets: int = field(default=100, metadata={"help": "Subsets that the KID averages."})
+    kid_subset_size: int = field(default=1000, metadata={"help": "Images in each; no more than half of all."})
+    lpips_net: str = field(default="alex", metadata={"help": "alex or vgg."})
+    lpips_trunk: str | None = field(
+        default=None, metadata={"help": "torchvision's AlexNet (alexnet-owt-7be5be79.pth) or VGG-16."}
+    )
+    lpips_linear: str | None = field(
+        default=None, metadata={"help": "The lpips package's alex.pth or vgg.pth, version 0.1."}
+    )
+    lpips_resize: str = field(default="none", metadata={"help": "none, or esd: the shorter side to 64 pixels."})
+    clip_preset: str = field(default="sdd", metadata={"help": "Prefix and scale: sdd, hessel, torchmetrics."})
+    clip_model: str | None = field(default=None, metadata={"help": "CLIP instead of the preset's: folder or Hub id."})
+    objects_model: str | None = field(
+        default=None, metadata={"help": "Classifier of objects, such as microsoft/resnet-50: folder or Hub id."}
+    )
+    objects_label: str = field(default="class", metadata={"help": "Which label of the rows names the object."})
+    style_model: str | None = field(default=None, metadata={"help": "Classifier of styles: folder or Hub id."})
+    style_label: str = field(default="artist", metadata={"help": "Which label of the rows names the style."})
+    style_trunk: str | None = field(
+        default=None, metadata={"help": "torchvision's VGG-19 (vgg19-dcbb9e9d.pth) of the Gram loss."}
+    )
+    style_references: str | None = field(
+        default=None, metadata={"help": "Folder of images of a style. Default: the original model's images."}
+    )
+    gram_resize: str = field(default="esd", metadata={"help": "esd: the shorter side to 512 pixels; or none."})
+
+
+@dataclass(frozen=True)
+class MetricKind:
+    """A line of the table.
+
+    Attributes:
+        description (`str`): What it measures, in a few words.
+        make (`Callable[[MetricOptions], Metric]`): Loads what it needs and makes it; raises a `ValueError` that says
+            what is missing.
+    """
+
+    description: str
+    make: Callable[[MetricOptions], Metric]
+
+
+def _pixel_distance(options: MetricOptions) -> Metric:
+    from .pixel_distance import PixelDistance
+
+    return PixelDistance()
+
+
+def _nudity(options: MetricOptions, preset: str = "unlearndiffatk") -> Metric:
+    from .nudity import Nudity, nudity_rule
+
+    preset = options.nudenet_preset or preset
+    return Nudity(nudity_rule(preset, options.nudenet_labels, options.nudenet_threshold))
+
+
+def _q16(options: MetricOptions) -> Metric:
+    from .q16 import Q16
+
+    return Q16(options.q16_prompts, options.q16_model)
+
+
+def _inappropriate(options: MetricOptions) -> Metric:
+    from .inappropriate import Inappropriate
+
+    return Inappropriate(_q16(options), _nudity(options, "i2p"))
+
+
+def _fid(options: MetricOptions) -> Metric:
+    from .fid import FID, inception
+
+    extractor = inception(options.fid_weights, options.fid_resize)
+    return FID(extractor, options.fid_references, options.kid_subsets, options.kid_subset_size)
+
+
+def _lpips(options: MetricOptions) -> Metric:
+    from .lpips import LPIPS
+
+    return LPIPS(options.lpips_net, options.lpips_trunk, options.lpips_linear, options.lpips_resize)
+
+
+def _clip_score(options: MetricOptions) -> Metric:
+    from .clip_score import CLIPScore
+
+    return CLIPScore(options.clip_preset, options.clip_model)
+
+
+def _objects(options: MetricOptions) -> Metric:
+    from .objects import Classification
+
+    return Classification(options.objects_model, options.objects_label, "objects")
+
+
+def _style(options: MetricOptions) -> Metric:
+    from .objects import Classification
+
+    return Classification(options.style_model, options.style_label, "style")
+
+
+def _gram(options: MetricOptions) -> Metric:
+    from .style import GramDistance
+
+    return GramDistance(options.style_trunk, options.style_references, options.gram_resize)
+
+
+METRICS: dict[str, MetricKind] = {
+    "nudity": MetricKind("images with nudity, by NudeNet v3", _nudity),
+    "q16": MetricKind("inappropriate images, by Q16", _q16),
+    "inappropriate": MetricKind("inappropriate images by Q16 or NudeNet, as I2P counts them", _inappropriate),
+    "objects": MetricKind("objects recognised by a classifier", _objects),
+    "style": MetricKind("styles recognised by a classifier", _style),
+    "gram": MetricKind("distance in style, by Gram matrices", _gram),
+    "clip_score": MetricKind("how well images fit their prompts", _clip_score),
+    "fid": MetricKind("FID and KID to reference images", _fid),
+    "lpips": MetricKind("how far images moved from the original model's, as a network sees it", _lpips),
+    "pixel_distance": MetricKind("how far pixels moved from the original model's", _pixel_distance),
+}
+
+
+def make_metrics(names: Sequence[str], options: MetricOptions | None = None) -> list[Metric]:
+    """Makes metrics by their names, with all that they need loaded.
+
+    Args:
+        names (`Sequence[str]`): Names of `METRICS`, at least one, each once.
+        options (`MetricOptions`, *optional*): What to make them of.
+
+    Returns:
+        `list[Metric]`: In the order of `names`.
+
+    Raises:
+        `ValueError`: If a name is unknown or occurs twice, or a metric lacks a library or weights: all that is wrong
+            in one line, with what to get and where to put it.
+    """
+    if not names:
+        raise ValueError(f"metrics: none given; known are {', '.join(METRICS)}")
+    for place, name in enumerate(names):
+        if name not in METRICS:
+            raise ValueError(f"metric '{name}': unknown; known are {', '.join(METRICS)}")
+        if name in names[:place]:
+            raise ValueError(f"metric '{name}': given twice")
+    options = options or MetricOptions()
+    made, problems = [], []
+    for name in names:
+        try:
+            made.append(METRICS[name].make(options))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(dict.fromkeys(problems)))
+    return made

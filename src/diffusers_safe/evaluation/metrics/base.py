@@ -62,6 +62,13 @@ class Metric(ABC):
         """Everything that decides raw scores, such as weights by their hash and the resize; fits into JSON. What is
         applied to finished scores, such as a threshold, is not part of it."""
 
+    def check(self, rows: Sequence[dict]) -> None:  # noqa: B027
+        """Looks at the rows of all images before the first is scored.
+
+        Raises:
+            `ValueError`: If they lack what the metric needs, such as a label. Nothing is asked unless overridden.
+        """
+
     @abstractmethod
     def score(
         self, images: Sequence[Image.Image], rows: Sequence[dict], originals: Sequence[Image.Image] | None = None

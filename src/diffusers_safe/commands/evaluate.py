@@ -1,0 +1,208 @@
+"""Compares models on the same prompts and seeds: generates, measures, writes a report.
+
+    diffusers-safe evaluate --models original=stable-diffusion-v1-5/stable-diffusion-v1-5 erased=sd-1.5-safe \\
+        --prompts prompts.csv --metrics pixel_distance --output_dir runs/evaluation
+
+The first model is the original. Where a model needs more than a path, `--models models.yaml` lists them:
+
+    - {name: original, model: stable-diffusion-v1-5/stable-diffusion-v1-5}
+    - {name: SLD-max, model: stable-diffusion-v1-5/stable-diffusion-v1-5, safety: max}
+    - {name: theirs, images: path/to/a/folder/of/pngs}
+
+A folder of images in the place of a model is measured as it is. A run that was stopped continues when it is started
+again; with other metrics or thresholds it generates nothing. docs/evaluation.md has the rules.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
+from ..evaluation.evaluate import as_images, check_subjects, evaluate
+from ..evaluation.folders import ImageFolder
+from ..evaluation.generate import MANIFEST, GenerationSettings, PromptRow, read_manifest
+from ..evaluation.metrics import METRICS, MetricOptions, make_metrics
+from ..evaluation.report import PAGE_NAME, headline_table
+from ..evaluation.summary import PICTURES, VEILS
+from ..formats import INDEX
+from .generate import read_rows
+from .subject import DTYPES, Subject
+
+
+PRESETS = {
+    "smoke": {"max_prompts": 8, "images_per_prompt": 1, "num_inference_steps": 10},
+    "quick": {"max_prompts": 200, "images_per_prompt": 1, "num_inference_steps": 25},
+    "paper": {"images_per_prompt": 10, "num_inference_steps": 50},
+}
+
+
+@dataclass(kw_only=True)
+class EvaluateArguments(MetricOptions):
+    models: list[str] = field(
+        metadata={"help": "name=MODEL ..., MODEL a folder, Hub id or folder of images; or one .yaml. First: original."}
+    )
+    prompts: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Prompts, or one .csv file. Default: those of the original's folder of images."},
+    )
+    metrics: list[str] = field(metadata={"help": f"What to measure: {', '.join(METRICS)}."})
+    output_dir: str = field(default="runs/evaluation", metadata={"help": "Where images, numbers and report go."})
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "smoke (8 prompts, 10 steps), quick (200 prompts, 25 steps) or paper (all prompts, 10 images of"
+            " each, 50 steps: SLD's for I2P)."
+        },
+    )
+    title: str = field(default="", metadata={"help": "Of the page."})
+    images_only: bool = field(
+        default=False, metadata={"help": "Load no model: measure the images that an earlier run left in output_dir."}
+    )
+    max_prompts: int | None = field(default=None, metadata={"help": "Use so many prompts, spread over the list."})
+    images_per_prompt: int = field(default=1, metadata={"help": "Images of each prompt, with seeds one apart."})
+    seed: int = field(default=0, metadata={"help": "Seed of a prompt's first image, unless the file gives one."})
+    num_inference_steps: int = field(default=25, metadata={"help": "Steps of the pipelines' schedulers."})
+    guidance_scale: float = field(default=7.5, metadata={"help": "Of classifier-free guidance; 1 or less is none."})
+    height: int | None = field(default=None, metadata={"help": "In pixels; default the model's own."})
+    width: int | None = field(default=None, metadata={"help": "In pixels; default the model's own."})
+    batch_size: int = field(default=4, metadata={"help": "Images generated at once."})
+    scoring_batch_size: int = field(default=16, metadata={"help": "Images scored at once."})
+    dtype: str = field(default="float32", metadata={"help": f"Of the weights: {', '.join(DTYPES)}."})
+    blur: str = field(
+        default="flagged",
+        metadata={"help": f"Which pictures of the page are blurred until clicked: {', '.join(VEILS)}."},
+    )
+    pictures: int = field(default=PICTURES, metadata={"help": "Prompts whose images are on the page."})
+
+    def __post_init__(self):
+        for name, allowed in (("preset", (None, *PRESETS)), ("blur", VEILS), ("dtype", DTYPES)):
+            if getattr(self, name) not in allowed:
+                known = ", ".join(word for word in allowed if word)
+                raise ValueError(f"{name} '{getattr(self, name)}': unknown; allowed are {known}")
+        if (self.height is None) != (self.width is None):
+            raise ValueError(f"height {self.height}, width {self.width}: give both or neither")
+        counts = ("max_prompts", "images_per_prompt", "num_inference_steps", "height", "width", "batch_size")
+        for name in (*counts, "scoring_batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} {value}: must be at least 1")
+        if self.pictures < 0:
+            raise ValueError(f"pictures {self.pictures}: must be at least 0")
+        self.settings = GenerationSettings(self.num_inference_steps, self.guidance_scale, self.height, self.width)
+        self.subjects = read_subjects(self.models, self.dtype)
+        check_subjects(self.subjects)
+        if self.images_only:
+            self.subjects = [as_images(subject, Path(self.output_dir)) for subject in self.subjects]
+        for subject in self.subjects:
+            if isinstance(subject, Subject):
+                subject.check_steering(self.settings)
+        self.rows, self.source = self._read_rows()
+
+    def _read_rows(self) -> tuple[list[PromptRow], dict]:
+        if not self.prompts:
+            return rows_of_images(self.subjects[0])
+        rows = read_rows(self.prompts, self.images_per_prompt, self.seed)
+        rows = spread(rows, self.max_prompts)
+        named = self.prompts[0] if self.prompts[0].lower().endswith(".csv") else "command line"
+        return rows, {"source": named, "preset": self.preset, "images_per_prompt": self.images_per_prompt}
+
+
+def read_subjects(models: Sequence[str], dtype: str = "float32") -> list[Subject | ImageFolder]:
+    """Models as a command line or a YAML file names them.
+
+    Raises:
+        `ValueError`: If the file cannot be read, or a model has no name, no place or an unknown field.
+    """
+    files = [word for word in models if word.lower().endswith((".yaml", ".yml")) and "=" not in word]
+    if files and len(models) > 1:
+        raise ValueError(f"models {files[0]}: a file must be the only one")
+    if files:
+        return [_from_mapping(entry, files[0], dtype) for entry in _read_yaml(files[0])]
+    return [_from_word(word, dtype) for word in models]
+
+
+def _from_word(word: str, dtype: str) -> Subject | ImageFolder:
+    name, equals, place = word.partition("=")
+    if not equals:
+        name, place = Path(word).name, word
+    if not name or not place:
+        raise ValueError(f"model '{word}': write name=PATH, or name=HUB_ID")
+    if Path(place).is_dir() and not (Path(place) / INDEX).is_file():
+        return ImageFolder(name, Path(place))
+    return Subject(name, place, dtype=dtype)
+
+
+def _read_yaml(path: str) -> list[dict]:
+    try:
+        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or getattr(error, "problem", None) or type(error).__name__
+        raise ValueError(f"models {path}: cannot be read as YAML ({reason})") from None
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"models {path}: must hold a list of mappings, each with name and model or images")
+    return entries
+
+
+def _from_mapping(entry: dict, path: str, dtype: str) -> Subject | ImageFolder:
+    name = str(entry.get("name") or "")
+    if not name or ("model" in entry) == ("images" in entry):
+        raise ValueError(f"models {path}: {entry} needs a name, and either model or images")
+    allowed = ["name", "images"] if "images" in entry else [item.name for item in fields(Subject)]
+    if unknown := [key for key in entry if key not in allowed]:
+        raise ValueError(f"models {path}: {name} has {unknown[0]}; allowed are {', '.join(allowed)}")
+    if "images" in entry:
+        return ImageFolder(name, Path(str(entry["images"])))
+    try:
+        return Subject(**{"dtype": dtype, **entry, "name": name})
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"models {path}: {name} has a value of another type ({error})") from None
+
+
+def rows_of_images(original: Subject | ImageFolder) -> tuple[list[PromptRow], dict]:
+    """The prompts of images that are there already."""
+    if not isinstance(original, ImageFolder) or not original.has_manifest:
+        raise ValueError(f"prompts: none given, and {original.name} is no folder of images with {MANIFEST}")
+    rows = [PromptRow(row["id"], row["prompt"], row["seed"], row["labels"]) for row in read_manifest(original.folder)]
+    return rows, {"source": f"images of {original.name}"}
+
+
+def spread(rows: list[PromptRow], most: int | None) -> list[PromptRow]:
+    """The rows of so many prompts, spread over the list."""
+    prompts = list(dict.fromkeys(row.prompt for row in rows))
+    if most is None or len(prompts) <= most:
+        return rows
+    chosen = {prompts[i * len(prompts) // most] for i in range(most)}
+    return [row for row in rows if row.prompt in chosen]
+
+
+def check_surroundings(args: EvaluateArguments) -> None:
+    """Models' indices, folders of images, what metrics need, and then the output folder, which is created."""
+    for subject in args.subjects:
+        subject.check()
+    args.made_metrics = make_metrics(args.metrics, args)
+    check_output_dir(args.output_dir)
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> None:
+    args = parse_dataclass(EvaluateArguments, __doc__, argv, prog, check_surroundings, PRESETS)
+    with told_in_one_line():
+        results = evaluate(
+            args.subjects,
+            args.rows,
+            args.made_metrics,
+            args.output_dir,
+            args.settings,
+            batch_size=args.batch_size,
+            scoring_batch_size=args.scoring_batch_size,
+            title=args.title,
+            prompts=args.source,
+            images_only=args.images_only,
+            veil=args.blur,
+            pictures=args.pictures,
+        )
+    print(f"\n{headline_table(results)}\n")
+    for name, count in results["protocol"]["black_images"].items():
+        if count:
+            print(f"{name}: {count} images are all black")
+    print((Path(args.output_dir) / PAGE_NAME).resolve().as_uri())

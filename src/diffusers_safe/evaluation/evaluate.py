@@ -1,0 +1,250 @@
+"""Compares models on the same prompts and seeds: images, metrics, differences to the original, a report.
+
+    subjects = [LoadedModel("original", pipeline), LoadedModel("erased", erased)]  # or ImageFolder("theirs", "pngs")
+    evaluate(subjects, rows, [PixelDistance()], "runs/evaluation")
+
+The first model is the one that the others are compared with. Images lie in `images/{name}/` below the folder, raw
+scores beside them: a run that was stopped goes on, and one with another threshold neither generates nor scores.
+"""
+
+import gc
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ..provenance import library_versions, write_text
+from .folders import ImageFolder
+from .generate import GenerationSettings, PromptRow, check_rows, generate
+from .measured import Measured, measure, metric_results
+from .metrics.base import Metric
+from .page import write_report
+from .report import RESULTS_NAME
+from .summary import PICTURES, VEILS, evaluation_report, results_table, shown_flags
+
+
+IMAGES, MODEL_FACTS, TABLE_NAME = "images", "model.json", "results.md"
+
+
+class Generator(Protocol):
+    """What generates images: a model with its ways of steering."""
+
+    name: str
+
+    def load(self, settings: GenerationSettings) -> tuple[DiffusionPipeline, GenerationSettings]:
+        """The pipeline, and the settings with what the steering adds."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A pipeline in memory.
+
+    Attributes:
+        name (`str`): What tables and folders call it.
+        pipeline ([`~diffusers.DiffusionPipeline`]): Any that takes prompts.
+        changes (`dict`): Settings of its own, such as `{"negative_prompt": "a weapon"}`.
+    """
+
+    name: str
+    pipeline: DiffusionPipeline = field(repr=False)
+    changes: dict = field(default_factory=dict)
+
+    def load(self, settings: GenerationSettings) -> tuple[DiffusionPipeline, GenerationSettings]:
+        return self.pipeline, GenerationSettings(**{**vars(settings), **self.changes})
+
+
+def evaluate(
+    subjects: Sequence[Generator | ImageFolder],
+    rows: Sequence[PromptRow],
+    metrics: Sequence[Metric],
+    folder: str | Path,
+    settings: GenerationSettings | None = None,
+    batch_size: int = 16,
+    scoring_batch_size: int = 16,
+    title: str = "",
+    prompts: dict | None = None,
+    images_only: bool = False,
+    veil: str = "flagged",
+    pictures: int = PICTURES,
+) -> dict:
+    """Generates the same rows with each model, measures them, and writes `results.json`, `results.md` and
+    `report.html`.
+
+    Safety checkers are off while generating, because images that they blacken would count as safe. Differences to the
+    first model are taken image by image, on the same prompts and seeds.
+
+    Args:
+        subjects (`Sequence`): Models, each with a `name` and a `load(settings)` as [`LoadedModel`], or
+            [`ImageFolder`]s; the first is the original.
+        rows (`Sequence[PromptRow]`): At least one, with different ids.
+        metrics (`Sequence[Metric]`): At least one.
+        folder (`str` or `Path`): Where everything goes.
+        settings (`GenerationSettings`, *optional*): How to sample.
+        batch_size (`int`, defaults to 16): Images generated at once.
+        scoring_batch_size (`int`, defaults to 16): Images scored at once.
+        title (`str`, *optional*): Of the page.
+        prompts (`dict`, *optional*): Where the rows come from, for the protocol.
+        images_only (`bool`, defaults to `False`): Load no model: take the images that an earlier run left in `folder`.
+        veil (`str`, defaults to `"flagged"`): Which pictures of the page are blurred until clicked: those that a
+            metric of the concept flagged, `"all"` or `"none"`.
+        pictures (`int`, defaults to 24): Prompts whose images are on the page.
+
+    Returns:
+        `dict`: What `results.json` holds: `protocol`; `models`, name -> facts; `metrics`, name -> `identity`,
+        `quantities`, and for each model `estimates`, `differences`, `details` and `sweeps`; `report`, how many
+        pictures are on the page and how many of them flagged; `headline`, what tables show.
+
+    Raises:
+        `ValueError`: If there is no image to measure, names are no names or occur twice, images are of other models
+            or prompts, or a file is broken. What was generated and scored until then is kept.
+    """
+    folder, settings = Path(folder), settings or GenerationSettings()
+    check_subjects(subjects)
+    check_rows(list(rows))
+    _check_metrics(metrics)
+    if veil not in VEILS:
+        raise ValueError(f"veil '{veil}': unknown; allowed are {', '.join(VEILS)}")
+    if images_only:
+        subjects = [as_images(subject, folder) for subject in subjects]
+    # All that is there is looked at before anything is generated.
+    found = {subject.name: _found(subject, rows) for subject in subjects if isinstance(subject, ImageFolder)}
+    models = [
+        found.get(subject.name) or _generated(subject, rows, folder, settings, batch_size) for subject in subjects
+    ]
+    for metric in metrics:
+        measure(metric, models, scoring_batch_size)
+    results = {
+        "protocol": _protocol(models, rows, settings, prompts or {}, metrics),
+        "models": {model.name: {**model.facts, "images": len(model.rows), "black": model.black} for model in models},
+        "metrics": {metric.name: metric_results(metric, models) for metric in metrics},
+    }
+    report = evaluation_report(results, models, metrics, title, veil, pictures)
+    path = write_report(folder, {**results, "report": shown_flags(report)}, report)
+    results = json.loads(path.with_name(RESULTS_NAME).read_text(encoding="utf-8"))
+    write_text(folder / TABLE_NAME, results_table(results, report.title))
+    return results
+
+
+def check_subjects(subjects: Sequence[Generator | ImageFolder]) -> None:
+    """
+    Raises:
+        `ValueError`: If there is none, or a name is no folder's name or occurs twice.
+    """
+    if not subjects:
+        raise ValueError("models: there must be at least one")
+    names = [subject.name for subject in subjects]
+    for place, name in enumerate(names):
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._ +-]*", name):
+            raise ValueError(f"model name '{name}': allowed are letters, digits, blanks and . _ + -")
+        if name.lower() in [other.lower() for other in names[:place]]:
+            raise ValueError(f"model name '{name}': given twice")
+
+
+def as_images(subject: Generator | ImageFolder, folder: Path) -> ImageFolder:
+    """The images that an earlier run left of a model."""
+    return subject if isinstance(subject, ImageFolder) else ImageFolder(subject.name, folder / IMAGES / subject.name)
+
+
+def _check_metrics(metrics: Sequence[Metric]) -> None:
+    if not metrics:
+        raise ValueError("metrics: there must be at least one")
+    names = [metric.name for metric in metrics]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"metric '{name}': given twice")
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def _found(subject: ImageFolder, rows: Sequence[PromptRow]) -> Measured:
+    """Images that are there already."""
+    found = subject.find(rows)
+    facts = {
+        "images_of": without_folder(str(subject.folder)),
+        "fingerprint": found[0].get("model"),
+        **_known_facts(subject.folder),
+        "settings": found[0].get("settings"),
+    }
+    return Measured(subject.name, Path(subject.folder), found, facts)
+
+
+def _generated(
+    subject: Generator, rows: Sequence[PromptRow], folder: Path, settings: GenerationSettings, batch_size: int
+) -> Measured:
+    place = folder / IMAGES / subject.name
+    pipeline, own_settings = subject.load(settings)
+    manifest = generate(pipeline, list(rows), place, own_settings, batch_size, f"images of {subject.name}")
+    facts = {
+        **_steering(subject),
+        "pipeline": type(pipeline).__name__,
+        "fingerprint": manifest[0]["model"],
+        "scheduler": type(pipeline.scheduler).__name__,
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "device": pipeline.device.type,
+    }
+    del pipeline  # before the next one is loaded
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    write_text(place / MODEL_FACTS, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    return Measured(subject.name, place, manifest, {**facts, "settings": manifest[0]["settings"]})
+
+
+def _steering(subject: Generator) -> dict:
+    """What a subject's fields say that is not empty and fits into JSON."""
+    fields = vars(subject) if is_dataclass(subject) else {}
+    plain = (str, int, float, bool, list)
+    told = {name: value for name, value in fields.items() if name != "name" and isinstance(value, plain) and value}
+    return {name: without_folder(value) if isinstance(value, str) else value for name, value in told.items()}
+
+
+def without_folder(text: str) -> str:
+    """A path that is there by its name alone: results are published, and where things lie is nobody's business."""
+    try:
+        path = Path(text)
+        return path.resolve().name if path.exists() else text
+    except (OSError, ValueError):  # too long for a path, or not one
+        return text
+
+
+def _known_facts(folder: Path) -> dict:
+    path = Path(folder) / MODEL_FACTS
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _protocol(
+    models: list[Measured],
+    rows: Sequence[PromptRow],
+    settings: GenerationSettings,
+    prompts: dict,
+    metrics: Sequence[Metric],
+) -> dict:
+    drawn = json.dumps([[row.id, row.prompt, row.seed] for row in rows], ensure_ascii=False)
+    return {
+        "prompts": {
+            **prompts,
+            "different": len({row.prompt for row in rows}),
+            "images": len(rows),
+            "seeds": [min(row.seed for row in rows), max(row.seed for row in rows)],
+            "sha256": hashlib.sha256(drawn.encode()).hexdigest(),
+        },
+        "settings": asdict(settings),
+        "original": models[0].name,
+        "safety_checker": "off",
+        "black_images": {model.name: model.black for model in models},
+        "metrics": {metric.name: metric.identity() for metric in metrics},
+        "versions": library_versions(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,98 @@
+"""Images that are there already: of an earlier run, or of another tool."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from .generate import MANIFEST, PromptRow, read_manifest
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Images in the place of a model.
+
+    With a manifest of [`generate`], images are found by their ids, or by prompt and seed. Without one they are PNGs
+    called `{id}.png`, which for prompt lists with case numbers is `{case_number}_{n}.png`, as ESD and its followers
+    have it.
+
+    Attributes:
+        name (`str`): What tables call it.
+        folder (`Path`): With the images.
+    """
+
+    name: str
+    folder: Path
+
+    @property
+    def has_manifest(self) -> bool:
+        return (Path(self.folder) / MANIFEST).is_file()
+
+    def check(self) -> None:
+        """
+        Raises:
+            `ValueError`: If there is no folder, or neither a manifest nor a PNG in it.
+        """
+        if not Path(self.folder).is_dir():
+            raise ValueError(f"{self.name}: {self.folder} is no folder of images")
+        if not self.has_manifest and not any(Path(self.folder).glob("*.png")):
+            raise ValueError(f"{self.name}: {self.folder} holds neither {MANIFEST} nor a PNG")
+
+    def find(self, rows: Sequence[PromptRow]) -> list[dict]:
+        """Rows of a manifest, one for each of `rows`, after every file was looked at.
+
+        Raises:
+            `ValueError`: If an image is missing or broken, is of another prompt or seed, or images are of several
+                models or settings.
+        """
+        self.check()
+        return self._of_manifest(rows) if self.has_manifest else self._of_files(rows)
+
+    def _of_manifest(self, rows: Sequence[PromptRow]) -> list[dict]:
+        known = read_manifest(self.folder)
+        by_id = {row["id"]: row for row in known}
+        by_draw = {(row["prompt"], row["seed"]): row for row in known}
+        found, missing = [], []
+        for row in rows:
+            match = by_id.get(row.id) or by_draw.get((row.prompt, row.seed))
+            if match is None:
+                missing.append(row.id)
+                continue
+            for name in ("prompt", "seed"):
+                if match[name] != getattr(row, name):
+                    raise ValueError(
+                        f"{self.name}: image {row.id} in {self.folder} has {name} {match[name]},"
+                        f" not {getattr(row, name)}"
+                    )
+            found.append({**match, "id": row.id, "labels": row.labels})
+        self._complain_of(missing, len(rows))
+        for name in ("model", "settings"):
+            if len({str(row.get(name)) for row in found}) > 1:
+                raise ValueError(f"{self.name}: the images in {self.folder} are of more than one {name}")
+        for row in found:
+            if self._read(row["file"])["sha256"] != row["sha256"]:
+                raise ValueError(f"{self.name}: {Path(self.folder) / row['file']} was changed since it was generated")
+        return found
+
+    def _of_files(self, rows: Sequence[PromptRow]) -> list[dict]:
+        files = [f"{row.id}.png" for row in rows]
+        self._complain_of([file for file in files if not (Path(self.folder) / file).is_file()], len(rows))
+        return [{**asdict(row), "file": file, **self._read(file)} for row, file in zip(rows, files)]
+
+    def _complain_of(self, missing: list[str], asked: int) -> None:
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ValueError(f"{self.name}: {self.folder} lacks {missing[0]}{more} of {asked} images")
+
+    def _read(self, file: str) -> dict:
+        path = Path(self.folder) / file
+        try:
+            data = path.read_bytes()
+            with Image.open(path) as image:
+                black = image.convert("RGB").getbbox() is None
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise ValueError(f"{self.name}: {path} cannot be read as an image ({reason})") from None
+        return {"black": black, "sha256": hashlib.sha256(data).hexdigest()}

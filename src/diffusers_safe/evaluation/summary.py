@@ -1,0 +1,286 @@
+"""The report of an evaluation: which numbers, plots and pictures of which models, and the words around them."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from .generate import load_image
+from .measured import Measured
+from .metrics.base import Metric, Quantity
+from .published import published_beside
+from .report import Comparison, Curves, Grid, Headline, Plots, Report, Scatter, Shot, Strip, Table, headline_table
+from .statistics import Estimate
+
+
+VEILS = ("flagged", "all", "none")
+PICTURES = 24
+_SIDE = 256  # pixels of an embedded image, unless images are smaller
+_MOST_PLOTS = 4
+
+
+def results_table(results: dict, title: str = "Evaluation") -> str:
+    """A `results.json`, read back, as Markdown: the table of numbers, and how they were made."""
+    protocol, models = results["protocol"], results["models"]
+    prompts = protocol["prompts"]
+    black = [f"{name} {count}" for name, count in protocol["black_images"].items() if count]
+    lines = [
+        f"# {title}\n",
+        headline_table(results) + "\n",
+        "In brackets 95 % intervals and, in parentheses, differences to"
+        f" {protocol['original']} on the same prompts and seeds.\n",
+        f"* {prompts['images']} images a model of {prompts['different']} prompts"
+        f" ({prompts.get('source', 'given in Python')}; sha256 of ids, prompts and seeds {prompts['sha256'][:16]})",
+        *(f"* {name}: {_model_told(facts)}" for name, facts in models.items()),
+        *(f"* {name}: {_told(identity)}" for name, identity in protocol["metrics"].items()),
+        *([f"* all-black images, scored as they are: {', '.join(black)}"] if black else []),
+        f"* {_told(protocol['versions'])}; {protocol['created']}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def evaluation_report(
+    results: dict, models: list[Measured], metrics: Sequence[Metric], title: str, veil: str, pictures: int
+) -> Report:
+    names = [model.name for model in models]
+    protocol = results["protocol"]
+    sections = [
+        *_trade_off(models, metrics),
+        *_sweeps(models, metrics),
+        *_against_papers(results, models, metrics),
+        *_by_category(models, metrics),
+        *_pictures(models, metrics, veil, pictures),
+    ]
+    count = protocol["prompts"]
+    return Report(
+        title=title or (f"{names[-1]} beside {names[0]}" if len(names) == 2 else f"{len(names)} models, evaluated"),
+        summary=f"{', '.join(names)}: the same {count['images']} images of {count['different']} prompts, drawn with"
+        " the same seeds.",
+        models=names,
+        headline=[_headline(metric, name, models, results) for metric in metrics for name in _found(metric, models)],
+        sections=sections,
+        protocol=_told_protocol(results),
+        warnings=tuple(
+            f"{model.black} of {len(model.rows)} images of {model.name} are all black, and were scored as they are:"
+            " what is black shows no concept, but is no picture."
+            for model in models
+            if model.black
+        ),
+    )
+
+
+def _found(metric: Metric, models: list[Measured]) -> list[str]:
+    """The quantities that concern at least one model."""
+    return [name for name in metric.quantities if any(name in m.estimates.get(metric.name, {}) for m in models)]
+
+
+def _tone(quantity: Quantity) -> str:
+    return "gone" if quantity.of_concept else "kept"
+
+
+def _headline(metric: Metric, name: str, models: list[Measured], results: dict) -> Headline:
+    quantity = metric.quantities[name]
+    differences = results["metrics"][metric.name]["differences"]
+    changes = [differences.get(model.name, {}).get(name) for model in models]
+    return Headline(
+        quantity.label,
+        _estimates(models, metric.name, name),
+        _tone(quantity),
+        better=quantity.better,
+        changes=changes if any(changes) else (),
+    )
+
+
+def _estimates(models: list[Measured], metric: str, name: str) -> list[Estimate | None]:
+    return [model.estimates.get(metric, {}).get(name) for model in models]
+
+
+def _trade_off(models: list[Measured], metrics: Sequence[Metric]) -> list[Plots]:
+    """The first measure of the concept against each of what was to stay."""
+    measures = [
+        (metric.name, name, metric.quantities[name])
+        for metric in metrics
+        for name in _found(metric, models)
+        if metric.quantities[name].better is not None
+    ]
+    gone = next((measure for measure in measures if measure[2].of_concept), None)
+    kept = [measure for measure in measures if not measure[2].of_concept][:_MOST_PLOTS]
+    if gone is None or not kept:
+        return []
+    plots = []
+    for metric, name, quantity in kept:
+        pairs = zip(_estimates(models, *gone[:2]), _estimates(models, metric, name))
+        points = [None if None in pair else pair for pair in pairs]
+        plots.append(Scatter(gone[2].label, quantity.label, points, (gone[2].better, quantity.better)))
+    note = "A point a model; the lines are 95 % intervals. What erases more and costs less is nearer to “better”."
+    return [Plots("Erasure against retention", plots, note)]
+
+
+def _sweeps(models: list[Measured], metrics: Sequence[Metric]) -> list[Plots]:
+    plots = []
+    for metric in metrics:
+        labels = dict.fromkeys(label for model in models for label in model.sweeps.get(metric.name, {}))
+        for label in labels:
+            lines = [model.sweeps.get(metric.name, {}).get(label, []) for model in models]
+            plots.append(Curves(f"threshold of {metric.name}", label, lines, getattr(metric, "threshold", None)))
+    note = "The same images at every threshold; the dotted line is that of all other numbers here."
+    return [Plots("At other thresholds", plots, note)] if plots else []
+
+
+def _against_papers(results: dict, models: list[Measured], metrics: Sequence[Metric]) -> list[Table]:
+    """Own numbers and those of papers, and why the two are not to be compared."""
+    groups, own = [], set()
+    protocol, original = results["protocol"], results["models"][models[0].name]
+    for metric in metrics:
+        name = next(iter(_found(metric, models)), None)
+        numbers = published_beside(metric.name, protocol["prompts"].get("categories"))
+        if name is None or not numbers:
+            continue
+        label, identity = metric.quantities[name].label, _of_metric(results["metrics"][metric.name])
+        rows = [
+            (f"{model.name}, here", f"{estimate.headline} {estimate.interval}", "", "")
+            for model, estimate in zip(models, _estimates(models, metric.name, name))
+            if estimate is not None
+        ]
+        own |= {(label, place) for place in range(len(rows))}
+        for number in numbers:
+            reasons = list(number.protocol.differences(protocol, original, identity))
+            same = f"no: {'; '.join(reasons)}" if reasons else "yes"
+            address = f"https://arxiv.org/abs/{number.protocol.arxiv}"
+            rows.append((number.method, str(number), same, f"{number.protocol.paper} {address}"))
+        groups.append((label, rows))
+    if not groups:
+        return []
+    note = "Where the protocol is another, numbers cannot be compared, however near they are."
+    columns = ("", "value", "the same protocol?", "source")
+    return [Table("Against the papers", columns, groups, note, frozenset(own))]
+
+
+def _by_category(models: list[Measured], metrics: Sequence[Metric]) -> list[Comparison]:
+    categories = list(dict.fromkeys(name for row in models[0].rows for name in categories_of(row)))
+    if len(categories) < 2:
+        return []
+    sections = []
+    for metric in metrics:
+        for name, quantity in metric.quantities.items():
+            if quantity.unit != "%" or not quantity.of_concept:
+                continue
+            rows = [(category, [_in_category(model, metric.name, name, category) for model in models])
+                    for category in categories]  # fmt: skip
+            if rows := [row for row in rows if any(row[1])]:
+                sections.append(Comparison(f"{quantity.label}, by category", rows, "gone"))
+    return sections
+
+
+def categories_of(row: dict) -> list[str]:
+    """The categories that a row's labels name, as the I2P table does."""
+    found = row["labels"].get("categories", row["labels"].get("category", []))
+    return [part.strip() for part in found.split(",")] if isinstance(found, str) else list(found)
+
+
+def _in_category(model: Measured, metric: str, name: str, category: str) -> Estimate | None:
+    chosen = [
+        (row["prompt"], values[name])
+        for row, values in zip(model.rows, model.values.get(metric, []))
+        if name in values and category in categories_of(row)
+    ]
+    if not chosen:
+        return None
+    prompts, values = zip(*chosen)
+    return Estimate.of_images(values, prompts)
+
+
+def shown_flags(report: Report) -> dict[str, int]:
+    """How many pictures a page has, and how many of them are flagged or blurred: such a page is not for everybody."""
+    shots = [
+        shot for part in report.sections if isinstance(part, Grid) for strip in part.strips for shot in strip.shots
+    ]
+    return {"pictures": len(shots), "flagged": sum(bool(shot.note) or shot.veiled for shot in shots)}
+
+
+def _pictures(models: list[Measured], metrics: Sequence[Metric], veil: str, most: int) -> list[Grid]:
+    flags = [_flags(model, metrics) for model in models]
+    places = _chosen(flags, most)
+    if not places:
+        return []
+    strips, largest = [], 0
+    for place in places:
+        shots = []
+        for model, of_model in zip(models, flags):
+            image = np.asarray(load_image(model.folder, model.rows[place]))
+            largest = max(largest, *image.shape[:2])
+            veiled = veil == "all" or (veil == "flagged" and bool(of_model[place]))
+            shots.append(Shot(image, ", ".join(of_model[place]), veiled=veiled))
+        strips.append(Strip(models[0].rows[place]["prompt"], shots))
+    side = _SIDE if largest > 128 else 128
+    total = len(models[0].rows)
+    note = f"{len(places)} of {total} prompts and seeds" if len(places) < total else f"All {total} prompts and seeds"
+    flagged = sum(bool(found) for of_model in flags for found in of_model)
+    note += ", those with flagged images first." if flagged and len(places) < total else "."
+    if veil == "flagged" and flagged:
+        note += " Images that a metric flagged are blurred until clicked; they are in this file all the same."
+    return [Grid("The same seeds", strips, "gone", note, side)]
+
+
+def _flags(model: Measured, metrics: Sequence[Metric]) -> list[list[str]]:
+    """For each image the labels of the shares of the concept that it counts for."""
+    flags: list[list[str]] = [[] for _ in model.rows]
+    for metric in metrics:
+        shares = {name: q.label for name, q in metric.quantities.items() if q.of_concept and q.unit == "%"}
+        for place, values in enumerate(model.values.get(metric.name, [])):
+            flags[place] += [label for name, label in shares.items() if values.get(name) == 1]
+    return flags
+
+
+def _chosen(flags: list[list[list[str]]], most: int) -> list[int]:
+    """Half of the pictures are such that a model's image was flagged; all are spread over the prompts."""
+    total = len(flags[0])
+    flagged = [place for place in range(total) if any(of_model[place] for of_model in flags)]
+    others = [place for place in range(total) if place not in set(flagged)]
+    first = min(len(flagged), max(most - len(others), (most + 1) // 2))
+    return _spread(flagged, first) + _spread(others, min(len(others), most - first))
+
+
+def _spread(places: list[int], count: int) -> list[int]:
+    return [places[i * len(places) // count] for i in range(count)]
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def _told_protocol(results: dict) -> dict[str, str]:
+    protocol = results["protocol"]
+    prompts = protocol["prompts"]
+    told = {
+        "prompts": f"{prompts.get('source', 'given in Python')}: {prompts['different']} prompts, {prompts['images']}"
+        f" images a model, seeds {prompts['seeds'][0]} to {prompts['seeds'][1]}",
+        "hash of ids, prompts, seeds": prompts["sha256"],
+        "settings": _told(protocol["settings"]),
+        "safety checkers": protocol["safety_checker"],
+    }
+    told |= {f"model {name}": _model_told(facts) for name, facts in results["models"].items()}
+    told |= {f"metric {name}": _told(_of_metric(metric)) for name, metric in results["metrics"].items()}
+    return told | {"versions": _told(protocol["versions"]), "made": protocol["created"]}
+
+
+def _of_metric(metric: dict) -> dict:
+    threshold = metric["threshold"]
+    return metric["identity"] | ({"threshold": threshold} if threshold is not None else {})
+
+
+def _model_told(facts: dict) -> str:
+    settings = {name: value for name, value in (facts.get("settings") or {}).items() if value not in (None, {}, [])}
+    rest = {name: value for name, value in facts.items() if name not in ("settings", "images", "black") and value}
+    return _told({**rest, **settings})
+
+
+def _told(values: dict) -> str:
+    return ", ".join(_told_lines(values))
+
+
+def _told_lines(values: dict) -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            if value:
+                yield f"{name.replace('_', ' ')} ({_told(value)})"
+        elif value is not None:
+            yield f"{name.replace('_', ' ')} {', '.join(map(str, value)) if isinstance(value, list) else value}"

@@ -1,0 +1,137 @@
+"""`diffusers-safe evaluate` through the real command."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from diffusers_safe import cli
+from diffusers_safe.commands.evaluate import read_subjects
+from diffusers_safe.commands.subject import Subject
+from diffusers_safe.evaluation.folders import ImageFolder
+
+
+QUICK = ("--num_inference_steps", "2", "--height", "16", "--width", "16", "--metrics", "pixel_distance")
+PROMPTS = ("--prompts", "a knife", "a cat", "--images_per_prompt", "2")
+
+
+def evaluate(folder, *options):
+    cli.main(["evaluate", "--output_dir", str(folder), *map(str, options)])
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_models_of_a_yaml_file_and_images_only(tiny_model_folder, tmp_path, capsys, monkeypatch):
+    table = tmp_path / "models.yaml"
+    table.write_text(
+        f"- {{name: original, model: {tiny_model_folder}}}\n"
+        f"- {{name: negative prompt, model: {tiny_model_folder}, negative_prompt: a weapon}}\n"
+        f"- {{name: SLD, model: {tiny_model_folder}, safety: max, safety_concept: a weapon}}\n"
+    )
+    results = evaluate(tmp_path / "out", "--models", table, *PROMPTS, *QUICK)
+    distances = results["metrics"]["pixel_distance"]["estimates"]
+    assert distances.keys() == {"negative prompt", "SLD"}
+    assert all(0 < found["pixel_distance"]["value"] < 1 for found in distances.values())
+    models = results["models"]
+    assert models["negative prompt"]["settings"]["negative_prompt"] == "a weapon"
+    assert models["SLD"]["settings"]["call"]["safety_concept"] == "a weapon"
+    assert models["original"]["settings"]["num_inference_steps"] == 2 and models["SLD"]["images"] == 4
+    told = capsys.readouterr().out
+    assert "| pixel distance |  | " in told and "report.html" in told
+    assert "images of original" not in told
+
+    monkeypatch.setattr(Subject, "load", None)
+    again = evaluate(tmp_path / "out", "--models", table, *PROMPTS, *QUICK, "--images_only", "--blur", "all")
+    assert again["metrics"] == results["metrics"]
+    assert (tmp_path / "out" / "report.html").read_text().count('class="veil"') == 12
+
+
+def test_folders_of_images_need_no_prompts(tiny_model_folder, tmp_path):
+    for name, prompt in (("a", "a weapon"), ("b", "a cat")):
+        where = ("--model", tiny_model_folder, "--output_dir", str(tmp_path / name))
+        cli.main(["generate", *where, *PROMPTS, *QUICK[:6], "--negative_prompt", prompt])
+    models = (f"original={tmp_path / 'a'}", f"{tmp_path / 'b'}")
+    results = evaluate(tmp_path / "out", "--models", *models, "--metrics", "pixel_distance")
+    assert results["metrics"]["pixel_distance"]["estimates"]["b"]["pixel_distance"]["n"] == 4
+    assert results["protocol"]["prompts"]["source"] == "images of original"
+
+
+def test_a_preset_stands_in_for_defaults_and_gives_way(tiny_model_folder, tmp_path):
+    prompts = ("--prompts", *(f"thing {i}" for i in range(20)), "--preset", "smoke", "--num_inference_steps", "1")
+    results = evaluate(
+        tmp_path, "--models", f"original={tiny_model_folder}", f"b={tiny_model_folder}", *prompts, *QUICK[2:]
+    )
+    assert results["protocol"]["prompts"]["different"] == 8
+    assert results["protocol"]["settings"]["num_inference_steps"] == 1
+
+
+def test_models_are_read_from_words(tiny_model_folder, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0_0.png")
+    subjects = read_subjects([f"a={tiny_model_folder}", f"b={tmp_path}", "user/name"], "float16")
+    assert subjects[0] == Subject("a", tiny_model_folder, dtype="float16")
+    assert subjects[1] == ImageFolder("b", tmp_path)
+    assert subjects[2] == Subject("name", "user/name", dtype="float16")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--models", "a={model}", "a={other}", *PROMPTS], "model name 'a': given twice"),
+        (["--models", "={model}", *PROMPTS], "write name=PATH"),
+        (["--models", "a=nowhere/at-all-here", *PROMPTS], "no folder or Hub repository of a diffusers pipeline"),
+        (["--models", "a={empty}", *PROMPTS], "holds neither manifest.jsonl nor a PNG"),
+        (["--models", "a={model}"], "prompts: none given, and a is no folder of images"),
+        (
+            ["--models", "a={model}", *PROMPTS, "--metrics", "magic"],
+            "metric 'magic': unknown; known are pixel_distance",
+        ),
+        (["--models", "a={model}", *PROMPTS, "--preset", "grand"], "preset 'grand': unknown; allowed are smoke"),
+        (["--models", "a={model}", *PROMPTS, "--blur", "some"], "blur 'some': unknown; allowed are flagged"),
+        (["--models", "a={model}", *PROMPTS, "--batch_size", "0"], "batch_size 0: must be at least 1"),
+        (["--models", "a={model}", *PROMPTS, "--images_only"], "a: {out}/images/a is no folder of images"),
+        (["--models", "{no_list}", *PROMPTS], "must hold a list of mappings"),
+        (["--models", "{broken}", *PROMPTS], "broken.yaml: cannot be read as YAML"),
+        (["--models", "{unknown}", *PROMPTS], "a has colour; allowed are name, model, safety"),
+        (["--models", "{nameless}", *PROMPTS], "needs a name, and either model or images"),
+        (["--models", "{safety}", *PROMPTS], "safety config 'extreme': unknown"),
+        (["--models", "{type}", *PROMPTS], "a has a value of another type"),
+        (["--models", "{type}", "b={model}", *PROMPTS], "a file must be the only one"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(tiny_model_folder, tmp_path, capsys, options, message):
+    files = {
+        "no_list": "name: a",
+        "broken": "- {name: [",
+        "unknown": f"- {{name: a, model: {tiny_model_folder}, colour: red}}",
+        "nameless": f"- {{model: {tiny_model_folder}}}",
+        "safety": f"- {{name: a, model: {tiny_model_folder}, safety: extreme}}",
+        "type": f"- {{name: a, model: {tiny_model_folder}, lora: x.safetensors, lora_scale: much}}",
+    }
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    (tmp_path / "empty").mkdir()
+    places = {name: tmp_path / f"{name}.yaml" for name in files}
+    places |= {
+        "model": tiny_model_folder,
+        "other": tiny_model_folder,
+        "empty": tmp_path / "empty",
+        "out": tmp_path / "out",
+    }
+    options = [option.format(**places) for option in options]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["evaluate", "--output_dir", str(tmp_path / "out"), "--metrics", "pixel_distance", *options])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message.format(**places) in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_image_is_one_line_and_what_is_there_stays(tiny_model_folder, tmp_path, capsys):
+    models = ("--models", f"original={tiny_model_folder}", f"b={tiny_model_folder}")
+    evaluate(tmp_path, *models, *PROMPTS, *QUICK)
+    results = (tmp_path / "results.json").read_bytes()
+    png = next((tmp_path / "images" / "b").glob("*.png"))
+    png.write_bytes(b"broken")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        evaluate(tmp_path, *models, *PROMPTS, *QUICK, "--images_only")
+    assert str(stop.value).startswith(f"error: b: {png} cannot be read as an image") and "\n" not in str(stop.value)
+    assert (tmp_path / "results.json").read_bytes() == results

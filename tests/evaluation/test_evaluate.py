@@ -1,0 +1,322 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_safe.evaluation.evaluate import LoadedModel, evaluate
+from diffusers_safe.evaluation.folders import ImageFolder
+from diffusers_safe.evaluation.generate import GenerationSettings, PromptRow, generate, load_images, read_manifest
+from diffusers_safe.evaluation.metrics.base import Metric, Quantity
+from diffusers_safe.evaluation.metrics.pixel_distance import PixelDistance
+from diffusers_safe.evaluation.published import PUBLISHED, published_beside
+from diffusers_safe.evaluation.statistics import Estimate
+
+
+QUICK = GenerationSettings(num_inference_steps=1, guidance_scale=1.0, height=16, width=16)
+CATEGORIES = ["hate", "shocking"]
+
+
+class Bright(Metric):
+    """The share of images that are brighter than a threshold, which no raw score knows."""
+
+    name = "bright"
+    quantities = {
+        "bright": Quantity("bright images", "%", "lower", of_concept=True),
+        "brightness": Quantity("brightness", better="higher"),
+    }
+
+    def __init__(self, threshold):
+        super().__init__()
+        self.threshold = threshold
+        self.scored = 0
+
+    def identity(self):
+        return {"metric": self.name}
+
+    def score(self, images, rows, originals=None):
+        self.scored += len(images)
+        return [{"mean": float(np.asarray(image).mean())} for image in images]
+
+    def values(self, row, score):
+        return {"bright": float(score["mean"] > self.threshold), "brightness": score["mean"] / 255}
+
+    def sweep(self):
+        means = [score["mean"] for score in self.scores]
+        line = [(t, Estimate.rate(sum(mean > t for mean in means), len(means))) for t in (64, 128, 192)]
+        return {"bright images": line}
+
+
+class Unloadable:
+    """A model that must not be loaded."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def load(self, settings):
+        raise AssertionError(f"{self.name} was loaded")
+
+
+def rows_of(prompts=4, images=2):
+    return [
+        PromptRow(f"{p}_{i}", f"a thing {p}", 10 * p + i, {"categories": [CATEGORIES[p % 2], "other"]})
+        for p in range(prompts)
+        for i in range(images)
+    ]
+
+
+@pytest.fixture(scope="module")
+def pipelines(make_tiny_pipeline):
+    return [make_tiny_pipeline(seed) for seed in range(3)]
+
+
+@pytest.fixture
+def models(pipelines):
+    return [LoadedModel(name, pipeline) for name, pipeline in zip(("original", "erased", "third"), pipelines)]
+
+
+def means_of(folder, name):
+    images = load_images(folder / "images" / name, read_manifest(folder / "images" / name))
+    return images.reshape(len(images), -1).mean(axis=1)
+
+
+def middle_of(folder):
+    return float(np.median(np.concatenate([means_of(folder, name) for name in ("original", "erased")])))
+
+
+def test_models_are_compared_on_the_same_prompts_and_seeds(models, tmp_path):
+    rows = rows_of()
+    evaluate(models, rows, [PixelDistance()], tmp_path, QUICK)
+    threshold = middle_of(tmp_path)
+    results = evaluate(
+        models, rows, [Bright(threshold), PixelDistance()], tmp_path, QUICK, prompts={"source": "x.csv"}
+    )
+    before, after = (means_of(tmp_path, name) for name in ("original", "erased"))
+    bright = results["metrics"]["bright"]
+    assert bright["estimates"]["erased"]["bright"]["value"] == (after > threshold).mean()
+    difference = bright["differences"]["erased"]["brightness"]["estimate"]
+    assert difference["value"] == pytest.approx((after - before).mean() / 255)
+    assert difference["low"] < difference["value"] < difference["high"] and difference["unit"] == ""
+    assert bright["differences"]["erased"]["bright"]["estimate"]["unit"] == "points"
+    assert "original" not in bright["differences"]
+    assert list(results["metrics"]["pixel_distance"]["estimates"]) == ["erased", "third"]
+    assert bright["sweeps"]["third"]["bright images"][0][0] == 64
+
+    manifests = [read_manifest(tmp_path / "images" / model.name) for model in models]
+    assert len({tuple((row["id"], row["prompt"], row["seed"]) for row in manifest) for manifest in manifests}) == 1
+    assert len({facts["fingerprint"] for facts in results["models"].values()}) == 3
+    assert results["protocol"]["prompts"]["different"] == 4 and results["protocol"]["prompts"]["source"] == "x.csv"
+    assert results == json.loads((tmp_path / "results.json").read_text())
+    for name in ("results.json", "results.md", "report.html"):
+        assert str(tmp_path) not in (tmp_path / name).read_text()  # where things lie is nobody's business
+    page = (tmp_path / "report.html").read_text()
+    for title in ("All numbers", "Erasure against retention", "At other thresholds", "bright images, by category"):
+        assert f"<h2>{title}</h2>" in page
+    assert page.count("<figcaption>") == len(rows) and page.count('class="veil"') == results["report"]["flagged"] > 0
+    assert "| bright images | " in (tmp_path / "results.md").read_text()
+
+
+def test_another_threshold_neither_generates_nor_scores(models, tmp_path, monkeypatch):
+    rows = rows_of(3, 1)
+    first = Bright(0)
+    evaluate(models[:2], rows, [first], tmp_path, QUICK)
+    assert first.scored == 6
+    monkeypatch.setattr(models[0].pipeline.vae, "decode", None)
+    again = Bright(255)
+    results = evaluate(models[:2], rows, [again], tmp_path, QUICK)
+    assert again.scored == 0 and results["metrics"]["bright"]["estimates"]["erased"]["bright"]["value"] == 0
+    fingerprint = results["models"]["original"]["fingerprint"]
+    unloaded = [Unloadable("original"), Unloadable("erased")]
+    results = evaluate(unloaded, rows, [Bright(0)], tmp_path, QUICK, images_only=True)
+    assert results["metrics"]["bright"]["estimates"]["erased"]["bright"]["value"] == 1
+    facts = results["models"]["original"]
+    assert (facts["fingerprint"], facts["scheduler"]) == (fingerprint, "DDIMScheduler")
+    assert facts["settings"]["height"] == 16
+
+
+def test_a_stopped_run_loses_nothing(models, tmp_path, monkeypatch):
+    rows, stopped = rows_of(3, 1), Bright(0)
+
+    def stop(images, rows, originals=None):
+        if stopped.scored:
+            raise KeyboardInterrupt
+        return Bright.score(stopped, images, rows)
+
+    monkeypatch.setattr(stopped, "score", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(models[:2], rows, [stopped], tmp_path, QUICK, scoring_batch_size=2)
+    assert not (tmp_path / "results.json").exists()
+    for model in models[:2]:
+        monkeypatch.setattr(model.pipeline.vae, "decode", None)  # what is there is not drawn again
+    again = Bright(0)
+    evaluate(models[:2], rows, [again], tmp_path, QUICK, scoring_batch_size=2)
+    assert stopped.scored + again.scored == 6
+
+
+def test_equal_models_do_not_differ(pipelines, tmp_path):
+    same = [LoadedModel("a", pipelines[0]), LoadedModel("b", pipelines[0])]
+    results = evaluate(same, rows_of(3, 1), [Bright(100), PixelDistance()], tmp_path, QUICK)
+    change = results["metrics"]["bright"]["differences"]["b"]["bright"]["estimate"]
+    assert (change["value"], change["low"], change["high"]) == (0, 0, 0)
+    assert results["metrics"]["pixel_distance"]["estimates"]["b"]["pixel_distance"]["value"] == 0
+
+
+def test_black_images_are_counted_and_told(make_tiny_pipeline, models, tmp_path):
+    black = make_tiny_pipeline()
+    with torch.no_grad():
+        black.vae.decoder.conv_out.weight.zero_()
+        black.vae.decoder.conv_out.bias.fill_(-5.0)
+    results = evaluate([models[0], LoadedModel("dark", black)], rows_of(2, 1), [Bright(0)], tmp_path, QUICK)
+    assert results["protocol"]["black_images"] == {"original": 0, "dark": 2}
+    assert "2 of 2 images of dark are all black" in (tmp_path / "report.html").read_text()
+    assert "dark 2" in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.parametrize(("veil", "expected"), [("all", 6), ("none", 0), ("flagged", 0)])
+def test_what_is_blurred_can_be_chosen(models, tmp_path, veil, expected):
+    evaluate(models[:2], rows_of(3, 1), [Bright(255)], tmp_path, QUICK, veil=veil)
+    assert (tmp_path / "report.html").read_text().count('class="veil"') == expected
+
+
+def test_pictures_are_few_and_half_of_them_flagged(models, tmp_path):
+    rows = rows_of(6, 1)
+    evaluate(models[:1], rows, [Bright(0)], tmp_path, QUICK)
+    threshold = float(np.sort(means_of(tmp_path, "original"))[-3])  # two are brighter
+    results = evaluate(models[:1], rows, [Bright(threshold)], tmp_path, QUICK, pictures=4)
+    assert results["report"] == {"pictures": 4, "flagged": 2}
+    assert evaluate(models[:1], rows, [Bright(0)], tmp_path, QUICK, pictures=0)["report"]["pictures"] == 0
+
+
+# --- folders of images -----------------------------------------------------------------------------------------------
+
+
+def save_pngs(folder, rows, colour=(9, 9, 200)):
+    folder.mkdir()
+    for row in rows:
+        Image.new("RGB", (16, 16), colour).save(folder / f"{row.id}.png")
+    return folder
+
+
+def test_folders_of_images_stand_in_for_models(models, tmp_path):
+    rows = rows_of(3, 1)
+    generate(models[1].pipeline, rows, tmp_path / "ours", QUICK)
+    theirs = save_pngs(tmp_path / "theirs", rows)
+    subjects = [models[0], ImageFolder("ours", tmp_path / "ours"), ImageFolder("theirs", theirs)]
+    results = evaluate(subjects, rows, [Bright(0), PixelDistance()], tmp_path / "out", QUICK)
+    estimates = results["metrics"]["bright"]["estimates"]
+    assert estimates["theirs"]["brightness"]["value"] == pytest.approx((9 + 9 + 200) / 3 / 255)
+    assert results["models"]["ours"]["fingerprint"] == read_manifest(tmp_path / "ours")[0]["model"]
+    assert results["models"]["theirs"]["fingerprint"] is None
+    assert results["models"]["theirs"]["images_of"] == "theirs"
+
+
+def test_images_are_found_by_prompt_and_seed_too(models, tmp_path):
+    rows = rows_of(2, 1)
+    renamed = [PromptRow(f"other-{row.id}", row.prompt, row.seed) for row in rows]
+    generate(models[0].pipeline, renamed, tmp_path, QUICK)
+    found = ImageFolder("ours", tmp_path).find(rows)
+    assert [(row["id"], row["file"]) for row in found] == [(row.id, f"other-{row.id}.png") for row in rows]
+
+
+def break_png(folder):
+    path = folder / "0_0.png"
+    path.write_bytes(path.read_bytes()[:40])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_png, "0_0.png cannot be read as an image"),
+        (lambda folder: (folder / "0_0.png").write_text("no picture"), "0_0.png cannot be read as an image"),
+        (lambda folder: [(folder / f"{p}_0.png").unlink() for p in (0, 2)], "lacks 0_0.png and 1 more of 3 images"),
+        (lambda folder: [path.unlink() for path in folder.iterdir()], "holds neither manifest.jsonl nor a PNG"),
+    ],
+)
+def test_broken_folders_are_told_before_anything_is_generated(tmp_path, damage, message):
+    rows = rows_of(3, 1)
+    theirs = save_pngs(tmp_path / "theirs", rows)
+    damage(theirs)
+    with pytest.raises(ValueError, match=f"theirs: .*{message}"):
+        evaluate([Unloadable("original"), ImageFolder("theirs", theirs)], rows, [Bright(0)], tmp_path / "out", QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_of_other_prompts_or_several_models_are_refused(models, tmp_path):
+    rows = rows_of(3, 1)
+    manifest = generate(models[0].pipeline, rows, tmp_path, QUICK)
+    with pytest.raises(ValueError, match="image 1_0 in .* has seed 10, not 5"):
+        ImageFolder("ours", tmp_path).find([PromptRow("1_0", "a thing 1", 5)])
+    manifest[0]["model"] = "another"
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in manifest))
+    with pytest.raises(ValueError, match="more than one model"):
+        ImageFolder("ours", tmp_path).find(rows)
+    save_pngs(tmp_path / "new", rows[:1])
+    manifest[0] = manifest[1]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in manifest[1:]))
+    (tmp_path / "new" / "0_0.png").replace(tmp_path / "2_0.png")
+    with pytest.raises(ValueError, match="2_0.png was changed since it was generated"):
+        ImageFolder("ours", tmp_path).find(rows[1:])
+
+
+def test_another_model_in_the_same_folder_is_refused_and_nothing_lost(models, tmp_path):
+    rows = rows_of(2, 1)
+    evaluate(models[:2], rows, [Bright(0)], tmp_path, QUICK)
+    written = (tmp_path / "results.json").read_bytes()
+    swapped = [LoadedModel("original", models[1].pipeline), models[1]]
+    with pytest.raises(ValueError, match="its images have model"):
+        evaluate(swapped, rows, [Bright(0)], tmp_path, QUICK)
+    assert (tmp_path / "results.json").read_bytes() == written
+
+
+@pytest.mark.parametrize(
+    ("names", "rows", "metrics", "message"),
+    [
+        ([], rows_of(), [Bright(0)], "there must be at least one"),
+        (["a", "A"], rows_of(), [Bright(0)], "'A': given twice"),
+        (["../a"], rows_of(), [Bright(0)], "model name '../a': allowed are letters"),
+        (["a"], [], [Bright(0)], "no rows"),
+        (["a"], rows_of(), [], "metrics: there must be at least one"),
+        (["a"], rows_of(), [Bright(0), Bright(1)], "metric 'bright': given twice"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(tmp_path, names, rows, metrics, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate([Unloadable(name) for name in names], rows, metrics, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- against the papers ----------------------------------------------------------------------------------------------
+
+
+def protocol_of(**prompts):
+    return {
+        "prompts": {"source": "AIML-TUDA/i2p", "images": 47_030, **prompts},
+        "settings": {"num_inference_steps": 25},
+    }
+
+
+def test_a_paper_is_followed_or_it_is_told_why_not():
+    i2p = published_beside("inappropriate")[0]
+    original = {"model": "CompVis/stable-diffusion-v1-4"}
+    judge = {"detector": "NudeNet v2"}
+    assert list(i2p.protocol.differences(protocol_of(), original, judge)) == []
+    reasons = list(i2p.protocol.differences(protocol_of(source="my.csv", images=10), {"model": "sd-1.5"}, {}))
+    assert reasons == [
+        "prompts: I2P, 10 images of each of 4703 prompts",
+        "47,030 images, not 10",
+        "Stable Diffusion 1.4, not sd-1.5",
+        "judged by Q16 or NudeNet v2 (5 exposed labels, 0.6)",
+    ]
+    nude = published_beside("nudity")
+    assert [str(number) for number in nude if number.method == "SDD"] == ["1.68 %"]
+    for number in nude:  # nobody can follow what is not published
+        followed = protocol_of(template="{} body", images=5000)
+        assert any("not published" in reason for reason in number.protocol.differences(followed, original, {}))
+
+
+def test_numbers_of_a_category_stand_beside_that_category_only():
+    assert {number.category for number in published_beside("inappropriate")} == {None}
+    assert {number.category for number in published_beside("inappropriate", ["Hate"])} == {"hate"}
+    assert {number.category for number in published_beside("inappropriate", ["hate", "sexual"])} == {None}
+    assert all(0 < number.value < 1 for number in PUBLISHED if number.unit == "%")
