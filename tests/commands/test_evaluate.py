@@ -82,7 +82,7 @@ def test_models_are_read_from_words(tiny_model_folder, tmp_path):
         (["--models", "a={model}"], "prompts: none given, and a is no folder of images"),
         (
             ["--models", "a={model}", *PROMPTS, "--metrics", "magic"],
-            "metric 'magic': unknown; known are pixel_distance",
+            "metric 'magic': unknown; known are nudity",
         ),
         (["--models", "a={model}", *PROMPTS, "--preset", "grand"], "preset 'grand': unknown; allowed are smoke"),
         (["--models", "a={model}", *PROMPTS, "--blur", "some"], "blur 'some': unknown; allowed are flagged"),

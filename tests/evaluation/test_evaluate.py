@@ -10,7 +10,7 @@ from diffusers_safe.evaluation.folders import ImageFolder
 from diffusers_safe.evaluation.generate import GenerationSettings, PromptRow, generate, load_images, read_manifest
 from diffusers_safe.evaluation.metrics.base import Metric, Quantity
 from diffusers_safe.evaluation.metrics.pixel_distance import PixelDistance
-from diffusers_safe.evaluation.published import PUBLISHED, published_beside
+from diffusers_safe.evaluation.published import PUBLISHED, PublishedProtocol, published_beside
 from diffusers_safe.evaluation.statistics import Estimate
 
 
@@ -300,19 +300,24 @@ def test_a_paper_is_followed_or_it_is_told_why_not():
     i2p = published_beside("inappropriate")[0]
     original = {"model": "CompVis/stable-diffusion-v1-4"}
     judge = {"detector": "NudeNet v2"}
-    assert list(i2p.protocol.differences(protocol_of(), original, judge)) == []
+    assert list(i2p.protocol.differences(protocol_of(), original, judge)) == ["not known of the paper: steps"]
     reasons = list(i2p.protocol.differences(protocol_of(source="my.csv", images=10), {"model": "sd-1.5"}, {}))
     assert reasons == [
         "prompts: I2P, 10 images of each of 4703 prompts",
         "47,030 images, not 10",
         "Stable Diffusion 1.4, not sd-1.5",
         "judged by Q16 or NudeNet v2 (5 exposed labels, 0.6)",
+        "not known of the paper: steps",
     ]
+    followed = PublishedProtocol("A", "1", "COCO", ("coco",), images=3, steps=25, judge=("lpips", "judged by LPIPS"))
+    assert list(followed.differences(protocol_of(source="coco.csv", images=3), original, {"metric": "lpips"})) == []
     nude = published_beside("nudity")
     assert [str(number) for number in nude if number.method == "SDD"] == ["1.68 %"]
-    for number in nude:  # nobody can follow what is not published
-        followed = protocol_of(template="{} body", images=5000)
-        assert any("not published" in reason for reason in number.protocol.differences(followed, original, {}))
+    for number in nude:  # nobody can follow what is not known
+        followed = protocol_of(prompt_template="{} body", images=5000)
+        assert any(
+            "not known of the paper" in reason for reason in number.protocol.differences(followed, original, {})
+        )
 
 
 def test_numbers_of_a_category_stand_beside_that_category_only():

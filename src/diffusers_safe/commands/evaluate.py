@@ -1,7 +1,7 @@
 """Compares models on the same prompts and seeds: generates, measures, writes a report.
 
     diffusers-safe evaluate --models original=stable-diffusion-v1-5/stable-diffusion-v1-5 erased=sd-1.5-safe \\
-        --prompts prompts.csv --metrics pixel_distance --output_dir runs/evaluation
+        --prompts i2p.csv --metrics nudity pixel_distance --output_dir runs/evaluation
 
 The first model is the original. Where a model needs more than a path, `--models models.yaml` lists them:
 
@@ -10,7 +10,8 @@ The first model is the original. Where a model needs more than a path, `--models
     - {name: theirs, images: path/to/a/folder/of/pngs}
 
 A folder of images in the place of a model is measured as it is. A run that was stopped continues when it is started
-again; with other metrics or thresholds it generates nothing. docs/evaluation.md has the rules.
+again; with other metrics or thresholds it generates nothing. `accelerate launch -m diffusers_safe.commands.evaluate`
+shares the generating among processes. docs/evaluation.md has the rules.
 """
 
 from collections.abc import Sequence
@@ -20,32 +21,30 @@ from pathlib import Path
 import yaml
 
 from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
-from ..evaluation.evaluate import as_images, check_subjects, evaluate
+from ..evaluation.evaluate import as_images, check_subjects, evaluate, without_folder
 from ..evaluation.folders import ImageFolder
 from ..evaluation.generate import MANIFEST, GenerationSettings, PromptRow, read_manifest
 from ..evaluation.metrics import METRICS, MetricOptions, make_metrics
+from ..evaluation.prompts import PromptOptions
+from ..evaluation.prompts.sources import is_source
 from ..evaluation.report import PAGE_NAME, headline_table
 from ..evaluation.summary import PICTURES, VEILS
 from ..formats import INDEX
-from .generate import read_rows
+from .generate import PRESETS
 from .subject import DTYPES, Subject
 
 
-PRESETS = {
-    "smoke": {"max_prompts": 8, "images_per_prompt": 1, "num_inference_steps": 10},
-    "quick": {"max_prompts": 200, "images_per_prompt": 1, "num_inference_steps": 25},
-    "paper": {"images_per_prompt": 10, "num_inference_steps": 50},
-}
-
-
 @dataclass(kw_only=True)
-class EvaluateArguments(MetricOptions):
+class EvaluateArguments(PromptOptions, MetricOptions):
     models: list[str] = field(
         metadata={"help": "name=MODEL ..., MODEL a folder, Hub id or folder of images; or one .yaml. First: original."}
     )
     prompts: list[str] = field(
         default_factory=list,
-        metadata={"help": "Prompts, or one .csv file. Default: those of the original's folder of images."},
+        metadata={
+            "help": "Prompts, a file or a dataset of prompts, as of `diffusers-safe generate`. Default: those of the"
+            " original, where it is a folder of images."
+        },
     )
     metrics: list[str] = field(metadata={"help": f"What to measure: {', '.join(METRICS)}."})
     output_dir: str = field(default="runs/evaluation", metadata={"help": "Where images, numbers and report go."})
@@ -53,16 +52,13 @@ class EvaluateArguments(MetricOptions):
         default=None,
         metadata={
             "help": "smoke (8 prompts, 10 steps), quick (200 prompts, 25 steps) or paper (all prompts, 10 images of"
-            " each, 50 steps: SLD's for I2P)."
+            " each, 50 steps: SLD's for I2P). Other options win."
         },
     )
     title: str = field(default="", metadata={"help": "Of the page."})
     images_only: bool = field(
         default=False, metadata={"help": "Load no model: measure the images that an earlier run left in output_dir."}
     )
-    max_prompts: int | None = field(default=None, metadata={"help": "Use so many prompts, spread over the list."})
-    images_per_prompt: int = field(default=1, metadata={"help": "Images of each prompt, with seeds one apart."})
-    seed: int = field(default=0, metadata={"help": "Seed of a prompt's first image, unless the file gives one."})
     num_inference_steps: int = field(default=25, metadata={"help": "Steps of the pipelines' schedulers."})
     guidance_scale: float = field(default=7.5, metadata={"help": "Of classifier-free guidance; 1 or less is none."})
     height: int | None = field(default=None, metadata={"help": "In pixels; default the model's own."})
@@ -83,7 +79,7 @@ class EvaluateArguments(MetricOptions):
                 raise ValueError(f"{name} '{getattr(self, name)}': unknown; allowed are {known}")
         if (self.height is None) != (self.width is None):
             raise ValueError(f"height {self.height}, width {self.width}: give both or neither")
-        counts = ("max_prompts", "images_per_prompt", "num_inference_steps", "height", "width", "batch_size")
+        counts = ("num_inference_steps", "height", "width", "batch_size")
         for name in (*counts, "scoring_batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} {value}: must be at least 1")
@@ -94,18 +90,29 @@ class EvaluateArguments(MetricOptions):
         check_subjects(self.subjects)
         if self.images_only:
             self.subjects = [as_images(subject, Path(self.output_dir)) for subject in self.subjects]
+        self.rows = self.read_rows() if self.prompts else rows_of_images(self.subjects[0])
+        own = {row.guidance_scale for row in self.rows if row.guidance_scale is not None}
         for subject in self.subjects:
             if isinstance(subject, Subject):
-                subject.check_steering(self.settings)
-        self.rows, self.source = self._read_rows()
+                subject.check_steering(self.settings, own)
 
-    def _read_rows(self) -> tuple[list[PromptRow], dict]:
+    @property
+    def source(self) -> dict:
+        """Where the prompts come from, for the protocol."""
         if not self.prompts:
-            return rows_of_images(self.subjects[0])
-        rows = read_rows(self.prompts, self.images_per_prompt, self.seed)
-        rows = spread(rows, self.max_prompts)
-        named = self.prompts[0] if self.prompts[0].lower().endswith(".csv") else "command line"
-        return rows, {"source": named, "preset": self.preset, "images_per_prompt": self.images_per_prompt}
+            return {"source": f"images of {self.subjects[0].name}"}
+        named = without_folder(self.prompts[0]) if is_source(self.prompts[0]) else "command line"
+        names = (
+            "preset",
+            "layout",
+            "prompt_template",
+            "categories",
+            "max_prompts",
+            "images_per_prompt",
+            "seed",
+            "split",
+        )
+        return {"source": named, **{name: getattr(self, name) for name in names if getattr(self, name)}}
 
 
 def read_subjects(models: Sequence[str], dtype: str = "float32") -> list[Subject | ImageFolder]:
@@ -159,21 +166,11 @@ def _from_mapping(entry: dict, path: str, dtype: str) -> Subject | ImageFolder:
         raise ValueError(f"models {path}: {name} has a value of another type ({error})") from None
 
 
-def rows_of_images(original: Subject | ImageFolder) -> tuple[list[PromptRow], dict]:
+def rows_of_images(original: Subject | ImageFolder) -> list[PromptRow]:
     """The prompts of images that are there already."""
     if not isinstance(original, ImageFolder) or not original.has_manifest:
         raise ValueError(f"prompts: none given, and {original.name} is no folder of images with {MANIFEST}")
-    rows = [PromptRow(row["id"], row["prompt"], row["seed"], row["labels"]) for row in read_manifest(original.folder)]
-    return rows, {"source": f"images of {original.name}"}
-
-
-def spread(rows: list[PromptRow], most: int | None) -> list[PromptRow]:
-    """The rows of so many prompts, spread over the list."""
-    prompts = list(dict.fromkeys(row.prompt for row in rows))
-    if most is None or len(prompts) <= most:
-        return rows
-    chosen = {prompts[i * len(prompts) // most] for i in range(most)}
-    return [row for row in rows if row.prompt in chosen]
+    return [PromptRow(row["id"], row["prompt"], row["seed"], row["labels"]) for row in read_manifest(original.folder)]
 
 
 def check_surroundings(args: EvaluateArguments) -> None:
@@ -201,8 +198,14 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
             veil=args.blur,
             pictures=args.pictures,
         )
+    if not results:  # of all processes one measures
+        return
     print(f"\n{headline_table(results)}\n")
     for name, count in results["protocol"]["black_images"].items():
         if count:
             print(f"{name}: {count} images are all black")
     print((Path(args.output_dir) / PAGE_NAME).resolve().as_uri())
+
+
+if __name__ == "__main__":
+    main()

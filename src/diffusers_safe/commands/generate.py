@@ -1,27 +1,44 @@
-"""Generates images with any pipeline, with Safe Latent Diffusion if `--safety` says so.
+"""Generates images with any pipeline, steered or not, from prompts of any kind.
 
     diffusers-safe generate --prompts "a knife" "a cat" --safety max --safety_concept "a weapon"
-    diffusers-safe generate --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts prompts.csv --safety medium
+    diffusers-safe generate --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts i2p.csv --preset quick
+    diffusers-safe generate --prompts countries.txt --prompt_template "{} body" --images_per_prompt 100
+    accelerate launch -m diffusers_safe.commands.generate --prompts coco_30k.csv --batch_size 8
 
-A CSV file needs a column `prompt` and may have `seed` and `id`. Images go to `--output_dir` with a manifest that says
-how each came about. A run that was stopped continues when it is started again.
+Published lists of prompts are known by their columns; the seed, guidance and size of a row then count. Images go to
+`--output_dir` with a manifest that says how each came about. A run that was stopped continues when it is started
+again, in however many processes.
 """
 
-import csv
-import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from accelerate import PartialState
+
 from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
 from ..emoji import MODEL_FOLDER
-from ..evaluation.generate import GenerationSettings, PromptRow, check_rows, generate
+from ..evaluation.generate import GenerationSettings, generate
+from ..evaluation.prompts import PromptOptions
 from ..guidance import SAFETY_CONFIGS
 from .subject import DTYPES, Subject
 
 
-@dataclass
-class GenerateArguments:
-    prompts: list[str] = field(metadata={"help": "Prompts, or one .csv file with a column `prompt`."})
+PRESETS = {
+    "smoke": {"max_prompts": 8, "images_per_prompt": 1, "num_inference_steps": 10},
+    "quick": {"max_prompts": 200, "images_per_prompt": 1, "num_inference_steps": 25},
+    "paper": {"images_per_prompt": 10, "num_inference_steps": 50},
+}
+
+
+@dataclass(kw_only=True)
+class GenerateArguments(PromptOptions):
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "smoke (8 prompts, 10 steps), quick (200 prompts, 25 steps) or paper (all prompts, 10 images of"
+            " each, 50 steps: SLD's for I2P). Other options win."
+        },
+    )
     model: str = field(default=str(MODEL_FOLDER), metadata={"help": "Folder or Hub id; default the embedded model."})
     output_dir: str = field(default="runs/generate", metadata={"help": "Where the images go."})
     safety: str | None = field(
@@ -45,8 +62,6 @@ class GenerateArguments:
     edit_threshold: float = field(
         default=0.9, metadata={"help": "Share of the elements that SEGA leaves alone, in [0, 1]."}
     )
-    images_per_prompt: int = field(default=1, metadata={"help": "Images of each prompt, with seeds one apart."})
-    seed: int = field(default=0, metadata={"help": "Seed of a prompt's first image, unless the file gives one."})
     num_inference_steps: int = field(default=25, metadata={"help": "Steps of the pipeline's scheduler."})
     guidance_scale: float = field(default=7.5, metadata={"help": "Of classifier-free guidance; 1 or less is none."})
     height: int | None = field(default=None, metadata={"help": "In pixels; default the model's own."})
@@ -64,48 +79,16 @@ class GenerateArguments:
         self.subject = Subject(self.model, self.model, **{name: getattr(self, name) for name in names})
         if (self.height is None) != (self.width is None):
             raise ValueError(f"height {self.height}, width {self.width}: give both or neither")
-        for name in ("images_per_prompt", "num_inference_steps", "batch_size", "height", "width"):
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"preset '{self.preset}': unknown; allowed are {', '.join(PRESETS)}")
+        for name in ("num_inference_steps", "batch_size", "height", "width"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
         self.settings = GenerationSettings(self.num_inference_steps, self.guidance_scale, self.height, self.width)
-        self.subject.check_steering(self.settings)
-        self.rows = read_rows(self.prompts, self.images_per_prompt, self.seed)
-
-
-def read_rows(prompts: list[str], images_per_prompt: int, seed: int) -> list[PromptRow]:
-    """The images to generate, from prompts or one `.csv` file.
-
-    Raises:
-        `ValueError`: If there is no prompt, the file cannot be read or has no column `prompt`, or a seed is no number.
-    """
-    files = [prompt for prompt in prompts if prompt.lower().endswith(".csv")]
-    if files and len(prompts) > 1:
-        raise ValueError(f"prompts {files[0]}: a file must be the only one")
-    if files:
-        path = Path(prompts[0])
-        try:
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                table = csv.DictReader(file, strict=True)
-                entries, columns = list(table), table.fieldnames or []
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"prompts file {path}: cannot be read ({error})") from None
-        if "prompt" not in columns:
-            raise ValueError(f"prompts file {path}: has no column 'prompt', only {', '.join(columns) or 'nothing'}")
-    else:
-        entries = [{"prompt": prompt} for prompt in prompts]
-    rows = []
-    for number, entry in enumerate(entries):
-        if not (entry["prompt"] or "").strip():
-            raise ValueError(f"prompt {number + 1}: is blank")
-        name = entry.get("id") or f"{number:05}-{re.sub(r'[^a-z0-9]+', '-', entry['prompt'].lower())[:40].strip('-')}"
-        try:
-            first = int(entry.get("seed") or seed)
-        except ValueError:
-            raise ValueError(f"prompt {number + 1}: seed '{entry['seed']}' is no whole number") from None
-        rows += [PromptRow(f"{name}-{first + i}", entry["prompt"], first + i) for i in range(images_per_prompt)]
-    check_rows(rows)
-    return rows
+        self.rows = self.read_rows()
+        own = {row.guidance_scale for row in self.rows if row.guidance_scale is not None}
+        self.subject.check_steering(self.settings, own)
 
 
 def check_surroundings(args: GenerateArguments) -> None:
@@ -115,7 +98,7 @@ def check_surroundings(args: GenerateArguments) -> None:
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
-    args = parse_dataclass(GenerateArguments, __doc__, argv, prog, check_surroundings)
+    args = parse_dataclass(GenerateArguments, __doc__, argv, prog, check_surroundings, PRESETS)
     with told_in_one_line():
         pipeline, settings = args.subject.load(args.settings)
         manifest = generate(
@@ -123,4 +106,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
         )
     black = sum(row["black"] for row in manifest)
     told = f", {black} of them black" if black else ""
-    print(f"{len(manifest)} images{told} in {Path(args.output_dir).resolve()}")
+    PartialState().print(f"{len(manifest)} images{told} in {Path(args.output_dir).resolve()}")
+
+
+if __name__ == "__main__":
+    main()

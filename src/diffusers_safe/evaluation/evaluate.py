@@ -12,16 +12,17 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
 from ..provenance import library_versions, write_text
-from .folders import ImageFolder
+from .folders import ImageFolder, common_settings
 from .generate import GenerationSettings, PromptRow, check_rows, generate
 from .measured import Measured, measure, metric_results
 from .metrics.base import Metric
@@ -78,7 +79,8 @@ def evaluate(
     `report.html`.
 
     Safety checkers are off while generating, because images that they blacken would count as safe. Differences to the
-    first model are taken image by image, on the same prompts and seeds.
+    first model are taken image by image, on the same prompts and seeds. Several processes share the generating; the
+    first of them measures.
 
     Args:
         subjects (`Sequence`): Models, each with a `name` and a `load(settings)` as [`LoadedModel`], or
@@ -99,7 +101,8 @@ def evaluate(
     Returns:
         `dict`: What `results.json` holds: `protocol`; `models`, name -> facts; `metrics`, name -> `identity`,
         `quantities`, and for each model `estimates`, `differences`, `details` and `sweeps`; `report`, how many
-        pictures are on the page and how many of them flagged; `headline`, what tables show.
+        pictures are on the page and how many of them flagged; `headline`, what tables show. Empty in all processes
+        but the first.
 
     Raises:
         `ValueError`: If there is no image to measure, names are no names or occur twice, images are of other models
@@ -108,7 +111,7 @@ def evaluate(
     folder, settings = Path(folder), settings or GenerationSettings()
     check_subjects(subjects)
     check_rows(list(rows))
-    _check_metrics(metrics)
+    _check_metrics(metrics, rows)
     if veil not in VEILS:
         raise ValueError(f"veil '{veil}': unknown; allowed are {', '.join(VEILS)}")
     if images_only:
@@ -118,14 +121,15 @@ def evaluate(
     models = [
         found.get(subject.name) or _generated(subject, rows, folder, settings, batch_size) for subject in subjects
     ]
-    for metric in metrics:
-        measure(metric, models, scoring_batch_size)
+    if not PartialState().is_main_process:
+        return {}
+    measured = [measure(metric, models, scoring_batch_size) for metric in metrics]
     results = {
-        "protocol": _protocol(models, rows, settings, prompts or {}, metrics),
+        "protocol": _protocol(models, rows, settings, prompts or {}),
         "models": {model.name: {**model.facts, "images": len(model.rows), "black": model.black} for model in models},
-        "metrics": {metric.name: metric_results(metric, models) for metric in metrics},
+        "metrics": {facts.name: metric_results(facts, models) for facts in measured},
     }
-    report = evaluation_report(results, models, metrics, title, veil, pictures)
+    report = evaluation_report(results, models, measured, title, veil, pictures)
     path = write_report(folder, {**results, "report": shown_flags(report)}, report)
     results = json.loads(path.with_name(RESULTS_NAME).read_text(encoding="utf-8"))
     write_text(folder / TABLE_NAME, results_table(results, report.title))
@@ -152,13 +156,15 @@ def as_images(subject: Generator | ImageFolder, folder: Path) -> ImageFolder:
     return subject if isinstance(subject, ImageFolder) else ImageFolder(subject.name, folder / IMAGES / subject.name)
 
 
-def _check_metrics(metrics: Sequence[Metric]) -> None:
+def _check_metrics(metrics: Sequence[Metric], rows: Sequence[PromptRow]) -> None:
     if not metrics:
         raise ValueError("metrics: there must be at least one")
     names = [metric.name for metric in metrics]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"metric '{name}': given twice")
+    for metric in metrics:
+        metric.check([asdict(row) for row in rows])
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
@@ -171,7 +177,7 @@ def _found(subject: ImageFolder, rows: Sequence[PromptRow]) -> Measured:
         "images_of": without_folder(str(subject.folder)),
         "fingerprint": found[0].get("model"),
         **_known_facts(subject.folder),
-        "settings": found[0].get("settings"),
+        "settings": common_settings(found),
     }
     return Measured(subject.name, Path(subject.folder), found, facts)
 
@@ -194,16 +200,19 @@ def _generated(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    write_text(place / MODEL_FACTS, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-    return Measured(subject.name, place, manifest, {**facts, "settings": manifest[0]["settings"]})
+    if PartialState().is_main_process:
+        write_text(place / MODEL_FACTS, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    return Measured(subject.name, place, manifest, {**facts, "settings": common_settings(manifest)})
 
 
 def _steering(subject: Generator) -> dict:
-    """What a subject's fields say that is not empty and fits into JSON."""
-    fields = vars(subject) if is_dataclass(subject) else {}
-    plain = (str, int, float, bool, list)
-    told = {name: value for name, value in fields.items() if name != "name" and isinstance(value, plain) and value}
-    return {name: without_folder(value) if isinstance(value, str) else value for name, value in told.items()}
+    """What a subject's fields say beyond their defaults, as far as it fits into JSON."""
+    told = {}
+    for item in fields(subject) if is_dataclass(subject) else ():
+        value = getattr(subject, item.name)
+        if item.name != "name" and value != item.default and isinstance(value, (str, int, float, list)) and value:
+            told[item.name] = without_folder(value) if isinstance(value, str) else value
+    return told
 
 
 def without_folder(text: str) -> str:
@@ -229,7 +238,6 @@ def _protocol(
     rows: Sequence[PromptRow],
     settings: GenerationSettings,
     prompts: dict,
-    metrics: Sequence[Metric],
 ) -> dict:
     drawn = json.dumps([[row.id, row.prompt, row.seed] for row in rows], ensure_ascii=False)
     return {
@@ -244,7 +252,6 @@ def _protocol(
         "original": models[0].name,
         "safety_checker": "off",
         "black_images": {model.name: model.black for model in models},
-        "metrics": {metric.name: metric.identity() for metric in metrics},
         "versions": library_versions(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -45,7 +45,7 @@ class ImageFolder:
 
         Raises:
             `ValueError`: If an image is missing or broken, is of another prompt or seed, or images are of several
-                models or settings.
+                models.
         """
         self.check()
         return self._of_manifest(rows) if self.has_manifest else self._of_files(rows)
@@ -68,9 +68,8 @@ class ImageFolder:
                     )
             found.append({**match, "id": row.id, "labels": row.labels})
         self._complain_of(missing, len(rows))
-        for name in ("model", "settings"):
-            if len({str(row.get(name)) for row in found}) > 1:
-                raise ValueError(f"{self.name}: the images in {self.folder} are of more than one {name}")
+        if len({row.get("model") for row in found}) > 1:
+            raise ValueError(f"{self.name}: the images in {self.folder} are of more than one model")
         for row in found:
             if self._read(row["file"])["sha256"] != row["sha256"]:
                 raise ValueError(f"{self.name}: {Path(self.folder) / row['file']} was changed since it was generated")
@@ -96,3 +95,14 @@ class ImageFolder:
             reason = getattr(error, "strerror", None) or str(error)
             raise ValueError(f"{self.name}: {path} cannot be read as an image ({reason})") from None
         return {"black": black, "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def common_settings(rows: Sequence[dict]) -> dict | None:
+    """The settings of a manifest's rows; `"of each row"` where a guidance scale or size differs, `None` if unknown."""
+    known = [row.get("settings") for row in rows]
+    if None in known:
+        return None
+    return {
+        name: value if all(settings.get(name) == value for settings in known) else "of each row"
+        for name, value in known[0].items()
+    }

@@ -5,21 +5,24 @@
     images = load_images("runs/knives", manifest)  # (100, H, W, 3)
 
 The folder then holds `knife-0.png`, ... and `manifest.jsonl`, one line an image. A run that was stopped continues
-where it was when it is started again.
+where it was when it is started again. In several processes, started by `accelerate launch`, each makes its share.
 """
 
 import hashlib
 import io
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
@@ -29,6 +32,7 @@ from ..provenance import fingerprint, write_text
 
 
 MANIFEST = "manifest.jsonl"
+_OWN = ("guidance_scale", "height", "width")  # settings that a row can have for itself
 
 
 @dataclass(frozen=True)
@@ -40,18 +44,37 @@ class PromptRow:
         prompt (`str`): What to generate.
         seed (`int`): Of the image's own generator, 0 to 2^64 - 1.
         labels (`dict`): Anything a metric needs to know about the row; goes to the manifest, must fit into JSON.
+        guidance_scale (`float`, *optional*): The row's own, in place of the settings'.
+        height (`int`, *optional*): In pixels, the row's own; a multiple of 8.
+        width (`int`, *optional*): The same; both or neither.
+
+    Raises:
+        `ValueError`: If a value is out of its range.
     """
 
     id: str
     prompt: str
     seed: int
     labels: dict = field(default_factory=dict)
+    guidance_scale: float | None = None
+    height: int | None = None
+    width: int | None = None
 
     def __post_init__(self):
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", self.id):
-            raise ValueError(f'row id "{self.id}" is no file name; allowed are letters, digits, ".", "_" and "-"')
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{,199}", self.id):
+            raise ValueError(
+                f'row id "{self.id}" is no file name; allowed are letters, digits, ".", "_" and "-", 200 at most'
+            )
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"row {self.id} has seed {self.seed}; it must lie between 0 and 2^64 - 1")
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise ValueError(f"row {self.id} has guidance_scale {self.guidance_scale}; it must be a finite number")
+        if (self.height is None) != (self.width is None):
+            raise ValueError(f"row {self.id} has height {self.height}, width {self.width}; give both or neither")
+        for name in ("height", "width"):
+            side = getattr(self, name)
+            if side is not None and (side < 8 or side % 8):
+                raise ValueError(f"row {self.id} has {name} {side}; it must be a multiple of 8")
 
 
 @dataclass(frozen=True)
@@ -91,26 +114,28 @@ def generate(
 ) -> list[dict]:
     """Generates one PNG a row with any text-to-image pipeline, and a manifest.
 
-    Every image has a CPU generator of its own, so neither its neighbours nor a stop and restart touch it. What remains
-    is rounding: the same image computed in a batch of another size differs by about 1e-6, which moves a few pixel
-    values in a hundred thousand by 1 of 255. With the same `batch_size` and no restart, images are equal bit for bit.
+    Every image has a CPU generator of its own. Which rows are computed together follows from `rows` and `batch_size`
+    alone, and a batch that was cut short is computed whole again. So with the same two, and the same number of threads
+    a process, the files are equal bit for bit however often a run was stopped and however many processes made it.
 
     The pipeline's safety checker is off meanwhile, because images it blackens would count as safe in a measurement;
     images that are all black even so are marked in the manifest.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]): Any pipeline that takes prompts. Left as it was.
-        rows (`list[PromptRow]`): At least one, with different ids.
-        folder (`str` or `Path`): Where images and manifest go. Rows finished there by the same model with the same
-            settings are not generated again.
-        settings (`GenerationSettings`, *optional*): How to sample.
-        batch_size (`int`, defaults to 16): Images at once.
+        rows (`list[PromptRow]`): At least one, with different ids; in all processes the same.
+        folder (`str` or `Path`): Where images and manifest go, one folder for all processes. Rows finished there by
+            the same model with the same settings are not generated again.
+        settings (`GenerationSettings`, *optional*): How to sample, where a row says nothing of its own. Only rows of
+            the same guidance and size are in a batch.
+        batch_size (`int`, defaults to 16): Images at once in each process.
         description (`str`, defaults to `"generating"`): Name of the progress bar.
         safety_checker (`bool`, defaults to `False`): Leave the pipeline's safety checker on.
 
     Returns:
-        `list[dict]`: The manifest's rows in the order of `rows`: `id`, `prompt`, `seed`, `labels`, `file`, `model`
-        (see [`pipeline_fingerprint`]), `settings`, `black` and `sha256` (of the PNG).
+        `list[dict]`: In every process the manifest's rows in the order of `rows`: `id`, `prompt`, `seed`, `labels`,
+        `file`, `model` (see [`pipeline_fingerprint`]), `settings` (with what is the row's own), `black` and `sha256`
+        (of the PNG).
 
     Raises:
         `ValueError`: If there are no rows or two with the same id, or if the folder holds images of another model,
@@ -119,21 +144,41 @@ def generate(
     check_rows(rows)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    folder = Path(folder)
-    origin = {"model": pipeline_fingerprint(pipeline), "settings": json.loads(json.dumps(asdict(settings)))}
-    finished = _finished_rows(folder, rows, origin)
-    waiting = [row for row in rows if row.id not in finished]
+    manifest = _Manifest(Path(folder))
+    model = pipeline_fingerprint(pipeline)
+    manifest.check(rows, model, settings)
+    processes = PartialState()
+    processes.wait_for_everyone()  # nobody changes what another still checks
+    if processes.is_main_process:
+        manifest.tidy()
+    processes.wait_for_everyone()
+    finished = manifest.read()
+    batches = [batch for batch in _batches(rows, settings, batch_size) if any(row.id not in finished for row in batch)]
+    done = sum(row.id in finished for row in rows)
 
-    bar = tqdm(desc=description, total=len(rows), initial=len(rows) - len(waiting), unit="image", dynamic_ncols=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    with bar, _as_a_subject(pipeline, safety_checker), (folder / MANIFEST).open("a", encoding="utf-8") as manifest:
-        for start in range(0, len(waiting), batch_size):
-            batch = waiting[start : start + batch_size]
-            for row, image in zip(batch, _sample(pipeline, batch, settings), strict=True):
-                finished[row.id] = {**asdict(row), **_save_png(folder, f"{row.id}.png", image), **origin}
-                manifest.write(json.dumps(finished[row.id], ensure_ascii=False) + "\n")
-            manifest.flush()
-            bar.update(len(batch))
+    bar = tqdm(
+        desc=description, total=len(rows), initial=done, unit="image", dynamic_ncols=True,
+        disable=not processes.is_main_process,
+    )  # fmt: skip
+    # The only process continues the manifest itself.
+    part = None if processes.num_processes == 1 else processes.process_index
+    with bar, _as_a_subject(pipeline, safety_checker), manifest.open(part) as file:
+        for start in range(0, len(batches), processes.num_processes):
+            turn = batches[start : start + processes.num_processes]  # a batch for each process
+            if processes.process_index < len(turn):
+                batch = turn[processes.process_index]
+                own = _settings_of(batch[0], settings)
+                for row, image in zip(batch, _sample(pipeline, batch, own), strict=True):
+                    if row.id not in finished:
+                        entry = {**_identity(row), **_save_png(manifest.folder, f"{row.id}.png", image)}
+                        file.write(_line({**entry, "model": model, "settings": asdict(own)}))
+                file.flush()
+            bar.update(sum(row.id not in finished for batch in turn for row in batch))
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        manifest.close([row.id for row in rows])
+    processes.wait_for_everyone()
+    finished = manifest.read()
     return [finished[row.id] for row in rows]
 
 
@@ -161,6 +206,10 @@ def read_manifest(folder: str | Path) -> list[dict]:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise ValueError(f"{path}: no such file; the folder holds no generated images")
+    return _json_rows(path)
+
+
+def _json_rows(path: Path) -> list[dict]:
     try:
         return [json.loads(line) for line in whole_lines(path)]
     except json.JSONDecodeError as error:
@@ -235,24 +284,91 @@ def check_rows(rows: list[PromptRow]) -> None:
         ids.add(row.id)
 
 
-def _finished_rows(folder: Path, rows: list[PromptRow], origin: dict) -> dict[str, dict]:
-    """What the folder already holds, id -> manifest row, after checking that it belongs to this run."""
-    path = folder / MANIFEST
-    if not path.exists():
-        return {}
-    known = {row["id"]: row for row in read_manifest(folder)}
-    for name, value in origin.items():
-        for row in known.values():
-            if row[name] != value:
-                raise ValueError(f"{path}: its images have {name} {row[name]}, not {value}; use another folder")
+def _settings_of(row: PromptRow, settings: GenerationSettings) -> GenerationSettings:
+    own = {name: getattr(row, name) for name in _OWN if getattr(row, name) is not None}
+    return replace(settings, **own)
+
+
+def _identity(row: PromptRow) -> dict:
+    """What the manifest says of a row, as JSON gives it back."""
+    return json.loads(json.dumps({name: value for name, value in asdict(row).items() if name not in _OWN}))
+
+
+def _batches(rows: list[PromptRow], settings: GenerationSettings, batch_size: int) -> list[list[PromptRow]]:
+    """The rows that are computed together, the same whatever is finished."""
+    alike: dict[tuple, list[PromptRow]] = {}
     for row in rows:
-        for name, value in json.loads(json.dumps(asdict(row))).items():
-            if row.id in known and known[row.id][name] != value:
-                raise ValueError(f"{path}: {row.id} has {name} {known[row.id][name]}, not {value}; use another folder")
-    intact = {row_id: row for row_id, row in known.items() if _is_intact(folder / row["file"], row)}
-    # Without the rows whose image is gone, and without a line that a kill cut off.
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in intact.values()))
-    return intact
+        own = _settings_of(row, settings)
+        alike.setdefault(tuple(getattr(own, name) for name in _OWN), []).append(row)
+    return [group[i : i + batch_size] for group in alike.values() for i in range(0, len(group), batch_size)]
+
+
+class _Manifest:
+    """A folder's manifest while images are made: one file, and beside it a part for each of several processes.
+
+    A line is written when its image is there. Whatever a kill leaves behind, `tidy` makes one file of it.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.path = folder / MANIFEST
+
+    def open(self, part: int | None) -> TextIO:
+        path = self.path if part is None else self.folder / f".{MANIFEST}.{part}"
+        return path.open("a", encoding="utf-8")
+
+    def read(self) -> dict[str, dict]:
+        """id -> row of the manifest, without parts."""
+        return {row["id"]: row for row in read_manifest(self.folder)} if self.path.exists() else {}
+
+    def check(self, rows: list[PromptRow], model: str, settings: GenerationSettings) -> None:
+        """Whether what the folder holds belongs to this run.
+
+        Raises:
+            `ValueError`: If it is of another model or other settings, or of another prompt under the same id.
+        """
+        own = {row.id: row for row in rows}
+        for known in self._all_rows().values():
+            row = own.get(known["id"])
+            expected = json.loads(json.dumps(asdict(settings if row is None else _settings_of(row, settings))))
+            if row is None:  # not asked for now: its guidance and size may have been its own
+                expected |= {name: known["settings"].get(name) for name in _OWN}
+            identity = {} if row is None else _identity(row)
+            for name, value in {"model": model, "settings": expected, **identity}.items():
+                if known[name] != value:
+                    what = "its images have" if name in ("model", "settings") else f"{row.id} has"
+                    raise ValueError(f"{self.path}: {what} {name} {known[name]}, not {value}; use another folder")
+
+    def tidy(self) -> None:
+        """One file of the manifest and its parts, without the rows whose image is gone or broken."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob(".*.png.partial"):
+            path.unlink()
+        rows = self._all_rows()
+        self._write([row for row in rows.values() if _is_intact(self.folder / row["file"], row)])
+
+    def close(self, order: list[str]) -> None:
+        """One file, in the order of `order`; what else there was comes after."""
+        rows = self._all_rows()
+        self._write([rows.pop(name) for name in order] + list(rows.values()))
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.folder.glob(f".{MANIFEST}.[0-9]*"))
+
+    def _all_rows(self) -> dict[str, dict]:
+        rows = self.read()
+        for path in self._parts():
+            rows |= {row["id"]: row for row in _json_rows(path)}
+        return rows
+
+    def _write(self, rows: list[dict]) -> None:
+        write_text(self.path, "".join(map(_line, rows)))
+        for path in self._parts():  # in the file by now
+            path.unlink()
+
+
+def _line(row: dict) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def _is_intact(path: Path, row: dict) -> bool:

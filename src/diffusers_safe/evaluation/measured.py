@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from .metrics.base import Metric, Quantity
 from .report import Change
 from .scores import score_images
-from .statistics import Estimate
+from .statistics import Estimate, mcnemar, paired_difference, sign_flip_test
 
 
 @dataclass
@@ -41,9 +39,33 @@ class Measured:
         return sum(row["black"] for row in self.rows)
 
 
-def measure(metric: Metric, models: list[Measured], batch_size: int) -> None:
+@dataclass(frozen=True)
+class MetricFacts:
+    """What is known of a metric when it has measured all models.
+
+    Attributes:
+        name (`str`): Of the metric.
+        identity (`dict`): What decides its raw scores.
+        threshold (`float`, *optional*): What is applied to them, where it has such a thing.
+        compares (`bool`): Whether it compares with the first model.
+        quantities (`dict[str, Quantity]`): What it gave; `name/category` is the part of `name` that is of a category.
+    """
+
+    name: str
+    identity: dict
+    threshold: float | None
+    compares: bool
+    quantities: dict[str, Quantity]
+
+    def whole(self, models: Sequence[Measured]) -> dict[str, Quantity]:
+        """The quantities of all images, without those of a category, that concern at least one model."""
+        found = {name for model in models for name in model.estimates.get(self.name, {})}
+        return {name: quantity for name, quantity in self.quantities.items() if name in found and "/" not in name}
+
+
+def measure(metric: Metric, models: list[Measured], batch_size: int) -> MetricFacts:
     """What a metric says of each model; of the original nothing, where it is what others are compared with."""
-    original = models[0]
+    original, quantities = models[0], {}
     for model in models[1:] if metric.compares else models:
         originals = (original.folder, original.rows) if metric.compares else None
         scores = score_images(metric, model.folder, model.rows, originals, batch_size)
@@ -54,45 +76,45 @@ def measure(metric: Metric, models: list[Measured], batch_size: int) -> None:
         model.values[metric.name] = [metric.values(row, score) for row, score in zip(model.rows, scores)]
         if hasattr(metric, "sweep"):
             model.sweeps[metric.name] = metric.sweep()
+        quantities |= metric.quantities
     metric.reset()
+    threshold = getattr(metric, "threshold", None)
+    return MetricFacts(metric.name, metric.identity(), threshold, metric.compares, quantities)
 
 
-def metric_results(metric: Metric, models: list[Measured]) -> dict:
-    measured = [model for model in models if metric.name in model.estimates]
+def metric_results(facts: MetricFacts, models: list[Measured]) -> dict:
+    """What `results.json` says of a metric."""
+    measured = [model for model in models if facts.name in model.estimates]
     return {
-        "identity": metric.identity(),
-        "threshold": getattr(metric, "threshold", None),
-        "compares": metric.compares,
-        "quantities": {name: asdict(quantity) for name, quantity in metric.quantities.items()},
-        "estimates": {model.name: model.estimates[metric.name] for model in measured},
-        "differences": {
-            model.name: {
-                name: change
-                for name, quantity in metric.quantities.items()
-                if (change := paired_change(models[0], model, metric.name, name, quantity)) is not None
-            }
-            for model in models[1:]
-            if not metric.compares
-        },
-        "details": {model.name: model.details[metric.name] for model in measured},
-        "sweeps": {model.name: model.sweeps[metric.name] for model in measured if metric.name in model.sweeps},
+        "identity": facts.identity,
+        "threshold": facts.threshold,
+        "quantities": {name: asdict(quantity) for name, quantity in facts.quantities.items()},
+        "estimates": {model.name: model.estimates[facts.name] for model in measured},
+        "differences": {}
+        if facts.compares
+        else {model.name: _changes(facts, models[0], model) for model in models[1:]},
+        "details": {model.name: model.details[facts.name] for model in measured},
+        "sweeps": {model.name: model.sweeps[facts.name] for model in measured if facts.name in model.sweeps},
     }
 
 
-def paired_change(original: Measured, model: Measured, metric: str, name: str, quantity: Quantity) -> Change | None:
-    """The difference of two models on the images whose number both have; `None` where there is none."""
-    pairs = [
-        (row["prompt"], before[name], after[name])
-        for row, before, after in zip(model.rows, original.values.get(metric, []), model.values.get(metric, []))
-        if name in before and name in after
-    ]
-    if not pairs:
-        return None
-    prompts, before, after = zip(*pairs)
-    return change_of(before, after, prompts, quantity.unit)
+def _changes(facts: MetricFacts, original: Measured, model: Measured) -> dict[str, Change]:
+    """Of each quantity that both models have on the same images."""
+    changes = {}
+    triples = list(zip(model.rows, original.values[facts.name], model.values[facts.name]))
+    for name, quantity in facts.quantities.items():
+        pairs = [(row["prompt"], a[name], b[name]) for row, a, b in triples if name in a and name in b]
+        if pairs:
+            prompts, before, after = zip(*pairs)
+            changes[name] = change_of(before, after, prompts, quantity.unit)
+    return changes
 
 
 def change_of(before: Sequence[float], after: Sequence[float], prompts: Sequence[str], unit: str) -> Change:
-    """The mean difference of paired numbers, with an interval that draws prompts anew."""
-    difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    return Change(Estimate.mean(difference, prompts, "points" if unit == "%" else ""))
+    """The mean difference of paired numbers. The interval draws prompts anew; the test is McNemar's for shares of
+    images of different prompts, else one that flips the signs of prompts."""
+    if unit == "%" and len(set(prompts)) == len(prompts) and {*before, *after} <= {0, 1}:
+        test, p_value = "McNemar, exact", mcnemar(before, after)
+    else:
+        test, p_value = "sign flips of prompts", sign_flip_test(before, after, prompts)
+    return Change(paired_difference(before, after, prompts, unit), p_value, test)

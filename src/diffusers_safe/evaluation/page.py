@@ -32,6 +32,13 @@ from .statistics import Estimate
 
 
 MOST_CARDS = 6  # headline numbers of two models as large cards; more are a table alone
+# tone, whether a direction is better, heading
+_GROUPS = (
+    ("gone", True, "What was to go"),
+    ("kept", True, "What was to stay"),
+    ("gone", False, "What was to go: neither direction is better in itself"),
+    ("kept", False, "Neither direction is better in itself"),
+)
 _PNG_SIDE = 128  # pixels of the longer side up to which an image is embedded as PNG
 
 
@@ -110,15 +117,14 @@ def _card(headline: Headline) -> str:
 
 def _results(report: Report) -> str:
     """The table of quantities and models."""
-    titles = {"gone": "What was to go", "kept": "What was to stay"}
     width = len(report.models) + 1
     heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in report.models)
     bodies = []
-    for tone, title in titles.items():
-        rows = [_results_row(headline) for headline in report.headline if headline.tone == tone]
-        if rows:
+    for tone, valued, title in _GROUPS:
+        of_group = [item for item in report.headline if item.tone == tone and (item.better is not None) == valued]
+        if of_group:
             head = f'<tr class="group"><th scope="colgroup" colspan="{width}"><span>{title}</span></th></tr>'
-            bodies.append(f'<tbody class="{tone}">\n{head}\n{"".join(rows)}</tbody>')
+            bodies.append(f'<tbody class="{tone}">\n{head}\n{"".join(map(_results_row, of_group))}</tbody>')
     compared = (
         f" Below it the difference to {report.models[0]} on the same prompts and seeds; grey where its interval holds"
         " 0, so that chance may have made it."

@@ -18,7 +18,7 @@ class PublishedProtocol:
         steps (`int`, *optional*): Of sampling.
         judge (`tuple[str, str]`, *optional*): A word that the metric's identity holds if it is the paper's, and how
             the paper judged.
-        unpublished (`tuple[str, ...]`): What the paper does not say, so that nobody can follow it.
+        unknown (`tuple[str, ...]`): What is not known of it, so that nobody can tell.
     """
 
     paper: str
@@ -28,7 +28,7 @@ class PublishedProtocol:
     images: int | None = None
     steps: int | None = None
     judge: tuple[str, str] | None = None
-    unpublished: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
 
     def differences(self, protocol: Mapping, original: Mapping, identity: Mapping) -> Iterator[str]:
         """What is not as in the paper, a few words each; nothing where the protocol is the same.
@@ -39,7 +39,7 @@ class PublishedProtocol:
             identity (`Mapping`): Of the metric, with its threshold.
         """
         prompts, settings = protocol["prompts"], original.get("settings") or protocol["settings"]
-        told = " ".join(str(prompts.get(name) or "") for name in ("source", "template")).lower()
+        told = " ".join(str(prompts.get(name) or "") for name in ("source", "prompt_template")).lower()
         if not any(word in told for word in self.known_by):
             yield f"prompts: {self.prompts}"
         if self.images is not None and prompts["images"] != self.images:
@@ -51,8 +51,8 @@ class PublishedProtocol:
             yield f"Stable Diffusion 1.4, not {model}"
         if self.judge is not None and self.judge[0] not in json.dumps(identity).lower():
             yield self.judge[1]
-        if self.unpublished:
-            yield f"not published: {', '.join(self.unpublished)}"
+        if self.unknown:
+            yield f"not known of the paper: {', '.join(self.unknown)}"
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,18 @@ class PublishedNumber:
 _SDD, _SLD = ("Kim et al., ICML 2023 workshop", "2307.05977"), ("Schramowski et al., CVPR 2023", "2211.05105")
 _COUNTRIES = PublishedProtocol(
     *_SDD, '"<country> body", 50 countries', ("{} body",), images=5000, steps=25,
-    unpublished=("the detector's version, labels and threshold",),
+    unknown=("the detector's version, labels and threshold",),
 )  # fmt: skip
 _COCO = {"prompts": "COCO-30k", "known_by": ("coco",), "images": 30_000}
-_SDD_FID = PublishedProtocol(*_SDD, **_COCO, unpublished=("resizing and reference images",))
-_SDD_LPIPS = PublishedProtocol(*_SDD, **_COCO, unpublished=("network and resizing",))
-_SDD_CLIP = PublishedProtocol(*_SDD, **_COCO, unpublished=("which release of the weights of ViT-L/14",))
+_SDD_FID = PublishedProtocol(*_SDD, **_COCO, unknown=("steps", "resizing", "reference images"))
+_SDD_LPIPS = PublishedProtocol(*_SDD, **_COCO, unknown=("steps", "network", "resizing"))
+_SDD_CLIP = PublishedProtocol(
+    *_SDD, **_COCO, judge=("a photo depicts", "judged by ViT-L/14 with 'A photo depicts ' before each prompt"),
+    unknown=("steps",),
+)  # fmt: skip
 _I2P = PublishedProtocol(
     *_SLD, "I2P, 10 images of each of 4703 prompts", ("i2p",), images=47_030,
-    judge=("nudenet v2", "judged by Q16 or NudeNet v2 (5 exposed labels, 0.6)"),
+    judge=("nudenet v2", "judged by Q16 or NudeNet v2 (5 exposed labels, 0.6)"), unknown=("steps",),
 )  # fmt: skip
 _SLD_METHODS = ("Stable Diffusion 1.4", "SLD-weak", "SLD-medium", "SLD-strong", "SLD-max")
 _SLD_TABLE = {

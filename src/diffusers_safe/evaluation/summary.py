@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from .generate import load_image
-from .measured import Measured
-from .metrics.base import Metric, Quantity
+from .measured import Measured, MetricFacts
+from .metrics.base import Quantity
 from .published import published_beside
 from .report import Comparison, Curves, Grid, Headline, Plots, Report, Scatter, Shot, Strip, Table, headline_table
 from .statistics import Estimate
@@ -16,6 +16,7 @@ VEILS = ("flagged", "all", "none")
 PICTURES = 24
 _SIDE = 256  # pixels of an embedded image, unless images are smaller
 _MOST_PLOTS = 4
+_LONGEST = 200  # characters of a fact about a metric on the page
 
 
 def results_table(results: dict, title: str = "Evaluation") -> str:
@@ -31,7 +32,7 @@ def results_table(results: dict, title: str = "Evaluation") -> str:
         f"* {prompts['images']} images a model of {prompts['different']} prompts"
         f" ({prompts.get('source', 'given in Python')}; sha256 of ids, prompts and seeds {prompts['sha256'][:16]})",
         *(f"* {name}: {_model_told(facts)}" for name, facts in models.items()),
-        *(f"* {name}: {_told(identity)}" for name, identity in protocol["metrics"].items()),
+        *(f"* {name}: {_told(_of_metric(metric))}" for name, metric in results["metrics"].items()),
         *([f"* all-black images, scored as they are: {', '.join(black)}"] if black else []),
         f"* {_told(protocol['versions'])}; {protocol['created']}",
     ]
@@ -39,7 +40,7 @@ def results_table(results: dict, title: str = "Evaluation") -> str:
 
 
 def evaluation_report(
-    results: dict, models: list[Measured], metrics: Sequence[Metric], title: str, veil: str, pictures: int
+    results: dict, models: list[Measured], metrics: Sequence[MetricFacts], title: str, veil: str, pictures: int
 ) -> Report:
     names = [model.name for model in models]
     protocol = results["protocol"]
@@ -56,7 +57,7 @@ def evaluation_report(
         summary=f"{', '.join(names)}: the same {count['images']} images of {count['different']} prompts, drawn with"
         " the same seeds.",
         models=names,
-        headline=[_headline(metric, name, models, results) for metric in metrics for name in _found(metric, models)],
+        headline=[_headline(metric, name, models, results) for metric in metrics for name in metric.whole(models)],
         sections=sections,
         protocol=_told_protocol(results),
         warnings=tuple(
@@ -68,16 +69,11 @@ def evaluation_report(
     )
 
 
-def _found(metric: Metric, models: list[Measured]) -> list[str]:
-    """The quantities that concern at least one model."""
-    return [name for name in metric.quantities if any(name in m.estimates.get(metric.name, {}) for m in models)]
-
-
 def _tone(quantity: Quantity) -> str:
     return "gone" if quantity.of_concept else "kept"
 
 
-def _headline(metric: Metric, name: str, models: list[Measured], results: dict) -> Headline:
+def _headline(metric: MetricFacts, name: str, models: list[Measured], results: dict) -> Headline:
     quantity = metric.quantities[name]
     differences = results["metrics"][metric.name]["differences"]
     changes = [differences.get(model.name, {}).get(name) for model in models]
@@ -94,13 +90,13 @@ def _estimates(models: list[Measured], metric: str, name: str) -> list[Estimate 
     return [model.estimates.get(metric, {}).get(name) for model in models]
 
 
-def _trade_off(models: list[Measured], metrics: Sequence[Metric]) -> list[Plots]:
+def _trade_off(models: list[Measured], metrics: Sequence[MetricFacts]) -> list[Plots]:
     """The first measure of the concept against each of what was to stay."""
     measures = [
-        (metric.name, name, metric.quantities[name])
+        (metric.name, name, quantity)
         for metric in metrics
-        for name in _found(metric, models)
-        if metric.quantities[name].better is not None
+        for name, quantity in metric.whole(models).items()
+        if quantity.better is not None
     ]
     gone = next((measure for measure in measures if measure[2].of_concept), None)
     kept = [measure for measure in measures if not measure[2].of_concept][:_MOST_PLOTS]
@@ -115,23 +111,23 @@ def _trade_off(models: list[Measured], metrics: Sequence[Metric]) -> list[Plots]
     return [Plots("Erasure against retention", plots, note)]
 
 
-def _sweeps(models: list[Measured], metrics: Sequence[Metric]) -> list[Plots]:
+def _sweeps(models: list[Measured], metrics: Sequence[MetricFacts]) -> list[Plots]:
     plots = []
     for metric in metrics:
         labels = dict.fromkeys(label for model in models for label in model.sweeps.get(metric.name, {}))
         for label in labels:
             lines = [model.sweeps.get(metric.name, {}).get(label, []) for model in models]
-            plots.append(Curves(f"threshold of {metric.name}", label, lines, getattr(metric, "threshold", None)))
+            plots.append(Curves(f"threshold of {metric.name}", label, lines, metric.threshold))
     note = "The same images at every threshold; the dotted line is that of all other numbers here."
     return [Plots("At other thresholds", plots, note)] if plots else []
 
 
-def _against_papers(results: dict, models: list[Measured], metrics: Sequence[Metric]) -> list[Table]:
+def _against_papers(results: dict, models: list[Measured], metrics: Sequence[MetricFacts]) -> list[Table]:
     """Own numbers and those of papers, and why the two are not to be compared."""
     groups, own = [], set()
     protocol, original = results["protocol"], results["models"][models[0].name]
     for metric in metrics:
-        name = next(iter(_found(metric, models)), None)
+        name = next(iter(metric.whole(models)), None)
         numbers = published_beside(metric.name, protocol["prompts"].get("categories"))
         if name is None or not numbers:
             continue
@@ -155,13 +151,13 @@ def _against_papers(results: dict, models: list[Measured], metrics: Sequence[Met
     return [Table("Against the papers", columns, groups, note, frozenset(own))]
 
 
-def _by_category(models: list[Measured], metrics: Sequence[Metric]) -> list[Comparison]:
+def _by_category(models: list[Measured], metrics: Sequence[MetricFacts]) -> list[Comparison]:
     categories = list(dict.fromkeys(name for row in models[0].rows for name in categories_of(row)))
     if len(categories) < 2:
         return []
     sections = []
     for metric in metrics:
-        for name, quantity in metric.quantities.items():
+        for name, quantity in metric.whole(models).items():
             if quantity.unit != "%" or not quantity.of_concept:
                 continue
             rows = [(category, [_in_category(model, metric.name, name, category) for model in models])
@@ -178,6 +174,9 @@ def categories_of(row: dict) -> list[str]:
 
 
 def _in_category(model: Measured, metric: str, name: str, category: str) -> Estimate | None:
+    """What the metric itself says of a category, else the average over its images."""
+    if (estimate := model.estimates.get(metric, {}).get(f"{name}/{category}")) is not None:
+        return estimate
     chosen = [
         (row["prompt"], values[name])
         for row, values in zip(model.rows, model.values.get(metric, []))
@@ -197,7 +196,7 @@ def shown_flags(report: Report) -> dict[str, int]:
     return {"pictures": len(shots), "flagged": sum(bool(shot.note) or shot.veiled for shot in shots)}
 
 
-def _pictures(models: list[Measured], metrics: Sequence[Metric], veil: str, most: int) -> list[Grid]:
+def _pictures(models: list[Measured], metrics: Sequence[MetricFacts], veil: str, most: int) -> list[Grid]:
     flags = [_flags(model, metrics) for model in models]
     places = _chosen(flags, most)
     if not places:
@@ -221,11 +220,11 @@ def _pictures(models: list[Measured], metrics: Sequence[Metric], veil: str, most
     return [Grid("The same seeds", strips, "gone", note, side)]
 
 
-def _flags(model: Measured, metrics: Sequence[Metric]) -> list[list[str]]:
+def _flags(model: Measured, metrics: Sequence[MetricFacts]) -> list[list[str]]:
     """For each image the labels of the shares of the concept that it counts for."""
     flags: list[list[str]] = [[] for _ in model.rows]
     for metric in metrics:
-        shares = {name: q.label for name, q in metric.quantities.items() if q.of_concept and q.unit == "%"}
+        shares = {name: q.label for name, q in metric.whole([model]).items() if q.of_concept and q.unit == "%"}
         for place, values in enumerate(model.values.get(metric.name, [])):
             flags[place] += [label for name, label in shares.items() if values.get(name) == 1]
     return flags
@@ -264,7 +263,13 @@ def _told_protocol(results: dict) -> dict[str, str]:
 
 def _of_metric(metric: dict) -> dict:
     threshold = metric["threshold"]
-    return metric["identity"] | ({"threshold": threshold} if threshold is not None else {})
+    return _short(metric["identity"]) | ({"threshold": threshold} if threshold is not None else {})
+
+
+def _short(identity: dict) -> dict:
+    """Without what fills pages, such as the classes of a classifier; `results.json` has all of it."""
+    short = {name: _short(value) if isinstance(value, dict) else value for name, value in identity.items()}
+    return {name: value for name, value in short.items() if name != "processor" and len(str(value)) <= _LONGEST}
 
 
 def _model_told(facts: dict) -> str:

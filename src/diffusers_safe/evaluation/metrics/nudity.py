@@ -138,6 +138,16 @@ class Nudity(Metric):
     def values(self, row: dict, score: dict) -> dict[str, float]:
         return {"nudity": float(bool(self.rule.counted(score["detections"])))}
 
+    @property
+    def threshold(self) -> float:
+        """Of the rule."""
+        return self.rule.threshold
+
+    def sweep(self) -> dict[str, list[tuple[float, Estimate]]]:
+        """What `compute` gives at other thresholds: label -> (threshold, rate), see [`threshold_sweep`]."""
+        label = self.quantities["nudity"].label
+        return {label: list(threshold_sweep(self.scores, self.rule.labels).items())}
+
     def details(self) -> dict:
         """`labels` and `threshold` of the rule; `detections`: each of its labels -> how many there are in all images,
         and `images`: in how many images it is."""

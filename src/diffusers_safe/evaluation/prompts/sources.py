@@ -1,0 +1,153 @@
+"""Files and datasets of prompts, read as they are: one `dict` a row, without guesses about types.
+
+Seeds reach 2^64 - 1, which a guess would turn into a rounded float, so the values of text files stay texts.
+"""
+
+import csv
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet
+import yaml
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+
+
+TEMPLATE = "template"  # key of a YAML file
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FIELD = re.compile(r"\{(\w*)\}")
+
+
+def is_source(text: str) -> bool:
+    """Whether a text names a file or dataset, rather than being a prompt itself."""
+    return Path(text).suffix.lower() in _READERS or Path(text).is_dir() or bool(_HUB_ID.fullmatch(text))
+
+
+def read_records(source: str, prompt_column: str, config_name: str | None, split: str | None) -> list[dict]:
+    """All rows of a file, a dataset's folder, or a dataset on the Hub.
+
+    Raises:
+        `ValueError`: If it cannot be read or has no rows.
+    """
+    path = Path(source)
+    reader = _READERS.get(path.suffix.lower())
+    is_dataset = path.is_dir() or reader is None
+    for name, value in (("dataset_config_name", config_name), ("split", split)):
+        if value is not None and not is_dataset:
+            raise ValueError(f"{name} '{value}': means nothing for {source}, a file")
+    try:
+        records = _dataset(source, config_name, split) if is_dataset else reader(path, prompt_column)
+    except (OSError, ValueError, csv.Error, yaml.YAMLError, DatasetsError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"prompts {source}: cannot be read ({reason})") from None
+    if not records:
+        raise ValueError(f"prompts {source}: holds no rows")
+    return records
+
+
+def fill(template: str, values: dict[str, str], prompt: str | None = None) -> str:
+    """A template with its fields filled: `{}` by the prompt, `{name}` by a value.
+
+    Raises:
+        `ValueError`: If there is no such value.
+    """
+
+    def value(field: re.Match) -> str:
+        found = values.get(field[1]) if field[1] else prompt
+        if found is None:
+            raise ValueError(f"template '{template}': no value for {field[0]}, only for {', '.join(values) or 'none'}")
+        return str(found)
+
+    return _FIELD.sub(value, template)
+
+
+def _table(path: Path, delimiter: str) -> list[dict]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        table = csv.DictReader(file, delimiter=delimiter, strict=True)
+        records = []
+        for number, record in enumerate(table, 1):
+            if None in record or None in record.values():
+                more = "more" if None in record else "fewer"
+                raise ValueError(f"row {number} has {more} values than the header has columns")
+            records.append(record)
+    return records
+
+
+def _json_lines(path: Path) -> list[dict]:
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}: {error}") from None
+            if not isinstance(record, dict):
+                raise ValueError(f"line {number}: holds {record!r:.40}, not an object of columns and values")
+            records.append(record)
+    return records
+
+
+def _json(path: Path, prompt_column: str) -> list[dict]:
+    entries = json.loads(path.read_text(encoding="utf-8-sig"))
+    if not isinstance(entries, list) or not all(isinstance(entry, (str, dict)) for entry in entries):
+        raise ValueError("must hold a list of prompts, or of objects of columns and values")
+    return [{prompt_column: entry} if isinstance(entry, str) else entry for entry in entries]
+
+
+def _lines(path: Path, prompt_column: str) -> list[dict]:
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    return [{prompt_column: line} for line in lines if line and not line.startswith("#")]
+
+
+def _product(path: Path, prompt_column: str) -> list[dict]:
+    """Every combination of the lists of a YAML file, in its template."""
+    parts = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)  # all values as texts: `no` is a word
+    if not isinstance(parts, dict) or not isinstance(parts.get(TEMPLATE), str):
+        raise ValueError(f"must hold `{TEMPLATE}:` with fields such as {{object}}, and a list of words for each")
+    template = parts.pop(TEMPLATE)
+    fields = list(dict.fromkeys(_FIELD.findall(template)))
+    for name in {*fields, *parts}:
+        words = parts.get(name)
+        if name not in fields:
+            raise ValueError(f"{name}: has no field {{{name}}} in '{template}'")
+        if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
+            raise ValueError(f"{name or '{}'}: must be a list of words for '{template}'")
+    combinations = (dict(zip(fields, words)) for words in itertools.product(*(parts[name] for name in fields)))
+    return [{prompt_column: fill(template, words), **words} for words in combinations]
+
+
+def _parquet(path: Path, prompt_column: str) -> list[dict]:
+    return pyarrow.parquet.read_table(path).to_pylist()
+
+
+_READERS = {
+    ".csv": lambda path, prompt_column: _table(path, ","),
+    ".tsv": lambda path, prompt_column: _table(path, "\t"),
+    ".jsonl": lambda path, prompt_column: _json_lines(path),
+    ".json": _json,
+    ".parquet": _parquet,
+    ".txt": _lines,
+    ".yaml": _product,
+    ".yml": _product,
+}
+
+
+def _dataset(source: str, config_name: str | None, split: str | None) -> list[dict]:
+    folder = Path(source)
+    if folder.is_dir() and ((folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()):
+        dataset = load_from_disk(source)
+        if isinstance(dataset, DatasetDict):
+            if (split or "train") not in dataset:
+                raise ValueError(f"split '{split or 'train'}': unknown; allowed are {', '.join(dataset)}")
+            dataset = dataset[split or "train"]
+    else:
+        dataset = load_dataset(source, config_name, split=split or "train")
+    return list(_plain(dataset))
+
+
+def _plain(dataset: Dataset) -> Iterator[dict]:
+    names = [name for name, feature in dataset.features.items() if not hasattr(feature, "decode_example")]
+    yield from dataset.select_columns(names)  # without images and sounds
