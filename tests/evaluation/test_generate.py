@@ -1,10 +1,16 @@
+import hashlib
 import json
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from transformers import BatchFeature
 
+from diffusers_safe.evaluation import generate as generation
 from diffusers_safe.evaluation.generate import (
     GenerationSettings,
     PromptRow,
@@ -29,6 +35,26 @@ class SafetyChecker(torch.nn.Module):
 
 def rows_of(count):
     return [PromptRow(f"image-{i}", ["a knife", "a cat"][i % 2], seed=100 + i, labels={"i": i}) for i in range(count)]
+
+
+def rows_of_many_kinds(count):
+    """Every third with a guidance of its own, every fourth of another size."""
+    return [
+        PromptRow(
+            row.id,
+            row.prompt,
+            row.seed,
+            row.labels,
+            guidance_scale=2.5 if i % 3 == 0 else None,
+            **({"height": 64, "width": 96} if i % 4 == 0 else {}),
+        )
+        for i, row in enumerate(rows_of(count))
+    ]
+
+
+def files_of(folder):
+    """Name -> hash of every file."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 def test_an_image_depends_on_its_own_row_only(tiny_pipeline, tmp_path):
@@ -96,6 +122,124 @@ def test_a_killed_run_continues(tiny_pipeline, tmp_path, monkeypatch):
     assert len(calls) == 5  # all finished: nothing to do
 
 
+def test_rows_of_their_own_guidance_and_size_are_batched_with_their_like(tiny_pipeline, tmp_path, monkeypatch):
+    sample, batches = generation._sample, []
+
+    def watched(pipeline, rows, settings):
+        batches.append(([row.id for row in rows], settings.guidance_scale, settings.height, settings.width))
+        return sample(pipeline, rows, settings)
+
+    monkeypatch.setattr(generation, "_sample", watched)
+    rows = rows_of_many_kinds(8)
+    manifest = generate(tiny_pipeline, rows, tmp_path, QUICK, batch_size=2)
+    assert batches == [
+        (["image-0"], 2.5, 64, 96),
+        (["image-1", "image-2"], 4.0, None, None),
+        (["image-5", "image-7"], 4.0, None, None),
+        (["image-3", "image-6"], 2.5, None, None),
+        (["image-4"], 4.0, 64, 96),
+    ]
+    assert [row["id"] for row in manifest] == [row.id for row in rows]
+    assert manifest[0]["settings"]["guidance_scale"] == 2.5 and manifest[1]["settings"]["guidance_scale"] == 4.0
+    assert load_images(tmp_path, manifest[:1]).shape == (1, 64, 96, 3)
+    assert load_images(tmp_path, manifest[1:3]).shape == (2, 64, 64, 3)
+
+    # Fewer rows of the same folder are fine; a row of other guidance is another image.
+    assert generate(tiny_pipeline, rows[:3], tmp_path, QUICK) == manifest[:3]
+    other = PromptRow("image-0", "a knife", 100, {"i": 0}, guidance_scale=3.0, height=64, width=96)
+    with pytest.raises(ValueError, match="its images have settings .*2.5.*, not .*3.0"):
+        generate(tiny_pipeline, [other], tmp_path, QUICK)
+
+
+@pytest.mark.parametrize("other_batches", [False, True])
+def test_killed_at_any_moment_it_comes_out_the_same(tiny_pipeline, tmp_path, monkeypatch, other_batches):
+    rows, chance = rows_of_many_kinds(10), random.Random(0)
+    generate(tiny_pipeline, rows, tmp_path / "whole", QUICK, batch_size=3)
+    whole, folder = files_of(tmp_path / "whole"), tmp_path / "killed"
+    save, manifest = generation._save_png, folder / "manifest.jsonl"
+
+    for _ in range(5):
+        left = [chance.randint(0, 3), chance.random() < 0.5]  # images until the kill, and whether the last is saved
+
+        def save_until_killed(*arguments, left=left):
+            left[0] -= 1
+            if left[0] < 0 and not left[1]:
+                raise KeyboardInterrupt
+            entry = save(*arguments)
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return entry
+
+        monkeypatch.setattr(generation, "_save_png", save_until_killed)
+        before = files_of(folder) if folder.exists() else {}
+        with pytest.raises(KeyboardInterrupt):
+            generate(tiny_pipeline, rows, folder, QUICK, batch_size=chance.choice([1, 2, 4]) if other_batches else 3)
+        after = files_of(folder)
+        assert {name: after[name] for name in before if name.endswith(".png")}.items() <= before.items()
+        manifest.write_bytes(manifest.read_bytes()[: -chance.randint(1, 200)])  # what had not been flushed
+        (folder / ".image-9.png.partial").write_bytes(b"half")
+
+    monkeypatch.setattr(generation, "_save_png", save)
+    finished = generate(tiny_pipeline, rows, folder, QUICK, batch_size=3)
+    assert files_of(folder).keys() == whole.keys() and [row["id"] for row in finished] == [row.id for row in rows]
+    if other_batches:
+        for row in rows:
+            images = [load_images(tmp_path / name, [{**entry, "id": row.id}]) for name, entry in (
+                ("whole", next(e for e in read_manifest(tmp_path / "whole") if e["id"] == row.id)),
+                ("killed", next(e for e in finished if e["id"] == row.id)),
+            )]  # fmt: skip
+            assert np.abs(images[0].astype(int) - images[1]).max() <= 1
+    else:
+        assert files_of(folder) == whole
+
+
+def in_processes(count, monkeypatch, work):
+    """`work(rank)` in threads that are processes to `generate`; what each returned or raised."""
+    barrier, own = threading.Barrier(count), threading.local()
+
+    def state():
+        return SimpleNamespace(
+            process_index=own.rank, num_processes=count, is_main_process=own.rank == 0,
+            wait_for_everyone=lambda: barrier.wait(60),
+        )  # fmt: skip
+
+    def run(rank):
+        own.rank = rank
+        try:
+            return work(rank)
+        except BaseException as error:
+            barrier.abort()
+            return error
+
+    monkeypatch.setattr(generation, "PartialState", state)
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
+
+
+def test_processes_share_a_folder_and_another_number_of_them_goes_on(make_tiny_pipeline, tmp_path, monkeypatch):
+    rows, pipelines = rows_of_many_kinds(9), [make_tiny_pipeline() for _ in range(3)]
+    with monkeypatch.context() as patch:
+        expected = in_processes(1, patch, lambda _: generate(pipelines[0], rows, tmp_path / "1", QUICK, batch_size=2))
+        shared = in_processes(
+            3, patch, lambda rank: generate(pipelines[rank], rows, tmp_path / "3", QUICK, batch_size=2)
+        )
+    assert shared == expected * 3 and files_of(tmp_path / "3") == files_of(tmp_path / "1")
+
+    decode, folder = pipelines[1].vae.decode, tmp_path / "killed"
+
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipelines[1].vae, "decode", killed)
+        outcome = in_processes(2, patch, lambda rank: generate(pipelines[rank], rows, folder, QUICK, batch_size=2))
+        assert isinstance(outcome[1], KeyboardInterrupt)
+    assert (folder / ".manifest.jsonl.0").exists() and pipelines[1].vae.decode == decode
+    with monkeypatch.context() as patch:
+        in_processes(1, patch, lambda _: generate(pipelines[0], rows, folder, QUICK, batch_size=2))
+    assert files_of(folder) == files_of(tmp_path / "1")
+
+
 def test_a_folder_of_other_images_is_refused(tiny_pipeline, make_tiny_pipeline, tmp_path):
     rows = rows_of(2)
     generate(tiny_pipeline, rows, tmp_path, QUICK)
@@ -135,10 +279,22 @@ def test_bad_rows_are_refused_and_nothing_is_written(tiny_pipeline, tmp_path, ro
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("arguments", [("../a", "a cat", 0), ("", "a cat", 0), ("a", "a cat", -1)])
-def test_bad_ids_and_seeds_are_refused(arguments):
-    with pytest.raises(ValueError, match="is no file name|must lie between"):
-        PromptRow(*arguments)
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"id": "../a"}, "is no file name"),
+        ({"id": ""}, "is no file name"),
+        ({"id": "a" * 201}, "is no file name"),
+        ({"seed": -1}, "must lie between"),
+        ({"seed": 2**64}, "must lie between"),
+        ({"guidance_scale": float("nan")}, "a has guidance_scale nan; it must be a finite number"),
+        ({"height": 64}, "a has height 64, width None; give both or neither"),
+        ({"height": 64, "width": 60}, "a has width 60; it must be a multiple of 8"),
+    ],
+)
+def test_rows_that_cannot_be_drawn_are_refused(row, message):
+    with pytest.raises(ValueError, match=message):
+        PromptRow(**{"id": "a", "prompt": "a cat", "seed": 0, **row})
 
 
 def test_the_safety_checker_is_off_and_comes_back(tiny_pipeline, tmp_path, monkeypatch):

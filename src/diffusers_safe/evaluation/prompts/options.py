@@ -18,8 +18,8 @@ class PromptOptions:
     prompts: list[str] = field(
         metadata={
             "help": "Prompts; or one .csv, .tsv, .jsonl, .json or .parquet with a column of prompts, .txt with a"
-            " prompt a line, .yaml with `template: An image of {object} in {theme} style.` and a list of words for each"
-            " field, folder of a dataset, or id user/name of a dataset on the Hub."
+            " prompt a line, .yaml with `template: An image of {object} in {theme} style.` and a list of words for"
+            " each field, folder of a dataset, or id user/name of a dataset on the Hub."
         }
     )
     layout: str | None = field(
