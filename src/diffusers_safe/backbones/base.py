@@ -97,6 +97,14 @@ class Backbone(ABC):
             `ValueError`: As [`~Backbone.check_prompts`].
         """
 
+    @abstractmethod
+    def encode_with_gradients(self, prompts: list[str], device: torch.device | str = "cpu") -> Conditioning:
+        """The same through text encoders that are on the device already, for what learns inside of them.
+
+        Raises:
+            `ValueError`: As [`~Backbone.check_prompts`].
+        """
+
     @property
     @abstractmethod
     def encoders(self) -> dict[str, nn.Module]:

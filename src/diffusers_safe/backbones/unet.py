@@ -112,6 +112,10 @@ class UNetBackbone(Backbone):
             encoder.to(home)
         return encoded
 
+    def encode_with_gradients(self, prompts: list[str], device: torch.device | str = "cpu") -> Conditioning:
+        self.check_prompts(prompts)
+        return self._encode(prompts, device)
+
     @property
     def encoders(self) -> dict[str, nn.Module]:
         return {name: getattr(self.pipeline, name) for name in ("vae", *self.text_encoders)}
