@@ -49,8 +49,8 @@ class MethodsArguments:
             raise ValueError(f"seeds {bad}: must be at least 0 and less than 2**32")
 
 
-def train(recipe: Path, folder: Path, seed: int, threads: int | None = None) -> StableDiffusionPipeline:
-    """The model of a recipe and a seed; trained unless it is there."""
+def train(recipe: Path, folder: Path, seed: int, threads: int | None = None) -> None:
+    """Trains by a recipe with a seed, unless the model is there."""
     threads = threads or torch.get_num_threads()
     note = folder.with_suffix(".yaml")
     if not (folder / "model_index.json").exists():
@@ -68,7 +68,6 @@ def train(recipe: Path, folder: Path, seed: int, threads: int | None = None) -> 
         write_text(note, recipe.read_text())
     elif note.read_text() != recipe.read_text():
         raise ValueError(f"{folder}: was trained with other settings, see {note}; give another --output_dir")
-    return StableDiffusionPipeline.from_pretrained(folder)
 
 
 def erased_by(recipe: Path) -> dict:
@@ -83,7 +82,9 @@ def erased_by(recipe: Path) -> dict:
 def measure(name: str, seed: int, args: MethodsArguments, stock: StableDiffusionPipeline) -> dict:
     """The results of one training."""
     recipe, folder = RECIPES[name], Path(args.output_dir)
-    after = train(recipe, folder / "models" / f"{name}-{seed}", seed)
+    model = folder / "models" / f"{name}-{seed}"
+    train(recipe, model, seed)
+    after = StableDiffusionPipeline.from_pretrained(model)
     what = erased_by(recipe)
     subject = what.get("style") or what["group"] or "-".join(what["erased"])
     images = folder / f"images-{args.images_per_prompt}"
