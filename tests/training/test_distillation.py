@@ -201,6 +201,20 @@ def test_checkpoint_training_and_a_lora_go_on_from_a_student(distil, tmp_path):
     assert changed and all("attn2" in name and name.endswith("weight") for name in changed)
 
 
+def test_the_end_compares_student_and_teacher_and_what_the_teacher_was(distil, tiny_model_folder, tmp_path, capsys):
+    erased = tmp_path / "erased"
+    StableDiffusionPipeline.from_pretrained(tiny_model_folder).save_pretrained(erased)
+    Provenance(str(tiny_model_folder), None, ["knife"], "sdd", "xattn", {}).save(erased)
+    options = "{prompts: [a knife, a cat], metrics: [pixel_distance], num_inference_steps: 2}"
+    (tmp_path / "evaluation.yaml").write_text(options)
+    distil("out", pretrained_model_name_or_path=erased, evaluation=tmp_path / "evaluation.yaml")
+    results = json.loads((tmp_path / "out" / "evaluation" / "results.json").read_text())
+    assert list(results["models"]) == ["teacher before its erasure", "teacher", "student"]
+    moved = results["metrics"]["pixel_distance"]["estimates"]
+    assert moved["teacher"]["pixel_distance"]["value"] == 0 < moved["student"]["pixel_distance"]["value"]
+    assert "| student |" in capsys.readouterr().out
+
+
 def test_a_student_is_found_where_only_its_unet_was_saved(distil, tmp_path):
     first = distil("first", save="unet")
     assert not (tmp_path / "first" / "model_index.json").exists()
@@ -237,6 +251,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tiny_model_folder, pictures
         ({"student": None, "from_student": "nowhere"}, "from_student 'nowhere': no folder or Hub repository"),
         ({"student_variant": "fp16"}, "student_variant fp16: needs --from_student"),
         ({"feature_map": "bk+mid"}, "must both have a mid block"),
+        ({"evaluation": "nowhere.yaml"}, "config nowhere.yaml: cannot be read as YAML"),
         ({"feature_map": "nota"}, "feature_map 'nota': unknown; allowed are bk"),
         ({"task_weight": 0, "output_weight": 0, "feature_weight": 0}, "all are 0"),
         ({"sdd_weight": 1}, "sdd_weight 1.0: needs --forbidden_concepts"),

@@ -19,7 +19,7 @@ from ..provenance import fingerprint
 from . import CLASSIFIER_FOLDER
 from .classifier import HEADS, EmojiClassifier, to_tensor
 from .render import render_many
-from .scenes import OBJECTS, STYLES, shows
+from .scenes import OBJECTS, STYLES, group_members, shows
 
 
 REFERENCE_SEED = 2**32 + 1  # more than a training's seed can be
@@ -94,6 +94,11 @@ class EmojiRecognition(Metric):
         head = "style" if self.style else "object"
         seen = [score[head] for row, score in zip(self.rows, self.scores) if row["labels"]["part"] == "erased"]
         return {"seen on erased prompts": dict(Counter(seen).most_common())}
+
+
+def weapons() -> EmojiRecognition:
+    """The measure of the group "weapon", for `--metrics diffusers_safe.emoji.metrics:weapons`."""
+    return EmojiRecognition(group_members("weapon"))
 
 
 class EmojiDistance(Metric):

@@ -10,9 +10,10 @@ from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from ..arguments import parse_dataclass, told_in_one_line
-from ..backbones import Backbone, load_pipeline, make_backbone
+from ..backbones import Backbone, StoredModel, load_pipeline, make_backbone
 from ..backbones.cost import macs
 from ..concepts import names_concept
+from ..evaluation.evaluate import Generator, LoadedModel
 from ..evaluation.generate import GenerationSettings
 from ..evaluation.grid import save_grid
 from ..hub import push_or_exit
@@ -31,6 +32,7 @@ from .data import (
 from .distillation_arguments import DistillationArguments
 from .distillation_loop import DistillationLoop
 from .erasure import make_accelerator, restore_forward
+from .evaluation import FinalEvaluation, StoredPipeline
 from .output import save_student
 from .plan import make_distillation_plan
 from .samples import MOST_PROMPTS, Samples, Validation
@@ -48,9 +50,12 @@ def main(argv: list[str] | None = None) -> None:
                 print(make_distillation_plan(args, int(os.environ.get("WORLD_SIZE", "1"))))
             return
         accelerator = make_accelerator(args)
+        evaluation = FinalEvaluation(args.evaluation) if args.evaluation else None
         rows = open_rows(args)
         teacher = load_pipeline(args.pretrained_model_name_or_path, **args.hub_arguments)
-        distill(accelerator, teacher, rows, args)
+        pipeline = distill(accelerator, teacher, rows, args)
+        if evaluation is not None:
+            evaluation.report(compared(pipeline.to(accelerator.device), args), args.output_dir)
         if accelerator.is_main_process:
             print(f"the student is in {args.output_dir}")
             if args.push_to_hub:
@@ -112,6 +117,23 @@ def distill(
             save_grid(samples.last, args.output_dir)
     accelerator.wait_for_everyone()
     return pipeline
+
+
+def compared(pipeline: DiffusionPipeline, args: DistillationArguments) -> list[Generator]:
+    """The models that the end of a run compares: what the teacher was erased from, if it was, teacher and student."""
+    name = args.pretrained_model_name_or_path
+    erasure = erasure_of(name, **args.index_arguments)
+    models = [StoredPipeline("teacher", name, args.hub_arguments), LoadedModel("student", pipeline)]
+    if erasure is None:
+        return models
+    revision = {"revision": erasure["revision"]} if erasure.get("revision") else {}
+    before = StoredPipeline("teacher before its erasure", erasure["base_model"], revision)
+    try:
+        StoredModel(before.model, **revision)
+    except ValueError as error:
+        logger.warning("evaluation: without the model before the erasure (%s)", error)
+        return models
+    return [before, *models]
 
 
 def student_pipeline(teacher: DiffusionPipeline, args: DistillationArguments) -> DiffusionPipeline:

@@ -14,6 +14,7 @@ from ..trajectories import Trajectories
 from ..weights import select_parameters
 from .arguments import SamplingArguments, option, required
 from .data import INTERPOLATION_MODES
+from .evaluation import read_evaluation
 from .loss_space import LossSpace
 from .noise import TARGETS, TIMESTEP_BIASES, NoiseSchedule, TimestepBias
 from .objectives.distillation import FEATURE_MAPS, DistillationObjective, feature_pairs
@@ -88,6 +89,11 @@ class DistillationArguments(SamplingArguments):
     )
     use_ema: bool = option(False, "Publish an average of the student's weights.")
     ema_decay: float = option(0.9999, "m of that average, in [0, 1); smaller in the first steps: (1 + n) / (10 + n).")
+    evaluation: str | None = option(
+        None,
+        "At the end compare student, teacher and, of an erased teacher, the model before: a YAML file with the "
+        "options of `diffusers-safe evaluate` but models and output_dir.",
+    )
     train_method: str = option("full", "Which weights of the student train, as for erasures (train_sdd.py --help).")
     max_train_steps: int = option(50000, "Optimizer steps.")
     train_batch_size: int = option(64, "Samples a process and step.")
@@ -100,6 +106,7 @@ class DistillationArguments(SamplingArguments):
         "dataloader_num_workers",
         "cache_latents",
         "cache_folder",
+        "evaluation",
         "from_student",
         "student_revision",
         "student_variant",
@@ -241,6 +248,11 @@ class DistillationArguments(SamplingArguments):
         """What `from_pretrained` takes beside `from_student`."""
         chosen = {"revision": self.student_revision, "variant": self.student_variant, "cache_dir": self.cache_dir}
         return {name: value for name, value in chosen.items() if value is not None}
+
+    def check_surroundings(self) -> None:
+        if self.evaluation is not None:
+            read_evaluation(self.evaluation)
+        super().check_surroundings()
 
     def check_output(self) -> None:
         if self.from_student is not None and Path(self.output_dir).resolve() == Path(self.from_student).resolve():

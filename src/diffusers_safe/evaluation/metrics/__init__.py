@@ -7,6 +7,7 @@ Nothing heavy is imported before a metric is made.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 
 from .base import Metric
 
@@ -163,7 +164,8 @@ def make_metrics(names: Sequence[str], options: MetricOptions | None = None) -> 
     """Makes metrics by their names, with all that they need loaded.
 
     Args:
-        names (`Sequence[str]`): Names of `METRICS`, at least one, each once.
+        names (`Sequence[str]`): Names of `METRICS`, or of anybody's as `"module:name"`, a [`Metric`] or a function
+            without arguments that makes one; at least one, each once.
         options (`MetricOptions`, *optional*): What to make them of.
 
     Returns:
@@ -176,7 +178,7 @@ def make_metrics(names: Sequence[str], options: MetricOptions | None = None) -> 
     if not names:
         raise ValueError(f"metrics: none given; known are {', '.join(METRICS)}")
     for place, name in enumerate(names):
-        if name not in METRICS:
+        if name not in METRICS and ":" not in name:
             raise ValueError(f"metric '{name}': unknown; known are {', '.join(METRICS)}")
         if name in names[:place]:
             raise ValueError(f"metric '{name}': given twice")
@@ -184,9 +186,22 @@ def make_metrics(names: Sequence[str], options: MetricOptions | None = None) -> 
     made, problems = [], []
     for name in names:
         try:
-            made.append(METRICS[name].make(options))
+            made.append(METRICS[name].make(options) if name in METRICS else _somebodys(name))
         except ValueError as error:
             problems.append(str(error))
     if problems:
         raise ValueError("; ".join(dict.fromkeys(problems)))
     return made
+
+
+def _somebodys(name: str) -> Metric:
+    """The metric that a module of the user's names."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"metric '{name}': cannot be imported ({error})") from None
+    metric = found if isinstance(found, Metric) else found()
+    if not isinstance(metric, Metric):
+        raise ValueError(f"metric '{name}': is a {type(metric).__name__}, no Metric")
+    return metric
