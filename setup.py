@@ -42,7 +42,8 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "eval": ["torchmetrics>=1.9,<2", "scipy>=1.11"],
+        # NudeNet's detector is AGPL-3.0. The other metrics need no more than the package itself.
+        "eval": ["nudenet>=3.4.2,<3.5"],
         "app": ["gradio>=5"],
         "dev": [
             "pytest>=8",
@@ -51,6 +52,9 @@ setup(
             "ruff>=0.14",
             "tensorboard>=2.18",
             "scipy>=1.11",
+            "nudenet>=3.4.2,<3.5",
+            "torchmetrics>=1.9,<2",
+            "scikit-image>=0.24",
         ],
     },
     entry_points={"console_scripts": ["diffusers-safe=diffusers_safe.cli:main"]},

@@ -2,13 +2,17 @@ from math import comb
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, permutation_test
 
 from diffusers_safe.evaluation.statistics import (
     Estimate,
     bootstrap_mean_interval,
     expected_maximum,
+    expected_maximum_interval,
     macro_mean,
+    mcnemar,
+    paired_difference,
+    sign_flip_test,
     wilson_interval,
 )
 
@@ -78,3 +82,62 @@ def test_expected_maximum_needs_as_many_prompts_as_draws():
         expected_maximum([0.5] * 24)
     with pytest.raises(ValueError, match="draws is 0"):
         expected_maximum([0.5], 0)
+
+
+def test_the_interval_of_the_expected_maximum_holds_it():
+    values = np.random.default_rng(1).random(200)
+    low, high = expected_maximum_interval(values)
+    assert low < expected_maximum(values)[0] < high
+    assert expected_maximum_interval([0.5] * 30) == pytest.approx((0.5, 0.5))
+    # of one draw it is that of the mean
+    assert expected_maximum_interval(values, 1) == pytest.approx(bootstrap_mean_interval(values), abs=0.01)
+    with pytest.raises(ValueError, match="24 prompts"):
+        expected_maximum_interval([0.5] * 24)
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "same"), [(0, 0, 3), (3, 0, 0), (5, 9, 20), (9, 5, 0), (700, 612, 9), (4, 4, 1)]
+)
+def test_mcnemar_agrees_with_the_binomial_test(gained, lost, same):
+    before = [0] * gained + [1] * lost + [1] * same
+    after = [1] * gained + [0] * lost + [1] * same
+    expected = binomtest(gained, gained + lost).pvalue if gained + lost else 1
+    assert mcnemar(before, after) == pytest.approx(expected, rel=1e-9)
+    assert mcnemar(after, before) == mcnemar(before, after)
+
+
+def test_sign_flips_agree_with_scipy():
+    rng = np.random.default_rng(2)
+    for n, tolerance in ((7, 1e-12), (40, 0.02)):
+        before, after = rng.random(n), rng.random(n) + 0.1
+        expected = permutation_test(
+            (after - before,), np.mean, permutation_type="samples", n_resamples=20_000, rng=rng
+        )
+        assert sign_flip_test(before, after) == pytest.approx(expected.pvalue, abs=tolerance)
+    assert sign_flip_test(np.zeros(40), np.ones(40)) == 1 / 10_001  # never 0
+    assert sign_flip_test([1.0] * 20, [1.0] * 20) == 1
+
+
+def test_images_of_one_prompt_are_no_independent_pairs():
+    before, after = [0.0] * 60, [1.0, 1.0, 0.9] * 20
+    assert sign_flip_test(before, after) < 0.001
+    assert sign_flip_test(before, after, ["a", "b", "c"] * 20) == 2 / 8
+
+
+def test_differences_of_pairs():
+    before, after = [0, 0, 1, 0], [1, 0, 1, 1]
+    difference = paired_difference(before, after)
+    assert (difference.value, difference.unit, difference.n) == (0.5, "points", 4)
+    assert difference == Estimate.mean([1, 0, 0, 1], unit="points")
+    assert paired_difference(before, after, ["a", "a", "b", "b"], "").unit == ""
+
+
+@pytest.mark.parametrize("test", [mcnemar, sign_flip_test, paired_difference])
+def test_pairs_must_be_pairs(test):
+    for before, after in (([], []), ([1.0], [1.0, 0.0])):
+        with pytest.raises(ValueError, match="must be pairs"):
+            test(before, after)
+    with pytest.raises(ValueError, match="0 or 1"):
+        mcnemar([0.5], [1])
+    with pytest.raises(ValueError, match="samples is 0"):
+        sign_flip_test([0.0], [1.0], samples=0)

@@ -88,8 +88,8 @@ class FID(Metric):
     own folder, in the same way, so it must be writable the first time.
 
     *FID.* It depends on the number of images: with fewer it is larger, whatever the model. Compare models on as many
-    images, and quote N. Its interval is a bootstrap over the images (over prompts, where these have several), moved to
-    the value itself, because drawing again makes the FID larger still; it says how much another set of images would
+    images, and quote N. Its interval is a bootstrap over the prompts (over the images if there is one prompt), moved
+    to the value itself, because drawing again makes the FID larger still; it says how much another set of images would
     change the number, not how far it is from that of endlessly many. References stay as they are.
 
     *KID.* Without bias. It is the mean over subsets, drawn from both sides without replacement; its interval is the
@@ -198,6 +198,8 @@ class FID(Metric):
         for place, prompt in enumerate(prompts):
             places[prompt].append(place)
         clusters = [np.array(members) for members in places.values()]
+        if len(clusters) == 1:
+            clusters = [np.array([place]) for place in range(len(prompts))]
         rng = np.random.default_rng(0)
         drawn = []
         for _ in tqdm(range(self.samples), desc="FID bootstrap", unit="sample", leave=False, dynamic_ncols=True):

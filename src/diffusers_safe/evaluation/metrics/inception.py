@@ -129,7 +129,7 @@ class FIDInception(nn.Module):
             `ValueError`: If it is missing or another network's.
         """
         path = checked_file(path, option, f"the FID's Inception, {SOURCE}")
-        with torch.device("meta"):  # thousands of draws for weights that are replaced
+        with torch.device("meta"):  # no draws for weights that are replaced
             model = cls()
         model.to_empty(device="cpu")
         load_weights(model, read_state(path), path, f"the FID's Inception ({FILE})")

@@ -81,10 +81,10 @@ class PerceptualDistance(nn.Module):
     equation 1; version 0.1 of its weights, whose pixels are shifted and scaled.
     """
 
-    def __init__(self, net: str):
+    def __init__(self, net: str, trunk: Trunk):
         super().__init__()
-        kind, self.layers, channels = chosen(NETS, net, "lpips_net")
-        self.trunk = Trunk(kind)
+        _, self.layers, channels = chosen(NETS, net, "lpips_net")
+        self.trunk = trunk
         # Named as in the package's files: lin0.model.1.weight. Before each convolution training had a dropout.
         self.linear = nn.ModuleDict(
             {
@@ -108,8 +108,7 @@ class PerceptualDistance(nn.Module):
             )
             raise ValueError(f"lpips lacks {lacks}; it needs two files: {trunk_source(kind)}, and {wheel}")
         path = checked_file(linear, "lpips_linear", wheel)
-        distance = cls(net)
-        distance.trunk = Trunk.load(kind, trunk, "lpips_trunk")
+        distance = cls(net, Trunk.load(kind, trunk, "lpips_trunk"))
         load_weights(distance.linear, read_state(path), path, wheel)
         return distance
 

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from torch import nn
 from torch.nn import functional
-from transformers import AutoImageProcessor, CLIPVisionModelWithProjection
+from transformers import AutoImageProcessor, CLIPModel
 
 from ...provenance import fingerprint
 from .base import Metric, Quantity
@@ -27,6 +28,8 @@ _ALLOWED = {
     ("numpy", "dtype"),
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy.core.numeric", "_frombuffer"),
+    ("numpy._core.numeric", "_frombuffer"),
     ("_codecs", "encode"),
 }
 
@@ -52,8 +55,9 @@ class Q16(Metric):
     def __init__(self, prompts: str | Path | None, model: str = MODEL):
         super().__init__()
         self.prompts = torch.from_numpy(read_prompts(prompts))
-        self.model = load_pretrained(CLIPVisionModelWithProjection, model, "q16_model", "a CLIP ViT-L/14")
-        width = self.model.config.projection_dim
+        clip = load_pretrained(CLIPModel, model, "q16_model", "a CLIP ViT-L/14")
+        self.model = nn.ModuleDict({"vision": clip.vision_model, "projection": clip.visual_projection})
+        width = clip.config.projection_dim
         if self.prompts.shape[1] != width:
             raise ValueError(
                 f"q16_prompts {prompts}: has vectors of {self.prompts.shape[1]} numbers, but q16_model '{model}' "
@@ -75,8 +79,8 @@ class Q16(Metric):
     ) -> list[dict]:
         device = on_device(self.model)
         pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"].to(device)
-        embeddings = functional.normalize(self.model(pixel_values=pixels).image_embeds, dim=-1)
-        cosines = embeddings @ functional.normalize(self.prompts.to(device), dim=-1).T
+        embeddings = self.model["projection"](self.model["vision"](pixel_values=pixels).pooler_output)
+        cosines = functional.normalize(embeddings, dim=-1) @ functional.normalize(self.prompts.to(device), dim=-1).T
         return [{"probability": value} for value in (100 * cosines).softmax(dim=-1)[:, 1].tolist()]
 
     def values(self, row: dict, score: dict) -> dict[str, float]:

@@ -43,8 +43,10 @@ class Trunk(nn.Module):
         Raises:
             `ValueError`: If the file is missing or another network's.
         """
-        trunk = cls(kind)
         path = checked_file(path, option, trunk_source(kind))
+        with torch.device("meta"):  # no draws for weights that are replaced
+            trunk = cls(kind)
+        trunk.to_empty(device="cpu")
         state = {name: value for name, value in read_state(path).items() if not name.startswith("classifier.")}
         load_weights(trunk, state, path, trunk_source(kind))
         return trunk
