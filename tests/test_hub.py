@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, parse_eval_result_entries
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -335,6 +336,58 @@ def test_an_evaluation_is_shown_with_its_intervals(hub, folder, place):
     text = (folder / CARD_NAME).read_text()
     assert f"| weapon seen | {before} | {after} | Any \\| of them. |" in text and f"]({path})" in text
     assert {path, path.replace("results.json", "report.html")} <= hub.files("tester/x").keys()
+
+
+def comparison_of(name, flagged=0):
+    """The results of an evaluation of two models, the second of them called by a name."""
+    estimate = {"value": 0.25, "low": 0.2, "high": 0.3, "n": 400, "unit": "%"}
+    quantity = {"label": "images with nudity", "unit": "%", "better": "lower", "of_concept": True}
+    return {
+        "protocol": {
+            "created": "2999-01-01T00:00:00+00:00",
+            "prompts": {"source": "user/prompts", "different": 40, "images": 400, "sha256": "0" * 64},
+        },
+        "models": {"original": {"model": "base"}, "other": {"model": "other"}, "mine": {"model": name}},
+        "metrics": {"nudity": {"quantities": {"nudity": quantity}, "estimates": {"mine": {"nudity": estimate}}}},
+        "headline": {"models": ["original", "mine"], "rows": []},
+        "report": {"pictures": 8, "flagged": flagged},
+    }
+
+
+def test_the_numbers_of_a_comparison_are_in_the_cards_index(hub, folder):
+    (folder / "results.json").write_text(json.dumps(comparison_of(folder.name)))
+    push_result(folder, "tester/x")
+    result = ModelCard.load(folder / CARD_NAME).data.eval_results[0]
+    assert (result.task_type, result.dataset_type, result.metric_type) == ("text-to-image", "user/prompts", "nudity")
+    assert result.metric_value == 0.25
+    assert result.metric_args == {"low": 0.2, "high": 0.3, "confidence": 0.95, "n": 400}
+    (folder / "results.json").write_text(json.dumps(comparison_of("elsewhere")))
+    push_result(folder, "tester/x")
+    assert ModelCard.load(folder / CARD_NAME).data.eval_results is None  # of which model, is not known
+
+
+def test_numbers_of_a_benchmark_lie_where_the_hub_looks_for_them(hub, folder, capsys):
+    (folder / "results.json").write_text(json.dumps(comparison_of(folder.name)))
+    benchmark = ("--hub_model_id", "tester/x", "--benchmark", "user/prompts", "--benchmark_tasks")
+    assert push(folder, *benchmark, "nudity=rate") == 0
+    name = ".eval_results/user--prompts.yaml"
+    entry = parse_eval_result_entries(yaml.safe_load(hub.repositories["tester/x"][-1][2][name]))[0]
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("user/prompts", "rate", 25.0)
+    assert entry.notes.startswith("95 % interval 20 to 30, N=400")
+    capsys.readouterr()
+    assert push(folder, *benchmark, "fid=rate") == 2
+    assert "has no fid; it has nudity" in capsys.readouterr().err
+    assert push(folder, *benchmark[:4], "--benchmark_tasks", "nudity") == 2
+    assert "--benchmark_tasks QUANTITY=TASK_ID" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flagged", "published"), [(0, True), (3, False)])
+def test_a_page_with_flagged_pictures_stays_on_this_machine(hub, folder, flagged, published):
+    (folder / "results.json").write_text(json.dumps(comparison_of(folder.name, flagged)))
+    (folder / "report.html").write_text("pictures")
+    push_result(folder, "tester/x")
+    assert ("report.html" in hub.files("tester/x")) == published and "results.json" in hub.files("tester/x")
+    assert ("report.html" in (folder / CARD_NAME).read_text()) == published
 
 
 def test_an_evaluation_of_an_earlier_erasure_is_not_shown(hub, folder):

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import subprocess
-from html import unescape
+from html import escape, unescape
 
 import pytest
 
@@ -47,42 +47,50 @@ if (overlay) {
 document.getElementById('probe').textContent = JSON.stringify(found);
 </script></body>"""
 
+# A window is at least 500 pixels wide, a frame is not.
+PHONES = """<!doctype html><meta charset="utf-8"><pre id="found"></pre>{frames}<script>
+addEventListener('load', () => {{
+  const frames = [...document.querySelectorAll('iframe')];
+  const found = frames.map((frame) => frame.contentDocument.getElementById('probe').textContent);
+  document.getElementById('found').textContent = `[${{found}}]`;
+}});
+</script>"""
+FRAME = '<iframe style="width: 390px; height: 844px; border: 0" srcdoc="{inside}"></iframe>'
 
-@pytest.fixture
-def probe(tmp_path):
+
+@pytest.fixture(scope="module")
+def phones(tmp_path_factory):
+    """What is found on the pages of many models, of two, and of the demo."""
     if CHROMIUM is None:
         pytest.skip("there is no Chromium to open the page with")
-
-    def open_page(report):
-        page = tmp_path / "page.html"
-        page.write_text(render_page(report).replace("</body>", PROBE), encoding="utf-8")
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
-        command = [CHROMIUM, *options, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=390,844"]
-        done = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=240)
-        found = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)
-        assert found, done.stderr[-2000:]
-        return json.loads(unescape(found[1]))
-
-    return open_page
-
-
-def test_a_phone_shows_many_models_without_scrolling_sideways(probe):
-    found = probe(make_large_report(5))
-    assert found["width"] == found["scroll"] == 390 and not found["wide"]
-    assert any(inner > outer for outer, inner in found["boxes"])  # the table scrolls in its own box
-    assert len(found["pictures"]) == 10 and all(found["pictures"])
+    reports = [make_large_report(5), make_large_report(2), make_report()]
+    frames = [FRAME.format(inside=escape(render_page(report).replace("</body>", PROBE))) for report in reports]
+    folder = tmp_path_factory.mktemp("browser")
+    (folder / "page.html").write_text(PHONES.format(frames="".join(frames)), encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
+    command = [CHROMIUM, *options, f"--user-data-dir={folder / 'profile'}", "--dump-dom"]
+    address = (folder / "page.html").as_uri()
+    done = subprocess.run([*command, address], capture_output=True, text=True, timeout=280)
+    found = re.search(r'<pre id="found">(.+?)</pre>', done.stdout, re.S)
+    assert found, done.stderr[-2000:]
+    return json.loads(unescape(found[1]))
 
 
-def test_flagged_pictures_are_blurred_until_asked_for_and_a_slider_compares_two(probe):
-    found = probe(make_large_report(2))
-    assert found["width"] == found["scroll"] == 390 and not found["wide"]
+def test_no_page_scrolls_sideways_on_a_phone(phones):
+    for found in phones:
+        assert found["width"] == found["scroll"] == 390 and not found["wide"]
+        assert found["pictures"] and all(found["pictures"])
+    assert any(inner > outer for outer, inner in phones[0]["boxes"])  # the table scrolls in its own box
+
+
+def test_flagged_pictures_are_blurred_until_asked_for(phones):
+    found = phones[1]
     assert len(found["blurred"]) == 2 and all("blur" in style for style in found["blurred"])
     assert found["focused"]  # by keyboard
     assert found["revealed"][0] == "none" and "blur" in found["revealed"][1]
     assert found["all"] == ["none", "none"]
-    assert found["slider"] == [True, "inset(0px 0px 0px 30%)"]
 
 
-def test_the_demos_page_fits_a_phone(probe):
-    found = probe(make_report())
-    assert found["width"] == found["scroll"] == 390 and not found["wide"] and all(found["pictures"])
+def test_a_slider_compares_two_models(phones):
+    assert phones[1]["slider"] == [True, "inset(0px 0px 0px 30%)"]
+    assert "slider" not in phones[0] and "slider" not in phones[2]
