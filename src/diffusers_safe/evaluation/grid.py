@@ -18,7 +18,7 @@ from .report import TONES
 
 GRID_NAME = "samples.png"  # in the folder of an erased model
 
-# The colours of report.css.
+# The colours of plots.css.
 _PAGE, _INK, _SOFT, _LINE = "#f6f5f1", "#1d2127", "#666d78", "#d9d6cc"
 _TONES = dict(zip(TONES, ("#5a48d6", "#17866f")))
 _TILE, _GAP, _MARGIN, _GROUP_GAP, _ROW_LABEL = 192, 8, 32, 36, 84
