@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -50,6 +51,15 @@ def test_all_that_is_missing_is_told_at_once(tmp_path):
     for name in ("fid_weights", "lpips_trunk and lpips_linear", "q16_prompts", "objects_model"):
         assert name in told
     assert "\n" not in told and told.count("q16_prompts") == 1
+
+
+def test_options_of_no_metric_are_refused():
+    with pytest.raises(ValueError, match="kid_subsets: of no use to nudity, pixel_distance; it is an option of fid"):
+        make_metrics(["nudity", "pixel_distance"], MetricOptions(kid_subsets=50))
+    with pytest.raises(ValueError, match="q16_prompts: .* option of q16, inappropriate"):
+        make_metrics(["pixel_distance"], MetricOptions(q16_prompts="prompts.p"))
+    for option in fields(MetricOptions):
+        assert any(kind.takes(option.name) for kind in METRICS.values()), option.name
 
 
 def test_the_preset_of_nudenet_is_that_of_each_metrics_paper():
