@@ -44,9 +44,7 @@ class AttackArguments(MetricOptions):
     model: list[str] = field(metadata={"help": "Erased models: folders or Hub ids, as they are or as name=MODEL."})
     original: str | None = field(
         default=None,
-        metadata={
-            "help": "The model before the erasure, the control; named in the same way. Default of --emoji: the embedded one."
-        },
+        metadata={"help": "The model before the erasure: the control. With --emoji the embedded model by default."},
     )
     prompts: list[str] = field(
         default_factory=list,

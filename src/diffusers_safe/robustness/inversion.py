@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,8 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -41,7 +42,7 @@ from .token import TOKEN_NAME, added_token, read_token, save_token, text_parts
 
 
 TOKEN = "<inverted>"
-CHECKPOINT_NAME = "checkpoint.pt"
+CHECKPOINT_NAME = "checkpoint.safetensors"
 TEMPLATE = "a photo of {}"
 TOKENS_FOLDER, PICTURES_FOLDER = "tokens", "pictures"
 
@@ -286,8 +287,7 @@ def learn_token(
         for done in range(first + 1, settings.steps + 1):
             loss = examples.loss(done - 1)
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"{description}: the loss of step {done} is {loss.item()}; lower the learning "
-                                         "rate")  # fmt: skip
+                raise FloatingPointError(f"{description}: the loss of step {done} is {loss.item()}; learn more slowly")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -406,11 +406,15 @@ def _embedded(encoder: PreTrainedModel, number: int, vector: torch.Tensor) -> It
 def _save_checkpoint(
     path: Path, identity: dict, step: int, vectors: list[nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
+    """Writes the vectors and the optimizer's moments of each, whole or not at all."""
+    tensors = {
+        f"{number} {name}": value.detach().cpu().contiguous()
+        for number, vector in enumerate(vectors)
+        for name, value in {"vector": vector, **optimizer.state[vector]}.items()
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    values = [vector.detach() for vector in vectors]
-    state = {"identity": json.dumps(identity), "step": step, "vectors": values, "optimizer": optimizer.state_dict()}
-    torch.save(state, partial)
+    save_file(tensors, partial, {"state": json.dumps({"identity": identity, "step": step}, sort_keys=True)})
     os.replace(partial, path)
 
 
@@ -419,13 +423,16 @@ def _load_checkpoint(path: Path, identity: dict, vectors: list[nn.Parameter], op
     if not path.exists():
         return 0
     try:
-        state = torch.load(path, map_location=vectors[0].device, weights_only=True)
-        same, step = json.loads(state["identity"]) == identity, state["step"]
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path}: broken checkpoint ({type(error).__name__}); delete it to learn anew") from None
+        with safe_open(path, "pt") as file:
+            state = json.loads((file.metadata() or {})["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        same, step = state["identity"] == identity, state["step"]
+    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: broken checkpoint ({error}); delete it to learn anew") from None
     if not same:
         raise ValueError(f"{path}: is of another model, other pictures or other settings; use another folder")
-    for vector, value in zip(vectors, state["vectors"], strict=True):
-        vector.data.copy_(value)
-    optimizer.load_state_dict(state["optimizer"])
+    for number, vector in enumerate(vectors):
+        own = {name.split()[1]: value for name, value in tensors.items() if name.split()[0] == str(number)}
+        vector.data.copy_(own.pop("vector"))
+        optimizer.state[vector] = {name: value if name == "step" else value.to(vector) for name, value in own.items()}
     return step

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKEN_NAME = "learned_embeds.safetensors"  # what diffusers looks for in a folder
 _TWO_ENCODERS = ("clip_l", "clip_g")  # names of SDXL's two in files of textual inversions
+_METADATA = "diffusers-safe"
 # Of the pipelines that learn a token: its tokenizers, each with the text encoder that belongs to it.
 _PAIRS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
 
@@ -46,7 +47,8 @@ def save_token(path: str | Path, token: str, vectors: list[torch.Tensor], identi
     plain = [vector.detach().float().cpu().contiguous() for vector in vectors]
     tensors = {token: plain[0]} if len(plain) == 1 else dict(zip(_TWO_ENCODERS, (vector[None] for vector in plain)))
     partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial, {"token": token, "identity": json.dumps(identity, sort_keys=True)})
+    # One entry: several come in an order of chance, and equal runs give equal files.
+    save_file(tensors, partial, {_METADATA: json.dumps({"token": token, "identity": identity}, sort_keys=True)})
     os.replace(partial, path)
 
 
@@ -58,8 +60,9 @@ def read_token(path: str | Path) -> tuple[str, list[torch.Tensor], dict]:
     """
     try:
         with safe_open(path, "pt") as file:
-            facts, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-        token, identity = facts["token"], json.loads(facts["identity"])
+            facts = json.loads((file.metadata() or {})[_METADATA])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        token, identity = facts["token"], facts["identity"]
         names = [token] if token in tensors else _TWO_ENCODERS
         return token, [tensors[name].reshape(-1) for name in names], identity
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
