@@ -77,6 +77,22 @@ def test_unknown_names(names, message):
         make_metrics(names)
 
 
+def test_metrics_of_anybodys_are_named_by_module(tmp_path, monkeypatch):
+    (tmp_path / "own_metrics.py").write_text(
+        "from diffusers_safe.evaluation.metrics.pixel_distance import PixelDistance\nready = PixelDistance()\nno = dict\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    made = make_metrics(["own_metrics:PixelDistance", "own_metrics:ready"])
+    assert [type(metric).__name__ for metric in made] == ["PixelDistance"] * 2
+    for name, message in (
+        ("own_metrics:missing", "cannot be imported"),
+        ("nowhere:metric", "cannot be imported .*nowhere"),
+        ("own_metrics:no", "is a dict, no Metric"),
+    ):
+        with pytest.raises(ValueError, match=f"metric '{name}': {message}"):
+            make_metrics([name])
+
+
 def test_the_table_imports_nothing_heavy():
     heavy = "{'torch', 'transformers', 'scipy', 'nudenet', 'cv2'}"
     code = f"import sys, diffusers_safe.evaluation.metrics; print({heavy} & {{*sys.modules}})"
