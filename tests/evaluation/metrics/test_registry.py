@@ -79,7 +79,8 @@ def test_unknown_names(names, message):
 
 def test_metrics_of_anybodys_are_named_by_module(tmp_path, monkeypatch):
     (tmp_path / "own_metrics.py").write_text(
-        "from diffusers_safe.evaluation.metrics.pixel_distance import PixelDistance\nready = PixelDistance()\nno = dict\n"
+        "from diffusers_safe.evaluation.metrics.pixel_distance import PixelDistance\n"
+        "ready = PixelDistance()\nno = dict\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     made = make_metrics(["own_metrics:PixelDistance", "own_metrics:ready"])
