@@ -134,7 +134,7 @@ def test_killed_five_times_and_in_two_processes_the_files_are_the_same(tiny_mode
         (["--prompts", "a", "--batch_size", "0"], "batch_size 0: must be at least 1"),
         (["--prompts", " "], "prompts, row 1: prompt ' ': must be a text that is not blank"),
         (["--prompts", "none.csv"], "none.csv: cannot be read"),
-        (["--prompts", "a", "b.CSV"], "b.CSV: a file or dataset must be the only one"),
+        (["--prompts", "a", "b.CSV"], "b.CSV: a file must be the only one"),
         (["--prompts", "{twice}"], "occurs twice"),
         (["--prompts", "{no_prompt}"], "no_prompt.csv: no column 'prompt', only text, seed"),
         (["--prompts", "{bad_seed}"], "bad_seed.csv, row 1: seed 'seven' is no whole number"),
