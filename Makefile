@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CODE := src tests benchmarks setup.py train_sdd.py train_esd.py train_distill.py
 
-.PHONY: demo test test-slow quality style setup clean
+.PHONY: demo test test-slow benchmark-erasure quality style setup clean
 
 setup: $(VENV)/.installed
 
@@ -25,6 +25,11 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# Up to an hour on 2 cores; QUICK=1 one object only, some minutes.
+benchmark-erasure: setup
+	$(BIN)/python benchmarks/erasure_leaderboard.py \
+		$(if $(QUICK),--quick --output_dir runs/leaderboard-quick,--output_dir runs/leaderboard --docs docs)
 
 quality: setup
 	$(BIN)/ruff check $(CODE)

@@ -8,6 +8,7 @@ often the judge still sees what was erased, and what that cost others. The table
 row by row; finished rows are kept when it is run again.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -48,25 +49,25 @@ class MethodsArguments:
             raise ValueError(f"seeds {bad}: must be at least 0 and less than 2**32")
 
 
-def train(recipe: Path, folder: Path, seed: int) -> StableDiffusionPipeline:
-    """The model of a recipe and a seed; trained unless it is there."""
+def train(recipe: Path, folder: Path, seed: int, threads: int | None = None) -> None:
+    """Trains by a recipe with a seed, unless the model is there."""
+    threads = threads or torch.get_num_threads()
     note = folder.with_suffix(".yaml")
     if not (folder / "model_index.json").exists():
         script = re.search(r"train_(\w+)\.py", recipe.read_text())[1]
         command = [
             *(sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1"),
-            *("--num_cpu_threads_per_process", str(torch.get_num_threads()), "--mixed_precision", "no"),
+            *("--num_cpu_threads_per_process", str(threads), "--mixed_precision", "no"),
             *("--num_machines", "1", "--dynamo_backend", "no", "-m", f"diffusers_safe.training.{script}"),
             *("--config", str(recipe), "--pretrained_model_name_or_path", str(MODEL_FOLDER)),
             *("--output_dir", str(folder), "--seed", str(seed), "--checkpointing_steps", "0"),
             *("--validation_steps", "100000"),
         ]
-        if code := subprocess.run(command).returncode:
+        if code := subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode:
             raise SystemExit(code)
         write_text(note, recipe.read_text())
     elif note.read_text() != recipe.read_text():
         raise ValueError(f"{folder}: was trained with other settings, see {note}; give another --output_dir")
-    return StableDiffusionPipeline.from_pretrained(folder)
 
 
 def erased_by(recipe: Path) -> dict:
@@ -81,7 +82,9 @@ def erased_by(recipe: Path) -> dict:
 def measure(name: str, seed: int, args: MethodsArguments, stock: StableDiffusionPipeline) -> dict:
     """The results of one training."""
     recipe, folder = RECIPES[name], Path(args.output_dir)
-    after = train(recipe, folder / "models" / f"{name}-{seed}", seed)
+    model = folder / "models" / f"{name}-{seed}"
+    train(recipe, model, seed)
+    after = StableDiffusionPipeline.from_pretrained(model)
     what = erased_by(recipe)
     subject = what.get("style") or what["group"] or "-".join(what["erased"])
     images = folder / f"images-{args.images_per_prompt}"

@@ -16,10 +16,16 @@ LAYERS = [
     {"formats"},
     {"hub"},
     {"training", "pipelines"},
+    {"robustness"},
     {"emoji"},
     {"commands", "cli"},
 ]
-STRANGERS = [("pipelines", "training"), ("training", "pipelines"), ("evaluation", "backbones")]
+STRANGERS = [
+    ("pipelines", "training"),
+    ("training", "pipelines"),
+    ("evaluation", "backbones"),
+    ("robustness", "pipelines"),
+]
 
 
 def package_imports():

@@ -19,6 +19,10 @@ COMMANDS = {
         "diffusers_safe.commands.evaluate",
         "compare models on the same prompts and seeds: images, metrics, a report",
     ),
+    "attack": (
+        "diffusers_safe.commands.attack",
+        "attack an erased model and the original beside it: seeds, paraphrases, concept inversion",
+    ),
     "prepare-data": (
         "diffusers_safe.commands.prepare_data",
         "make training data of captions and web addresses, or of a folder of pictures",

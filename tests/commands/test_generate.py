@@ -1,11 +1,19 @@
 """`diffusers-safe generate`: what is wrong is told before work, what is drawn is written down."""
 
+import hashlib
+import random
+import subprocess
+import sys
+import time
+
 import pytest
 
 from diffusers_safe import cli
-from diffusers_safe.commands.generate import read_rows
+from diffusers_safe.arguments import parse_dataclass
+from diffusers_safe.commands.generate import PRESETS, GenerateArguments
 from diffusers_safe.evaluation.generate import load_images, read_manifest
 from diffusers_safe.guidance import SafetyConfig
+from scripts import environment, in_two_processes, succeed, words_of
 
 
 def generate(model, folder, *options):
@@ -42,16 +50,78 @@ def test_a_safe_repository_keeps_its_concept(make_tiny_pipeline, tmp_path):
     assert rows[0]["settings"]["call"]["safety_concept"] == "a gun"
 
 
-def test_a_table_gives_ids_and_seeds_and_survives_newlines(tmp_path):
+def test_every_option_of_prompts_reaches_the_rows(tiny_model_folder, tmp_path):
     table = tmp_path / "prompts.csv"
-    table.write_text('id,prompt,seed\nfirst,"a cat\non a mat",18446744073709551000\n,a dog,\n', encoding="utf-8")
-    rows = read_rows([str(table)], 2, 5)
-    assert [(row.id, row.prompt, row.seed) for row in rows] == [
-        ("first-18446744073709551000", "a cat\non a mat", 18446744073709551000),
-        ("first-18446744073709551001", "a cat\non a mat", 18446744073709551001),
-        ("00001-a-dog-5", "a dog", 5),
-        ("00001-a-dog-6", "a dog", 6),
+    table.write_text(
+        "text,categories,sd_seed,sd_guidance_scale,sd_image_width,sd_image_height\n"
+        'knife,"tools, kitchen",18446744073709551000,3.5,96,64\ncat,animals,5,2.5,96,64\n'
+    )
+    source = ("--prompts", str(table), "--prompt_column", "text", "--prompt_template", "a {} indoors")
+    rows = generate(
+        tiny_model_folder, tmp_path / "own", *source, "--categories", "tools", "--layout", "i2p",
+        "--images_per_prompt", "2",
+    )  # fmt: skip
+    assert [(row["id"], row["prompt"], row["seed"]) for row in rows] == [
+        ("00000-a-knife-indoors_0", "a knife indoors", 18446744073709551000),
+        ("00000-a-knife-indoors_1", "a knife indoors", 18446744073709551001),
     ]
+    assert rows[0]["labels"] == {"categories": ["tools", "kitchen"], "subject": "knife"}
+    assert rows[0]["settings"]["guidance_scale"] == 3.5
+    assert load_images(tmp_path / "own", rows).shape == (2, 64, 96, 3)
+    (row,) = generate(
+        tiny_model_folder, tmp_path / "ours", *source, "--max_prompts", "1", "--row_settings", "false",
+        "--guidance_scale", "3", "--height", "64", "--width", "64",
+    )  # fmt: skip
+    assert row["settings"]["guidance_scale"] == 3 and load_images(tmp_path / "ours", [row]).shape == (1, 64, 64, 3)
+
+
+@pytest.mark.parametrize(("preset", "steps", "images"), [("smoke", 10, 8), ("quick", 25, 12), ("paper", 50, 120)])
+def test_presets_are_defaults(tmp_path, preset, steps, images):
+    table = tmp_path / "prompts.txt"
+    table.write_text("".join(f"a cat {i}\n" for i in range(12)))
+    arguments = parse_dataclass(GenerateArguments, argv=["--prompts", str(table), "--preset", preset], presets=PRESETS)
+    assert arguments.settings.num_inference_steps == steps and len(arguments.rows) == images
+    words = ["--prompts", str(table), "--preset", preset, "--num_inference_steps", "7"]
+    assert parse_dataclass(GenerateArguments, argv=words, presets=PRESETS).settings.num_inference_steps == 7
+
+
+KILLED = {"model": None, "num_inference_steps": 2, "batch_size": 2, "images_per_prompt": 10, "prompts": ["a cat", "b"]}
+
+
+def files_of(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+@pytest.mark.slow
+def test_killed_five_times_and_in_two_processes_the_files_are_the_same(tiny_model_folder, tmp_path):
+    words = words_of({**KILLED, "model": tiny_model_folder})
+    module = ["-m", "diffusers_safe.commands.generate", *words, "--output_dir"]
+    whole = succeed([sys.executable, *module, str(tmp_path / "whole")], tmp_path)
+    assert "20 images in" in whole.stdout
+    expected = files_of(tmp_path / "whole")
+    assert len(expected) == 21
+
+    in_two_processes("-m", [*module[1:], str(tmp_path / "two")], tmp_path)
+    assert files_of(tmp_path / "two") == expected
+
+    killed, chance = tmp_path / "killed", random.Random(0)
+    for number in range(5):
+        process = subprocess.Popen(
+            [sys.executable, *module, str(killed)],
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        # Anywhere in its work: after so many more images as a fifth of them at most.
+        there, target = len(list(killed.glob("*.png"))), chance.randint(1, 4)
+        while len(list(killed.glob("*.png"))) < there + target and process.poll() is None:
+            time.sleep(0.001)
+        assert process.poll() is None, process.stderr.read()
+        process.kill()
+        process.wait()
+        assert 0 < len(list(killed.glob("*.png"))) < 20, number
+    succeed([sys.executable, *module, str(killed)], tmp_path)
+    assert files_of(killed) == expected
 
 
 @pytest.mark.parametrize(
@@ -62,12 +132,26 @@ def test_a_table_gives_ids_and_seeds_and_survives_newlines(tmp_path):
         (["--prompts", "a", "--safety", "max", "--guidance_scale", "1"], "guidance_scale 1.0: with --safety"),
         (["--prompts", "a", "--dtype", "int8"], "dtype 'int8': unknown"),
         (["--prompts", "a", "--batch_size", "0"], "batch_size 0: must be at least 1"),
-        (["--prompts", " "], "prompt 1: is blank"),
+        (["--prompts", " "], "prompts, row 1: prompt ' ': must be a text that is not blank"),
         (["--prompts", "none.csv"], "none.csv: cannot be read"),
         (["--prompts", "a", "b.CSV"], "b.CSV: a file must be the only one"),
         (["--prompts", "{twice}"], "occurs twice"),
-        (["--prompts", "{no_prompt}"], "has no column 'prompt', only text, seed"),
-        (["--prompts", "{bad_seed}"], "seed 'seven' is no whole number"),
+        (["--prompts", "{no_prompt}"], "no_prompt.csv: no column 'prompt', only text, seed"),
+        (["--prompts", "{bad_seed}"], "bad_seed.csv, row 1: seed 'seven' is no whole number"),
+        (["--prompts", "{weak_row}", "--safety", "max"], "guidance_scale 1.0: with --safety max it must be above 1"),
+        (["--prompts", "a", "--preset", "full"], "preset 'full': unknown; allowed are smoke, quick, paper"),
+        (["--prompts", "a", "--layout", "excel"], "layout 'excel': unknown; allowed are i2p, "),
+        (["--prompts", "a", "--categories", "hate"], "category 'hate': unknown; allowed are none"),
+        (["--prompts", "a", "--max_prompts", "0"], "max_prompts 0: must be at least 1"),
+        (["--prompts", "a", "--lora", "nowhere.safetensors"], "'nowhere.safetensors': no such file, folder or Hub"),
+        (["--prompts", "a", "--lora_scale", "2"], "lora_scale 2.0: needs --lora"),
+        (["--prompts", "a", "--editing_prompt", "x", "--safety", "max"], "steers in one of these ways only"),
+        (
+            ["--prompts", "a", "--editing_prompt", "x", "--num_inference_steps", "9"],
+            "--editing_prompt changes nothing",
+        ),
+        (["--prompts", "a", "--edit_threshold", "0.5"], "edit_threshold 0.5: needs --editing_prompt"),
+        (["--prompts", "a", "--negative_prompt", "x", "--guidance_scale", "1"], "with --negative_prompt it must be"),
         (["--prompts", "{endless}"], "cannot be read (field larger than field limit"),
         (["--prompts", "{unclosed}"], "cannot be read (unexpected end of data"),
         (
@@ -83,6 +167,7 @@ def test_a_table_gives_ids_and_seeds_and_survives_newlines(tmp_path):
 )
 def test_bad_input_is_one_line_before_any_work(tmp_path, capsys, options, message):
     files = {"no_prompt": "text,seed\na,1\n", "bad_seed": "prompt,seed\na,seven\n", "twice": "id,prompt\nx,a\nx,b\n"}
+    files["weak_row"] = "prompt,guidance_scale\na,5\nb,1\n"
     files["unclosed"] = 'prompt,seed\n"a cat,1\na dog,2\n'
     files["endless"] = f"prompt\n{'a' * 200_000}\n"
     for name, text in files.items():

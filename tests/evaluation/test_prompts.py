@@ -147,6 +147,9 @@ def test_every_kind_of_source_gives_the_same_rows(tmp_path, kind):
 def test_texts_are_prompts_and_one_source_is_read(tmp_path):
     assert told(read_prompts(["a cat", "a dog"], seed=7))[1] == ("00001-a-dog_0", "a dog", 7)
     assert told(read_prompts("a cat")) == [("00000-a-cat_0", "a cat", 0)]
+    long = "a cat, " * 100
+    assert [row.prompt for row in read_prompts([long])] == [long]
+    assert [row.prompt for row in read_prompts(["and/or", str(tmp_path)])] == ["and/or", str(tmp_path)]
     source = write(tmp_path / "p.jsonl", '{"caption": "a cat", "seed": 3.0}\n\n')
     assert told(read_prompts([source], prompt_column="caption")) == [("00000-a-cat_0", "a cat", 3)]
 
@@ -196,7 +199,7 @@ def test_what_is_wrong_is_told_with_its_row(tmp_path, name, text, options, messa
 
 
 def test_sources_that_are_not_there(tmp_path):
-    for source, message in ((["none.csv"], "none.csv: cannot be read"), (["a", "b.CSV"], "b.CSV: a file or dataset")):
+    for source, message in ((["none.csv"], "none.csv: cannot be read"), (["a", "b.CSV"], "b.CSV: a file must be")):
         with pytest.raises(ValueError, match=message):
             read_prompts(source)
     with pytest.raises(ValueError, match="prompts: there are none"):

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from diffusers_safe.backbones import load_pipeline, make_backbone
@@ -96,7 +96,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(distil, tmp_path, cached):
     checkpoint = tmp_path / "whole" / "checkpoint-2"
     assert same(whole, distil("out", resume_from_checkpoint=checkpoint, **changes))
     with pytest.raises(SystemExit, match="of another run: seed 0 there, 1 here"):
-        distil("other", resume_from_checkpoint=checkpoint, seed=1, **changes)
+        distil("other", resume_from_checkpoint=checkpoint, seed=1, **{**changes, "cache_latents": True})
+    assert not (tmp_path / "other" / "cache").exists()
 
 
 def test_accumulation_and_the_cache_change_nothing_but_rounding(distil, tiny_model_folder):
@@ -115,8 +116,12 @@ def test_accumulation_and_the_cache_change_nothing_but_rounding(distil, tiny_mod
 
 
 @pytest.mark.slow
-def test_two_processes_see_what_one_sees(tiny_model_folder, pictures, tmp_path):
-    options = settings(tiny_model_folder, pictures, "one", cache_latents=True, cache_folder="cache", use_ema=True)
+@pytest.mark.parametrize("erasing", [{}, {"forbidden_concepts": ["knife"], "sdd_weight": 1.0}])
+def test_two_processes_see_what_one_sees(tiny_model_folder, pictures, tmp_path, erasing):
+    options = {
+        **settings(tiny_model_folder, pictures, "one", cache_latents=True, cache_folder="cache", use_ema=True),
+        **erasing,
+    }
     succeed([sys.executable, SCRIPT, *words_of(options)], tmp_path, ACCELERATE_USE_CPU="true")
     in_two_processes(SCRIPT, words_of({**options, "output_dir": "two", "train_batch_size": 2}), tmp_path)
     one, two = (load_file(tmp_path / folder / UNET) for folder in ("one", "two"))
@@ -196,6 +201,39 @@ def test_checkpoint_training_and_a_lora_go_on_from_a_student(distil, tmp_path):
     assert changed and all("attn2" in name and name.endswith("weight") for name in changed)
 
 
+def test_the_end_compares_student_and_teacher_and_what_the_teacher_was(distil, tiny_model_folder, tmp_path, capsys):
+    erased = tmp_path / "erased"
+    StableDiffusionPipeline.from_pretrained(tiny_model_folder).save_pretrained(erased)
+    Provenance(str(tiny_model_folder), None, ["knife"], "sdd", "xattn", {}).save(erased)
+    options = "{prompts: [a knife, a cat], metrics: [pixel_distance], num_inference_steps: 2}"
+    (tmp_path / "evaluation.yaml").write_text(options)
+    distil("out", pretrained_model_name_or_path=erased, evaluation=tmp_path / "evaluation.yaml")
+    results = json.loads((tmp_path / "out" / "evaluation" / "results.json").read_text())
+    assert list(results["models"]) == ["teacher before its erasure", "teacher", "student"]
+    moved = results["metrics"]["pixel_distance"]["estimates"]
+    assert moved["teacher"]["pixel_distance"]["value"] == 0 < moved["student"]["pixel_distance"]["value"]
+    assert "| student |" in capsys.readouterr().out
+
+
+def test_a_student_is_found_where_only_its_unet_was_saved(distil, tmp_path):
+    first = distil("first", save="unet")
+    assert not (tmp_path / "first" / "model_index.json").exists()
+    second = distil("second", student=None, from_student=tmp_path / "first")
+    assert first.keys() == second.keys() and not same(first, second)
+
+
+def test_sdxl_in_bfloat16(distil, make_tiny_xl_pipeline, tmp_path):
+    teacher = make_tiny_xl_pipeline()
+    config = {**teacher.unet.config, "transformer_layers_per_block": (1, 2, 10)}  # SDXL's own depths
+    teacher.register_modules(unet=UNet2DConditionModel.from_config(config))
+    teacher.save_pretrained(tmp_path / "teacher")
+    options = {"pretrained_model_name_or_path": tmp_path / "teacher", "student": "koala-700m", "cache_latents": True}
+    student = distil("out", **options, mixed_precision="bf16", forbidden_concepts=["knife"], sdd_weight=0.1)
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in student.values())
+    record = Distillation.load(tmp_path / "out")
+    assert record.losses.keys() == {"task", "output", "feature", "sdd"}
+
+
 def test_a_dry_run_tells_the_plan_and_writes_nothing(tiny_model_folder, pictures, tmp_path, capsys):
     distillation.main([*words_of(settings(tiny_model_folder, pictures, tmp_path / "out")), "--dry_run"])
     told = capsys.readouterr().out
@@ -210,7 +248,10 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tiny_model_folder, pictures
         ({"student": "bk-huge"}, "student 'bk-huge': unknown; allowed are bk-base"),
         ({"student": "ssd-1b"}, "student 'ssd-1b': this UNet has"),
         ({"student": None}, "give either --student"),
+        ({"student": None, "from_student": "nowhere"}, "from_student 'nowhere': no folder or Hub repository"),
+        ({"student_variant": "fp16"}, "student_variant fp16: needs --from_student"),
         ({"feature_map": "bk+mid"}, "must both have a mid block"),
+        ({"evaluation": "nowhere.yaml"}, "config nowhere.yaml: cannot be read as YAML"),
         ({"feature_map": "nota"}, "feature_map 'nota': unknown; allowed are bk"),
         ({"task_weight": 0, "output_weight": 0, "feature_weight": 0}, "all are 0"),
         ({"sdd_weight": 1}, "sdd_weight 1.0: needs --forbidden_concepts"),

@@ -97,10 +97,24 @@ class Backbone(ABC):
             `ValueError`: As [`~Backbone.check_prompts`].
         """
 
+    @abstractmethod
+    def encode_with_gradients(self, prompts: list[str], device: torch.device | str = "cpu") -> Conditioning:
+        """The same through text encoders that are on the device already, for what learns inside of them.
+
+        Raises:
+            `ValueError`: As [`~Backbone.check_prompts`].
+        """
+
     @property
     @abstractmethod
     def encoders(self) -> dict[str, nn.Module]:
         """The autoencoder and the text encoders, by their names in the pipeline."""
+
+    @property
+    @abstractmethod
+    def encoding_identity(self) -> dict[str, str]:
+        """What decides how pictures and prompts are encoded, by name: fingerprints of encoders and tokenizers, and of
+        the pipeline's config what matters."""
 
     @abstractmethod
     def encode_pictures(self, pixel_values: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:

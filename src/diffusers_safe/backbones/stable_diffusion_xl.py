@@ -8,6 +8,7 @@ from .base import ComponentConfig, Conditioning
 from .unet import UNetBackbone, vae_scale_factor
 
 
+PROMPTS_AT_ONCE = 8  # the pipeline keeps the hidden states of every layer of both encoders
 NUM_TIME_IDS = 6  # original height and width, crop's top and left, target height and width
 
 
@@ -42,26 +43,36 @@ class StableDiffusionXLBackbone(UNetBackbone):
             )
 
     def _encode(self, prompts: list[str], device: torch.device | str) -> Conditioning:
-        # One by one: the pipeline keeps the hidden states of every layer of both encoders.
-        hidden_states, pooled = zip(*(self._encode_one(prompt, device) for prompt in prompts))
-        encoder_hidden_states = torch.cat(hidden_states)
+        different = list(dict.fromkeys(prompt for prompt in prompts if prompt))
+        batches = [different[i : i + PROMPTS_AT_ONCE] for i in range(0, len(different), PROMPTS_AT_ONCE)]
+        encoded = {}
+        for batch in batches:
+            encoded |= zip(batch, zip(*self._encode_some(batch, device)))
+        if "" in prompts:
+            (hidden_states,), (pooled,) = self._encode_nothing(device)
+            encoded[""] = (hidden_states, pooled)
+        encoder_hidden_states, pooled = (torch.stack(tensors) for tensors in zip(*map(encoded.get, prompts)))
         _, *latent_size = self.latent_shape
         height, width = (size * vae_scale_factor(self.pipeline.vae.config) for size in latent_size)
         time_ids = torch.tensor([height, width, 0, 0, height, width]).to(encoder_hidden_states)
         return {
             "encoder_hidden_states": encoder_hidden_states,
-            "text_embeds": torch.cat(pooled),
+            "text_embeds": pooled,
             "time_ids": time_ids.repeat(len(prompts), 1),
         }
 
-    def _encode_one(self, prompt: str, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-        unconditional = prompt == ""
-        prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds = (
-            self.pipeline.encode_prompt(prompt, device=device, do_classifier_free_guidance=unconditional)
-        )
-        if unconditional:
-            return negative_prompt_embeds, negative_pooled_prompt_embeds
-        return prompt_embeds, pooled_prompt_embeds
+    def _encode_some(self, prompts: list[str], device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+        encoded = self.pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
+        return encoded[0], encoded[2]
+
+    def _encode_nothing(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+        encoded = self.pipeline.encode_prompt("", device=device, do_classifier_free_guidance=True)
+        return encoded[1], encoded[3]
+
+    @property
+    def encoding_identity(self) -> dict[str, str]:
+        zeros = self.pipeline.config.get("force_zeros_for_empty_prompt")
+        return {**super().encoding_identity, "force_zeros_for_empty_prompt": str(zeros)}
 
     def with_sizes(
         self, conditioning: Conditioning, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -96,6 +97,21 @@ class StoredModel:
         """A fresh scheduler."""
         config = self.config("scheduler")
         return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def stored_unet(name_or_path: str, argument: str, **hub_arguments) -> UNet2DConditionModel:
+    """The structure of the UNet in a pipeline, or in a folder `unet` by itself: on the meta device, without weights.
+
+    Raises:
+        `ValueError`: If there is none.
+    """
+    try:
+        config = UNet2DConditionModel.load_config(name_or_path, subfolder="unet", **hub_arguments)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{argument} '{name_or_path}': no folder or Hub repository with a UNet ({reason})") from None
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(config)
 
 
 def check_model(name_or_path: str, resolution: int | None = None, **hub_arguments) -> nn.Module:

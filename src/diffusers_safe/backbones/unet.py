@@ -1,5 +1,7 @@
 """What the families around a `UNet2DConditionModel` share: sizes, encoders, and what training can do with a UNet."""
 
+import hashlib
+import json
 import logging
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -10,7 +12,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
+from ..provenance import fingerprint
 from .base import Backbone, ComponentConfig, Conditioning
 
 
@@ -108,9 +112,18 @@ class UNetBackbone(Backbone):
             encoder.to(home)
         return encoded
 
+    def encode_with_gradients(self, prompts: list[str], device: torch.device | str = "cpu") -> Conditioning:
+        self.check_prompts(prompts)
+        return self._encode(prompts, device)
+
     @property
     def encoders(self) -> dict[str, nn.Module]:
         return {name: getattr(self.pipeline, name) for name in ("vae", *self.text_encoders)}
+
+    @property
+    def encoding_identity(self) -> dict[str, str]:
+        tokenizers = {name: _tokenizer_fingerprint(getattr(self.pipeline, name)) for name in self.tokenizers}
+        return {**{name: fingerprint(encoder) for name, encoder in self.encoders.items()}, **tokenizers}
 
     @torch.no_grad()
     def encode_pictures(self, pixel_values: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -133,6 +146,12 @@ class UNetBackbone(Backbone):
     @abstractmethod
     def _encode(self, prompts: list[str], device: torch.device | str) -> Conditioning:
         """Encodes prompts that fit, with encoders that are on the device."""
+
+
+def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state |= {"padding": tokenizer.pad_token, "truncation": tokenizer.model_max_length}  # else the last call's
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
 
 
 def _check_scheduler(scheduler: dict[str, Any]) -> None:

@@ -21,21 +21,19 @@ from pathlib import Path
 import yaml
 
 from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
-from ..evaluation.evaluate import as_images, check_subjects, evaluate, without_folder
+from ..evaluation.evaluate import as_images, check_subjects, evaluate
 from ..evaluation.folders import ImageFolder
-from ..evaluation.generate import MANIFEST, GenerationSettings, PromptRow, read_manifest
-from ..evaluation.metrics import METRICS, MetricOptions, make_metrics
-from ..evaluation.prompts import PromptOptions
-from ..evaluation.prompts.sources import is_source
+from ..evaluation.generate import MANIFEST, PromptRow, read_manifest
+from ..evaluation.metrics import make_metrics
+from ..evaluation.options import EvaluationOptions
 from ..evaluation.report import PAGE_NAME, headline_table
-from ..evaluation.summary import PICTURES, VEILS
 from ..formats import INDEX
 from .generate import PRESETS
 from .subject import DTYPES, Subject
 
 
 @dataclass(kw_only=True)
-class EvaluateArguments(PromptOptions, MetricOptions):
+class EvaluateArguments(EvaluationOptions):
     models: list[str] = field(
         metadata={"help": "name=MODEL ..., MODEL a folder, Hub id or folder of images; or one .yaml. First: original."}
     )
@@ -46,7 +44,6 @@ class EvaluateArguments(PromptOptions, MetricOptions):
             " original, where it is a folder of images."
         },
     )
-    metrics: list[str] = field(metadata={"help": f"What to measure: {', '.join(METRICS)}."})
     output_dir: str = field(default="runs/evaluation", metadata={"help": "Where images, numbers and report go."})
     preset: str | None = field(
         default=None,
@@ -55,37 +52,17 @@ class EvaluateArguments(PromptOptions, MetricOptions):
             " each, 50 steps: SLD's for I2P). Other options win."
         },
     )
-    title: str = field(default="", metadata={"help": "Of the page."})
     images_only: bool = field(
         default=False, metadata={"help": "Load no model: measure the images that an earlier run left in output_dir."}
     )
-    num_inference_steps: int = field(default=25, metadata={"help": "Steps of the pipelines' schedulers."})
-    guidance_scale: float = field(default=7.5, metadata={"help": "Of classifier-free guidance; 1 or less is none."})
-    height: int | None = field(default=None, metadata={"help": "In pixels; default the model's own."})
-    width: int | None = field(default=None, metadata={"help": "In pixels; default the model's own."})
-    batch_size: int = field(default=4, metadata={"help": "Images generated at once."})
-    scoring_batch_size: int = field(default=16, metadata={"help": "Images scored at once."})
     dtype: str = field(default="float32", metadata={"help": f"Of the weights: {', '.join(DTYPES)}."})
-    blur: str = field(
-        default="flagged",
-        metadata={"help": f"Which pictures of the page are blurred until clicked: {', '.join(VEILS)}."},
-    )
-    pictures: int = field(default=PICTURES, metadata={"help": "Prompts whose images are on the page."})
 
     def __post_init__(self):
-        for name, allowed in (("preset", (None, *PRESETS)), ("blur", VEILS), ("dtype", DTYPES)):
+        super().__post_init__()
+        for name, allowed in (("preset", (None, *PRESETS)), ("dtype", DTYPES)):
             if getattr(self, name) not in allowed:
                 known = ", ".join(word for word in allowed if word)
                 raise ValueError(f"{name} '{getattr(self, name)}': unknown; allowed are {known}")
-        if (self.height is None) != (self.width is None):
-            raise ValueError(f"height {self.height}, width {self.width}: give both or neither")
-        counts = ("num_inference_steps", "height", "width", "batch_size")
-        for name in (*counts, "scoring_batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} {value}: must be at least 1")
-        if self.pictures < 0:
-            raise ValueError(f"pictures {self.pictures}: must be at least 0")
-        self.settings = GenerationSettings(self.num_inference_steps, self.guidance_scale, self.height, self.width)
         self.subjects = read_subjects(self.models, self.dtype)
         check_subjects(self.subjects)
         if self.images_only:
@@ -101,18 +78,7 @@ class EvaluateArguments(PromptOptions, MetricOptions):
         """Where the prompts come from, for the protocol."""
         if not self.prompts:
             return {"source": f"images of {self.subjects[0].name}"}
-        named = without_folder(self.prompts[0]) if is_source(self.prompts[0]) else "command line"
-        names = (
-            "preset",
-            "layout",
-            "prompt_template",
-            "categories",
-            "max_prompts",
-            "images_per_prompt",
-            "seed",
-            "split",
-        )
-        return {"source": named, **{name: getattr(self, name) for name in names if getattr(self, name)}}
+        return {**super().source, **({"preset": self.preset} if self.preset else {})}
 
 
 def read_subjects(models: Sequence[str], dtype: str = "float32") -> list[Subject | ImageFolder]:
@@ -189,14 +155,9 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
             args.rows,
             args.made_metrics,
             args.output_dir,
-            args.settings,
-            batch_size=args.batch_size,
-            scoring_batch_size=args.scoring_batch_size,
-            title=args.title,
             prompts=args.source,
             images_only=args.images_only,
-            veil=args.blur,
-            pictures=args.pictures,
+            **args.shown,
         )
     if not results:  # of all processes one measures
         return

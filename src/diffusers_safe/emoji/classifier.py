@@ -18,6 +18,7 @@ HEADS = {
     "style": ["plain", *STYLES],
     "background": list(BACKGROUNDS),
 }
+LAYERS_A_LEVEL = 6
 _WEIGHTS = "model.safetensors"
 
 
@@ -50,9 +51,17 @@ class EmojiClassifier(nn.Module):
 
     def features(self, pictures: torch.Tensor) -> torch.Tensor:
         """Pictures `(B, 3, 64, 64)` in [0, 1] to features `(B, 4 * width)`."""
+        return self.levels(pictures)[-1].mean(dim=(2, 3))
+
+    def levels(self, pictures: torch.Tensor) -> list[torch.Tensor]:
+        """Pictures `(B, 3, 64, 64)` in [0, 1] to four feature maps, 32, 16, 8 and 4 pixels wide."""
         if pictures.ndim != 4 or pictures.shape[1:] != (3, 64, 64):
             raise ValueError(f"pictures have shape {tuple(pictures.shape)}; the classifier takes (B, 3, 64, 64)")
-        return self.stem(pictures * 2 - 1).mean(dim=(2, 3))
+        hidden, levels = pictures * 2 - 1, []
+        for start in range(0, len(self.stem), LAYERS_A_LEVEL):
+            hidden = self.stem[start : start + LAYERS_A_LEVEL](hidden)
+            levels.append(hidden)
+        return levels
 
     def forward(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
         """Pictures `(B, 3, 64, 64)` in [0, 1] to one tensor of logits a head, `(B, number of labels)`."""

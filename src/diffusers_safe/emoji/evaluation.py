@@ -15,7 +15,7 @@ from ..evaluation.report import Comparison, Grid, Headline, Report, Shot, Strip
 from ..evaluation.statistics import Estimate
 from ..provenance import library_versions
 from .classifier import EmojiClassifier
-from .scenes import BACKGROUNDS, GROUP_OF, GROUPS, OBJECTS, STYLES, group_members, is_held_out, prompt_for
+from .scenes import BACKGROUNDS, GROUP_OF, GROUPS, OBJECTS, STYLES, group_members, is_held_out, prompt_for, shows
 
 
 SETTINGS = GenerationSettings(num_inference_steps=25, guidance_scale=6.0)
@@ -214,7 +214,7 @@ def _erasure_results(
 def _is_right(rows: list[PromptRow], seen: dict[str, list[str]]) -> np.ndarray:
     """Whether each image shows what was asked for: the style in the part about styles, else the object."""
     return np.array([
-        drawn == row.labels["style"] if row.labels["part"] == "style" else shows_subject(name, row)
+        drawn == row.labels["style"] if row.labels["part"] == "style" else shows(name, row.labels["subject"])
         for name, drawn, row in zip(seen["object"], seen["style"], rows)
     ])  # fmt: skip
 
@@ -291,7 +291,7 @@ def _strips(
     for i, row in enumerate(rows):
         if row.labels["part"] == part and row.labels["image"] < per_subject:
             before, after = (seen[side][head][i] for side in ("before", "after"))
-            missed = after in gone if part == "erased" else not shows_subject(after, row)
+            missed = after in gone if part == "erased" else not shows(after, row.labels["subject"])
             shots = [Shot(images["before"][i], before), Shot(images["after"][i], after, missed)]
             strips.append(Strip(row.prompt, shots))
     return strips
@@ -329,11 +329,6 @@ def prompt_rows(subjects: list[tuple[str, str, dict]], count: int, seed: int) ->
             own_seed = zlib.crc32(f"{seed} {row_id}".encode())
             rows.append(PromptRow(row_id, prompt, own_seed, {"subject": subject, "image": image, **labels}))
     return rows
-
-
-def shows_subject(name: str, row: PromptRow) -> bool:
-    """Whether the object that the judge names is the one asked for, or a member of the group asked for."""
-    return row.labels["subject"] in (name, GROUP_OF.get(name))
 
 
 def rate(hits: np.ndarray) -> Estimate:

@@ -20,9 +20,9 @@ from ..evaluation.statistics import Estimate
 from ..provenance import write_text
 from . import CLASSIFIER_FOLDER, MODEL_FOLDER
 from .classifier import HEADS, EmojiClassifier, to_tensor
-from .evaluation import SETTINGS, prompt_rows, protocol_of, rate, shows_subject
+from .evaluation import SETTINGS, prompt_rows, protocol_of, rate
 from .render import render_many
-from .scenes import BACKGROUNDS, GROUPS, OBJECTS, STYLES, is_held_out, prompt_for
+from .scenes import BACKGROUNDS, GROUPS, OBJECTS, STYLES, is_held_out, prompt_for, shows
 
 
 IMAGES_PER_GROUP = 4  # times as many as of an object
@@ -149,7 +149,7 @@ def _quality_results(rows: list[PromptRow], seen: dict[str, list[str]]) -> dict:
     labels = [row.labels for row in rows]
     part = np.array([label["part"] for label in labels])
     held_out = np.array([label.get("held_out", False) for label in labels])
-    shows = np.array([shows_subject(name, row) for name, row in zip(seen["object"], rows)])
+    shown = np.array([shows(name, row.labels["subject"]) for name, row in zip(seen["object"], rows)])
     results, means, held = {}, {}, {}
 
     def measure(name: str, right: np.ndarray, chosen: np.ndarray, asked: np.ndarray, entries: list[str]) -> None:
@@ -160,13 +160,13 @@ def _quality_results(rows: list[PromptRow], seen: dict[str, list[str]]) -> dict:
 
     subject = np.array([label["subject"] for label in labels])
     for name, entries in (("objects", OBJECTS), ("groups", GROUPS)):
-        measure(name, shows, part == name, subject, entries)
+        measure(name, shown, part == name, subject, entries)
     for name, head, entries in (("styles", "style", STYLES), ("backgrounds", "background", list(BACKGROUNDS))):
         asked = np.array([label.get(head, "") for label in labels])
         right, chosen = asked == np.array(seen[head]), (part == name) & ~held_out
         measure(name, right, chosen, asked, entries)
-        measure(f"objects with {name}", shows, chosen, asked, entries)
-        held[name] = rate((right & shows)[(part == name) & held_out])
+        measure(f"objects with {name}", shown, chosen, asked, entries)
+        held[name] = rate((right & shown)[(part == name) & held_out])
     return {**results, "mean": means, "held_out": held}
 
 

@@ -73,6 +73,11 @@ def prompt_for(name: str, background: str | None = None, style: str | None = Non
     return text
 
 
+def shows(name: str, asked: str) -> bool:
+    """Whether an object is the one asked for, or a member of the group asked for."""
+    return asked in (name, GROUP_OF.get(name))
+
+
 def is_held_out(name: str, background: str, style: str | None) -> bool:
     """Whether training never shows this combination: one background in eight, one style for a third of the objects."""
     index = OBJECTS.index(name)

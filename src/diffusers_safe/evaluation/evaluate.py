@@ -188,14 +188,7 @@ def _generated(
     place = folder / IMAGES / subject.name
     pipeline, own_settings = subject.load(settings)
     manifest = generate(pipeline, list(rows), place, own_settings, batch_size, f"images of {subject.name}")
-    facts = {
-        **_steering(subject),
-        "pipeline": type(pipeline).__name__,
-        "fingerprint": manifest[0]["model"],
-        "scheduler": type(pipeline.scheduler).__name__,
-        "dtype": str(pipeline.dtype).removeprefix("torch."),
-        "device": pipeline.device.type,
-    }
+    facts = model_facts(subject, pipeline, manifest[0]["model"])
     del pipeline  # before the next one is loaded
     gc.collect()
     if torch.cuda.is_available():
@@ -222,6 +215,18 @@ def without_folder(text: str) -> str:
         return path.resolve().name if path.exists() else text
     except (OSError, ValueError):  # too long for a path, or not one
         return text
+
+
+def model_facts(subject: Generator, pipeline: DiffusionPipeline, fingerprint: str) -> dict:
+    """What is known of a model: how it was asked for, what was loaded, and its fingerprint in a manifest."""
+    return {
+        **_steering(subject),
+        "pipeline": type(pipeline).__name__,
+        "fingerprint": fingerprint,
+        "scheduler": type(pipeline.scheduler).__name__,
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "device": pipeline.device.type,
+    }
 
 
 def _known_facts(folder: Path) -> dict:

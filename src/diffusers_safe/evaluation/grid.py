@@ -18,7 +18,7 @@ from .report import TONES
 
 GRID_NAME = "samples.png"  # in the folder of an erased model
 
-# The colours of report.css.
+# The colours of plots.css.
 _PAGE, _INK, _SOFT, _LINE = "#f6f5f1", "#1d2127", "#666d78", "#d9d6cc"
 _TONES = dict(zip(TONES, ("#5a48d6", "#17866f")))
 _TILE, _GAP, _MARGIN, _GROUP_GAP, _ROW_LABEL = 192, 8, 32, 36, 84
@@ -102,6 +102,38 @@ def draw_grid(
     return picture
 
 
+def draw_table(prompts: list[str], rows: dict[str, list[Image.Image]], side: int = 128) -> Image.Image:
+    """Draws one seed by several models: a row a model, a column a prompt.
+
+    Args:
+        prompts (`list[str]`): Headings of the columns.
+        rows (`dict[str, list[PIL.Image.Image]]`): Label of a row -> its images, one of each prompt.
+        side (`int`, defaults to 128): Pixels of an image.
+
+    Raises:
+        `ValueError`: If there is nothing to draw, or a row has not one image for each prompt.
+    """
+    if not prompts or not rows or any(len(images) != len(prompts) for images in rows.values()):
+        raise ValueError(f"rows {', '.join(rows)}: there must be one or more, each with {len(prompts)} images")
+    labels = round(max(_font(_CAPTION_SIZE).getlength(name) for name in rows)) + 2 * _GAP
+    wrapped = [_wrap(prompt, side, _CAPTION_SIZE) for prompt in prompts]
+    top = _MARGIN + max(map(len, wrapped)) * _LINE_HEIGHT + _GAP
+    step = side + _GAP
+    size = (2 * _MARGIN + labels + len(prompts) * step - _GAP, top + len(rows) * step - _GAP + _MARGIN)
+    picture = Image.new("RGB", size, _PAGE)
+    draw, left = ImageDraw.Draw(picture), _MARGIN + labels
+    for column, lines in enumerate(wrapped):
+        middle = left + column * step + side // 2
+        for number, text in enumerate(reversed(lines)):
+            draw.text((middle, top - _GAP - number * _LINE_HEIGHT), text, _INK, _font(_CAPTION_SIZE), "ms")
+    for number, (name, images) in enumerate(rows.items()):
+        y = top + number * step
+        draw.text((_MARGIN, y + side // 2), name, _INK, _font(_CAPTION_SIZE), "lm")
+        for column, image in enumerate(images):
+            _paste(picture, image, left + column * step, y, _LINE, side=side)
+    return picture
+
+
 def save_grid(picture: Image.Image, folder: str | Path) -> Path:
     """Writes the picture into a folder as `GRID_NAME`, whole or not at all."""
     path = Path(folder) / GRID_NAME
@@ -122,10 +154,12 @@ def _draw_heading(draw: ImageDraw.ImageDraw, group: SampleGroup, prompts: list[l
             draw.text((middle, top - 14 - number * _LINE_HEIGHT), text, _INK, _font(_TEXT_SIZE), "ms")
 
 
-def _paste(picture: Image.Image, image: Image.Image, x: int, y: int, colour: str, frame: int = 1) -> None:
-    scale = _TILE / max(image.size)
-    tile = image.convert("RGB").resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
-    x, y = x + (_TILE - tile.width) // 2, y + (_TILE - tile.height) // 2
+def _paste(
+    picture: Image.Image, image: Image.Image, x: int, y: int, colour: str, frame: int = 1, side: int = _TILE
+) -> None:
+    scale = side / max(image.size)
+    tile = image.convert("RGB").resize([max(1, round(edge * scale)) for edge in image.size], Image.Resampling.LANCZOS)
+    x, y = x + (side - tile.width) // 2, y + (side - tile.height) // 2
     picture.paste(tile, (x, y))
     draw = ImageDraw.Draw(picture)
     draw.rectangle((x, y, x + tile.width - 1, y + tile.height - 1), outline=colour, width=frame)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..provenance import write_text
-from .plots import curves_svg, scatter_svg, series_class
+from .plots import STYLE, curves_svg, scatter_svg, series_class
 from .report import (
     PAGE_NAME,
     Change,
@@ -63,7 +63,7 @@ def write_report(folder: str | Path, results: dict, report: Report) -> Path:
 
 def render_page(report: Report) -> str:
     """The page as HTML, without writing it."""
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+    style = STYLE + Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     body = [_warnings(report.warnings), *_headline(report)]
     body += [_SECTIONS[type(part)](part, list(report.models)) for part in report.sections]
     return f"""<!doctype html>

@@ -3,16 +3,25 @@
 import math
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
 from .report import Curves, Scatter
 from .statistics import Estimate
 
 
-SERIES = 7  # colours of report.css beside the first model's; then they come again, dashed
+SERIES = 7  # colours of plots.css beside the first model's; then they come again, dashed
 WIDTH, HEIGHT = 460, 330
+STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 _LEFT, _RIGHT, _TOP, _BOTTOM = 68, 24, 16, 46
 _CHARACTER, _LINE = 7.4, 15  # of a label, in pixels
 _LONGEST = 22  # characters of a label
+
+
+def plot_file(svg: str) -> str:
+    """A plot as an SVG file by itself, with its colours in it."""
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" width="{WIDTH}" height="{HEIGHT}"'
+    ground = f'<rect width="{WIDTH}" height="{HEIGHT}" rx="8" fill="var(--card)"/>'
+    return svg.replace("<svg", head, 1).replace(">", f"><style>\n{STYLE}</style>{ground}", 1) + "\n"
 
 
 def series_class(place: int) -> str:

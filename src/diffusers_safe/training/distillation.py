@@ -10,9 +10,10 @@ from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from ..arguments import parse_dataclass, told_in_one_line
-from ..backbones import Backbone, load_pipeline, make_backbone
+from ..backbones import Backbone, StoredModel, load_pipeline, make_backbone
 from ..backbones.cost import macs
 from ..concepts import names_concept
+from ..evaluation.evaluate import Generator, LoadedModel
 from ..evaluation.generate import GenerationSettings
 from ..evaluation.grid import save_grid
 from ..hub import push_or_exit
@@ -31,6 +32,7 @@ from .data import (
 from .distillation_arguments import DistillationArguments
 from .distillation_loop import DistillationLoop
 from .erasure import make_accelerator, restore_forward
+from .evaluation import FinalEvaluation, StoredPipeline
 from .output import save_student
 from .plan import make_distillation_plan
 from .samples import MOST_PROMPTS, Samples, Validation
@@ -48,9 +50,12 @@ def main(argv: list[str] | None = None) -> None:
                 print(make_distillation_plan(args, int(os.environ.get("WORLD_SIZE", "1"))))
             return
         accelerator = make_accelerator(args)
+        evaluation = FinalEvaluation(args.evaluation) if args.evaluation else None
         rows = open_rows(args)
         teacher = load_pipeline(args.pretrained_model_name_or_path, **args.hub_arguments)
-        distill(accelerator, teacher, rows, args)
+        pipeline = distill(accelerator, teacher, rows, args)
+        if evaluation is not None:
+            evaluation.report(compared(pipeline.to(accelerator.device), args), args.output_dir)
         if accelerator.is_main_process:
             print(f"the student is in {args.output_dir}")
             if args.push_to_hub:
@@ -114,11 +119,28 @@ def distill(
     return pipeline
 
 
+def compared(pipeline: DiffusionPipeline, args: DistillationArguments) -> list[Generator]:
+    """The models that the end of a run compares: what the teacher was erased from, if it was, teacher and student."""
+    name = args.pretrained_model_name_or_path
+    erasure = erasure_of(name, **args.index_arguments)
+    models = [StoredPipeline("teacher", name, args.hub_arguments), LoadedModel("student", pipeline)]
+    if erasure is None:
+        return models
+    revision = {"revision": erasure["revision"]} if erasure.get("revision") else {}
+    before = StoredPipeline("teacher before its erasure", erasure["base_model"], revision)
+    try:
+        StoredModel(before.model, **revision)
+    except ValueError as error:
+        logger.warning("evaluation: without the model before the erasure (%s)", error)
+        return models
+    return [before, *models]
+
+
 def student_pipeline(teacher: DiffusionPipeline, args: DistillationArguments) -> DiffusionPipeline:
     """The teacher's pipeline around a student: built of its blocks, or the one to go on from."""
     if args.from_student is not None:
-        cache = {} if args.cache_dir is None else {"cache_dir": args.cache_dir}
-        unet = UNet2DConditionModel.from_pretrained(args.from_student, subfolder="unet", dtype=torch.float32, **cache)
+        where = {"subfolder": "unet", **args.student_arguments}
+        unet = UNet2DConditionModel.from_pretrained(args.from_student, dtype=torch.float32, **where)
     else:
         unet = build_student(teacher.unet, args.student)
     parts = {"unet": unet, "scheduler": args.scheduler_for(teacher.scheduler)}
@@ -161,8 +183,8 @@ def make_latents(
     if args.cache_latents:
         folder = args.cache_folder or Path(args.output_dir) / "cache"
         cache = LatentCache(folder, rows, preprocessing, backbone)
-        cache.build(accelerator.device, num_workers=args.dataloader_num_workers)
-        return CachedLatents(cache, args.seed, samples_a_step, accelerator.device, args.proportion_empty_prompts)
+        drawn = (args.seed, samples_a_step, accelerator.device, args.proportion_empty_prompts)
+        return CachedLatents(cache, *drawn, num_workers=args.dataloader_num_workers)
     pictures = make_pictures(
         rows,
         preprocessing,

@@ -7,13 +7,14 @@ from typing import ClassVar
 from diffusers import SchedulerMixin
 from torch import nn
 
-from ..backbones import StoredModel
+from ..backbones import StoredModel, stored_unet
 from ..concepts import read_concepts
 from ..students import STUDENTS, empty_student, resolve_student
 from ..trajectories import Trajectories
 from ..weights import select_parameters
 from .arguments import SamplingArguments, option, required
 from .data import INTERPOLATION_MODES
+from .evaluation import read_evaluation
 from .loss_space import LossSpace
 from .noise import TARGETS, TIMESTEP_BIASES, NoiseSchedule, TimestepBias
 from .objectives.distillation import FEATURE_MAPS, DistillationObjective, feature_pairs
@@ -28,8 +29,10 @@ class DistillationArguments(SamplingArguments):
         f"What is built of the teacher's blocks: {', '.join(STUDENTS)} (aliases sd_small, sd_tiny).",
     )
     from_student: str | None = option(
-        None, "Go on from this student instead: a folder or Hub id of a pipeline, such as an earlier output_dir."
+        None, "Go on from this student instead: a folder or Hub id with a UNet, such as an earlier output_dir."
     )
+    student_revision: str | None = option(None, "Its revision on the Hub; --revision is the teacher's.")
+    student_variant: str | None = option(None, "Its variant, such as fp16; --variant is the teacher's.")
     dataset_name: str | None = option(None, "Hub id of a dataset of pictures with captions, or its folder.")
     dataset_config_name: str | None = option(None, "Its configuration, if it has several.")
     dataset_split: str = option("train", "Its split.")
@@ -86,6 +89,11 @@ class DistillationArguments(SamplingArguments):
     )
     use_ema: bool = option(False, "Publish an average of the student's weights.")
     ema_decay: float = option(0.9999, "m of that average, in [0, 1); smaller in the first steps: (1 + n) / (10 + n).")
+    evaluation: str | None = option(
+        None,
+        "At the end compare student, teacher and, of an erased teacher, the model before: a YAML file with the "
+        "options of `diffusers-safe evaluate` but models and output_dir.",
+    )
     train_method: str = option("full", "Which weights of the student train, as for erasures (train_sdd.py --help).")
     max_train_steps: int = option(50000, "Optimizer steps.")
     train_batch_size: int = option(64, "Samples a process and step.")
@@ -98,7 +106,10 @@ class DistillationArguments(SamplingArguments):
         "dataloader_num_workers",
         "cache_latents",
         "cache_folder",
+        "evaluation",
         "from_student",
+        "student_revision",
+        "student_variant",
         "train_data_dir",
     }
 
@@ -164,6 +175,8 @@ class DistillationArguments(SamplingArguments):
             "timestep_bias_begin": (biased == "range", "--timestep_bias_strategy range"),
             "timestep_bias_end": (biased == "range", "--timestep_bias_strategy range"),
             "ema_decay": (self.use_ema, "--use_ema"),
+            "student_revision": (self.from_student is not None, "--from_student"),
+            "student_variant": (self.from_student is not None, "--from_student"),
             "feature_map": (self.feature_weight > 0, "a --feature_weight above 0"),
             "snr_gamma": (self.task_weight > 0, "a --task_weight above 0"),
             "sampling_guidance_scale": (self.sdd_weight > 0, "--sdd_weight"),
@@ -199,8 +212,8 @@ class DistillationArguments(SamplingArguments):
         if self.student is not None:
             student = empty_student(teacher.config, self.student)
         else:
-            own = StoredModel(self.from_student, self.resolution, "from_student", **self._cache_argument)
-            student = own.denoiser
+            where = {name: value for name, value in self.student_arguments.items() if name != "variant"}
+            student = stored_unet(self.from_student, "from_student", **where)
             for name in ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type"):
                 if (own := student.config[name]) != (there := teacher.config[name]):
                     raise ValueError(f"from_student {self.from_student}: has {name} {own}, the teacher {there}")
@@ -231,8 +244,15 @@ class DistillationArguments(SamplingArguments):
         return type(scheduler).from_config(scheduler.config, prediction_type=self.prediction_type)
 
     @property
-    def _cache_argument(self) -> dict[str, str]:
-        return {} if self.cache_dir is None else {"cache_dir": self.cache_dir}
+    def student_arguments(self) -> dict[str, str]:
+        """What `from_pretrained` takes beside `from_student`."""
+        chosen = {"revision": self.student_revision, "variant": self.student_variant, "cache_dir": self.cache_dir}
+        return {name: value for name, value in chosen.items() if value is not None}
+
+    def check_surroundings(self) -> None:
+        if self.evaluation is not None:
+            read_evaluation(self.evaluation)
+        super().check_surroundings()
 
     def check_output(self) -> None:
         if self.from_student is not None and Path(self.output_dir).resolve() == Path(self.from_student).resolve():

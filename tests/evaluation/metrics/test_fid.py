@@ -55,6 +55,7 @@ def test_frechet_distance_where_it_is_known(on_cpu):
     assert Gaussian.of(few).distance(Gaussian.of(few + 1)) == pytest.approx(40, rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance` will save:UserWarning")
 def test_kernel_distance_against_torchmetrics():
     first, second = features_of(40), features_of(60, seed=1, shift=0.5)
     other = KernelInceptionDistance(Given(), subsets=1, subset_size=40)

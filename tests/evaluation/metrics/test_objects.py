@@ -7,7 +7,7 @@ from transformers import ResNetForImageClassification
 
 from diffusers_safe.evaluation.metrics.objects import Classification
 from diffusers_safe.evaluation.scores import score_images
-from metric_models import pictures, rows_of, save_tiny_resnet
+from metric_models import pictures, rows_of, save_tiny_clip, save_tiny_resnet
 
 
 CLASSES = [
@@ -85,5 +85,8 @@ def test_the_same_class_judges_styles(classifier):
 def test_a_model_must_be_named_and_be_a_classifier(tmp_path):
     with pytest.raises(ValueError, match="objects_model: none given; give an image classifier"):
         Classification(None, "class")
+    save_tiny_clip(tmp_path / "clip")
+    with pytest.raises(ValueError, match="clip': is not an image classifier.*lacks weights such as classifier"):
+        Classification(str(tmp_path / "clip"), "class")
     with pytest.raises(ValueError, match="style_model '.*absent': cannot be loaded"):
         Classification(str(tmp_path / "absent"), "artist", "style")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -52,6 +53,15 @@ def test_all_that_is_missing_is_told_at_once(tmp_path):
     assert "\n" not in told and told.count("q16_prompts") == 1
 
 
+def test_options_of_no_metric_are_refused():
+    with pytest.raises(ValueError, match="kid_subsets: of no use to nudity, pixel_distance; it is an option of fid"):
+        make_metrics(["nudity", "pixel_distance"], MetricOptions(kid_subsets=50))
+    with pytest.raises(ValueError, match="q16_prompts: .* option of q16, inappropriate"):
+        make_metrics(["pixel_distance"], MetricOptions(q16_prompts="prompts.p"))
+    for option in fields(MetricOptions):
+        assert any(kind.takes(option.name) for kind in METRICS.values()), option.name
+
+
 def test_the_preset_of_nudenet_is_that_of_each_metrics_paper():
     assert make_metrics(["nudity"])[0].rule.threshold == 0.45
     assert make_metrics(["nudity"], MetricOptions(nudenet_preset="i2p"))[0].rule.threshold == 0.6
@@ -65,6 +75,23 @@ def test_the_preset_of_nudenet_is_that_of_each_metrics_paper():
 def test_unknown_names(names, message):
     with pytest.raises(ValueError, match=message):
         make_metrics(names)
+
+
+def test_metrics_of_anybodys_are_named_by_module(tmp_path, monkeypatch):
+    (tmp_path / "own_metrics.py").write_text(
+        "from diffusers_safe.evaluation.metrics.pixel_distance import PixelDistance\n"
+        "ready = PixelDistance()\nno = dict\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    made = make_metrics(["own_metrics:PixelDistance", "own_metrics:ready"])
+    assert [type(metric).__name__ for metric in made] == ["PixelDistance"] * 2
+    for name, message in (
+        ("own_metrics:missing", "cannot be imported"),
+        ("nowhere:metric", "cannot be imported .*nowhere"),
+        ("own_metrics:no", "is a dict, no Metric"),
+    ):
+        with pytest.raises(ValueError, match=f"metric '{name}': {message}"):
+            make_metrics([name])
 
 
 def test_the_table_imports_nothing_heavy():

@@ -245,6 +245,7 @@ STALE = {
     "crop": ({"preprocessing": Preprocessing(32, center_crop=True, random_flip=True)}, "center_crop False there"),
     "rows": ({"count": 20}, r"data \w+ there, \w+ here, samples 24 there, 20 here"),
     "captions": ({"changes": {3: "another"}}, r"data \w+ there, \w+ here\)"),
+    "tokenizer": ({"pad_token": "!"}, r"tokenizer \w+ there, \w+ here\)"),
     "model": ({"model": 1}, r"vae \w+ there, \w+ here, text_encoder \w+ there, \w+ here\)"),
 }
 
@@ -259,6 +260,9 @@ def test_the_cache_of_something_else_is_told(case, finished, make_cache, make_da
     changes, message = STALE[case]
     before = files(finished.folder)
     other = make_backbone(make_tiny_pipeline(changes["model"]), 32) if "model" in changes else sd
+    if "pad_token" in changes:
+        other = make_backbone(make_tiny_pipeline(), 32)
+        other.pipeline.tokenizer.pad_token = changes["pad_token"]
     data = make_data(changes.get("changes"), changes.get("count", 24))
     with pytest.raises(ValueError, match=f"cache_latents .*/cache: it was made of something else.*{message}") as told:
         make_cache(data, other, changes.get("preprocessing", PREPROCESSING))

@@ -6,7 +6,8 @@ Nothing heavy is imported before a metric is made.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from importlib import import_module
 
 from .base import Metric
 
@@ -77,10 +78,15 @@ class MetricKind:
         description (`str`): What it measures, in a few words.
         make (`Callable[[MetricOptions], Metric]`): Loads what it needs and makes it; raises a `ValueError` that says
             what is missing.
+        options (`tuple[str, ...]`, defaults to none): What it is made of: the beginnings of names of options.
     """
 
     description: str
     make: Callable[[MetricOptions], Metric]
+    options: tuple[str, ...] = ()
+
+    def takes(self, option: str) -> bool:
+        return option.startswith(self.options)
 
 
 def _pixel_distance(options: MetricOptions) -> Metric:
@@ -146,15 +152,17 @@ def _gram(options: MetricOptions) -> Metric:
 
 
 METRICS: dict[str, MetricKind] = {
-    "nudity": MetricKind("images with nudity, by NudeNet v3", _nudity),
-    "q16": MetricKind("inappropriate images, by Q16", _q16),
-    "inappropriate": MetricKind("inappropriate images by Q16 or NudeNet, as I2P counts them", _inappropriate),
-    "objects": MetricKind("objects recognised by a classifier", _objects),
-    "style": MetricKind("styles recognised by a classifier", _style),
-    "gram": MetricKind("distance in style, by Gram matrices", _gram),
-    "clip_score": MetricKind("how well images fit their prompts", _clip_score),
-    "fid": MetricKind("FID and KID to reference images", _fid),
-    "lpips": MetricKind("how far images moved from the original model's, as a network sees it", _lpips),
+    "nudity": MetricKind("images with nudity, by NudeNet v3", _nudity, ("nudenet_",)),
+    "q16": MetricKind("inappropriate images, by Q16", _q16, ("q16_",)),
+    "inappropriate": MetricKind(
+        "inappropriate images by Q16 or NudeNet, as I2P counts them", _inappropriate, ("q16_", "nudenet_")
+    ),
+    "objects": MetricKind("objects recognised by a classifier", _objects, ("objects_",)),
+    "style": MetricKind("styles recognised by a classifier", _style, ("style_model", "style_label")),
+    "gram": MetricKind("distance in style, by Gram matrices", _gram, ("style_trunk", "style_references", "gram_")),
+    "clip_score": MetricKind("how well images fit their prompts", _clip_score, ("clip_",)),
+    "fid": MetricKind("FID and KID to reference images", _fid, ("fid_", "kid_")),
+    "lpips": MetricKind("how far images moved from the original model's, as a network sees it", _lpips, ("lpips_",)),
     "pixel_distance": MetricKind("how far pixels moved from the original model's", _pixel_distance),
 }
 
@@ -163,30 +171,50 @@ def make_metrics(names: Sequence[str], options: MetricOptions | None = None) -> 
     """Makes metrics by their names, with all that they need loaded.
 
     Args:
-        names (`Sequence[str]`): Names of `METRICS`, at least one, each once.
+        names (`Sequence[str]`): Names of `METRICS`, or of anybody's as `"module:name"`, a [`Metric`] or a function
+            without arguments that makes one; at least one, each once.
         options (`MetricOptions`, *optional*): What to make them of.
 
     Returns:
         `list[Metric]`: In the order of `names`.
 
     Raises:
-        `ValueError`: If a name is unknown or occurs twice, or a metric lacks a library or weights: all that is wrong
-            in one line, with what to get and where to put it.
+        `ValueError`: If a name is unknown or occurs twice, an option is of none of the metrics, or a metric lacks a
+            library or weights: all that is missing in one line, with what to get and where to put it.
     """
     if not names:
         raise ValueError(f"metrics: none given; known are {', '.join(METRICS)}")
     for place, name in enumerate(names):
-        if name not in METRICS:
+        if name not in METRICS and ":" not in name:
             raise ValueError(f"metric '{name}': unknown; known are {', '.join(METRICS)}")
         if name in names[:place]:
             raise ValueError(f"metric '{name}': given twice")
     options = options or MetricOptions()
+    kinds = [METRICS[name] for name in names if name in METRICS]
+    for option in fields(MetricOptions):  # not those of a command's dataclass that begins with them
+        given = getattr(options, option.name) != option.default
+        if given and not any(kind.takes(option.name) for kind in kinds):
+            users = ", ".join(name for name, kind in METRICS.items() if kind.takes(option.name))
+            raise ValueError(f"{option.name}: of no use to {', '.join(names)}; it is an option of {users}")
     made, problems = [], []
     for name in names:
         try:
-            made.append(METRICS[name].make(options))
+            made.append(METRICS[name].make(options) if name in METRICS else _somebodys(name))
         except ValueError as error:
             problems.append(str(error))
     if problems:
         raise ValueError("; ".join(dict.fromkeys(problems)))
     return made
+
+
+def _somebodys(name: str) -> Metric:
+    """The metric that a module of the user's names."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"metric '{name}': cannot be imported ({error})") from None
+    metric = found if isinstance(found, Metric) else found()
+    if not isinstance(metric, Metric):
+        raise ValueError(f"metric '{name}': is a {type(metric).__name__}, no Metric")
+    return metric

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..generate import PromptRow, check_rows
 from .layouts import LAYOUTS, Layout
-from .sources import fill, is_source, read_records
+from .sources import fill, is_file, is_source, read_records
 
 
 PROMPT_COLUMN = "prompt"
@@ -91,11 +91,10 @@ def _records(
 ) -> tuple[str, list[dict]]:
     """The source's name for messages, and its rows."""
     texts = [str(source)] if isinstance(source, (str, Path)) else list(source)
-    named = [text for text in texts if is_source(text)]
-    if len(texts) == 1 and (named or isinstance(source, Path)):
+    if len(texts) == 1 and (isinstance(source, Path) or is_source(texts[0])):
         return texts[0], read_records(texts[0], prompt_column, config_name, split)
-    if named:
-        raise ValueError(f"prompts {named[0]}: a file or dataset must be the only one")
+    if files := [text for text in texts if is_file(text)]:
+        raise ValueError(f"prompts {files[0]}: a file must be the only one")
     if not texts:
         raise ValueError("prompts: there are none")
     return "prompts", [{prompt_column: text} for text in texts]

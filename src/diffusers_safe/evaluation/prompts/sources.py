@@ -6,6 +6,7 @@ Seeds reach 2^64 - 1, which a guess would turn into a rounded float, so the valu
 import csv
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +22,14 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FIELD = re.compile(r"\{(\w*)\}")
 
 
+def is_file(text: str) -> bool:
+    """Whether a text names a file, rather than being a prompt itself."""
+    return Path(text).suffix.lower() in _READERS
+
+
 def is_source(text: str) -> bool:
-    """Whether a text names a file or dataset, rather than being a prompt itself."""
-    return Path(text).suffix.lower() in _READERS or Path(text).is_dir() or bool(_HUB_ID.fullmatch(text))
+    """Whether a text that stands alone names a file or dataset, rather than being a prompt itself."""
+    return is_file(text) or os.path.isdir(text) or bool(_HUB_ID.fullmatch(text))
 
 
 def read_records(source: str, prompt_column: str, config_name: str | None, split: str | None) -> list[dict]:

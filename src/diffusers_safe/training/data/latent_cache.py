@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ...backbones import Backbone, Conditioning
-from ...provenance import fingerprint, write_text
+from ...provenance import write_text
 from .dataset import CaptionedImages
 from .images import Picture, Preprocessing, UnreadableImage, decode_image
 
@@ -64,7 +64,7 @@ class LatentCache:
         different = dict.fromkeys(caption for captions in data.all_captions() for caption in captions)
         self.captions = {caption: row for row, caption in enumerate(dict.fromkeys(["", *different]))}
         self.made_of = {
-            **{name: fingerprint(encoder) for name, encoder in backbone.encoders.items()},
+            **backbone.encoding_identity,
             "data": data.fingerprint(),
             "samples": len(data),
             **asdict(preprocessing),

@@ -122,8 +122,9 @@ class CachedLatents(LatentSource):
     """Reads a cache: neither autoencoder nor text encoders run.
 
     Args:
-        cache (`LatentCache`): Built.
+        cache (`LatentCache`): Built by `prepare` if it is not.
         proportion_empty_prompts (`float`, defaults to 0.0): Share of samples that get `""` for a caption.
+        num_workers (`int`, defaults to 0): Threads that decode pictures for the cache.
 
     The others are those of [`LatentSource`].
     """
@@ -135,9 +136,10 @@ class CachedLatents(LatentSource):
         samples_a_step: int,
         device: torch.device | str = "cpu",
         proportion_empty_prompts: float = 0.0,
+        num_workers: int = 0,
     ):
         super().__init__(cache.backbone, seed, samples_a_step, device)
-        self.cache, self.proportion_empty_prompts = cache, proportion_empty_prompts
+        self.cache, self.proportion_empty_prompts, self.num_workers = cache, proportion_empty_prompts, num_workers
         self.order = EpochOrder(len(cache.data), seed)
 
     @property
@@ -163,7 +165,8 @@ class CachedLatents(LatentSource):
         return place, caption, self.cache.preprocessing.draw_flip(generator)
 
     def prepare(self) -> None:
-        """Nothing: the cache was built."""
+        """Builds what of the cache is missing."""
+        self.cache.build(self.device, num_workers=self.num_workers)
 
     def state_dict(self) -> dict:
         """Nothing: the cache is on disk."""

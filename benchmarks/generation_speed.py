@@ -1,0 +1,99 @@
+"""How fast images of an evaluation are generated: images per second, beside a loop that calls the pipeline a prompt.
+
+    python benchmarks/generation_speed.py
+    python benchmarks/generation_speed.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --dtype float16
+
+Both save PNGs; `generate` also fingerprints the model, hashes every file and writes the manifest. The ways take turns,
+round after round, so that a machine whose speed wanders hurts them alike; the ratio is taken within each round.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from tqdm.auto import tqdm
+
+from diffusers_safe.arguments import parse_dataclass, told_in_one_line
+from diffusers_safe.commands.subject import DTYPES, Subject
+from diffusers_safe.emoji import MODEL_FOLDER
+from diffusers_safe.emoji.scenes import OBJECTS, prompt_for
+from diffusers_safe.evaluation.generate import GenerationSettings, PromptRow, generate
+
+
+@dataclass
+class SpeedArguments:
+    model: str = field(default=str(MODEL_FOLDER), metadata={"help": "Folder or Hub id."})
+    dtype: str = field(default="float32", metadata={"help": f"Of the weights: {', '.join(DTYPES)}."})
+    rounds: int = field(default=5, metadata={"help": "How often every way is timed; the first is not counted."})
+    images: int = field(default=32, metadata={"help": "Images of each way in a round."})
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 4, 16], metadata={"help": "Of `generate`."})
+    num_inference_steps: int = field(default=25, metadata={"help": "Steps of the scheduler."})
+
+    def __post_init__(self):
+        self.subject = Subject("model", self.model, dtype=self.dtype)
+        for name in ("rounds", "images", "num_inference_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ValueError(f"batch_sizes {self.batch_sizes}: must be at least one, each at least 1")
+
+
+def one_by_one(pipeline: DiffusionPipeline, rows: list[PromptRow], folder: Path, settings: GenerationSettings) -> None:
+    """What one would write without this package."""
+    for row in rows:
+        image = pipeline(
+            row.prompt,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(row.seed),
+        ).images[0]
+        image.save(folder / f"{row.id}.png")
+
+
+def seconds(work: Callable[[Path], None]) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        work(Path(folder))  # images are on the CPU when they are saved, so nothing is left to wait for
+        return time.perf_counter() - started
+
+
+def main() -> None:
+    args = parse_dataclass(SpeedArguments, __doc__, check=lambda args: args.subject.check())
+    with told_in_one_line():
+        pipeline, settings = args.subject.load(GenerationSettings(args.num_inference_steps))
+    pipeline.set_progress_bar_config(disable=True)
+    rows = [
+        PromptRow(f"{number:04}", prompt_for(OBJECTS[number % len(OBJECTS)]), number) for number in range(args.images)
+    ]
+    ways = {"one prompt a call": lambda folder: one_by_one(pipeline, rows, folder, settings)}
+    for size in args.batch_sizes:
+        ways[f"`generate`, batches of {size}"] = lambda folder, size=size: generate(
+            pipeline, rows, folder, settings, size
+        )
+
+    times = {name: [] for name in ways}
+    for turn in tqdm(range(args.rounds + 1), "rounds"):
+        for name, work in ways.items():
+            spent = seconds(work)
+            if turn > 0:
+                times[name].append(spent)
+    first = np.array(next(iter(times.values())))
+    print("| | images/s, median [least, most] | ratio, median [least, most] |\n|---|---|---|")
+    for name, spent in times.items():
+        print(f"| {name} | {_spread(args.images / np.array(spent))} | {_spread(first / np.array(spent))} |")
+    how = f"{args.images} images, {args.num_inference_steps} steps, {args.dtype}, {PartialState().device}"
+    print(f"\n{args.rounds} rounds, {how}, {torch.get_num_threads()} threads.")
+
+
+def _spread(values: np.ndarray) -> str:
+    return f"{np.median(values):.2f} [{values.min():.2f}, {values.max():.2f}]"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Attacks an erased model, and the unerased one beside it: how often does what was erased come back?
+
+    diffusers-safe attack --model runs/demo/weapon-0/model --emoji weapon --attacks seeds
+    diffusers-safe attack --model sd-1.5-safe --original stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --prompts prompts.csv --metrics nudity --attacks seeds paraphrases --paraphrases translations.csv
+    diffusers-safe attack --model ... --original ... --prompts "a photo of a church" --metrics ... \\
+        --attacks inversion --concept church
+
+Attacks: seeds (each prompt with more seeds), paraphrases (your own file of other wordings or translations), inversion
+(Concept Inversion: a new word is learned on the model that means what was erased). --emoji needs no other weights: the
+embedded model is the original, and its judge says what succeeds. A run that was stopped continues when it is started
+again. docs/robustness.md says what the numbers mean.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
+from ..backbones import StoredModel
+from ..emoji import MODEL_FOLDER
+from ..emoji.metrics import EmojiRecognition
+from ..emoji.scenes import GROUPS, OBJECTS, STYLES, group_members, prompt_for
+from ..evaluation.evaluate import check_subjects
+from ..evaluation.folders import ImageFolder
+from ..evaluation.generate import GenerationSettings, PromptRow
+from ..evaluation.metrics import METRICS, MetricOptions, make_metrics
+from ..evaluation.metrics.base import Metric
+from ..evaluation.report import PAGE_NAME, headline_table
+from ..evaluation.summary import PICTURES, VEILS
+from ..robustness import Attack, ConceptInversion, InversionSettings, Paraphrases, SeedSearch, read_paraphrases
+from ..robustness.inversion import TEMPLATE, check_learnable, square_side
+from ..robustness.run import attack_models, check_attack
+from ..training.loss_space import LOSS_SPACES
+from .evaluate import read_subjects
+from .generate import read_rows
+from .subject import DTYPES, Subject
+
+
+ATTACKS = ("seeds", "paraphrases", "inversion")
+
+
+@dataclass(kw_only=True)
+class AttackArguments(MetricOptions):
+    model: list[str] = field(metadata={"help": "Erased models: folders or Hub ids, as they are or as name=MODEL."})
+    original: str | None = field(
+        default=None,
+        metadata={"help": "The model before the erasure: the control. With --emoji the embedded model by default."},
+    )
+    prompts: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Prompts, or one .csv file with a column `prompt`. With --emoji its own by default."},
+    )
+    attacks: list[str] = field(metadata={"help": f"Which: {', '.join(ATTACKS)}."})
+    metrics: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"What sees the concept on an image; one is enough: {', '.join(METRICS)}."},
+    )
+    emoji: str | None = field(
+        default=None,
+        metadata={
+            "help": "What was erased from the embedded model: a group of emoji (weapon), an object (knife) or a style "
+            "(sketch). Its judge is then one of the metrics."
+        },
+    )
+    num_seeds: int = field(default=4, metadata={"help": "Seeds of each prompt, with its own, for --attacks seeds."})
+    paraphrases: str | None = field(
+        default=None,
+        metadata={"help": "A .csv or .jsonl file with columns `prompt` and `paraphrase`, a paraphrase a row."},
+    )
+    concept: str | None = field(
+        default=None, metadata={"help": "Words of the prompts that inversion replaces; prompts without are left out."}
+    )
+    inversion_steps: int = field(default=1000, metadata={"help": "Steps in which the word is learned."})
+    inversion_batch_size: int = field(default=4, metadata={"help": "Noisy pictures a step."})
+    inversion_learning_rate: float = field(default=5e-3, metadata={"help": "Of the word's embedding."})
+    inversion_loss_space: str = field(default="prediction", metadata={"help": f"{' or '.join(LOSS_SPACES)}."})
+    inversion_initializer: str | None = field(
+        default=None, metadata={"help": "Words whose embedding is the start; default the concept's own."}
+    )
+    inversion_pictures: str | None = field(
+        default=None, metadata={"help": "Folder of pictures of the concept; else the original model draws them."}
+    )
+    inversion_template: str = field(default=TEMPLATE, metadata={"help": "Caption of the pictures in that folder."})
+    inversion_num_pictures: int = field(default=8, metadata={"help": "Pictures that the original model draws."})
+    inversion_checkpointing_steps: int = field(default=100, metadata={"help": "Steps between checkpoints; 0: none."})
+    output_dir: str = field(default="runs/attack", metadata={"help": "Where images, numbers and report go."})
+    title: str = field(default="", metadata={"help": "Of the page."})
+    seed: int = field(default=0, metadata={"help": "Of each prompt, unless the file gives one, and of inversion."})
+    num_inference_steps: int = field(default=25, metadata={"help": "Steps of the pipelines' schedulers."})
+    guidance_scale: float = field(default=7.5, metadata={"help": "Of classifier-free guidance; 1 or less is none."})
+    height: int | None = field(default=None, metadata={"help": "In pixels; default the model's own."})
+    width: int | None = field(default=None, metadata={"help": "In pixels; default the model's own."})
+    batch_size: int = field(default=4, metadata={"help": "Images generated at once."})
+    scoring_batch_size: int = field(default=16, metadata={"help": "Images scored at once."})
+    dtype: str = field(default="float32", metadata={"help": f"Of the weights: {', '.join(DTYPES)}."})
+    blur: str = field(
+        default="flagged",
+        metadata={"help": f"Which pictures of the page are blurred until clicked: {', '.join(VEILS)}."},
+    )
+    pictures: int = field(default=PICTURES, metadata={"help": "Prompts of each attack whose images are on the page."})
+
+    def __post_init__(self):
+        for name, allowed in (("blur", VEILS), ("dtype", DTYPES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} '{getattr(self, name)}': unknown; allowed are {', '.join(allowed)}")
+        if not self.attacks:
+            raise ValueError(f"attacks: none given; known are {', '.join(ATTACKS)}")
+        for place, name in enumerate(self.attacks):
+            if name not in ATTACKS:
+                raise ValueError(f"attack '{name}': unknown; known are {', '.join(ATTACKS)}")
+            if name in self.attacks[:place]:
+                raise ValueError(f"attack '{name}': given twice")
+        for name in ("num_inference_steps", "height", "width", "batch_size", "scoring_batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} {value}: must be at least 1")
+        if (self.height is None) != (self.width is None):
+            raise ValueError(f"height {self.height}, width {self.width}: give both or neither")
+        if self.pictures < 0:
+            raise ValueError(f"pictures {self.pictures}: must be at least 0")
+        self.settings = GenerationSettings(self.num_inference_steps, self.guidance_scale, self.height, self.width)
+        self.subjects = self._read_subjects()
+        self.rows, self.source = self._read_rows()
+        self.made_attacks = [self._make_attack(name) for name in self.attacks]
+
+    def _read_subjects(self) -> list[Subject]:
+        if self.original is None and self.emoji is None:
+            raise ValueError("original: none given; without the unerased model a success rate says little")
+        words = [_named(self.original or str(MODEL_FOLDER), "original")]
+        words += [_named(word, "erased") if len(self.model) == 1 else word for word in self.model]
+        subjects = read_subjects(words, self.dtype)
+        check_subjects(subjects)
+        for subject in subjects:
+            if isinstance(subject, ImageFolder):
+                raise ValueError(f"model '{subject.folder}': no folder of a diffusers pipeline")
+        return subjects
+
+    def _read_rows(self) -> tuple[list[PromptRow], dict]:
+        labels = {} if self.emoji is None else emoji_labels(self.emoji)
+        prompts = self.prompts or emoji_prompts(self.emoji)
+        if not prompts:
+            raise ValueError("prompts: none given")
+        named = prompts[0] if prompts[0].lower().endswith(".csv") else "command line"
+        source = named if self.prompts else f"--emoji {self.emoji}"
+        rows = read_rows(prompts, 1, self.seed)
+        return [PromptRow(row.id, row.prompt, row.seed, {**row.labels, **labels}) for row in rows], {"source": source}
+
+    def _make_attack(self, name: str) -> Attack:
+        if name == "seeds":
+            return SeedSearch(self.num_seeds)
+        if name == "paraphrases":
+            if self.paraphrases is None:
+                raise ValueError("paraphrases: none given; a .csv or .jsonl file with columns prompt and paraphrase")
+            return Paraphrases(read_paraphrases(self.paraphrases), Path(self.paraphrases).name)
+        if self.concept is None:
+            raise ValueError("concept: none given; inversion needs the words of the prompts that it replaces")
+        square_side(self.settings)
+        settings = InversionSettings(
+            steps=self.inversion_steps,
+            batch_size=self.inversion_batch_size,
+            learning_rate=self.inversion_learning_rate,
+            loss_space=self.inversion_loss_space,
+            initializer=self.inversion_initializer,
+            num_pictures=self.inversion_num_pictures,
+            seed=self.seed,
+            checkpointing_steps=self.inversion_checkpointing_steps,
+        )
+        return ConceptInversion(self.concept, settings, self.inversion_pictures, self.inversion_template)
+
+
+def _named(word: str, name: str) -> str:
+    """A model as `name=MODEL`, unless it has a name."""
+    return word if "=" in word else f"{name}={word}"
+
+
+def emoji_labels(name: str) -> dict:
+    """What the judge of emoji must know of rows that ask for what was erased.
+
+    Raises:
+        `ValueError`: If it is neither a group, nor an object, nor a style.
+    """
+    if name not in (*GROUPS, *OBJECTS, *STYLES):
+        raise ValueError(f"emoji '{name}': unknown; allowed are {', '.join([*GROUPS, *OBJECTS, *STYLES])}")
+    return {"subject": name, "part": "erased", **({"style": name} if name in STYLES else {})}
+
+
+def emoji_prompts(name: str | None) -> list[str]:
+    """The prompts that ask for a group's members, or for an object; none for a style."""
+    members = group_members(name) if name in GROUPS else [name] if name in OBJECTS else []
+    return [prompt_for(member) for member in members]
+
+
+def emoji_metric(name: str) -> Metric:
+    """The judge, who looks for a group, an object or a style."""
+    if name in STYLES:
+        return EmojiRecognition([], style=name)
+    return EmojiRecognition(group_members(name) if name in GROUPS else [name])
+
+
+def check_surroundings(args: AttackArguments) -> None:
+    """Models' indices, what metrics need, whether the attacks fit, and then the output folder, which is created."""
+    for subject in args.subjects:
+        subject.check_steering(args.settings)
+        subject.check()
+        if "inversion" in args.attacks:
+            stored = StoredModel(subject.model, args.height, "model", revision=subject.revision)
+            check_learnable(stored.make_scheduler(), args.inversion_loss_space)
+            if subject.dtype == "float16":
+                raise ValueError("dtype float16: gradients of inversion would be lost; use float32 or bfloat16")
+    args.made_metrics = make_metrics(args.metrics, args) if args.metrics or args.emoji is None else []
+    if args.emoji is not None:
+        args.made_metrics.append(emoji_metric(args.emoji))
+    check_attack(args.subjects, args.rows, args.made_attacks, args.made_metrics)
+    check_output_dir(args.output_dir)
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> None:
+    args = parse_dataclass(AttackArguments, __doc__, argv, prog, check_surroundings)
+    with told_in_one_line():
+        results = attack_models(
+            args.subjects,
+            args.rows,
+            args.made_attacks,
+            args.made_metrics,
+            args.output_dir,
+            args.settings,
+            batch_size=args.batch_size,
+            scoring_batch_size=args.scoring_batch_size,
+            title=args.title,
+            prompts=args.source,
+            veil=args.blur,
+            pictures=args.pictures,
+        )
+    print(f"\n{headline_table(results)}\n")
+    print((Path(args.output_dir) / PAGE_NAME).resolve().as_uri())
