@@ -12,8 +12,10 @@ embedded model is the original, and its judge says what succeeds. A run that was
 again. docs/robustness.md says what the numbers mean.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from accelerate import PartialState
 
 from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
 from ..backbones import StoredModel
@@ -142,7 +144,7 @@ class AttackArguments(MetricOptions):
         named = prompts[0] if prompts[0].lower().endswith(".csv") else "command line"
         source = named if self.prompts else f"--emoji {self.emoji}"
         rows = read_rows(prompts, 1, self.seed)
-        return [PromptRow(row.id, row.prompt, row.seed, {**row.labels, **labels}) for row in rows], {"source": source}
+        return [replace(row, labels={**row.labels, **labels}) for row in rows], {"source": source}
 
     def _make_attack(self, name: str) -> Attack:
         if name == "seeds":
@@ -198,6 +200,8 @@ def emoji_metric(name: str) -> Metric:
 
 def check_surroundings(args: AttackArguments) -> None:
     """Models' indices, what metrics need, whether the attacks fit, and then the output folder, which is created."""
+    if (count := PartialState().num_processes) > 1:
+        raise ValueError(f"{count} processes: attacks run in one; start it without a launcher")
     for subject in args.subjects:
         subject.check_steering(args.settings)
         subject.check()
