@@ -141,7 +141,7 @@ def test_a_broken_image_is_one_line_and_what_is_there_stays(tiny_model_folder, t
 @pytest.mark.slow
 def test_processes_share_the_generating_and_one_measures(tiny_model_folder, tmp_path):
     words = ["--models", f"a={tiny_model_folder}", f"b={tiny_model_folder}", *PROMPTS, *QUICK]
-    script = tmp_path / "evaluate.py"
+    script = tmp_path / "both.py"  # a name that shadows no library
     script.write_text("from diffusers_safe.commands.evaluate import main\n\nmain()\n")
     done = in_two_processes(str(script), [*words, "--output_dir", str(tmp_path / "two")], tmp_path)
     assert done.stdout.count("| pixel distance |") == 1

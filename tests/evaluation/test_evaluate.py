@@ -158,7 +158,7 @@ def test_equal_models_do_not_differ(pipelines, tmp_path):
     same = [LoadedModel("a", pipelines[0]), LoadedModel("b", pipelines[0])]
     results = evaluate(same, rows_of(3, 1), [Bright(100), PixelDistance()], tmp_path, QUICK)
     change = results["metrics"]["bright"]["differences"]["b"]["bright"]["estimate"]
-    assert (change["value"], change["low"], change["high"]) == (0, 0, 0)
+    assert change["value"] == 0 and change["low"] == -change["high"] < 0  # of three prompts only
     assert results["metrics"]["pixel_distance"]["estimates"]["b"]["pixel_distance"]["value"] == 0
     assert "b draws exactly the images of a" in (tmp_path / "report.html").read_text()
 

@@ -141,3 +141,16 @@ def test_pairs_must_be_pairs(test):
         mcnemar([0.5], [1])
     with pytest.raises(ValueError, match="samples is 0"):
         sign_flip_test([0.0], [1.0], samples=0)
+
+
+def test_images_that_all_agree_leave_room_for_others():
+    none = Estimate.of_images([0.0] * 8, ["a", "b", "c", "d"] * 2)
+    assert (none.value, none.low, none.high, none.n) == (0, 0, wilson_interval(0, 4)[1], 8)
+    every = Estimate.of_images([1.0] * 8, ["a", "b", "c", "d"] * 2)
+    assert (every.value, every.low, every.high) == (1, wilson_interval(4, 4)[0], 1)
+    reach = wilson_interval(0, 4)[1]
+    for before, after, low, high in ((0, 0, -reach, reach), (1, 0, -1, -1 + 2 * reach), (0, 1, 1 - 2 * reach, 1)):
+        change = paired_difference([before] * 8, [after] * 8, ["a", "b", "c", "d"] * 2)
+        assert (change.value, change.low, change.high) == pytest.approx((after - before, low, high))
+    distance = paired_difference([0.5] * 8, [0.5] * 8, unit="")
+    assert (distance.low, distance.high) == (0, 0)

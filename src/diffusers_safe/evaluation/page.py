@@ -6,6 +6,7 @@ is an `<input type=range>` that sets a CSS variable.
 
 import base64
 import io
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
@@ -233,7 +234,7 @@ def _table(table: Table, models: list[str]) -> str:
         head = f'<tr class="group"><th colspan="{len(table.columns)}"><span>{escape(title)}</span></th></tr>\n'
         lines = "".join(
             f'<tr{_own_class((title, place) in table.own)}><th scope="row">{escape(row[0])}</th>'
-            f"{''.join(f'<td>{_text_or_link(cell)}</td>' for cell in row[1:])}</tr>\n"
+            f"{''.join(_cells(rows, place, table.merged))}</tr>\n"
             for place, row in enumerate(rows)
         )
         bodies.append(f"<tbody>\n{head if title else ''}{lines}</tbody>")
@@ -241,12 +242,25 @@ def _table(table: Table, models: list[str]) -> str:
 <section>
 {_heading(table.title, table.note)}
 <div class="scroll" tabindex="0" role="region" aria-label="{escape(table.title)}">
-<table class="results text">
+<table class="results text{" merged" if table.merged else ""}">
 <thead><tr>{heads}</tr></thead>
 {"".join(bodies)}
 </table>
 </div>
 </section>"""
+
+
+def _cells(rows: list[Sequence[str]], place: int, merged: bool) -> Iterator[str]:
+    """The cells of a row behind its head."""
+    for column, cell in enumerate(rows[place][1:], start=1):
+        may_merge = merged and column > 1 and cell
+        if may_merge and place > 0 and rows[place - 1][column] == cell:
+            continue  # the row above says it for this one
+        span = 1
+        while may_merge and place + span < len(rows) and rows[place + span][column] == cell:
+            span += 1
+        told = f' rowspan="{span}"' if span > 1 else ""
+        yield f"<td{told}>{_text_or_link(cell)}</td>"
 
 
 def _own_class(own: bool) -> str:

@@ -13,7 +13,7 @@ SERIES = 7  # colours of plots.css beside the first model's; then they come agai
 WIDTH, HEIGHT = 460, 330
 STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 _LEFT, _RIGHT, _TOP, _BOTTOM = 68, 24, 16, 46
-_CHARACTER, _LINE = 7.4, 15  # of a label, in pixels
+_CHARACTER, _LINE = 7.9, 15  # of a label, in pixels
 _LONGEST = 22  # characters of a label
 
 

@@ -173,6 +173,7 @@ class Table:
             word that is an `https` address becomes a link.
         note (`str`, defaults to `""`): What to know before reading it.
         own (`frozenset[tuple[str, int]]`): Rows, by the group's heading and their number, which stand out.
+        merged (`bool`, defaults to `False`): What neighbouring rows say alike, from the third column on, is said once.
     """
 
     title: str
@@ -180,6 +181,7 @@ class Table:
     groups: list[tuple[str, list[Sequence[str]]]]
     note: str = ""
     own: frozenset = frozenset()
+    merged: bool = False
 
 
 @dataclass(frozen=True)

@@ -229,10 +229,19 @@ def paired_difference(
 ) -> "Estimate":
     """The mean of `after - before` with its bootstrap interval; shares (`"%"`) differ by `"points"`.
 
+    Where all pairs of shares changed alike, or none did, the bootstrap knows no other outcome. The interval then
+    reaches as far as the worst change of so many pairs as Wilson's interval of none in as many clusters allows.
+
     Arguments and errors are those of [`sign_flip_test`].
     """
     first, second = _paired(before, after)
-    return Estimate.mean(second - first, clusters, "points" if unit == "%" else unit)
+    difference, n = second - first, len(first)
+    told = "points" if unit == "%" else unit
+    if unit == "%" and set(difference) in ({-1}, {0}, {1}):
+        change = float(difference[0])
+        reach = wilson_interval(0, n if clusters is None else len(set(clusters)))[1]
+        return Estimate(change, change - reach * (1 + change), change + reach * (1 - change), n, told)
+    return Estimate.mean(difference, clusters, told)
 
 
 @dataclass(frozen=True)
@@ -275,9 +284,14 @@ class Estimate:
     def of_images(cls, values: Sequence[float], prompts: Sequence[Hashable], unit: str = "%") -> "Estimate":
         """The average over images, each counted once. A share whose prompts have one image each has its Wilson
         interval; where prompts have several, the bootstrap draws whole prompts, which counts them alike if they have
-        as many."""
-        if unit == "%" and len(set(prompts)) == len(prompts):
+        as many. A share of which all images agree has the Wilson interval of one image a prompt: the bootstrap knows
+        no other outcome than those it has seen."""
+        units = len(set(prompts))
+        if unit == "%" and units == len(prompts):
             return cls.rate(int(sum(values)), len(values))
+        if unit == "%" and set(values) in ({0}, {1}):
+            value = float(values[0])
+            return cls(value, *wilson_interval(round(value * units), units), len(values))
         return cls.mean(values, prompts, unit)
 
     @property

@@ -168,7 +168,7 @@ def _against_papers(results: dict, models: list[Measured], metrics: Sequence[Met
         return []
     note = "Where the protocol is another, numbers cannot be compared, however near they are."
     columns = ("", "value", "the same protocol?", "source")
-    return [Table("Against the papers", columns, groups, note, frozenset(own))]
+    return [Table("Against the papers", columns, groups, note, frozenset(own), merged=True)]
 
 
 def _by_category(models: list[Measured], metrics: Sequence[MetricFacts]) -> list[Comparison]:
