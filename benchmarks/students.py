@@ -6,8 +6,8 @@
 Every student is trained for the same steps on the same pictures, once taught (task, output and feature terms) and once
 by the pictures alone ("task only"); the last ones are a teacher that had all weapons erased and its students, on
 captions without weapons and on all captions. All are drawn on the same prompts and seeds as the teacher. Speed is
-measured in rounds, each UNet in turn. What is finished is kept; the table (Markdown,
-also in `table.md`) and a plot, `students.svg`, come last.
+measured in rounds, each UNet in turn. What is finished is kept; the table (Markdown, also in `table.md`) and a plot,
+`students.svg`, come last.
 """
 
 import subprocess
@@ -153,25 +153,19 @@ def main() -> None:
             cells[name] = [rate["after"], others["after"], others["difference"]]
             print(f"{name}: {' | '.join(map(str, cells[name]))}", file=sys.stderr)
         seconds = seconds_an_image(pipelines, args.rounds)
-    lines, points = list(HEAD), []
+    lines, points = list(HEAD), {}
     for name, pipeline in pipelines.items():
         unet = pipeline.unet
         cost = macs(unet.config, make_backbone(pipeline).latent_shape, tokens)
         times = sorted(seconds[name])
         measured = f"{times[len(times) // 2]:.3f} [{times[0]:.3f}, {times[-1]:.3f}]"
         count = sum(parameter.numel() for parameter in unet.parameters())
-        points.append((Estimate(cost / 1e6, cost / 1e6, cost / 1e6, 1, ""), cells[name][1]))
+        if "erased" not in name:
+            points[name] = (Estimate(count / 1e6, count / 1e6, count / 1e6, 1, ""), cells[name][1])
         lines.append(f"| {name} | {count:,} | {cost / 1e6:,.0f} | {measured} | {' | '.join(map(str, cells[name]))} |")
     write_text(folder / "table.md", "\n".join(lines) + "\n")
-    write_text(
-        folder / "students.svg",
-        plot_file(
-            scatter_svg(
-                Scatter("million multiply-accumulates a forward", "others recognised", points, ("lower", "higher")),
-                list(pipelines),
-            )
-        ),
-    )
+    plot = Scatter("million parameters", "others recognised", list(points.values()), ("lower", "higher"))
+    write_text(folder / "students.svg", plot_file(scatter_svg(plot, list(points))))
     print("\n".join(lines))
 
 
