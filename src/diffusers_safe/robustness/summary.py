@@ -181,7 +181,10 @@ def _told_protocol(results: dict) -> dict[str, str]:
         "safety checkers": protocol["safety_checker"],
     }
     told |= {f"attack {name}": _told(attack["facts"]) for name, attack in results["attacks"].items()}
-    told |= {f"model {name}": _told(facts) for name, facts in results["models"].items()}
+    told |= {
+        f"model {name}": _told({key: value for key, value in facts.items() if key != "black"})
+        for name, facts in results["models"].items()
+    }
     told |= {f"success by {name}": _told({**metric["identity"], "seen": metric["success"]})
              for name, metric in results["metrics"].items()}  # fmt: skip
     return told | {"versions": _told(protocol["versions"]), "made": protocol["created"]}
