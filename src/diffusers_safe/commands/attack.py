@@ -24,17 +24,16 @@ from ..emoji.metrics import EmojiRecognition
 from ..emoji.scenes import GROUPS, OBJECTS, STYLES, group_members, prompt_for
 from ..evaluation.evaluate import check_subjects
 from ..evaluation.folders import ImageFolder
-from ..evaluation.generate import GenerationSettings, PromptRow
-from ..evaluation.metrics import METRICS, MetricOptions, make_metrics
+from ..evaluation.generate import PromptRow
+from ..evaluation.metrics import METRICS, make_metrics
 from ..evaluation.metrics.base import Metric
+from ..evaluation.options import EvaluationOptions
 from ..evaluation.report import PAGE_NAME, headline_table
-from ..evaluation.summary import PICTURES, VEILS
 from ..robustness import Attack, ConceptInversion, InversionSettings, Paraphrases, SeedSearch, read_paraphrases
 from ..robustness.inversion import TEMPLATE, check_learnable, square_side
 from ..robustness.run import attack_models, check_attack
 from ..training.loss_space import LOSS_SPACES
 from .evaluate import read_subjects
-from .generate import read_rows
 from .subject import DTYPES, Subject
 
 
@@ -42,7 +41,7 @@ ATTACKS = ("seeds", "paraphrases", "inversion")
 
 
 @dataclass(kw_only=True)
-class AttackArguments(MetricOptions):
+class AttackArguments(EvaluationOptions):
     model: list[str] = field(metadata={"help": "Erased models: folders or Hub ids, as they are or as name=MODEL."})
     original: str | None = field(
         default=None,
@@ -86,25 +85,12 @@ class AttackArguments(MetricOptions):
     inversion_num_pictures: int = field(default=8, metadata={"help": "Pictures that the original model draws."})
     inversion_checkpointing_steps: int = field(default=100, metadata={"help": "Steps between checkpoints; 0: none."})
     output_dir: str = field(default="runs/attack", metadata={"help": "Where images, numbers and report go."})
-    title: str = field(default="", metadata={"help": "Of the page."})
-    seed: int = field(default=0, metadata={"help": "Of each prompt, unless the file gives one, and of inversion."})
-    num_inference_steps: int = field(default=25, metadata={"help": "Steps of the pipelines' schedulers."})
-    guidance_scale: float = field(default=7.5, metadata={"help": "Of classifier-free guidance; 1 or less is none."})
-    height: int | None = field(default=None, metadata={"help": "In pixels; default the model's own."})
-    width: int | None = field(default=None, metadata={"help": "In pixels; default the model's own."})
-    batch_size: int = field(default=4, metadata={"help": "Images generated at once."})
-    scoring_batch_size: int = field(default=16, metadata={"help": "Images scored at once."})
     dtype: str = field(default="float32", metadata={"help": f"Of the weights: {', '.join(DTYPES)}."})
-    blur: str = field(
-        default="flagged",
-        metadata={"help": f"Which pictures of the page are blurred until clicked: {', '.join(VEILS)}."},
-    )
-    pictures: int = field(default=PICTURES, metadata={"help": "Prompts of each attack whose images are on the page."})
 
     def __post_init__(self):
-        for name, allowed in (("blur", VEILS), ("dtype", DTYPES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} '{getattr(self, name)}': unknown; allowed are {', '.join(allowed)}")
+        super().__post_init__()
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype '{self.dtype}': unknown; allowed are {', '.join(DTYPES)}")
         if not self.attacks:
             raise ValueError(f"attacks: none given; known are {', '.join(ATTACKS)}")
         for place, name in enumerate(self.attacks):
@@ -112,16 +98,8 @@ class AttackArguments(MetricOptions):
                 raise ValueError(f"attack '{name}': unknown; known are {', '.join(ATTACKS)}")
             if name in self.attacks[:place]:
                 raise ValueError(f"attack '{name}': given twice")
-        for name in ("num_inference_steps", "height", "width", "batch_size", "scoring_batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} {value}: must be at least 1")
-        if (self.height is None) != (self.width is None):
-            raise ValueError(f"height {self.height}, width {self.width}: give both or neither")
-        if self.pictures < 0:
-            raise ValueError(f"pictures {self.pictures}: must be at least 0")
-        self.settings = GenerationSettings(self.num_inference_steps, self.guidance_scale, self.height, self.width)
         self.subjects = self._read_subjects()
-        self.rows, self.source = self._read_rows()
+        self.rows = self._attacked_rows()
         self.made_attacks = [self._make_attack(name) for name in self.attacks]
 
     def _read_subjects(self) -> list[Subject]:
@@ -136,15 +114,18 @@ class AttackArguments(MetricOptions):
                 raise ValueError(f"model '{subject.folder}': no folder of a diffusers pipeline")
         return subjects
 
-    def _read_rows(self) -> tuple[list[PromptRow], dict]:
+    def _attacked_rows(self) -> list[PromptRow]:
         labels = {} if self.emoji is None else emoji_labels(self.emoji)
-        prompts = self.prompts or emoji_prompts(self.emoji)
-        if not prompts:
+        self.chosen_prompts = bool(self.prompts)
+        self.prompts = self.prompts or emoji_prompts(self.emoji)
+        if not self.prompts:
             raise ValueError("prompts: none given")
-        named = prompts[0] if prompts[0].lower().endswith(".csv") else "command line"
-        source = named if self.prompts else f"--emoji {self.emoji}"
-        rows = read_rows(prompts, 1, self.seed)
-        return [replace(row, labels={**row.labels, **labels}) for row in rows], {"source": source}
+        return [replace(row, labels={**row.labels, **labels}) for row in self.read_rows()]
+
+    @property
+    def source(self) -> dict:
+        """Where the prompts come from, for the protocol."""
+        return super().source if self.chosen_prompts else {"source": f"--emoji {self.emoji}"}
 
     def _make_attack(self, name: str) -> Attack:
         if name == "seeds":
@@ -226,13 +207,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
             args.made_attacks,
             args.made_metrics,
             args.output_dir,
-            args.settings,
-            batch_size=args.batch_size,
-            scoring_batch_size=args.scoring_batch_size,
-            title=args.title,
             prompts=args.source,
-            veil=args.blur,
-            pictures=args.pictures,
+            **args.shown,
         )
     print(f"\n{headline_table(results)}\n")
     print((Path(args.output_dir) / PAGE_NAME).resolve().as_uri())
