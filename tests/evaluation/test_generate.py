@@ -19,6 +19,7 @@ from diffusers_safe.evaluation.generate import (
     pipeline_fingerprint,
     read_manifest,
 )
+from diffusers_safe.evaluation.processes import launched_processes
 
 
 QUICK = GenerationSettings(num_inference_steps=2, guidance_scale=4.0)
@@ -211,7 +212,7 @@ def in_processes(count, monkeypatch, work):
             barrier.abort()
             return error
 
-    monkeypatch.setattr(generation, "PartialState", state)
+    monkeypatch.setattr(generation, "launched_processes", state)
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(run, range(count)))
 
@@ -238,6 +239,29 @@ def test_processes_share_a_folder_and_another_number_of_them_goes_on(make_tiny_p
     with monkeypatch.context() as patch:
         in_processes(1, patch, lambda _: generate(pipelines[0], rows, folder, QUICK, batch_size=2))
     assert files_of(folder) == files_of(tmp_path / "1")
+
+
+def test_two_runs_do_not_share_a_folder(tiny_pipeline, tmp_path, monkeypatch):
+    """Unless they were launched together."""
+    sample, refused = generation._sample, []
+
+    def while_another_begins(*arguments):
+        with pytest.raises(ValueError, match="another run is generating images there") as error:
+            generate(tiny_pipeline, rows_of(1), tmp_path, QUICK)
+        refused.append(error)
+        return sample(*arguments)
+
+    monkeypatch.setattr(generation, "_sample", while_another_begins)
+    generate(tiny_pipeline, rows_of(1), tmp_path, QUICK)
+    assert len(refused) == 1 and sorted(files_of(tmp_path)) == ["image-0.png", "manifest.jsonl"]
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tiny_pipeline, tmp_path, monkeypatch):
+    launched_processes()  # one
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched, but each would work by itself"):
+        generate(tiny_pipeline, rows_of(1), tmp_path / "new", QUICK)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_of_other_images_is_refused(tiny_pipeline, make_tiny_pipeline, tmp_path):

@@ -13,11 +13,10 @@ again, in however many processes.
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from accelerate import PartialState
-
 from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
 from ..emoji import MODEL_FOLDER
 from ..evaluation.generate import GenerationSettings, generate
+from ..evaluation.processes import launched_processes
 from ..evaluation.prompts import PromptOptions
 from ..guidance import SAFETY_CONFIGS
 from .subject import DTYPES, Subject
@@ -106,7 +105,9 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
         )
     black = sum(row["black"] for row in manifest)
     told = f", {black} of them black" if black else ""
-    PartialState().print(f"{len(manifest)} images{told} in {Path(args.output_dir).resolve()}")
+    processes = launched_processes()
+    processes.print(f"{len(manifest)} images{told} in {Path(args.output_dir).resolve()}")
+    processes.destroy_process_group()
 
 
 if __name__ == "__main__":

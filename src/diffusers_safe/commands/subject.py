@@ -13,13 +13,13 @@ from pathlib import Path
 
 import diffusers
 import torch
-from accelerate import PartialState
 from diffusers import DiffusionPipeline, SemanticStableDiffusionPipeline
 from diffusers.utils import logging
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .. import pipelines
 from ..evaluation.generate import GenerationSettings
+from ..evaluation.processes import launched_processes
 from ..formats import LORA_NAME, fetch
 from ..formats.read import only_weight_file
 from ..guidance import SAFETY_CONCEPT, SAFETY_CONFIGS, SafetyConfig
@@ -171,7 +171,7 @@ class Subject:
                 if isinstance(component, torch.nn.Module):
                     torch.nn.Module.to(component, dtype)
         pipeline, call = self._steer(pipeline)
-        pipeline.to(PartialState().device if device is None else device)
+        pipeline.to(launched_processes().device if device is None else device)
         negative_prompt = settings.negative_prompt if self.negative_prompt is None else self.negative_prompt
         return pipeline, replace(settings, negative_prompt=negative_prompt, call={**settings.call, **call})
 

@@ -15,20 +15,21 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from diffusers import DiffusionPipeline
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..provenance import fingerprint, write_text
+from .processes import launched_processes
 
 
 MANIFEST = "manifest.jsonl"
@@ -142,47 +143,44 @@ def generate(
         (of the PNG).
 
     Raises:
-        `ValueError`: If there are no rows or two with the same id, or if the folder holds images of another model,
-            of other settings, or of another prompt under the same id. Nothing is generated then.
+        `ValueError`: If there are no rows or two with the same id, if the folder holds images of another model, of
+            other settings, or of another prompt under the same id, or if another run is at work there. Nothing is
+            generated then.
     """
     check_rows(rows)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    processes = launched_processes()
     manifest = _Manifest(Path(folder))
     model = pipeline_fingerprint(pipeline)
     manifest.check(rows, model, settings)
-    processes = PartialState()
     processes.wait_for_everyone()  # nobody changes what another still checks
-    if processes.is_main_process:
-        manifest.tidy()
-    processes.wait_for_everyone()
-    finished = manifest.read()
-    batches = [batch for batch in _batches(rows, settings, batch_size) if any(row.id not in finished for row in batch)]
-    done = sum(row.id in finished for row in rows)
-
-    bar = tqdm(
-        desc=description, total=len(rows), initial=done, unit="image", dynamic_ncols=True,
-        disable=not processes.is_main_process,
-    )  # fmt: skip
-    # The only process continues the manifest itself.
-    part = None if processes.num_processes == 1 else processes.process_index
-    with bar, _as_a_subject(pipeline, safety_checker), manifest.open(part) as file:
-        for start in range(0, len(batches), processes.num_processes):
-            turn = batches[start : start + processes.num_processes]  # a batch for each process
-            if processes.process_index < len(turn):
-                batch = turn[processes.process_index]
-                own = _settings_of(batch[0], settings)
-                for row, image in zip(batch, _sample(pipeline, batch, own), strict=True):
-                    if row.id not in finished:
-                        entry = {**_identity(row), **_save_png(manifest.folder, f"{row.id}.png", image)}
-                        file.write(_line({**entry, "model": model, "settings": asdict(own)}))
-                file.flush()
-            bar.update(sum(row.id not in finished for batch in turn for row in batch))
-    processes.wait_for_everyone()
-    if processes.is_main_process:
-        manifest.close([row.id for row in rows])
-    processes.wait_for_everyone()
-    finished = manifest.read()
+    with manifest.lock() if processes.is_main_process else nullcontext():
+        if processes.is_main_process:
+            manifest.tidy()
+        processes.wait_for_everyone()
+        finished = manifest.read()
+        batches = _batches(rows, settings, batch_size)
+        batches = [batch for batch in batches if any(row.id not in finished for row in batch)]
+        bar = tqdm(
+            desc=description, total=len(rows), initial=sum(row.id in finished for row in rows), unit="image",
+            dynamic_ncols=True, disable=not processes.is_main_process,
+        )  # fmt: skip
+        # The only process continues the manifest itself.
+        part = None if processes.num_processes == 1 else processes.process_index
+        with bar, _as_a_subject(pipeline, safety_checker), manifest.open(part) as file:
+            for start in range(0, len(batches), processes.num_processes):
+                turn = batches[start : start + processes.num_processes]  # a batch for each process
+                for batch in turn[processes.process_index : processes.process_index + 1]:
+                    for entry in _draw(pipeline, batch, settings, finished, manifest.folder):
+                        file.write(_line({**entry, "model": model}))
+                    file.flush()
+                bar.update(sum(row.id not in finished for batch in turn for row in batch))
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            manifest.close([row.id for row in rows])
+        processes.wait_for_everyone()
+        finished = manifest.read()
     return [finished[row.id] for row in rows]
 
 
@@ -317,6 +315,24 @@ class _Manifest:
         self.folder = folder
         self.path = folder / MANIFEST
 
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps other runs out of the folder, which is made if need be.
+
+        Raises:
+            `ValueError`: If there is one.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f".{MANIFEST}.lock"
+        try:
+            with FileLock(path, timeout=0):
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+        except Timeout:
+            raise ValueError(f"{self.folder}: another run is generating images there; wait for its end") from None
+
     def open(self, part: int | None) -> TextIO:
         path = self.path if part is None else self.folder / f".{MANIFEST}.{part}"
         return path.open("a", encoding="utf-8")
@@ -345,7 +361,6 @@ class _Manifest:
 
     def tidy(self) -> None:
         """One file of the manifest and its parts, without the rows whose image is gone or broken."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob(".*.png.partial"):
             path.unlink()
         rows = self._all_rows()
@@ -393,6 +408,16 @@ def _as_a_subject(pipeline: DiffusionPipeline, safety_checker: bool) -> Iterator
     finally:
         del attributes["_progress_bar_config"]
         attributes.update(kept)
+
+
+def _draw(
+    pipeline: DiffusionPipeline, batch: list[PromptRow], settings: GenerationSettings, finished: dict, folder: Path
+) -> Iterator[dict]:
+    """Computes a whole batch and saves what of it is not finished; what the manifest has to say of each."""
+    own = _settings_of(batch[0], settings)
+    for row, image in zip(batch, _sample(pipeline, batch, own), strict=True):
+        if row.id not in finished:
+            yield {**_identity(row), **_save_png(folder, f"{row.id}.png", image), "settings": asdict(own)}
 
 
 def _sample(pipeline: DiffusionPipeline, rows: list[PromptRow], settings: GenerationSettings) -> list[Image.Image]:
