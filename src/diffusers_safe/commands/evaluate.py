@@ -26,6 +26,7 @@ from ..evaluation.folders import ImageFolder
 from ..evaluation.generate import MANIFEST, PromptRow, read_manifest
 from ..evaluation.metrics import make_metrics
 from ..evaluation.options import EvaluationOptions
+from ..evaluation.processes import launched_processes
 from ..evaluation.report import PAGE_NAME, headline_table
 from ..formats import INDEX
 from .generate import PRESETS
@@ -159,6 +160,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
             images_only=args.images_only,
             **args.shown,
         )
+    launched_processes().destroy_process_group()
     if not results:  # of all processes one measures
         return
     print(f"\n{headline_table(results)}\n")

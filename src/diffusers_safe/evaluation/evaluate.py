@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
 from ..provenance import library_versions, write_text
@@ -27,6 +26,7 @@ from .generate import GenerationSettings, PromptRow, check_rows, generate
 from .measured import Measured, measure, metric_results
 from .metrics.base import Metric
 from .page import write_report
+from .processes import launched_processes
 from .report import RESULTS_NAME
 from .summary import PICTURES, VEILS, evaluation_report, results_table, shown_flags
 
@@ -121,7 +121,7 @@ def evaluate(
     models = [
         found.get(subject.name) or _generated(subject, rows, folder, settings, batch_size) for subject in subjects
     ]
-    if not PartialState().is_main_process:
+    if not launched_processes().is_main_process:
         return {}
     measured = [measure(metric, models, scoring_batch_size) for metric in metrics]
     results = {
@@ -193,7 +193,7 @@ def _generated(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if PartialState().is_main_process:
+    if launched_processes().is_main_process:
         write_text(place / MODEL_FACTS, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     return Measured(subject.name, place, manifest, {**facts, "settings": common_settings(manifest)})
 
