@@ -172,8 +172,8 @@ def generate(
             for start in range(0, len(batches), processes.num_processes):
                 turn = batches[start : start + processes.num_processes]  # a batch for each process
                 for batch in turn[processes.process_index : processes.process_index + 1]:
-                    for entry in _draw(pipeline, batch, settings, finished, manifest.folder):
-                        file.write(_line({**entry, "model": model}))
+                    for entry in _draw(pipeline, batch, settings, model, finished, manifest.folder):
+                        file.write(_line(entry))
                     file.flush()
                 bar.update(sum(row.id not in finished for batch in turn for row in batch))
         processes.wait_for_everyone()
@@ -411,13 +411,19 @@ def _as_a_subject(pipeline: DiffusionPipeline, safety_checker: bool) -> Iterator
 
 
 def _draw(
-    pipeline: DiffusionPipeline, batch: list[PromptRow], settings: GenerationSettings, finished: dict, folder: Path
+    pipeline: DiffusionPipeline,
+    batch: list[PromptRow],
+    settings: GenerationSettings,
+    model: str,
+    finished: dict,
+    folder: Path,
 ) -> Iterator[dict]:
     """Computes a whole batch and saves what of it is not finished; what the manifest has to say of each."""
     own = _settings_of(batch[0], settings)
     for row, image in zip(batch, _sample(pipeline, batch, own), strict=True):
         if row.id not in finished:
-            yield {**_identity(row), **_save_png(folder, f"{row.id}.png", image), "settings": asdict(own)}
+            saved = _save_png(folder, f"{row.id}.png", image)
+            yield {**_identity(row), **saved, "model": model, "settings": asdict(own)}
 
 
 def _sample(pipeline: DiffusionPipeline, rows: list[PromptRow], settings: GenerationSettings) -> list[Image.Image]:
