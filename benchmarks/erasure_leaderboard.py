@@ -9,6 +9,9 @@ the model itself, what acts while sampling (a negative prompt, SEGA, SLD), what 
 `examples/emoji-*.yaml`), and a student of the erased model. Trainings and images that are finished are kept.
 
 `--quick` does one object only, on fewer images. `--docs docs` writes the table and the pictures into that folder.
+A new method proves itself in a row of its own, as a model (or a file of models) of `diffusers-safe evaluate`:
+
+    python benchmarks/erasure_leaderboard.py --output_dir runs/leaderboard --tasks object --methods mine=runs/mine
 """
 
 import os
@@ -24,12 +27,13 @@ from PIL import Image
 from students import StudentsArguments, folder_of, student
 
 from diffusers_safe.arguments import check_output_dir, parse_dataclass, told_in_one_line
+from diffusers_safe.commands.evaluate import read_subjects
 from diffusers_safe.commands.subject import Subject
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.evaluation import SETTINGS, erasure_rows
 from diffusers_safe.emoji.metrics import EmojiDistance, EmojiFID, EmojiRecognition, write_references
-from diffusers_safe.evaluation.evaluate import evaluate
-from diffusers_safe.evaluation.generate import PromptRow, load_image, read_manifest
+from diffusers_safe.evaluation.evaluate import as_images, evaluate
+from diffusers_safe.evaluation.generate import PromptRow, load_image
 from diffusers_safe.evaluation.grid import draw_table
 from diffusers_safe.evaluation.report import headline_table
 from diffusers_safe.provenance import write_text
@@ -88,6 +92,9 @@ class LeaderboardArguments:
     tasks: list[str] = field(default_factory=list, metadata={"help": f"Of {', '.join(TASKS)}; default all."})
     seed: int = field(default=0, metadata={"help": "Of trainings and images."})
     student_steps: int = field(default=400, metadata={"help": "Steps of the student's training; 0 leaves it out."})
+    methods: list[str] = field(
+        default_factory=list, metadata={"help": "More rows: name=MODEL ..., or one .yaml; with one of --tasks only."}
+    )
     docs: str | None = field(default=None, metadata={"help": "Folder for results.md and images/leaderboard-*.png."})
 
     def __post_init__(self):
@@ -98,6 +105,9 @@ class LeaderboardArguments:
         if self.student_steps < 0:
             raise ValueError(f"student_steps {self.student_steps}: must be at least 0")
         self.tasks = self.tasks or (["object"] if self.quick else list(TASKS))
+        self.own_rows = read_subjects(self.methods)
+        if self.own_rows and len(self.tasks) > 1:
+            raise ValueError(f"methods {' '.join(self.methods)}: name the one of --tasks that they are for")
 
 
 def trained(args: LeaderboardArguments) -> dict[str, Path]:
@@ -136,7 +146,7 @@ def subjects(task: Task, models: dict[str, Path], args: LeaderboardArguments) ->
     if task is TASKS["group"] and args.student_steps:
         teacher = models[f"{task.recipes}-sdd"]
         rows.append(Subject("SDD, student bk-small", str(student_of(teacher, args))))
-    return rows
+    return rows + args.own_rows
 
 
 def rows_of(task: Task, args: LeaderboardArguments) -> list[PromptRow]:
@@ -150,20 +160,24 @@ def measured(name: str, models: dict[str, Path], args: LeaderboardArguments) -> 
     erased, style = task.erased["erased"], task.erased.get("style")
     references = write_references(folder / "references", erased, style)
     metrics = [EmojiRecognition(erased, style), EmojiFID(references), EmojiDistance()]
-    methods = subjects(task, models, args)
-    results = evaluate(
-        methods, rows_of(task, args), metrics, folder, SETTINGS, batch_size=32, title=task.title, veil="none"
-    )
+    methods, rows = subjects(task, models, args), rows_of(task, args)
+    results = evaluate(methods, rows, metrics, folder, SETTINGS, batch_size=32, title=task.title, veil="none")
     pictures = {}
     for method in methods:
-        images = folder / "images" / method.name
-        first = {row["prompt"]: row for row in reversed(read_manifest(images))}
-        pictures[method.name] = [load_image(images, first[prompt]) for prompt in task.shown]
-    return headline_table(results), draw_table(list(task.shown), pictures)
+        images = as_images(method, folder)
+        first = {row["prompt"]: row for row in reversed(images.find(rows))}
+        pictures[method.name] = [load_image(images.folder, first[prompt]) for prompt in task.shown]
+    return headline_table(results, changes=False), draw_table(list(task.shown), pictures)
+
+
+def check_surroundings(args: LeaderboardArguments) -> None:
+    for subject in args.own_rows:
+        subject.check()
+    check_output_dir(args.output_dir)
 
 
 def main() -> None:
-    args = parse_dataclass(LeaderboardArguments, __doc__, check=lambda args: check_output_dir(args.output_dir))
+    args = parse_dataclass(LeaderboardArguments, __doc__, check=check_surroundings)
     folder = Path(args.output_dir)
     with told_in_one_line():
         models = trained(args)

@@ -334,7 +334,8 @@ def test_an_evaluation_is_shown_with_its_intervals(hub, folder, place):
     push_result(folder, "tester/x")
     path = f"{place}/results.json".lstrip("/")
     text = (folder / CARD_NAME).read_text()
-    assert f"| weapon seen | {before} | {after} | Any \\| of them. |" in text and f"]({path})" in text
+    assert "|  | weapon seen, N=24 |\n" in text and f"| after | {after.headline} {after.interval} |" in text
+    assert "\n* weapon seen: Any | of them.\n" in text and f"]({path})" in text
     assert {path, path.replace("results.json", "report.html")} <= hub.files("tester/x").keys()
 
 

@@ -66,7 +66,7 @@ def test_all_attacks_with_the_judge_that_ships(
     assert results["metrics"]["emoji_recognition"]["success"] == ["concept recognised"]
     assert results["protocol"]["settings"]["height"] == 64
     told = capsys.readouterr().out
-    assert "| attack success rate, concept inversion | " in told and "report.html" in told
+    assert "| attack success rate, concept inversion ↓, N=" in told and "report.html" in told
     for name in ("results.json", "results.md", "report.html"):
         text = (out / name).read_text()
         assert str(tmp_path) not in text and other_folder not in text

@@ -114,7 +114,7 @@ def test_models_are_compared_on_the_same_prompts_and_seeds(models, tmp_path):
     for title in ("All numbers", "Erasure against retention", "At other thresholds", "bright images, by category"):
         assert f"<h2>{title}</h2>" in page
     assert page.count("<figcaption>") == len(rows) and page.count('class="veil"') == results["report"]["flagged"] > 0
-    assert "| bright images | " in (tmp_path / "results.md").read_text()
+    assert "| bright images ↓, N=" in (tmp_path / "results.md").read_text()
 
 
 def test_another_threshold_neither_generates_nor_scores(models, tmp_path, monkeypatch):

@@ -144,10 +144,13 @@ def test_results_are_plain_json(tmp_path):
 
 def test_the_headline_reads_back_as_a_table(tmp_path):
     write_report(tmp_path, {}, make_large_report(3))
-    lines = headline_table(json.loads((tmp_path / "results.json").read_text())).split("\n")
-    assert lines[0].count("|") == 5 and lines[1] == "|---|---|---|---|"
-    assert lines[2].endswith("| 60.0 % [50.2, 69.1], N=100 (-30.0 points [-40.0, -20.0], p < 0.001) |")
-    assert lines[3].startswith("| distance |  | 0.100 [0.090, 0.110], N=100 |")
+    results = json.loads((tmp_path / "results.json").read_text())
+    lines = headline_table(results).split("\n")
+    assert lines[0] == "|  | seen ↓, N=100 | distance ↓, N=100 |" and lines[1] == "|---|---|---|"
+    assert lines[2].endswith(" | 90.0 % [82.6, 94.5] |  |")
+    assert " | 60.0 % [50.2, 69.1] (-30.0 points [-40.0, -20.0], p < 0.001) | 0.200 [0.180, 0.220] |" in lines[4]
+    assert lines[3].endswith("| 0.100 [0.090, 0.110] |")
+    assert "points" not in headline_table(results, changes=False)
     with pytest.raises(ValueError, match="no headline"):
         headline_table({"headline": []})
 

@@ -293,7 +293,3 @@ def _diffusers_in_silence() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-def _count_adapters(module: torch.nn.Module) -> int:
-    return sum(isinstance(layer, BaseTunerLayer) for layer in module.modules())

@@ -289,31 +289,42 @@ def write_results(folder: str | Path, results: dict) -> Path:
     return path
 
 
-def headline_table(results: dict) -> str:
-    """The headline of a `results.json`, read back, as a Markdown table with 95 % intervals, a column a model.
+def headline_table(results: dict, changes: bool = True) -> str:
+    """The headline of a `results.json`, read back, as a Markdown table as papers have it: a row a model, a column a
+    measure, with 95 % intervals and an arrow to where better is. Notes come below.
+
+    Args:
+        results (`dict`): As read from the file.
+        changes (`bool`, defaults to `True`): Whether a cell has the difference to the first model in parentheses.
 
     Raises:
         `ValueError`: If it has none.
     """
     try:
-        models, rows = results["headline"]["models"], results["headline"]["rows"]
-        table = [["", *models, ""]] + [
-            [row["label"], *map(_told, row["estimates"], row["changes"] or [None] * len(models)), row["note"]]
-            for row in rows
-        ]
+        columns = [["", *results["headline"]["models"]]]
+        measures = results["headline"]["rows"]
+        columns += [_column(measure, changes) for measure in measures]
+        notes = [f"* {measure['label']}: {measure['note']}" for measure in measures if measure["note"]]
     except (KeyError, TypeError) as error:
         raise ValueError(f"the results have no headline as evaluations write it ({error!r})") from None
-    if not any(line[-1] for line in table):
-        table = [line[:-1] for line in table]
-    lines = [" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) for line in table]
-    return "\n".join([f"| {lines[0]} |", "|---" * len(table[0]) + "|", *(f"| {line} |" for line in lines[1:])])
+    head, *rows = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in zip(*columns))
+    table = [f"| {head} |", "|---" * len(columns) + "|", *(f"| {row} |" for row in rows)]
+    return "\n".join([*table, *([""] if notes else []), *notes])
 
 
-def _told(estimate: dict | None, change: dict | None) -> str:
-    if estimate is None:
-        return ""
-    told = str(Estimate(**estimate))
-    return f"{told} ({Change(**{**change, 'estimate': Estimate(**change['estimate'])})})" if change else told
+def _column(measure: dict, changes: bool) -> list[str]:
+    """A measure's cells; N stands in its head if it is the same for all models."""
+    estimates = [estimate and Estimate(**estimate) for estimate in measure["estimates"]]
+    arrow = {"lower": " ↓", "higher": " ↑", None: ""}[measure["better"]]
+    counts = {estimate.n for estimate in estimates if estimate}
+    count = f", N={counts.pop()}" if len(counts) == 1 else ""
+    cells = [""] * len(estimates)
+    for place, estimate in enumerate(estimates):
+        if estimate:
+            cells[place] = f"{estimate.headline} {estimate.interval}" if count else str(estimate)
+        if changes and measure["changes"] and (change := measure["changes"][place]):
+            cells[place] += f" ({Change(**{**change, 'estimate': Estimate(**change['estimate'])})})"
+    return [f"{measure['label']}{arrow}{count}", *cells]
 
 
 def _to_json(value: object) -> object:
