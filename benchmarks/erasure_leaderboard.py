@@ -74,7 +74,7 @@ class Task:
 
 
 TASKS = {
-    "object": Task("One object: a cat", "a cat", "emoji-cat", ("a cat", "a dog", "a lion", "an animal", "a pizza")),
+    "object": Task("One object: a cat", "a cat", "emoji-cat", ("a cat", "a dog", "a lion", "a fruit", "a pizza")),
     "group": Task(
         "A group: weapons, five objects",
         "a weapon",
@@ -85,7 +85,7 @@ TASKS = {
         "A style: sketch",
         "sketch style",
         "emoji-sketch",
-        ("a dog in sketch style", "a car in sketch style", "a dog", "a car", "a dog in sepia style"),
+        ("a cat in sketch style", "a car in sketch style", "a cat", "a car", "a pig in sepia style"),
     ),
 }
 
