@@ -204,6 +204,13 @@ def _use_one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def head(args: LeaderboardArguments) -> str:
+    sampling = f"{SETTINGS.num_inference_steps} steps, guidance {SETTINGS.guidance_scale:g}"
+    with_student = args.student_steps and "group" in args.tasks
+    student = STUDENT_TOLD.format(steps=args.student_steps, pictures=STUDENT_PICTURES) if with_student else ""
+    return HEAD.format(seed=args.seed, sampling=sampling, student=student)
+
+
 def check_surroundings(args: LeaderboardArguments) -> None:
     for subject in args.own_rows:
         subject.check()
@@ -223,7 +230,7 @@ def main() -> None:
             picture.save(folder / file)
             parts.append(f"## {TASKS[name].title}\n\n{table}\n\n![The same seeds, a row a method](images/{file})\n")
             print(f"\n{TASKS[name].title}\n\n{table}", file=sys.stderr)
-        text = "\n".join([HEAD.format(seed=args.seed, steps=args.student_steps), *parts])
+        text = "\n".join([head(args), *parts])
         write_text(folder / "results.md", text)
         if args.docs is not None:
             (Path(args.docs) / "images").mkdir(parents=True, exist_ok=True)
@@ -235,8 +242,23 @@ def main() -> None:
 
 HEAD = """# Results on the embedded model
 
-Made by `make benchmark-erasure` with seed {seed}: `benchmarks/erasure_leaderboard.py` says how.
+`make benchmark-erasure` makes this page with seed {seed}
+([benchmarks/erasure_leaderboard.py](../benchmarks/erasure_leaderboard.py)).
+
+* Every row of a table has the same prompts and seeds, {sampling}. The judge that ships with the model says what an
+  image shows. In brackets 95 % intervals.
+* *Concept*: the images that were asked for what was to go; all other columns are of the rest. FID and KID are to 1000
+  freshly drawn pictures of what was to stay, in 96 features of the judge; of so few images FID is too large, so
+  compare it with the original's, never with another table's. *Distance* is to the original's image of the same seed,
+  by the judge's features as LPIPS has it.
+* ESD and SDD train once a table, by the recipes in [examples/](../examples/), which were found on this model
+  ([methods.md](methods.md#esd-and-sdd-beside-each-other) has three seeds of each).{student} SEGA and SLD have the
+  settings of their authors, which were found on Stable Diffusion. SLD changes nothing where the prompt is the concept.
+* [evaluation.md](evaluation.md) has the rules; the run leaves a page with all pictures of each table in
+  `runs/leaderboard/*/report.html`.
 """
+STUDENT_TOLD = """ The student was taught by the erased model for {steps} steps on {pictures} pictures without
+  weapons."""
 
 
 if __name__ == "__main__":
