@@ -37,7 +37,7 @@ def test_models_of_a_yaml_file_and_images_only(tiny_model_folder, tmp_path, caps
     assert models["SLD"]["settings"]["call"]["safety_concept"] == "a weapon"
     assert models["original"]["settings"]["num_inference_steps"] == 2 and models["SLD"]["images"] == 4
     told = capsys.readouterr().out
-    assert "| pixel distance, N=4 |\n" in told and "report.html" in told
+    assert "|  | pixel distance ↓, N=4 |\n" in told and "report.html" in told
     assert "images of original" not in told
 
     monkeypatch.setattr(Subject, "load", None)
@@ -144,6 +144,6 @@ def test_processes_share_the_generating_and_one_measures(tiny_model_folder, tmp_
     script = tmp_path / "both.py"  # a name that shadows no library
     script.write_text("from diffusers_safe.commands.evaluate import main\n\nmain()\n")
     done = in_two_processes(str(script), [*words, "--output_dir", str(tmp_path / "two")], tmp_path)
-    assert done.stdout.count("| pixel distance, N=") == 1
+    assert done.stdout.count("| pixel distance ↓, N=") == 1
     alone = evaluate(tmp_path / "one", *words)
     assert json.loads((tmp_path / "two" / "results.json").read_text())["metrics"] == alone["metrics"]
