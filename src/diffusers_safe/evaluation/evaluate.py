@@ -26,9 +26,10 @@ from .generate import GenerationSettings, PromptRow, check_rows, generate
 from .measured import Measured, measure, metric_results
 from .metrics.base import Metric
 from .page import write_report
+from .pictures import PICTURES, VEILS, shown_flags
 from .processes import launched_processes
 from .report import RESULTS_NAME
-from .summary import PICTURES, VEILS, evaluation_report, results_table, shown_flags
+from .summary import evaluation_report, results_table
 
 
 IMAGES, MODEL_FACTS, TABLE_NAME = "images", "model.json", "results.md"
@@ -145,8 +146,8 @@ def check_subjects(subjects: Sequence[Generator | ImageFolder]) -> None:
         raise ValueError("models: there must be at least one")
     names = [subject.name for subject in subjects]
     for place, name in enumerate(names):
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._ +-]*", name):
-            raise ValueError(f"model name '{name}': allowed are letters, digits, blanks and . _ + -")
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._ ,'+-]*", name):
+            raise ValueError(f"model name '{name}': allowed are letters, digits, blanks and . _ , ' + -")
         if name.lower() in [other.lower() for other in names[:place]]:
             raise ValueError(f"model name '{name}': given twice")
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from .evaluate import without_folder
 from .generate import GenerationSettings
 from .metrics import METRICS, MetricOptions
+from .pictures import PICTURES, VEILS
 from .prompts import PromptOptions
 from .prompts.sources import is_source
-from .summary import PICTURES, VEILS
 
 
 @dataclass(kw_only=True)

@@ -312,7 +312,9 @@ def _grid(grid: Grid, models: list[str]) -> str:
 
 
 def _figure(strip: Strip, models: list[str], side: int) -> str:
-    shots = "".join(_shot(strip.caption, *pair, place, side) for place, pair in enumerate(zip(models, strip.shots)))
+    named = side > _PNG_SIDE or len(models) > 2  # before and after are told apart by their colours
+    pairs = enumerate(zip(models, strip.shots))
+    shots = "".join(_shot(strip.caption, *pair, place, side, named) for place, pair in pairs)
     slider = ""
     if side > _PNG_SIDE and len(models) == 2:
         moved = "this.closest('figure').style.setProperty('--cut', this.value + '%')"
@@ -327,7 +329,7 @@ def _figure(strip: Strip, models: list[str], side: int) -> str:
 </figure>"""
 
 
-def _shot(caption: str, model: str, shot: Shot, place: int, side: int) -> str:
+def _shot(caption: str, model: str, shot: Shot, place: int, side: int, named: bool) -> str:
     image = _image(shot.image, f"{caption}, {model}", side)
     if shot.veiled:
         name = escape(f"show the flagged image: {caption}, {model}")
@@ -336,7 +338,7 @@ def _shot(caption: str, model: str, shot: Shot, place: int, side: int) -> str:
             '<span class="hint">flagged · show</span></label>'
         )
     state = " ".join(["after" if place else "before", *(["missed"] if shot.missed else [])])
-    name = escape(f"{model}: {shot.note}" if shot.note and side > _PNG_SIDE else shot.note or model)
+    name = escape(f"{model}: {shot.note}" if shot.note and named else shot.note or model)
     return f'\n<div class="shot">{image}<span class="told {state}">{name}</span></div>'
 
 
