@@ -151,6 +151,12 @@ def test_the_headline_reads_back_as_a_table(tmp_path):
     assert " | 60.0 % [50.2, 69.1] (-30.0 points [-40.0, -20.0], p < 0.001) | 0.200 [0.180, 0.220] |" in lines[4]
     assert lines[3].endswith("| 0.100 [0.090, 0.110] |")
     assert "points" not in headline_table(results, changes=False)
+    turned = headline_table(results, turned=True).split("\n")
+    assert (
+        turned[0] == "|  | model <0> of this page | model <1> of this page | model <2> of this page |"
+        and turned[1] == "|---|---|---|---|"
+    )
+    assert turned[2].startswith("| seen ↓, N=100 | 90.0 % [82.6, 94.5] | ")
     with pytest.raises(ValueError, match="no headline"):
         headline_table({"headline": []})
 

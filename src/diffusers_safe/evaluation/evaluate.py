@@ -97,12 +97,14 @@ def evaluate(
         images_only (`bool`, defaults to `False`): Load no model: take the images that an earlier run left in `folder`.
         veil (`str`, defaults to `"flagged"`): Which pictures of the page are blurred until clicked: those that a
             metric of the concept flagged, `"all"` or `"none"`.
-        pictures (`int`, defaults to 24): Prompts whose images are on the page.
+        pictures (`int`, defaults to 24): Of each model on the page; of what was to go and of what was to stay so many
+            each, where metrics tell them apart.
 
     Returns:
         `dict`: What `results.json` holds: `protocol`; `models`, name -> facts; `metrics`, name -> `identity`,
-        `quantities`, and for each model `estimates`, `differences`, `details` and `sweeps`; `report`, how many
-        pictures are on the page and how many of them flagged; `headline`, what tables show. Empty in all processes
+        `quantities`, and for each model `estimates`, `differences`, `by_prompt` (shares of images, of at most 100
+        prompts), `details` and `sweeps`; `report`, how many pictures are on the page and how many of them flagged;
+        `headline`, what tables show. Empty in all processes
         but the first.
 
     Raises:

@@ -30,7 +30,10 @@ class EvaluationOptions(PromptOptions, MetricOptions):
         default="flagged",
         metadata={"help": f"Which pictures of the page are blurred until clicked: {', '.join(VEILS)}."},
     )
-    pictures: int = field(default=PICTURES, metadata={"help": "Prompts whose images are on the page."})
+    pictures: int = field(
+        default=PICTURES,
+        metadata={"help": "Pictures of each model on the page: of what was to go, and as many of what was to stay."},
+    )
 
     def __post_init__(self):
         if self.blur not in VEILS:
