@@ -111,6 +111,17 @@ def test_a_difference_that_chance_may_have_made_is_grey(value, interval, better,
     assert f'class="change {expected}"' in html
 
 
+def test_of_two_models_cards_come_first_and_all_numbers_last():
+    rates, change = [Estimate.rate(50, 100), Estimate.rate(30, 100)], Change(Estimate(-0.2, -0.3, -0.1, 100, "points"))
+    few = [Headline("seen", rates, "gone", "As told.", "lower", [None, change])]
+    html = render_page(make_report(headline=few))
+    assert html.index('<div class="cards">') < html.index("<h2>Pairs</h2>") < html.index("<h2>All numbers</h2>")
+    card = html.split('<div class="card gone">')[1].split("</div>\n</div>")[0]
+    assert "Change on the same seeds: -20.0 points [-30.0, -10.0]" in card and "As told." in card
+    many = render_page(make_report(headline=few * 7))
+    assert '<div class="cards">' not in many and many.index("<h2>All numbers</h2>") < many.index("<h2>Pairs</h2>")
+
+
 def test_labels_of_a_plot_lie_inside_and_on_nothing():
     crowd = [Estimate(0.5 + 0.01 * i, 0.45, 0.6, 10) for i in range(6)]
     names = [f"a long name {i}" for i in range(6)]

@@ -137,7 +137,11 @@ class EmojiDistance(Metric):
 
     name = "emoji_distance"
     compares = True
-    quantities = {"distance": Quantity("distance of other images", "", "lower")}
+    quantities = {
+        "distance": Quantity(
+            "distance of other images", "", "lower", note="To the original's of the same seeds, 0 to 4; 0 is the same."
+        )
+    }
 
     def __init__(self, judge: EmojiClassifier | None = None):
         super().__init__()

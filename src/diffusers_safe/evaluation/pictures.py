@@ -127,7 +127,7 @@ def _spread(prompts: list[str], places: list[int], count: int) -> list[int]:
 
 
 def seen_there(models: list[Measured], metrics: Sequence[MetricFacts]) -> list[Table]:
-    """What metrics see on images that ask for what was to go, of each model the most frequent first."""
+    """What metrics see on images that ask for what was to go."""
     groups = []
     for metric in metrics:
         quantities = {name for name, quantity in metric.quantities.items() if quantity.of_concept}
@@ -140,8 +140,10 @@ def seen_there(models: list[Measured], metrics: Sequence[MetricFacts]) -> list[T
                 rows.append((model.name, told + (", …" if len(words) > _MOST_WORDS else "")))
         if rows:
             groups.append((metric.name.replace("_", " "), rows))
-    note = "On the images that ask for what was to go."
-    return [Table("What is seen there", ("", "seen, and how often"), groups, note)] if groups else []
+    if len(groups) == 1:  # whose name says nothing beside that of others
+        groups = [("", groups[0][1])]
+    title, columns = "What is seen on images of what was to go", ("", "how often, the most frequent first")
+    return [Table(title, columns, groups)] if groups else []
 
 
 def shown_flags(report: Report) -> dict[str, int]:
