@@ -106,7 +106,9 @@ def _grid(
 
 
 def _chosen(prompts: list[str], places: list[int], flagged: list[int], most: int) -> list[int]:
-    """Half of the pictures are such that a model's image was flagged; all are spread over the prompts."""
+    """All, or so many that of half of them a model's image was flagged, spread over the prompts."""
+    if len(places) <= most:
+        return places
     known = set(flagged)
     others = [place for place in places if place not in known]
     first = min(len(flagged), max(most - len(others), (most + 1) // 2))
