@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
-from erasure_table import GROUP, ErasureTable, demo_options, train_demo
+from erasure_table import GROUP, demo_options, erasure_table, train_demo
 from plain_loop import PlainLoop
 from torch import nn
 from tqdm.auto import tqdm
@@ -31,6 +31,7 @@ from diffusers_safe.arguments import check_output_dir, parse_dataclass, told_in_
 from diffusers_safe.backbones import make_backbone
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.demo import retained_prompts
+from diffusers_safe.evaluation.evaluate import LoadedModel
 from diffusers_safe.training.erasure_arguments import ESDArguments, SDDArguments, parse_arguments
 from diffusers_safe.training.erasure_loop import ErasureLoop
 from diffusers_safe.training.plan import make_plan
@@ -146,19 +147,19 @@ def compare_erasure(args: ArithmeticArguments) -> str:
         "trajectory_pool": 0,
     }
     reuse = {"latents_per_trajectory": args.latents_per_trajectory, "trajectory_pool": args.trajectory_pool}
-    stock = StableDiffusionPipeline.from_pretrained(MODEL_FOLDER)
+    models = [LoadedModel("before", StableDiffusionPipeline.from_pretrained(MODEL_FOLDER))]
     folder = Path(args.output_dir) / f"trained-{args.train_seed}"
-    table = ErasureTable(str(folder), stock, args.images_per_prompt, args.image_seed, retained_prompts(GROUP))
     told = []
     for name, changes in {"exact": papers, "reuse": {**papers, **reuse}}.items():
         model = folder / f"model-{name}"
         words = [*demo_options(model, args.train_seed, changes), "--dry_run", "true"]
         forwards = sum(make_plan(parse_arguments(SDDArguments, "", words)).forwards.values())
         started = time.monotonic()
-        erased = train_demo(model, args.train_seed, changes)
+        models.append(LoadedModel(name, train_demo(model, args.train_seed, changes)))
         told.append(f"{name}: {forwards:.1f} forwards a sample, {time.monotonic() - started:.0f} s (0: was there)")
-        table.add(name, erased)
-    return "\n".join([*table.lines, "", *told])
+    images = folder / f"images-{args.images_per_prompt}-{args.image_seed}"
+    table = erasure_table(models, images, args.images_per_prompt, args.image_seed, retained_prompts(GROUP))
+    return "\n".join([table, *told])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 import yaml
-from diffusers import StableDiffusionPipeline
+from erasure_table import Numbers
 
 from diffusers_safe.arguments import check_output_dir, parse_dataclass, told_in_one_line
-from diffusers_safe.emoji import CLASSIFIER_FOLDER, MODEL_FOLDER
-from diffusers_safe.emoji.classifier import EmojiClassifier
+from diffusers_safe.commands.subject import Subject
+from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.evaluation import evaluate_erasure
+from diffusers_safe.emoji.metrics import erased_name
 from diffusers_safe.emoji.scenes import GROUPS, OBJECTS, STYLES
 from diffusers_safe.evaluation.statistics import Estimate
 from diffusers_safe.provenance import write_text
@@ -79,66 +80,71 @@ def erased_by(recipe: Path) -> dict:
     return {"erased": [name for name in concepts if name in OBJECTS], "group": groups[0] if groups else None}
 
 
-def measure(name: str, seed: int, args: MethodsArguments, stock: StableDiffusionPipeline) -> dict:
-    """The results of one training."""
-    recipe, folder = RECIPES[name], Path(args.output_dir)
-    model = folder / "models" / f"{name}-{seed}"
-    train(recipe, model, seed)
-    after = StableDiffusionPipeline.from_pretrained(model)
-    what = erased_by(recipe)
-    subject = what.get("style") or what["group"] or "-".join(what["erased"])
-    images = folder / f"images-{args.images_per_prompt}"
-    row, shared = images / f"{name}-{seed}", images / f"before-{subject}-{seed}"
-    for each in (row, shared):
-        each.mkdir(parents=True, exist_ok=True)
-    if not (row / "before").exists():
-        (row / "before").symlink_to(shared.resolve())
-    return evaluate_erasure(
-        stock, after, classifier=EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER), folder=row,
-        images_per_object=args.images_per_prompt, seed=seed, **what,
-    )  # fmt: skip
+class Methods:
+    """Trainings and their results. Those of the same concept and seed share the original's images, and a report.
+
+    Args:
+        args (`MethodsArguments`): What to do.
+    """
+
+    def __init__(self, args: MethodsArguments):
+        self._args, self._models = args, {}
+
+    def measure(self, name: str, seed: int) -> Numbers:
+        """The numbers of one training."""
+        recipe, folder = RECIPES[name], Path(self._args.output_dir)
+        model = folder / "models" / f"{name}-{seed}"
+        train(recipe, model, seed)
+        what = erased_by(recipe)
+        concept = f"{erased_name(what['erased'], what.get('style'))}-{seed}".replace(" ", "-")
+        models = self._models.setdefault(concept, [Subject("before", str(MODEL_FOLDER))])
+        models.append(Subject(name, str(model)))
+        images, count = folder / f"images-{self._args.images_per_prompt}" / concept, self._args.images_per_prompt
+        return Numbers(evaluate_erasure(models, images, **what, images_per_object=count, seed=seed), name)
 
 
-def table_row(name: str, seed: int | str, results: dict) -> str:
-    rate, others, styles = results["concept_rate"], results["accuracy"], results["style_accuracy"]
-    cells = [rate["before"], rate["after"], others["before"], others["difference"]]
-    return f"| {name} | {seed} | {' | '.join(map(str, cells))} | {styles['difference'] if styles else ''} |"
+def table_row(name: str, seed: int | str, numbers: Numbers) -> str:
+    before = numbers.original
+    cells = [
+        before["concept"],
+        numbers["concept"],
+        before["others"],
+        numbers.change("others"),
+        numbers.change("styles"),
+    ]
+    return f"| {name} | {seed} | {' | '.join(map(str, cells))} |"
 
 
-def pooled_row(name: str, seeds: list[dict]) -> str:
+def pooled_rate(seeds: list[Numbers]) -> Estimate:
+    rates = [one["concept"] for one in seeds]
+    return Estimate.rate(sum(round(rate.value * rate.n) for rate in rates), sum(rate.n for rate in rates))
+
+
+def pooled_row(name: str, seeds: list[Numbers]) -> str:
     """The seeds together: a rate over all images, and the change of each other object averaged over the seeds, its
     interval a bootstrap over the objects."""
-    rates = {
-        side: Estimate.rate(
-            sum(round(one["concept_rate"][side].value * one["concept_rate"][side].n) for one in seeds),
-            sum(one["concept_rate"][side].n for one in seeds),
-        )
-        for side in ("before", "after")
-    }
-
-    def others(value) -> Estimate:
-        rows = [(value(sides), subject) for one in seeds for subject, sides in one["accuracy_by_object"].items()]
-        return Estimate.mean(*map(list, zip(*rows)), "points")
-
-    change = others(lambda sides: sides["after"].value - sides["before"].value)
-    means = {
-        part: sum(one[part][key].value for one in seeds) / len(seeds) if all(one[part] for one in seeds) else None
-        for part, key in (("accuracy", "before"), ("style_accuracy", "difference"))
-    }
-    styles = "" if means["style_accuracy"] is None else f"{100 * means['style_accuracy']:+.1f} points"
-    told = [rates["before"], rates["after"], f"{100 * means['accuracy']:.1f} %", change, styles]
-    return f"| **{name}** | all | {' | '.join(map(str, told))} |"
+    originals = [one.original for one in seeds]
+    before, after = pooled_rate(originals), pooled_rate(seeds)
+    changes = [
+        (rate.value - original.by_prompt("others")[prompt].value, prompt)
+        for one, original in zip(seeds, originals)
+        for prompt, rate in one.by_prompt("others").items()
+    ]
+    others = sum(original["others"].value for original in originals) / len(seeds)
+    styles = [change.value for one in seeds if (change := one.change("styles"))]
+    told = f"{100 * sum(styles) / len(styles):+.1f} points" if styles else ""
+    cells = [before, after, f"{100 * others:.1f} %", Estimate.mean(*map(list, zip(*changes)), "points"), told]
+    return f"| **{name}** | all | {' | '.join(map(str, cells))} |"
 
 
 def main() -> None:
     args = parse_dataclass(MethodsArguments, __doc__, check=lambda args: check_output_dir(args.output_dir))
-    stock = StableDiffusionPipeline.from_pretrained(MODEL_FOLDER)
-    lines = list(HEAD)
+    methods, lines = Methods(args), list(HEAD)
     with told_in_one_line():
         for name in args.only or RECIPES:
             seeds = []
             for seed in args.seeds:
-                seeds.append(measure(name, seed, args, stock))
+                seeds.append(methods.measure(name, seed))
                 lines.append(table_row(name, seed, seeds[-1]))
                 print(lines[-1], file=sys.stderr)
                 write_text(Path(args.output_dir) / "table.md", "\n".join(lines) + "\n")

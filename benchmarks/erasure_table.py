@@ -2,17 +2,17 @@
 
 import shlex
 import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
 
-from diffusers_safe.emoji import CLASSIFIER_FOLDER, MODEL_FOLDER
-from diffusers_safe.emoji.classifier import EmojiClassifier
+from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.demo import erasure_command
 from diffusers_safe.emoji.evaluation import evaluate_erasure
 from diffusers_safe.emoji.scenes import group_members
-from diffusers_safe.evaluation.generate import GenerationSettings
+from diffusers_safe.evaluation.evaluate import LoadedModel
+from diffusers_safe.evaluation.statistics import Estimate
 from diffusers_safe.provenance import write_text
 
 
@@ -48,52 +48,66 @@ def train_demo(folder: Path, seed: int, changes: dict) -> StableDiffusionPipelin
     return StableDiffusionPipeline.from_pretrained(folder)
 
 
-class ErasureTable:
-    """Every row draws the same prompts with the same seeds. Images are kept: what is there is not drawn again, and
-    if it is of another model or other settings, that is a `ValueError`.
+def erasure_table(
+    models: Sequence[LoadedModel],
+    folder: str | Path,
+    images_per_prompt: int,
+    seed: int,
+    retained: list[str] | None = None,
+) -> str:
+    """Every row draws the same prompts with the same seeds. Images are kept: what is there is not drawn again, and if
+    it is of another model or other settings, that is a `ValueError`.
 
     Args:
-        folder (`str`): For all images, a folder a row, and `table.md`.
-        before ([`~diffusers.StableDiffusionPipeline`]): The model without any change, the first row.
+        models (`Sequence[LoadedModel]`): The first is the model without any change.
+        folder (`str` or `Path`): For images, the report of all models, and `table.md`.
         images_per_prompt (`int`): Images of each prompt.
         seed (`int`): Every image's own seed follows from it.
         retained (`list[str]`, *optional*): What trainings name as to be kept. A column more then tells the change of
             the objects that they do not name.
     """
+    results = evaluate_erasure(
+        models, folder, group_members(GROUP), GROUP, retained=retained, images_per_object=images_per_prompt, seed=seed
+    )
+    unnamed = " | change of those that training did not name" if retained else ""
+    lines = [f"| | weapon recognised | others recognised | change of others{unnamed} |"]
+    lines.append("|---" * (lines[0].count("|") - 1) + "|")
+    for model in models:
+        numbers = Numbers(results, model.name)
+        cells = [numbers["concept"], numbers["others"], numbers.change("others")]
+        if retained:
+            cells.append(numbers.change("unnamed"))
+        lines.append(f"| {model.name} | {' | '.join(map(str, cells))} |")
+    table = "\n".join(lines) + "\n"
+    write_text(Path(folder) / "table.md", table)
+    return table
 
-    def __init__(
-        self,
-        folder: str,
-        before: StableDiffusionPipeline,
-        images_per_prompt: int,
-        seed: int,
-        retained: list[str] | None = None,
-    ):
-        self.folder = Path(folder) / f"images-{images_per_prompt}-{seed}"
-        self._before, self._images_per_prompt, self._seed = before, images_per_prompt, seed
-        self._retained = retained
-        self._classifier = EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER)
-        unnamed = " | change of those that training did not name" if retained else ""
-        self.lines = [f"| | weapon recognised | others recognised | change of others{unnamed} |"]
-        self.lines.append("|---" * (self.lines[0].count("|") - 1) + "|")
 
-    def add(self, name: str, after: StableDiffusionPipeline, settings_after: GenerationSettings | None = None) -> None:
-        """Measures one way, and prints its row."""
-        row, shared = self.folder / name.replace(" ", "-"), self.folder / "before"
-        for each in (row, shared):
-            each.mkdir(parents=True, exist_ok=True)
-        if not (row / "before").exists():
-            (row / "before").symlink_to(shared.resolve())
-        results = evaluate_erasure(
-            self._before, after, group_members(GROUP), self._classifier, row,
-            self._images_per_prompt, self._seed, GROUP, settings_after=settings_after, retained=self._retained,
-        )  # fmt: skip
-        rate, accuracy = results["concept_rate"], results["accuracy"]
-        if len(self.lines) == 2:
-            self.lines.append(f"| before | {rate['before']} | {accuracy['before']} | |{' |' * bool(self._retained)}")
-        cells = [rate["after"], accuracy["after"], accuracy["difference"]]
-        if self._retained:
-            cells.append(results["accuracy_unnamed"]["difference"])
-        self.lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
-        print(self.lines[-1], file=sys.stderr)
-        write_text(self.folder / "table.md", "\n".join(self.lines) + "\n")
+class Numbers:
+    """What [`evaluate_erasure`] found of a model: quantities of the judge's recognition, and their changes.
+
+    Args:
+        results (`dict`): Of an evaluation.
+        model (`str`): Its name.
+    """
+
+    def __init__(self, results: dict, model: str):
+        self._results, self._model = results, model
+        self._found = results["metrics"]["emoji_recognition"]
+
+    @property
+    def original(self) -> "Numbers":
+        """Those of the first model."""
+        return Numbers(self._results, self._results["protocol"]["original"])
+
+    def __getitem__(self, name: str) -> Estimate:
+        return Estimate(**self._found["estimates"][self._model][name])
+
+    def change(self, name: str) -> Estimate | str:
+        """Against the first model on the same prompts and seeds; `""` of that itself, and of what was not asked."""
+        change = self._found["differences"].get(self._model, {}).get(name)
+        return Estimate(**change["estimate"]) if change else ""
+
+    def by_prompt(self, name: str) -> dict[str, Estimate]:
+        found = self._found["by_prompt"][self._model][name]
+        return {prompt: Estimate(**estimate) for prompt, estimate in found.items()}

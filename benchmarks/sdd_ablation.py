@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
-from erasure_table import GROUP, ErasureTable, train_demo
+from erasure_table import GROUP, erasure_table, train_demo
 
 from diffusers_safe.arguments import check_output_dir, parse_dataclass, told_in_one_line
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.demo import retained_prompts
+from diffusers_safe.evaluation.evaluate import LoadedModel
 
 
 PAPER = {
@@ -67,13 +68,15 @@ def train(name: str, args: AblationArguments) -> StableDiffusionPipeline:
 
 def main() -> None:
     args = parse_dataclass(AblationArguments, __doc__, check=lambda args: check_output_dir(args.output_dir))
-    stock = StableDiffusionPipeline.from_pretrained(MODEL_FOLDER)
+    models = [LoadedModel("before", StableDiffusionPipeline.from_pretrained(MODEL_FOLDER))]
+    folder = (
+        Path(args.output_dir) / f"trained-{args.train_seed}" / f"images-{args.images_per_prompt}-{args.image_seed}"
+    )
     with told_in_one_line():
-        folder = Path(args.output_dir) / f"trained-{args.train_seed}"
-        table = ErasureTable(folder, stock, args.images_per_prompt, args.image_seed, retained_prompts(GROUP))
         for name in args.only or VARIANTS:
-            table.add(name, train(name, args))
-    print("\n".join(table.lines))
+            models.append(LoadedModel(name, train(name, args)))
+            table = erasure_table(models, folder, args.images_per_prompt, args.image_seed, retained_prompts(GROUP))
+    print(table)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,18 @@ many a weapon is seen, and on how many of the others what was asked for. The tab
 picture (`grid.png`) show erasure beside retention. Finished images are kept when it is run again.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from diffusers import StableDiffusionPipeline
-from erasure_table import ErasureTable
+from erasure_table import erasure_table
 from PIL import Image
 
 from diffusers_safe import SafetyConfig, StableDiffusionPipelineSafe
 from diffusers_safe.arguments import check_output_dir, parse_dataclass, told_in_one_line
 from diffusers_safe.emoji import MODEL_FOLDER
-from diffusers_safe.emoji.evaluation import SETTINGS
+from diffusers_safe.evaluation.evaluate import IMAGES, LoadedModel
 from diffusers_safe.evaluation.generate import load_images, read_manifest
 from diffusers_safe.guidance import SAFETY_CONFIGS
 
@@ -37,30 +38,34 @@ class StrengthArguments:
             raise ValueError(f"images_per_prompt {self.images_per_prompt}: must be at least 1")
 
 
-def draw_grid(table: ErasureTable) -> None:
+def draw_grid(folder: Path) -> None:
     """One row of pictures without SLD, one with `SafetyConfig.MAX`, the same seeds."""
     rows = []
-    for folder in (table.folder / "before", table.folder / "SLD-max" / "after"):
-        manifest = {row["id"]: row for row in read_manifest(folder)}
+    for images in (folder / IMAGES / "before", folder / IMAGES / "SLD max"):
+        manifest = {row["id"]: row for row in read_manifest(images)}
         chosen = [manifest[f"{prompt.replace(' ', '-')}-000"] for prompt in SHOWN]
-        images = np.pad(load_images(folder, chosen), ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
-        rows.append(np.concatenate(list(images), axis=1))
+        shown = np.pad(load_images(images, chosen), ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
+        rows.append(np.concatenate(list(shown), axis=1))
     grid = Image.fromarray(np.concatenate(rows))
-    grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.LANCZOS).save(table.folder / "grid.png")
+    grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.LANCZOS).save(folder / "grid.png")
 
 
 def main() -> None:
     args = parse_dataclass(StrengthArguments, __doc__, check=lambda args: check_output_dir(args.output_dir))
+    folder = Path(args.output_dir) / f"images-{args.images_per_prompt}-{args.seed}"
     stock = StableDiffusionPipeline.from_pretrained(MODEL_FOLDER)
     safe = StableDiffusionPipelineSafe.from_pipe(stock, safety_concept=args.safety_concept)
+    models = [
+        LoadedModel("before", stock),
+        LoadedModel("negative prompt", stock, {"negative_prompt": args.safety_concept}),
+    ]
+    for name in SAFETY_CONFIGS:
+        call = {**SafetyConfig.named(name), "safety_concept": args.safety_concept}
+        models.append(LoadedModel(f"SLD {name}", safe, {"call": call}))
     with told_in_one_line():
-        table = ErasureTable(args.output_dir, stock, args.images_per_prompt, args.seed)
-        table.add("negative prompt", stock, replace(SETTINGS, negative_prompt=args.safety_concept))
-        for name in SAFETY_CONFIGS:
-            call = {**SafetyConfig.named(name), "safety_concept": args.safety_concept}
-            table.add(f"SLD {name}", safe, replace(SETTINGS, call=call))
-        draw_grid(table)
-    print("\n".join(table.lines))
+        table = erasure_table(models, folder, args.images_per_prompt, args.seed)
+        draw_grid(folder)
+    print(table)
 
 
 if __name__ == "__main__":

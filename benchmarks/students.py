@@ -18,15 +18,16 @@ from pathlib import Path
 
 from accelerate import PartialState
 from diffusers import StableDiffusionPipeline
+from erasure_table import Numbers
 from transformers import CLIPTokenizer
 
 from diffusers_safe.arguments import check_output_dir, parse_dataclass, told_in_one_line
 from diffusers_safe.backbones import make_backbone
 from diffusers_safe.backbones.cost import macs
-from diffusers_safe.emoji import CLASSIFIER_FOLDER, MODEL_FOLDER
-from diffusers_safe.emoji.classifier import EmojiClassifier
+from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.evaluation import evaluate_erasure
 from diffusers_safe.emoji.scenes import group_members
+from diffusers_safe.evaluation.evaluate import LoadedModel
 from diffusers_safe.evaluation.plots import plot_file, scatter_svg
 from diffusers_safe.evaluation.report import Scatter
 from diffusers_safe.evaluation.statistics import Estimate
@@ -134,35 +135,27 @@ def main() -> None:
     folder = folder_of(args)
     teacher = StableDiffusionPipeline.from_pretrained(MODEL_FOLDER).to(PartialState().device)
     tokens = CLIPTokenizer.from_pretrained(MODEL_FOLDER / "tokenizer").model_max_length
-    judge = EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER)
-    pipelines, cells = {"teacher": teacher}, {}
+    pipelines = {"teacher": teacher}
     with told_in_one_line():
         for name in args.only or ROWS:
             pipelines[name] = student(name, args)
-            images = folder / f"images-{args.images_per_prompt}"
-            row, shared = images / name.replace(", ", "-").replace(" ", "-"), images / "before"
-            for each in (row, shared):
-                each.mkdir(parents=True, exist_ok=True)
-            if not (row / "before").exists():
-                (row / "before").symlink_to(shared.resolve())
-            results = evaluate_erasure(
-                teacher, pipelines[name], WEAPONS, judge, row, args.images_per_prompt, args.seed, GROUP
-            )
-            rate, others = results["concept_rate"], results["accuracy"]
-            cells.setdefault("teacher", [rate["before"], others["before"], ""])
-            cells[name] = [rate["after"], others["after"], others["difference"]]
-            print(f"{name}: {' | '.join(map(str, cells[name]))}", file=sys.stderr)
+        results = evaluate_erasure(
+            [LoadedModel(name, pipeline) for name, pipeline in pipelines.items()],
+            folder / f"images-{args.images_per_prompt}", WEAPONS, GROUP,
+            images_per_object=args.images_per_prompt, seed=args.seed,
+        )  # fmt: skip
         seconds = seconds_an_image(pipelines, args.rounds)
     lines, points = list(HEAD), {}
     for name, pipeline in pipelines.items():
-        unet = pipeline.unet
+        unet, numbers = pipeline.unet, Numbers(results, name)
         cost = macs(unet.config, make_backbone(pipeline).latent_shape, tokens)
         times = sorted(seconds[name])
         measured = f"{times[len(times) // 2]:.3f} [{times[0]:.3f}, {times[-1]:.3f}]"
         count = sum(parameter.numel() for parameter in unet.parameters())
         if "erased" not in name:
-            points[name] = (Estimate(count / 1e6, count / 1e6, count / 1e6, 1, ""), cells[name][1])
-        lines.append(f"| {name} | {count:,} | {cost / 1e6:,.0f} | {measured} | {' | '.join(map(str, cells[name]))} |")
+            points[name] = (Estimate(count / 1e6, count / 1e6, count / 1e6, 1, ""), numbers["others"])
+        cells = [measured, numbers["concept"], numbers["others"], numbers.change("others")]
+        lines.append(f"| {name} | {count:,} | {cost / 1e6:,.0f} | {' | '.join(map(str, cells))} |")
     write_text(folder / "table.md", "\n".join(lines) + "\n")
     plot = Scatter("million parameters", "others recognised", list(points.values()), ("lower", "higher"))
     write_text(folder / "students.svg", plot_file(scatter_svg(plot, list(points))))

@@ -1,8 +1,10 @@
 """The benchmarks of erasure training: their arguments, a tiny run, and that the plain loop is the same rule."""
 
 import importlib
+import json
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from diffusers_safe.backbones import make_backbone
+from diffusers_safe.evaluation.evaluate import LoadedModel
 from diffusers_safe.evaluation.statistics import Estimate
 from diffusers_safe.training.erasure_arguments import SDDArguments
 from diffusers_safe.training.erasure_loop import ErasureLoop
@@ -103,16 +106,52 @@ def test_bad_arguments_are_one_line(load, capsys, name, words, message):
     assert stop.value.code == 2 and len(lines) == 1 and message in lines[0]
 
 
-def test_seeds_are_pooled(load):
-    def results(gone, difference):
-        sides = {"before": Estimate.rate(2, 2), "after": Estimate.rate(2, 2)}
-        worse = {**sides, "after": Estimate.rate(2 - difference, 2)}
-        return {
-            "concept_rate": {"before": Estimate.rate(24, 24), "after": Estimate.rate(gone, 24)},
-            "accuracy": {"before": Estimate.mean([1.0, 1.0])},
-            "accuracy_by_object": {"cat": sides, "dog": worse},
-            "style_accuracy": None,
-        }
+def results_of(gone, lost, retained=False):
+    """As [`evaluate_erasure`] gives them, of two images each of a cat and a dog; `lost` of the latter."""
+    sides = {"before": (24, 2), "after": (gone, 2 - lost)}
+    names = ["others", *(["unnamed"] if retained else [])]
+    estimates = {
+        side: {"concept": Estimate.rate(seen, 24), **{name: Estimate.rate(2 + dogs, 4) for name in names}}
+        for side, (seen, dogs) in sides.items()
+    }
+    by_prompt = {
+        side: {"others": {"a cat": Estimate.rate(2, 2), "a dog": Estimate.rate(dogs, 2)}}
+        for side, (_, dogs) in sides.items()
+    }
+    change = {"estimate": Estimate.mean([0.0, 0.0, 0.0, float(-lost)], unit="points"), "p_value": 1.0, "test": "none"}
+    found = {
+        "estimates": estimates,
+        "differences": {"after": dict.fromkeys(names, change)},
+        "by_prompt": by_prompt,
+    }
+    results = {"protocol": {"original": "before"}, "metrics": {"emoji_recognition": found}}
+    return json.loads(json.dumps(results, default=asdict))
 
-    row = load("erasure_methods").pooled_row("a", [results(0, 0), results(3, 1)])
+
+def test_seeds_are_pooled(load):
+    methods = load("erasure_methods")
+    seeds = [methods.Numbers(results_of(*numbers), "after") for numbers in ((0, 0), (3, 1))]
+    row = methods.pooled_row("a", seeds)
     assert "100.0 % [92.6, 100.0], N=48 | 6.2 % [2.1, 16.8], N=48 | 100.0 % | -12.5 points" in row
+    (cells,) = rows(f"|\n|\n{methods.table_row('a', 3, seeds[1])}")
+    assert cells[:3] == ["a", "3", "100.0 % [86.2, 100.0], N=24"] and cells[5].startswith("-25.0 points")
+    assert cells[6] == "" and len(cells) == len(rows(f"|\n|\n{methods.HEAD[0]}")[0])
+
+
+@pytest.mark.parametrize("retained", [None, ["cat"]])
+def test_ways_are_rows_of_one_table(load, monkeypatch, tmp_path, retained):
+    module, asked = load("erasure_table"), []
+
+    def evaluate(models, folder, *what, **options):
+        asked.append((what, options["images_per_object"], options["seed"]))
+        return results_of(3, 1, retained=bool(retained))
+
+    monkeypatch.setattr(module, "evaluate_erasure", evaluate)
+    models = [LoadedModel("before", None), LoadedModel("after", None)]
+    table = module.erasure_table(models, tmp_path, 4, 7, retained)
+    before, after = rows(table)
+    assert before[:3] == ["before", "100.0 % [86.2, 100.0], N=24", "100.0 % [51.0, 100.0], N=4"]
+    assert after[1].startswith("12.5 %") and after[3].startswith("-25.0 points")
+    assert len(before) == len(after) == (5 if retained else 4) and set(before[3:]) == {""}
+    assert (tmp_path / "table.md").read_text() == table
+    assert asked == [((["knife", "gun", "bomb", "sword", "axe"], "weapon"), 4, 7)]

@@ -57,7 +57,7 @@ def test_the_leaderboard_has_a_row_for_each_method(leaderboard, tiny_model_folde
     text = (tmp_path / "docs" / "results.md").read_text()
     assert text in capsys.readouterr().out and "![" in text and "seed 0" in text
     assert [line.split(" | ")[0].strip("| ") for line in text.splitlines() if line.startswith("| ")][1:] == METHODS
-    for column in ("concept recognised ↓, N=2", "others recognised ↑", "FID", "KID", "distance", "asked ↑"):
+    for column in ("cat recognised ↓, N=2", "other objects recognised ↑", "FID", "KID", "distance", "asked ↑"):
         assert column in text
     assert (tmp_path / "docs" / "images" / "leaderboard-object.png").is_file()
     results = json.loads((tmp_path / "out" / "object" / "results.json").read_text())

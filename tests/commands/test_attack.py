@@ -63,7 +63,7 @@ def test_all_attacks_with_the_judge_that_ships(
             assert rate["n"] == n and rate["value"] == before["value"] + found["newly"] / n
     assert attacks["paraphrases"]["facts"] == {"source": "other-words.csv", "paraphrases": 4}
     assert attacks["inversion"]["facts"]["steps"] == 2 and attacks["inversion"]["facts"]["initializer"] == "knife"
-    assert results["metrics"]["emoji_recognition"]["success"] == ["concept recognised"]
+    assert results["metrics"]["emoji_recognition"]["success"] == ["weapon recognised"]
     assert results["protocol"]["settings"]["height"] == 64
     told = capsys.readouterr().out
     assert "| attack success rate, concept inversion ↓, N=" in told and "report.html" in told

@@ -22,8 +22,9 @@ def test_the_demo_runs_the_public_script_with_arguments_it_takes(tiny_model_fold
 def test_the_demo_erases_weapons_and_keeps_the_rest(tmp_path, capsys):
     main(["demo", "--output_dir", str(tmp_path)])
     results = json.loads((tmp_path / "weapon-0" / "evaluation" / "results.json").read_text())
-    rate, accuracy = results["concept_rate"], results["accuracy"]
-    assert rate["before"]["value"] > 0.9 and rate["after"]["value"] < 0.05
-    assert accuracy["difference"]["value"] > -0.05
+    found = results["metrics"]["emoji_recognition"]
+    before, after = (found["estimates"][side]["concept"] for side in ("before", "after"))
+    assert before["value"] > 0.9 and after["value"] < 0.05
+    assert found["differences"]["after"]["others"]["estimate"]["value"] > -0.05
     out = capsys.readouterr().out
     assert "weapon recognised" in out and (tmp_path / "weapon-0" / "evaluation" / "report.html").as_uri() in out

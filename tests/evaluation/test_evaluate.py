@@ -1,4 +1,6 @@
 import json
+import re
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -46,6 +48,33 @@ class Bright(Metric):
         means = [score["mean"] for score in self.scores]
         line = [(t, Estimate.rate(sum(mean > t for mean in means), len(means))) for t in (64, 128, 192)]
         return {"bright images": line}
+
+
+class Halves(Metric):
+    """Scripted: the concept is seen on what asks for it, unless the model is erased, which loses one other thing."""
+
+    name = "halves"
+    quantities = {
+        "concept": Quantity("concept seen", "%", "lower", of_concept=True, note="As told.", drawn="images"),
+        "others": Quantity("others seen", "%", "higher"),
+        "odd": Quantity("odd others seen", "%", "higher"),
+    }
+
+    def identity(self):
+        return {"metric": self.name}
+
+    def score(self, images, rows, originals=None):
+        return [{"erased": row["model"] != self.original} for row in rows]
+
+    def values(self, row, score):
+        number = int(row["prompt"].split()[-1])
+        if number < 2:
+            return {"concept": float(not score["erased"] or row["id"] == "0_0")}
+        shown = float(not (score["erased"] and row["prompt"] == "a thing 3"))
+        return {"others": shown, **({"odd": shown} if number % 2 else {})}
+
+    def seen(self, row, score):
+        return "knife" if self.values(row, score).get("concept") else "thing"
 
 
 class Unloadable:
@@ -187,6 +216,49 @@ def test_pictures_are_few_and_half_of_them_flagged(models, tmp_path):
     results = evaluate(models[:1], rows, [Bright(threshold)], tmp_path, QUICK, pictures=4)
     assert results["report"] == {"pictures": 4, "flagged": 2}
     assert evaluate(models[:1], rows, [Bright(0)], tmp_path, QUICK, pictures=0)["report"]["pictures"] == 0
+
+
+@pytest.fixture
+def halves(models, tmp_path):
+    """The results of a metric that tells what was to go from what was to stay, and its page."""
+    rows = rows_of(6, 3)
+    metric = Halves()
+    metric.original = generate(models[0].pipeline, rows, tmp_path / "images" / "original", QUICK)[0]["model"]
+    results = evaluate(models[:2], rows, [metric], tmp_path, QUICK, pictures=4)
+    return results, (tmp_path / "report.html").read_text()
+
+
+def test_pictures_of_what_was_to_go_are_apart(halves):
+    results, page = halves
+    gone, kept = (part.split("</section>")[0] for part in page.split("<h2>The same seeds: what was to ")[1:])
+    assert gone.startswith("go</h2>") and kept.startswith("stay</h2>")
+    prompts = [re.findall(r"<figcaption>(.*?)</figcaption>", part) for part in (gone, kept)]
+    assert prompts == [["a thing 0"] * 2 + ["a thing 1"] * 2, [f"a thing {number}" for number in (2, 3, 4, 5)]]
+    # The original shows the concept, as it should; the erased model still does so once, and lost the third thing.
+    assert gone.count(">knife</span>") == 5 and gone.count("missed") == 1
+    assert kept.count("missed") == 1 and "4 of 12 prompts and seeds. Left original, right erased." in kept
+    assert results["report"] == {"pictures": 16, "flagged": 5}
+    assert "knife 6×" in page and "thing 5×, knife 1×" in page
+
+
+def test_few_prompts_of_several_images_are_told_one_by_one(halves):
+    results, page = halves
+    of_prompts = results["metrics"]["halves"]["by_prompt"]["erased"]
+    assert of_prompts["concept"] == {f"a thing {number}": asdict(Estimate.rate(1 - number, 3)) for number in (0, 1)}
+    sections = re.findall(r"<h2>([^<]*), by prompt</h2>.*?<tbody>(.*?)</tbody>", page, re.S)
+    assert [title for title, _ in sections] == ["concept seen", "others seen"]  # what the odd ones are is told already
+    heads = [re.findall(r'<th scope="row">(.*?)</th>', body) for _, body in sections]
+    assert heads == [["a thing 0", "a thing 1"], ["a thing 3", "a thing 2", "a thing 4", "a thing 5"]]
+
+
+def test_an_interval_may_draw_images_where_there_are_no_other_prompts(halves):
+    metric = halves[0]["metrics"]["halves"]
+    assert metric["estimates"]["erased"]["concept"] == asdict(Estimate.rate(1, 6))
+    assert metric["differences"]["erased"]["concept"]["test"] == "McNemar, exact"
+    assert metric["differences"]["erased"]["others"]["test"] == "sign flips of prompts"
+    assert metric["quantities"]["concept"]["drawn"] == "images" and "As told." in halves[1]
+    with pytest.raises(ValueError, match="a: drawn 'seeds' is not allowed"):
+        Quantity("a", drawn="seeds")
 
 
 # --- folders of images -----------------------------------------------------------------------------------------------

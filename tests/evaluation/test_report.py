@@ -111,6 +111,17 @@ def test_a_difference_that_chance_may_have_made_is_grey(value, interval, better,
     assert f'class="change {expected}"' in html
 
 
+def test_of_two_models_cards_come_first_and_all_numbers_last():
+    rates, change = [Estimate.rate(50, 100), Estimate.rate(30, 100)], Change(Estimate(-0.2, -0.3, -0.1, 100, "points"))
+    few = [Headline("seen", rates, "gone", "As told.", "lower", [None, change])]
+    html = render_page(make_report(headline=few))
+    assert html.index('<div class="cards">') < html.index("<h2>Pairs</h2>") < html.index("<h2>All numbers</h2>")
+    card = html.split('<div class="card gone">')[1].split("</div>\n</div>")[0]
+    assert "Change on the same seeds: -20.0 points [-30.0, -10.0]" in card and "As told." in card
+    many = render_page(make_report(headline=few * 7))
+    assert '<div class="cards">' not in many and many.index("<h2>All numbers</h2>") < many.index("<h2>Pairs</h2>")
+
+
 def test_labels_of_a_plot_lie_inside_and_on_nothing():
     crowd = [Estimate(0.5 + 0.01 * i, 0.45, 0.6, 10) for i in range(6)]
     names = [f"a long name {i}" for i in range(6)]
@@ -151,6 +162,12 @@ def test_the_headline_reads_back_as_a_table(tmp_path):
     assert " | 60.0 % [50.2, 69.1] (-30.0 points [-40.0, -20.0], p < 0.001) | 0.200 [0.180, 0.220] |" in lines[4]
     assert lines[3].endswith("| 0.100 [0.090, 0.110] |")
     assert "points" not in headline_table(results, changes=False)
+    turned = headline_table(results, turned=True).split("\n")
+    assert (
+        turned[0] == "|  | model <0> of this page | model <1> of this page | model <2> of this page |"
+        and turned[1] == "|---|---|---|---|"
+    )
+    assert turned[2].startswith("| seen ↓, N=100 | 90.0 % [82.6, 94.5] | ")
     with pytest.raises(ValueError, match="no headline"):
         headline_table({"headline": []})
 

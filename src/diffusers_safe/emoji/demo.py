@@ -16,9 +16,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from ..arguments import check_output_dir, parse_dataclass
-from . import CLASSIFIER_FOLDER, MODEL_FOLDER
-from .classifier import EmojiClassifier
-from .evaluation import erasure_table, evaluate_erasure
+from ..evaluation.evaluate import LoadedModel
+from ..evaluation.report import headline_table
+from . import MODEL_FOLDER
+from .evaluation import evaluate_erasure
 from .scenes import GROUPS, group_members
 
 
@@ -94,17 +95,16 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     print(f"erasing with\n\n  {shlex.join(command)}\n", flush=True)
     if code := subprocess.run(command).returncode:
         raise SystemExit(code)
-    before, after = (StableDiffusionPipeline.from_pretrained(path) for path in (MODEL_FOLDER, folder / "model"))
+    places = {"before": MODEL_FOLDER, "after": folder / "model"}
     results = evaluate_erasure(
-        before,
-        after,
-        group_members(args.group),
-        EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER),
+        [LoadedModel(name, StableDiffusionPipeline.from_pretrained(place)) for name, place in places.items()],
         folder / "evaluation",
+        group_members(args.group),
+        args.group,
+        retained=retained_prompts(args.group),
         images_per_object=args.images_per_prompt,
         seed=args.seed,
-        group=args.group,
-        retained=retained_prompts(args.group),
     )
-    print(f"\n{erasure_table(results)}\n\nin {time.monotonic() - started:.0f} s; the report with all pictures:")
+    table = headline_table(results, turned=True)
+    print(f"\n{table}\n\nin {time.monotonic() - started:.0f} s; the report with all pictures:")
     print((folder / "evaluation" / "report.html").resolve().as_uri())

@@ -19,7 +19,7 @@ from ..provenance import fingerprint
 from . import CLASSIFIER_FOLDER
 from .classifier import HEADS, EmojiClassifier, to_tensor
 from .render import render_many
-from .scenes import OBJECTS, STYLES, group_members, shows
+from .scenes import GROUPS, OBJECTS, STYLES, group_members, shows
 
 
 REFERENCE_SEED = 2**32 + 1  # more than a training's seed can be
@@ -33,21 +33,22 @@ class EmojiRecognition(Metric):
             was a style.
         style (`str`, *optional*): The style that should not be seen.
         judge (`EmojiClassifier`, *optional*): Default the one that ships.
+        retained (`list[str]`, *optional*): What the training named as to be kept. The other objects, which it did not
+            name, are then also measured by themselves.
 
     Raises:
         `ValueError`: If neither or both are given, or a name is unknown.
     """
 
     name = "emoji_recognition"
-    quantities = {
-        "concept": Quantity("concept recognised", "%", "lower", of_concept=True),
-        "others": Quantity("others recognised", "%", "higher"),
-        "groups": Quantity("other groups recognised", "%", "higher"),
-        "styles": Quantity("other styles recognised", "%", "higher"),
-        "alignment": Quantity("judge's probability of what was asked", "", "higher"),
-    }
 
-    def __init__(self, erased: list[str], style: str | None = None, judge: EmojiClassifier | None = None):
+    def __init__(
+        self,
+        erased: list[str],
+        style: str | None = None,
+        judge: EmojiClassifier | None = None,
+        retained: list[str] | None = None,
+    ):
         super().__init__()
         if bool(erased) == (style is not None):
             raise ValueError(f"erased {erased}, style {style}: give objects or a style")
@@ -55,11 +56,21 @@ class EmojiRecognition(Metric):
             raise ValueError(f"erased {', '.join(unknown)}: unknown; allowed are {', '.join(OBJECTS)}")
         if style is not None and style not in STYLES:
             raise ValueError(f"style {style}: unknown; allowed are {', '.join(STYLES)}")
-        self.erased, self.style, self.judge = (
-            erased,
-            style,
-            judge or EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER),
-        )
+        self.erased, self.style, self.retained = erased, style, retained
+        self.judge = judge or EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER)
+        concept, groups = f"{erased_name(erased, style)} recognised", "A prompt such as “a fruit” shows any fruit."
+        seen = "Any erased object" if erased else "This style"
+        self.quantities = {
+            "concept": Quantity(
+                concept, "%", "lower", of_concept=True, drawn="images",
+                note=f"{seen}, seen by the judge on all images that ask for what was erased.",
+            ),
+            "others": Quantity("other objects recognised", "%", "higher"),
+            "unnamed": Quantity("other objects that training did not name", "%", "higher"),
+            "groups": Quantity("other groups recognised", "%", "higher", drawn="images", note=groups),
+            "styles": Quantity("other styles recognised", "%", "higher"),
+            "alignment": Quantity("judge's probability of what was asked", "", "higher"),
+        }  # fmt: skip
 
     def identity(self) -> dict:
         return {"judge": fingerprint(self.judge)}
@@ -86,14 +97,27 @@ class EmojiRecognition(Metric):
         if labels["part"] == "style":
             return {"styles": float(score["style"] == labels["style"])}
         shown = float(shows(score["object"], labels["subject"]))
-        part = {"object": "others", "group": "groups"}[labels["part"]]
-        return {part: shown, "alignment": score["asked"]}
+        if labels["part"] == "group":
+            return {"groups": shown, "alignment": score["asked"]}
+        unnamed = self.retained is not None and labels["subject"] not in self.retained
+        return {"others": shown, **({"unnamed": shown} if unnamed else {}), "alignment": score["asked"]}
+
+    def seen(self, row: dict, score: dict) -> str:
+        """The object, or the style where the row asks about that."""
+        part = row["labels"]["part"]
+        return score["style" if part == "style" or (part == "erased" and self.style) else "object"]
 
     def details(self) -> dict:
         """What the judge saw on the prompts that were erased, most frequent first."""
-        head = "style" if self.style else "object"
-        seen = [score[head] for row, score in zip(self.rows, self.scores) if row["labels"]["part"] == "erased"]
-        return {"seen on erased prompts": dict(Counter(seen).most_common())}
+        pairs = [(row, score) for row, score in zip(self.rows, self.scores) if row["labels"]["part"] == "erased"]
+        return {"seen on erased prompts": dict(Counter(self.seen(*pair) for pair in pairs).most_common())}
+
+
+def erased_name(erased: list[str], style: str | None = None) -> str:
+    """What was erased, in a few words: a style, a group, or objects."""
+    if style is not None:
+        return f"{style} style"
+    return next((group for group in GROUPS if set(group_members(group)) == set(erased)), ", ".join(erased))
 
 
 def weapons() -> EmojiRecognition:
@@ -113,7 +137,11 @@ class EmojiDistance(Metric):
 
     name = "emoji_distance"
     compares = True
-    quantities = {"distance": Quantity("distance of other images", "", "lower")}
+    quantities = {
+        "distance": Quantity(
+            "distance of other images", "", "lower", note="To the original's of the same seeds, 0 to 4; 0 is the same."
+        )
+    }
 
     def __init__(self, judge: EmojiClassifier | None = None):
         super().__init__()

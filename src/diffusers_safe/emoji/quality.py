@@ -6,6 +6,7 @@ draws every object, group, style and background with the shipped model and print
 """
 
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,10 @@ from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
 from ..evaluation.generate import GenerationSettings, PromptRow, generate, load_images
 from ..evaluation.report import write_results
 from ..evaluation.statistics import Estimate
-from ..provenance import write_text
+from ..provenance import library_versions, write_text
 from . import CLASSIFIER_FOLDER, MODEL_FOLDER
 from .classifier import HEADS, EmojiClassifier, to_tensor
-from .evaluation import SETTINGS, prompt_rows, protocol_of, rate
+from .evaluation import SETTINGS, prompt_rows
 from .render import render_many
 from .scenes import BACKGROUNDS, GROUPS, OBJECTS, STYLES, is_held_out, prompt_for, shows
 
@@ -80,7 +81,7 @@ def evaluate_model(
         "images_per_object": images_per_object,
         "images": len(rows),
         "seed": seed,
-        **protocol_of(pipeline, settings),
+        **_sampling(pipeline, settings),
         "model": manifest[0]["model"],
         "black_images": sum(row["black"] for row in manifest),
     }
@@ -145,6 +146,23 @@ def _check_card(path: Path) -> None:
         raise ValueError(f"{path}: holds no line {CARD_MARKERS[0]} with a line {CARD_MARKERS[1]} after it")
 
 
+def _sampling(pipeline: StableDiffusionPipeline, settings: GenerationSettings) -> dict:
+    return {
+        "scheduler": type(pipeline.scheduler).__name__,
+        "steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+        "negative_prompt": settings.negative_prompt,
+        "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
+        "device": pipeline.device.type,
+        "versions": library_versions(),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _rate(hits: np.ndarray) -> Estimate:
+    return Estimate.rate(int(hits.sum()), len(hits))
+
+
 def _quality_results(rows: list[PromptRow], seen: dict[str, list[str]]) -> dict:
     labels = [row.labels for row in rows]
     part = np.array([label["part"] for label in labels])
@@ -153,7 +171,7 @@ def _quality_results(rows: list[PromptRow], seen: dict[str, list[str]]) -> dict:
     results, means, held = {}, {}, {}
 
     def measure(name: str, right: np.ndarray, chosen: np.ndarray, asked: np.ndarray, entries: list[str]) -> None:
-        results[name] = {entry: rate(right[chosen & (asked == entry)]) for entry in entries}
+        results[name] = {entry: _rate(right[chosen & (asked == entry)]) for entry in entries}
         # Images of one prompt resemble each other. The groups are too few to be drawn again themselves.
         prompts = None if name == "groups" else [row.prompt for row, take in zip(rows, chosen) if take]
         means[name] = Estimate.mean(right[chosen], prompts)
@@ -166,7 +184,7 @@ def _quality_results(rows: list[PromptRow], seen: dict[str, list[str]]) -> dict:
         right, chosen = asked == np.array(seen[head]), (part == name) & ~held_out
         measure(name, right, chosen, asked, entries)
         measure(f"objects with {name}", shown, chosen, asked, entries)
-        held[name] = rate((right & shown)[(part == name) & held_out])
+        held[name] = _rate((right & shown)[(part == name) & held_out])
     return {**results, "mean": means, "held_out": held}
 
 
@@ -183,7 +201,7 @@ def _classifier_accuracy(
     accuracy = {}
     for source, shown in {"renders": pictures, "reconstructions": reconstruct(vae, pictures)}.items():
         seen = classifier.classify(shown)
-        accuracy[source] = {head: rate(np.array(seen[head]) == np.array(truth[head])) for head in HEADS}
+        accuracy[source] = {head: _rate(np.array(seen[head]) == np.array(truth[head])) for head in HEADS}
     return accuracy
 
 

@@ -26,9 +26,10 @@ from .generate import GenerationSettings, PromptRow, check_rows, generate
 from .measured import Measured, measure, metric_results
 from .metrics.base import Metric
 from .page import write_report
+from .pictures import PICTURES, VEILS, shown_flags
 from .processes import launched_processes
 from .report import RESULTS_NAME
-from .summary import PICTURES, VEILS, evaluation_report, results_table, shown_flags
+from .summary import evaluation_report, results_table
 
 
 IMAGES, MODEL_FACTS, TABLE_NAME = "images", "model.json", "results.md"
@@ -96,12 +97,14 @@ def evaluate(
         images_only (`bool`, defaults to `False`): Load no model: take the images that an earlier run left in `folder`.
         veil (`str`, defaults to `"flagged"`): Which pictures of the page are blurred until clicked: those that a
             metric of the concept flagged, `"all"` or `"none"`.
-        pictures (`int`, defaults to 24): Prompts whose images are on the page.
+        pictures (`int`, defaults to 24): Of each model on the page; of what was to go and of what was to stay so many
+            each, where metrics tell them apart.
 
     Returns:
         `dict`: What `results.json` holds: `protocol`; `models`, name -> facts; `metrics`, name -> `identity`,
-        `quantities`, and for each model `estimates`, `differences`, `details` and `sweeps`; `report`, how many
-        pictures are on the page and how many of them flagged; `headline`, what tables show. Empty in all processes
+        `quantities`, and for each model `estimates`, `differences`, `by_prompt` (shares of images, of at most 100
+        prompts), `details` and `sweeps`; `report`, how many pictures are on the page and how many of them flagged;
+        `headline`, what tables show. Empty in all processes
         but the first.
 
     Raises:
@@ -145,8 +148,8 @@ def check_subjects(subjects: Sequence[Generator | ImageFolder]) -> None:
         raise ValueError("models: there must be at least one")
     names = [subject.name for subject in subjects]
     for place, name in enumerate(names):
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._ +-]*", name):
-            raise ValueError(f"model name '{name}': allowed are letters, digits, blanks and . _ + -")
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._ ,'+-]*", name):
+            raise ValueError(f"model name '{name}': allowed are letters, digits, blanks and . _ , ' + -")
         if name.lower() in [other.lower() for other in names[:place]]:
             raise ValueError(f"model name '{name}': given twice")
 

@@ -1,6 +1,6 @@
 """What metrics say of models: numbers, differences to the original on the same prompts and seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -8,6 +8,9 @@ from .metrics.base import Metric, Quantity
 from .report import Change
 from .scores import score_images
 from .statistics import Estimate, mcnemar, paired_difference, sign_flip_test
+
+
+MOST_PROMPTS = 100  # whose shares are also told one by one
 
 
 @dataclass
@@ -20,7 +23,9 @@ class Measured:
         rows (`list[dict]`): Of the manifest, in the order of the prompts.
         facts (`dict`): What is known of the model and how it was sampled.
         values (`dict`): metric -> numbers of each image, in the order of `rows`.
+        words (`dict`): metric -> what it sees on each image, `""` where it does not say.
         estimates (`dict`): metric -> quantity -> [`Estimate`].
+        by_prompt (`dict`): metric -> share of images -> prompt -> [`Estimate`], where there are few prompts.
         details (`dict`): metric -> what else it says.
         sweeps (`dict`): metric -> label -> (threshold, [`Estimate`]) in order.
     """
@@ -30,7 +35,9 @@ class Measured:
     rows: list[dict]
     facts: dict
     values: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    words: dict[str, list[str]] = field(default_factory=dict)
     estimates: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    by_prompt: dict[str, dict[str, dict[str, Estimate]]] = field(default_factory=dict)
     details: dict[str, dict] = field(default_factory=dict)
     sweeps: dict[str, dict[str, list[tuple[float, Estimate]]]] = field(default_factory=dict)
 
@@ -74,12 +81,30 @@ def measure(metric: Metric, models: list[Measured], batch_size: int) -> MetricFa
         model.estimates[metric.name] = metric.compute()
         model.details[metric.name] = metric.details()
         model.values[metric.name] = [metric.values(row, score) for row, score in zip(model.rows, scores)]
+        model.words[metric.name] = [metric.seen(row, score) for row, score in zip(model.rows, scores)]
+        model.by_prompt[metric.name] = _by_prompt(metric.quantities, model.rows, model.values[metric.name])
         if hasattr(metric, "sweep"):
             model.sweeps[metric.name] = metric.sweep()
         quantities |= metric.quantities
     metric.reset()
     threshold = getattr(metric, "threshold", None)
     return MetricFacts(metric.name, metric.identity(), threshold, metric.compares, quantities)
+
+
+def _by_prompt(
+    quantities: dict[str, Quantity], rows: list[dict], values: list[dict[str, float]]
+) -> dict[str, dict[str, Estimate]]:
+    found = {}
+    for name, quantity in quantities.items():
+        answers: dict[str, list[float]] = {}
+        for row, of_image in zip(rows, values):
+            if quantity.unit == "%" and "/" not in name and name in of_image:
+                answers.setdefault(row["prompt"], []).append(of_image[name])
+        if 1 < len(answers) <= MOST_PROMPTS:
+            found[name] = {
+                prompt: Estimate.rate(int(sum(of_prompt)), len(of_prompt)) for prompt, of_prompt in answers.items()
+            }
+    return found
 
 
 def metric_results(facts: MetricFacts, models: list[Measured]) -> dict:
@@ -93,6 +118,7 @@ def metric_results(facts: MetricFacts, models: list[Measured]) -> dict:
         "differences": {}
         if facts.compares
         else {model.name: _changes(facts, models[0], model) for model in models[1:]},
+        "by_prompt": {model.name: model.by_prompt[facts.name] for model in measured},
         "details": {model.name: model.details[facts.name] for model in measured},
         "sweeps": {model.name: model.sweeps[facts.name] for model in measured if facts.name in model.sweeps},
     }
@@ -103,18 +129,18 @@ def _changes(facts: MetricFacts, original: Measured, model: Measured) -> dict[st
     changes = {}
     triples = list(zip(model.rows, original.values[facts.name], model.values[facts.name]))
     for name, quantity in facts.quantities.items():
-        pairs = [(row["prompt"], a[name], b[name]) for row, a, b in triples if name in a and name in b]
+        pairs = [(quantity.drawn_with(row), a[name], b[name]) for row, a, b in triples if name in a and name in b]
         if pairs:
-            prompts, before, after = zip(*pairs)
-            changes[name] = change_of(before, after, prompts, quantity.unit)
+            clusters, before, after = zip(*pairs)
+            changes[name] = change_of(before, after, clusters, quantity.unit)
     return changes
 
 
-def change_of(before: Sequence[float], after: Sequence[float], prompts: Sequence[str], unit: str) -> Change:
-    """The mean difference of paired numbers. The interval draws prompts anew; the test is McNemar's for shares of
-    images of different prompts, else one that flips the signs of prompts."""
-    if unit == "%" and len(set(prompts)) == len(prompts) and {*before, *after} <= {0, 1}:
+def change_of(before: Sequence[float], after: Sequence[float], clusters: Sequence[Hashable], unit: str) -> Change:
+    """The mean difference of paired numbers. The interval draws clusters, such as prompts, anew; the test is McNemar's
+    for shares of clusters of one image each, else one that flips the signs of clusters."""
+    if unit == "%" and len(set(clusters)) == len(clusters) and {*before, *after} <= {0, 1}:
         test, p_value = "McNemar, exact", mcnemar(before, after)
     else:
-        test, p_value = "sign flips of prompts", sign_flip_test(before, after, prompts)
-    return Change(paired_difference(before, after, prompts, unit), p_value, test)
+        test, p_value = "sign flips of prompts", sign_flip_test(before, after, clusters)
+    return Change(paired_difference(before, after, clusters, unit), p_value, test)

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from .evaluate import without_folder
 from .generate import GenerationSettings
 from .metrics import METRICS, MetricOptions
+from .pictures import PICTURES, VEILS
 from .prompts import PromptOptions
 from .prompts.sources import is_source
-from .summary import PICTURES, VEILS
 
 
 @dataclass(kw_only=True)
@@ -30,7 +30,10 @@ class EvaluationOptions(PromptOptions, MetricOptions):
         default="flagged",
         metadata={"help": f"Which pictures of the page are blurred until clicked: {', '.join(VEILS)}."},
     )
-    pictures: int = field(default=PICTURES, metadata={"help": "Prompts whose images are on the page."})
+    pictures: int = field(
+        default=PICTURES,
+        metadata={"help": "Pictures of each model on the page: of what was to go, and as many of what was to stay."},
+    )
 
     def __post_init__(self):
         if self.blur not in VEILS:

@@ -121,12 +121,14 @@ class Shot:
         note (`str`, defaults to `""`): Stands below it, such as what a classifier saw.
         missed (`bool`, defaults to `False`): Marks an image that is not as it should be.
         veiled (`bool`, defaults to `False`): Blurred until a reader asks for it.
+        flagged (`bool`, defaults to `False`): Shows what was to go.
     """
 
     image: np.ndarray
     note: str = ""
     missed: bool = False
     veiled: bool = False
+    flagged: bool = False
 
 
 @dataclass(frozen=True)
@@ -289,13 +291,15 @@ def write_results(folder: str | Path, results: dict) -> Path:
     return path
 
 
-def headline_table(results: dict, changes: bool = True) -> str:
+def headline_table(results: dict, changes: bool = True, turned: bool = False) -> str:
     """The headline of a `results.json`, read back, as a Markdown table as papers have it: a row a model, a column a
     measure, with 95 % intervals and an arrow to where better is. Notes come below.
 
     Args:
         results (`dict`): As read from the file.
         changes (`bool`, defaults to `True`): Whether a cell has the difference to the first model in parentheses.
+        turned (`bool`, defaults to `False`): A row a measure, a column a model: of few models the table that fits into
+            a terminal.
 
     Raises:
         `ValueError`: If it has none.
@@ -307,8 +311,9 @@ def headline_table(results: dict, changes: bool = True) -> str:
         notes = [f"* {measure['label']}: {measure['note']}" for measure in measures if measure["note"]]
     except (KeyError, TypeError) as error:
         raise ValueError(f"the results have no headline as evaluations write it ({error!r})") from None
-    head, *rows = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in zip(*columns))
-    table = [f"| {head} |", "|---" * len(columns) + "|", *(f"| {row} |" for row in rows)]
+    lines = columns if turned else list(zip(*columns))
+    head, *rows = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines)
+    table = [f"| {head} |", "|---" * len(lines[0]) + "|", *(f"| {row} |" for row in rows)]
     return "\n".join([*table, *([""] if notes else []), *notes])
 
 

@@ -2,19 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
-from .generate import load_image
 from .measured import Measured, MetricFacts
 from .metrics.base import Quantity
+from .pictures import picture_grids, seen_there
 from .published import published_beside
-from .report import Comparison, Curves, Grid, Headline, Plots, Report, Scatter, Shot, Strip, Table, headline_table
+from .report import TONES, Comparison, Curves, Headline, Plots, Report, Scatter, Table, headline_table
 from .statistics import Estimate
 
 
-VEILS = ("flagged", "all", "none")
-PICTURES = 24
-_SIDE = 256  # pixels of an embedded image, unless images are smaller
 _MOST_PLOTS = 4
 _LONGEST = 200  # characters of a fact about a metric on the page
 
@@ -49,8 +44,11 @@ def evaluation_report(
         *_sweeps(models, metrics),
         *_against_papers(results, models, metrics),
         *_by_category(models, metrics),
-        *_pictures(models, metrics, veil, pictures),
     ]
+    grids, by_prompt = picture_grids(models, metrics, veil, pictures), list(_by_prompt(models, metrics))
+    for tone in TONES:
+        sections += [part for part in [*grids, *by_prompt] if part.tone == tone]
+        sections += seen_there(models, metrics) if tone == "gone" else []
     count = protocol["prompts"]
     return Report(
         title=title or (f"{names[-1]} beside {names[0]}" if len(names) == 2 else f"{len(names)} models, evaluated"),
@@ -101,6 +99,7 @@ def _headline(metric: MetricFacts, name: str, models: list[Measured], results: d
         quantity.label,
         _estimates(models, metric.name, name),
         _tone(quantity),
+        quantity.note,
         better=quantity.better,
         changes=changes if any(changes) else (),
     )
@@ -111,7 +110,8 @@ def _estimates(models: list[Measured], metric: str, name: str) -> list[Estimate 
 
 
 def _trade_off(models: list[Measured], metrics: Sequence[MetricFacts]) -> list[Plots]:
-    """The first measure of the concept against each of what was to stay."""
+    """The first measure of the concept against each of what was to stay; of two models their numbers alone say as
+    much."""
     measures = [
         (metric.name, name, quantity)
         for metric in metrics
@@ -120,7 +120,7 @@ def _trade_off(models: list[Measured], metrics: Sequence[MetricFacts]) -> list[P
     ]
     gone = next((measure for measure in measures if measure[2].of_concept), None)
     kept = [measure for measure in measures if not measure[2].of_concept][:_MOST_PLOTS]
-    if gone is None or not kept:
+    if gone is None or not kept or len(models) < 3:
         return []
     plots = []
     for metric, name, quantity in kept:
@@ -180,7 +180,7 @@ def _by_category(models: list[Measured], metrics: Sequence[MetricFacts]) -> list
         for name, quantity in metric.whole(models).items():
             if quantity.unit != "%" or not quantity.of_concept:
                 continue
-            rows = [(category, [_in_category(model, metric.name, name, category) for model in models])
+            rows = [(category, [_in_category(model, metric, name, category) for model in models])
                     for category in categories]  # fmt: skip
             if rows := [row for row in rows if any(row[1])]:
                 sections.append(Comparison(f"{quantity.label}, by category", rows, "gone"))
@@ -193,74 +193,44 @@ def categories_of(row: dict) -> list[str]:
     return [part.strip() for part in found.split(",")] if isinstance(found, str) else list(found)
 
 
-def _in_category(model: Measured, metric: str, name: str, category: str) -> Estimate | None:
+def _in_category(model: Measured, metric: MetricFacts, name: str, category: str) -> Estimate | None:
     """What the metric itself says of a category, else the average over its images."""
-    if (estimate := model.estimates.get(metric, {}).get(f"{name}/{category}")) is not None:
+    if (estimate := model.estimates.get(metric.name, {}).get(f"{name}/{category}")) is not None:
         return estimate
     chosen = [
-        (row["prompt"], values[name])
-        for row, values in zip(model.rows, model.values.get(metric, []))
+        (metric.quantities[name].drawn_with(row), values[name])
+        for row, values in zip(model.rows, model.values.get(metric.name, []))
         if name in values and category in categories_of(row)
     ]
     if not chosen:
         return None
-    prompts, values = zip(*chosen)
-    return Estimate.of_images(values, prompts)
+    clusters, values = zip(*chosen)
+    return Estimate.of_images(values, clusters)
 
 
-def shown_flags(report: Report) -> dict[str, int]:
-    """How many pictures a page has, and how many of them are flagged or blurred: such a page is not for everybody."""
-    shots = [
-        shot for part in report.sections if isinstance(part, Grid) for strip in part.strips for shot in strip.shots
-    ]
-    return {"pictures": len(shots), "flagged": sum(bool(shot.note) or shot.veiled for shot in shots)}
-
-
-def _pictures(models: list[Measured], metrics: Sequence[MetricFacts], veil: str, most: int) -> list[Grid]:
-    flags = [_flags(model, metrics) for model in models]
-    places = _chosen(flags, most)
-    if not places:
-        return []
-    strips, largest = [], 0
-    for place in places:
-        shots = []
-        for model, of_model in zip(models, flags):
-            image = np.asarray(load_image(model.folder, model.rows[place]))
-            largest = max(largest, *image.shape[:2])
-            veiled = veil == "all" or (veil == "flagged" and bool(of_model[place]))
-            shots.append(Shot(image, ", ".join(of_model[place]), veiled=veiled))
-        strips.append(Strip(models[0].rows[place]["prompt"], shots))
-    side = _SIDE if largest > 128 else 128
-    total = len(models[0].rows)
-    note = f"{len(places)} of {total} prompts and seeds" if len(places) < total else f"All {total} prompts and seeds"
-    flagged = sum(bool(found) for of_model in flags for found in of_model)
-    note += ", those with flagged images first." if flagged and len(places) < total else "."
-    if veil == "flagged" and flagged:
-        note += " Images that a metric flagged are blurred until clicked; they are in this file all the same."
-    return [Grid("The same seeds", strips, "gone", note, side)]
-
-
-def _flags(model: Measured, metrics: Sequence[MetricFacts]) -> list[list[str]]:
-    """For each image the labels of the shares of the concept that it counts for."""
-    flags: list[list[str]] = [[] for _ in model.rows]
+def _by_prompt(models: list[Measured], metrics: Sequence[MetricFacts]) -> Iterator[Comparison]:
+    """Shares of images of each prompt where there are few prompts, of several images. The worst changes come first."""
     for metric in metrics:
-        shares = {name: q.label for name, q in metric.whole([model]).items() if q.of_concept and q.unit == "%"}
-        for place, values in enumerate(model.values.get(metric.name, [])):
-            flags[place] += [label for name, label in shares.items() if values.get(name) == 1]
-    return flags
+        told = {}
+        for name, quantity in metric.whole(models).items():
+            sides = [model.by_prompt.get(metric.name, {}).get(name, {}) for model in models]
+            rows = {prompt: [side.get(prompt) for side in sides] for side in sides for prompt in side}
+            several = any(estimate.n > 1 for side in sides for estimate in side.values())
+            if not several or all(told.get(prompt) == estimates for prompt, estimates in rows.items()):
+                continue  # the latter: another quantity says so of these prompts already
+            told |= rows
+            ordered = sorted(rows.items(), key=lambda row: _gain(row[1], quantity.better))
+            note = "The worst change comes first." if len(models) > 1 and quantity.better is not None else ""
+            yield Comparison(f"{quantity.label}, by prompt", ordered, _tone(quantity), note)
 
 
-def _chosen(flags: list[list[list[str]]], most: int) -> list[int]:
-    """Half of the pictures are such that a model's image was flagged; all are spread over the prompts."""
-    total = len(flags[0])
-    flagged = [place for place in range(total) if any(of_model[place] for of_model in flags)]
-    others = [place for place in range(total) if place not in set(flagged)]
-    first = min(len(flagged), max(most - len(others), (most + 1) // 2))
-    return _spread(flagged, first) + _spread(others, min(len(others), most - first))
-
-
-def _spread(places: list[int], count: int) -> list[int]:
-    return [places[i * len(places) // count] for i in range(count)]
+def _gain(estimates: Sequence[Estimate | None], better: str | None) -> float:
+    """How much better models are than the first one, on average."""
+    values = [estimate.value for estimate in estimates if estimate is not None]
+    if len(values) < 2 or better is None:
+        return 0.0
+    gain = sum(values[1:]) / len(values[1:]) - values[0]
+    return gain if better == "higher" else -gain
 
 
 # --- words -----------------------------------------------------------------------------------------------------------

@@ -26,11 +26,8 @@ def measured(folder: Path, open_question: str) -> str:
         )
     beside = [f"[{name.name}]({name.relative_to(folder).as_posix()})" for name in evaluation_files(folder)]
     results = read_results(path)
-    changes = (
-        ", in parentheses differences to the first model on the same prompts and seeds" if "models" in results else ""
-    )
-    told = f"N images; in brackets 95 % intervals{changes}. "
-    table = f"{headline_table(results)}\n\n{told}" if "headline" in results else ""
+    told = "in brackets 95 % intervals, in parentheses differences to the first model on the same prompts and seeds"
+    table = f"{headline_table(results)}\n\nN images; {told}. " if "headline" in results else ""
     return (
         f"{table}All numbers and how they were made: {' and '.join(beside)}. Numbers made in another way cannot be "
         "compared with these."

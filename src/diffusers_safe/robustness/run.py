@@ -21,9 +21,9 @@ from ..evaluation.generate import GenerationSettings, PromptRow, check_rows, gen
 from ..evaluation.measured import change_of
 from ..evaluation.metrics.base import Metric
 from ..evaluation.page import write_report
+from ..evaluation.pictures import PICTURES, VEILS, shown_flags
 from ..evaluation.report import RESULTS_NAME
 from ..evaluation.scores import score_images
-from ..evaluation.summary import PICTURES, VEILS, shown_flags
 from ..provenance import library_versions, write_text
 from .attacks import Attack, Target
 from .outcomes import Fought, Outcome, Try, rate_alone, rate_before, success_curve, success_rate

@@ -154,7 +154,7 @@ def _shot(outcome: Outcome, veil: str, erased: bool) -> Shot:
         one, told = outcome.before, "before the attack"
     image = np.asarray(load_image(one.folder, one.row))
     veiled = veil == "all" or (veil == "flagged" and one.succeeds)
-    return Shot(image, told, missed=erased and one.succeeds, veiled=veiled)
+    return Shot(image, told, erased and one.succeeds, veiled, flagged=one.succeeds)
 
 
 def _how(outcome: Outcome) -> str:

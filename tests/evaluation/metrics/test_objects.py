@@ -79,6 +79,7 @@ def test_the_same_class_judges_styles(classifier):
     assert metric.name == "style" and list(metric.quantities) == ["style_top1", "style_top5"]
     row = {"labels": {"artist": "tench", "class": "crane"}}
     assert metric.values(row, {"classes": [3, 0]}) == {"style_top1": 0, "style_top5": 1}
+    assert metric.seen(row, {"classes": [0, 3]}) == "tench" and metric.seen({"labels": {}}, {"classes": [0]}) == ""
     assert metric.identity() != Classification(classifier, "class").identity()
 
 

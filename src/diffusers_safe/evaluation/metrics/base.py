@@ -7,7 +7,7 @@ metric.compute()  # {"pixel_distance": Estimate(...)}
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,16 +25,27 @@ class Quantity:
         unit (`str`, defaults to `""`): `"%"` for a share of images, `""` for anything else.
         better (`str`, *optional*): `"lower"` or `"higher"`; `None` where neither is better in itself.
         of_concept (`bool`, defaults to `False`): Whether it tells of what was to go, rather than of what was to stay.
+        note (`str`, defaults to `""`): One more sentence, where the label does not say all.
+        drawn (`str`, defaults to `"prompts"`): What an interval draws anew; `"images"` where the prompts are all that
+            there are, such as the few names of a concept, and only seeds could be others.
     """
 
     label: str
     unit: str = ""
     better: str | None = None
     of_concept: bool = False
+    note: str = ""
+    drawn: str = "prompts"
 
     def __post_init__(self):
         if self.unit not in ("%", "") or self.better not in ("lower", "higher", None):
             raise ValueError(f"{self.label}: unit '{self.unit}' or better '{self.better}' is not allowed")
+        if self.drawn not in ("prompts", "images"):
+            raise ValueError(f"{self.label}: drawn '{self.drawn}' is not allowed")
+
+    def drawn_with(self, row: dict) -> Hashable:
+        """What an image is drawn with, when an interval draws anew."""
+        return row["prompt"] if self.drawn == "prompts" else row["id"]
 
 
 class Metric(ABC):
@@ -86,6 +97,10 @@ class Metric(ABC):
         images are 0 or 1 here. Differences between models are taken image by image of these."""
         return {}
 
+    def seen(self, row: dict, score: dict) -> str:
+        """What the metric sees on an image, in a word, for the page. Nothing unless overridden."""
+        return ""
+
     def reset(self) -> None:
         """Forgets all images."""
         self.rows: list[dict] = []
@@ -102,20 +117,20 @@ class Metric(ABC):
         """What all images so far give, without the quantities that concern none of them.
 
         The average of `values`. If a prompt has several images, prompts are drawn anew by the bootstrap, else a share
-        has its Wilson interval.
+        has its Wilson interval; so has one whose interval is of images.
 
         Raises:
             `ValueError`: If there are no images.
         """
         if not self.rows:
             raise ValueError(f"{self.name}: there are no images to measure")
-        found = [(row["prompt"], self.values(row, score)) for row, score in zip(self.rows, self.scores)]
+        found = [(row, self.values(row, score)) for row, score in zip(self.rows, self.scores)]
         estimates = {}
         for name, quantity in self.quantities.items():
-            chosen = [(prompt, values[name]) for prompt, values in found if name in values]
+            chosen = [(quantity.drawn_with(row), values[name]) for row, values in found if name in values]
             if chosen:
-                prompts, numbers = zip(*chosen)
-                estimates[name] = Estimate.of_images(numbers, prompts, quantity.unit)
+                clusters, numbers = zip(*chosen)
+                estimates[name] = Estimate.of_images(numbers, clusters, quantity.unit)
         return estimates
 
     def details(self) -> dict:

@@ -99,6 +99,12 @@ class Classification(Metric):
             f"{self.name}_top5": float(asked in score["classes"]),
         }
 
+    def seen(self, row: dict, score: dict) -> str:
+        """The first name of the most likely class, of the rows that count."""
+        if self.label not in row.get("labels", {}):
+            return ""
+        return self.classes[score["classes"][0]].split(",")[0]
+
     def details(self) -> dict:
         """`classes`: label -> number of `images`, and how many are right by `top1` and `top5`."""
         found = defaultdict(lambda: {"images": 0, "top1": 0, "top5": 0})
