@@ -154,3 +154,13 @@ def test_images_that_all_agree_leave_room_for_others():
         assert (change.value, change.low, change.high) == pytest.approx((after - before, low, high))
     distance = paired_difference([0.5] * 8, [0.5] * 8, unit="")
     assert (distance.low, distance.high) == (0, 0)
+
+
+def test_of_a_single_prompt_images_are_drawn():
+    values, one = [1.0, 0.0, 1.0, 1.0], ["a"] * 4
+    assert Estimate.of_images(values, one) == Estimate.rate(3, 4)
+    assert Estimate.of_images([1.0] * 4, one) == Estimate.rate(4, 4)
+    distances = Estimate.of_images([0.1, 0.2, 0.3, 0.4], one, "")
+    assert distances == Estimate.mean([0.1, 0.2, 0.3, 0.4], unit="") and distances.low < distances.high
+    assert paired_difference([0.0] * 4, values, one) == paired_difference([0.0] * 4, values)
+    assert sign_flip_test([0.0] * 8, [1.0] * 8, ["a"] * 8) == 2 / 2**8

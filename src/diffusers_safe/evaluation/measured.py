@@ -7,7 +7,7 @@ from pathlib import Path
 from .metrics.base import Metric, Quantity
 from .report import Change
 from .scores import score_images
-from .statistics import Estimate, mcnemar, paired_difference, sign_flip_test
+from .statistics import Estimate, independent_units, mcnemar, paired_difference, sign_flip_test
 
 
 MOST_PROMPTS = 100  # whose shares are also told one by one
@@ -139,7 +139,7 @@ def _changes(facts: MetricFacts, original: Measured, model: Measured) -> dict[st
 def change_of(before: Sequence[float], after: Sequence[float], clusters: Sequence[Hashable], unit: str) -> Change:
     """The mean difference of paired numbers. The interval draws clusters, such as prompts, anew; the test is McNemar's
     for shares of clusters of one image each, else one that flips the signs of clusters."""
-    if unit == "%" and len(set(clusters)) == len(clusters) and {*before, *after} <= {0, 1}:
+    if unit == "%" and independent_units(clusters) == len(clusters) and {*before, *after} <= {0, 1}:
         test, p_value = "McNemar, exact", mcnemar(before, after)
     else:
         test, p_value = "sign flips of prompts", sign_flip_test(before, after, clusters)

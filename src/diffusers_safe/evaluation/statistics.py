@@ -43,6 +43,12 @@ def normal_reach(confidence: float = CONFIDENCE) -> float:
     return NormalDist().inv_cdf((1 + _checked(confidence)) / 2)
 
 
+def independent_units(clusters: Sequence[Hashable]) -> int:
+    """How many things are drawn anew: the clusters, or the members of the only one."""
+    count = len(set(clusters))
+    return count if count > 1 else len(clusters)
+
+
 def macro_mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> float:
     """The mean of the clusters' means; without clusters the plain mean."""
     return float(_cluster_means(values, clusters).mean())
@@ -59,7 +65,7 @@ def bootstrap_mean_interval(
 
     Images of one prompt resemble each other more than images of different prompts. With the prompts as `clusters`,
     whole prompts are drawn again instead of single images; for differences between two models, give the differences
-    of image pairs.
+    of image pairs. Of a single cluster, which leaves nothing to draw, the values are drawn.
 
     Args:
         values (`Sequence[float]`): N numbers, one an image or an image pair.
@@ -239,7 +245,7 @@ def paired_difference(
     told = "points" if unit == "%" else unit
     if unit == "%" and set(difference) in ({-1}, {0}, {1}):
         change = float(difference[0])
-        reach = wilson_interval(0, n if clusters is None else len(set(clusters)))[1]
+        reach = wilson_interval(0, n if clusters is None else independent_units(clusters))[1]
         return Estimate(change, change - reach * (1 + change), change + reach * (1 - change), n, told)
     return Estimate.mean(difference, clusters, told)
 
@@ -286,7 +292,7 @@ class Estimate:
         interval; where prompts have several, the bootstrap draws whole prompts, which counts them alike if they have
         as many. A share of which all images agree has the Wilson interval of one image a prompt: the bootstrap knows
         no other outcome than those it has seen."""
-        units = len(set(prompts))
+        units = independent_units(prompts)
         if unit == "%" and units == len(prompts):
             return cls.rate(int(sum(values)), len(values))
         if unit == "%" and set(values) in ({0}, {1}):
@@ -322,6 +328,8 @@ def _cluster_means(values: Sequence[float], clusters: Sequence[Hashable] | None)
         return values
     if len(clusters) != len(values):
         raise ValueError(f"{len(clusters)} cluster names for {len(values)} values; there must be one for each")
+    if independent_units(clusters) == len(clusters):
+        return values
     position = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
     member = np.array([position[name] for name in clusters])
     return np.bincount(member, weights=values) / np.bincount(member)

@@ -39,16 +39,16 @@ def evaluation_report(
 ) -> Report:
     names = [model.name for model in models]
     protocol = results["protocol"]
-    sections = [
+    measures = [
         *_trade_off(models, metrics),
         *_sweeps(models, metrics),
         *_against_papers(results, models, metrics),
         *_by_category(models, metrics),
     ]
-    grids, by_prompt = picture_grids(models, metrics, veil, pictures), list(_by_prompt(models, metrics))
+    grids, by_prompt, looks = picture_grids(models, metrics, veil, pictures), list(_by_prompt(models, metrics)), []
     for tone in TONES:
-        sections += [part for part in [*grids, *by_prompt] if part.tone == tone]
-        sections += seen_there(models, metrics) if tone == "gone" else []
+        looks += [part for part in [*grids, *by_prompt] if part.tone == tone]
+        looks += seen_there(models, metrics) if tone == "gone" else []
     count = protocol["prompts"]
     return Report(
         title=title or (f"{names[-1]} beside {names[0]}" if len(names) == 2 else f"{len(names)} models, evaluated"),
@@ -56,7 +56,7 @@ def evaluation_report(
         " the same seeds.",
         models=names,
         headline=[_headline(metric, name, models, results) for metric in metrics for name in metric.whole(models)],
-        sections=sections,
+        sections=looks + measures if len(models) <= 2 else measures + looks,
         protocol=_told_protocol(results),
         warnings=tuple(warnings_of(models)),
     )
@@ -110,8 +110,7 @@ def _estimates(models: list[Measured], metric: str, name: str) -> list[Estimate 
 
 
 def _trade_off(models: list[Measured], metrics: Sequence[MetricFacts]) -> list[Plots]:
-    """The first measure of the concept against each of what was to stay; of two models their numbers alone say as
-    much."""
+    """The first measure of the concept against each of what was to stay, where two models have both."""
     measures = [
         (metric.name, name, quantity)
         for metric in metrics
@@ -120,15 +119,16 @@ def _trade_off(models: list[Measured], metrics: Sequence[MetricFacts]) -> list[P
     ]
     gone = next((measure for measure in measures if measure[2].of_concept), None)
     kept = [measure for measure in measures if not measure[2].of_concept][:_MOST_PLOTS]
-    if gone is None or not kept or len(models) < 3:
+    if gone is None:
         return []
     plots = []
     for metric, name, quantity in kept:
         pairs = zip(_estimates(models, *gone[:2]), _estimates(models, metric, name))
         points = [None if None in pair else pair for pair in pairs]
-        plots.append(Scatter(gone[2].label, quantity.label, points, (gone[2].better, quantity.better)))
+        if len(points) - points.count(None) > 1:
+            plots.append(Scatter(gone[2].label, quantity.label, points, (gone[2].better, quantity.better)))
     note = "A point a model; the lines are 95 % intervals. What erases more and costs less is nearer to “better”."
-    return [Plots("Erasure against retention", plots, note)]
+    return [Plots("Erasure against retention", plots, note)] if plots else []
 
 
 def _sweeps(models: list[Measured], metrics: Sequence[MetricFacts]) -> list[Plots]:
