@@ -17,7 +17,6 @@ A new method proves itself in a row of its own, as a model (or a file of models)
 
 import os
 import shutil
-import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -26,7 +25,7 @@ from pathlib import Path
 import torch
 import yaml
 from erasure_methods import RECIPES, erased_by, train
-from PIL import Image
+from erasure_table import Numbers
 from students import StudentsArguments, folder_of
 from students import student as train_student
 
@@ -40,13 +39,15 @@ from diffusers_safe.evaluation.evaluate import as_images, evaluate
 from diffusers_safe.evaluation.folders import ImageFolder
 from diffusers_safe.evaluation.generate import PromptRow, generate, load_image
 from diffusers_safe.evaluation.grid import draw_table
-from diffusers_safe.evaluation.report import headline_table
+from diffusers_safe.evaluation.plots import plot_file, scatter_svg
+from diffusers_safe.evaluation.report import Scatter, headline_table
 from diffusers_safe.provenance import write_text
 
 
 STUDENT = "bk-small of the erased teacher"
 STUDENT_PICTURES = 4000
 BATCH_SIZE = 32
+PLOT, PICTURE = "leaderboard-{}.svg", "leaderboard-{}.jpg"
 QUICK = ("esd-x", "sdd"), ("medium", "max")
 ALL = ("esd-x", "esd-u", "sdd"), ("weak", "medium", "strong", "max")
 
@@ -100,7 +101,7 @@ class LeaderboardArguments:
     methods: list[str] = field(
         default_factory=list, metadata={"help": "More rows: name=MODEL ..., or one .yaml; with one of --tasks only."}
     )
-    docs: str | None = field(default=None, metadata={"help": "Folder for results.md and images/leaderboard-*.png."})
+    docs: str | None = field(default=None, metadata={"help": "Folder for results.md and images/leaderboard-*."})
 
     def __post_init__(self):
         if unknown := [name for name in self.tasks if name not in TASKS]:
@@ -183,32 +184,34 @@ class Leaderboard:
             (self.student_models / "erased-teacher").symlink_to(teacher.resolve())
         train_student(STUDENT, self.student_options)
 
-    def measure(self, name: str) -> tuple[str, Image.Image]:
-        """The table of a task, and its picture: a row a method."""
+    def measure(self, name: str) -> str:
+        """Measures a task and draws its plot and its picture, a row a method; the section about it."""
         task, folder = TASKS[name], self.folder / name
         erased, style = task.erased["erased"], task.erased.get("style")
         references = write_references(folder / "references", erased, style)
         metrics = [EmojiRecognition(erased, style), EmojiFID(references), EmojiDistance()]
         subjects, rows = self.subjects(name), self.rows(name)
         results = evaluate(subjects, rows, metrics, folder, SETTINGS, BATCH_SIZE, title=task.title, veil="none")
+
+        names = [subject.name for subject in subjects]
+        measures = [(of["concept"], of["others"]) for of in (Numbers(results, name) for name in names)]
+        concept, others = (metrics[0].quantities[quantity].label for quantity in ("concept", "others"))
+        plot = scatter_svg(Scatter(concept, others, measures, ("lower", "higher")), names)
+        write_text(self.folder / PLOT.format(name), plot_file(plot))
+
         pictures = {}
         for subject in subjects:
             images = as_images(subject, folder)
             first = {row["prompt"]: row for row in reversed(images.find(rows))}
             pictures[subject.name] = [load_image(images.folder, first[prompt]) for prompt in task.shown]
-        return headline_table(results, changes=False), draw_table(list(task.shown), pictures)
+        draw_table(list(task.shown), pictures).save(self.folder / PICTURE.format(name), quality=92)
+        table = headline_table(results, changes=False)
+        return SECTION.format(title=task.title, table=table, plot=PLOT.format(name), picture=PICTURE.format(name))
 
 
 def _use_one_thread() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # of what this process starts
     torch.set_num_threads(1)
-
-
-def head(args: LeaderboardArguments) -> str:
-    sampling = f"{SETTINGS.num_inference_steps} steps, guidance {SETTINGS.guidance_scale:g}"
-    with_student = args.student_steps and "group" in args.tasks
-    student = STUDENT_TOLD.format(steps=args.student_steps, pictures=STUDENT_PICTURES) if with_student else ""
-    return HEAD.format(seed=args.seed, sampling=sampling, student=student)
 
 
 def check_surroundings(args: LeaderboardArguments) -> None:
@@ -221,22 +224,21 @@ def main() -> None:
     args = parse_dataclass(LeaderboardArguments, __doc__, check=check_surroundings)
     folder = Path(args.output_dir)
     with told_in_one_line():
-        leaderboard, parts = Leaderboard(args), []
+        leaderboard = Leaderboard(args)
         leaderboard.train()
         leaderboard.draw()
-        for name in args.tasks:
-            table, picture = leaderboard.measure(name)
-            file = f"leaderboard-{name}.png"
-            picture.save(folder / file)
-            parts.append(f"## {TASKS[name].title}\n\n{table}\n\n![The same seeds, a row a method](images/{file})\n")
-            print(f"\n{TASKS[name].title}\n\n{table}", file=sys.stderr)
-        text = "\n".join([head(args), *parts])
+        sections = [leaderboard.measure(name) for name in args.tasks]
+        sampling = f"{SETTINGS.num_inference_steps} steps, guidance {SETTINGS.guidance_scale:g}"
+        student = STUDENT_TOLD if args.student_steps and "group" in args.tasks else ""
+        student = student.format(steps=args.student_steps, pictures=STUDENT_PICTURES)
+        text = "\n".join([HEAD.format(seed=args.seed, sampling=sampling, student=student), *sections])
         write_text(folder / "results.md", text)
         if args.docs is not None:
             (Path(args.docs) / "images").mkdir(parents=True, exist_ok=True)
             write_text(Path(args.docs) / "results.md", text)
             for name in args.tasks:
-                shutil.copy(folder / f"leaderboard-{name}.png", Path(args.docs) / "images")
+                for file in (PLOT, PICTURE):
+                    shutil.copy(folder / file.format(name), Path(args.docs) / "images")
     print(text)
 
 
@@ -245,20 +247,28 @@ HEAD = """# Results on the embedded model
 `make benchmark-erasure` makes this page with seed {seed}
 ([benchmarks/erasure_leaderboard.py](../benchmarks/erasure_leaderboard.py)).
 
-* Every row of a table has the same prompts and seeds, {sampling}. The judge that ships with the model says what an
-  image shows. In brackets 95 % intervals.
-* *Concept*: the images that were asked for what was to go; all other columns are of the rest. FID and KID are to 1000
-  freshly drawn pictures of what was to stay, in 96 features of the judge; of so few images FID is too large, so
-  compare it with the original's, never with another table's. *Distance* is to the original's image of the same seed,
+* Every row of a table has the same prompts and seeds, {sampling}. The judge that ships with the model
+  says what an image shows. In brackets 95 % intervals.
+* The first column is of the images that were asked for what was to go; all others are of the rest. FID and KID are to
+  1000 freshly drawn pictures of what was to stay, in 96 features of the judge; of so few images FID is too large, so
+  compare it with the original's, never with another table's. The distance is to the original's image of the same seed,
   by the judge's features as LPIPS has it.
 * ESD and SDD train once a table, by the recipes in [examples/](../examples/), which were found on this model
-  ([methods.md](methods.md#esd-and-sdd-beside-each-other) has three seeds of each).{student} SEGA and SLD have the
-  settings of their authors, which were found on Stable Diffusion. SLD changes nothing where the prompt is the concept.
-* [evaluation.md](evaluation.md) has the rules; the run leaves a page with all pictures of each table in
+  ([methods.md](methods.md#esd-and-sdd-beside-each-other) has three seeds of each). SEGA and SLD have the settings of
+  their authors, which were found on Stable Diffusion. SLD changes nothing where the prompt is the concept.
+{student}* [evaluation.md](evaluation.md) has the rules; the run leaves a page with all pictures of each table in
   `runs/leaderboard/*/report.html`.
 """
-STUDENT_TOLD = """ The student was taught by the erased model for {steps} steps on {pictures} pictures without
-  weapons."""
+STUDENT_TOLD = """* The student was taught by the erased model, {steps} steps on {pictures} pictures without weapons.
+"""
+SECTION = """## {title}
+
+{table}
+
+![The concept against the rest, with intervals](images/{plot})
+
+![The same seeds, a row a method](images/{picture})
+"""
 
 
 if __name__ == "__main__":

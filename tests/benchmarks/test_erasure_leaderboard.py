@@ -59,7 +59,8 @@ def test_the_leaderboard_has_a_row_for_each_method(leaderboard, tiny_model_folde
     assert [line.split(" | ")[0].strip("| ") for line in text.splitlines() if line.startswith("| ")][1:] == METHODS
     for column in ("cat recognised ↓, N=2", "other objects recognised ↑", "FID", "KID", "distance", "asked ↑"):
         assert column in text
-    assert (tmp_path / "docs" / "images" / "leaderboard-object.png").is_file()
+    for file in ("leaderboard-object.jpg", "leaderboard-object.svg"):
+        assert f"](images/{file})" in text and (tmp_path / "docs" / "images" / file).stat().st_size > 1000
     results = json.loads((tmp_path / "out" / "object" / "results.json").read_text())
     assert list(results["models"]) == METHODS
     assert results["models"]["SLD max"]["settings"]["call"]["safety_concept"] == "a cat"
