@@ -56,6 +56,18 @@ def test_folders_of_images_need_no_prompts(tiny_model_folder, tmp_path):
     assert results["protocol"]["prompts"]["source"] == "images of original"
 
 
+def test_a_model_draws_as_the_images_of_the_original_were_drawn(tiny_model_folder, tmp_path):
+    table = tmp_path / "own.csv"
+    table.write_text("prompt,guidance_scale,width,height\na cat,3,16,16\na dog,5,24,16\n")
+    model = ("--model", tiny_model_folder, "--num_inference_steps", "2")
+    cli.main(["generate", *model, "--prompts", str(table), "--output_dir", str(tmp_path / "a")])
+    models = ("--models", f"original={tmp_path / 'a'}", f"b={tiny_model_folder}")
+    results = evaluate(tmp_path / "out", *models, "--num_inference_steps", "2", *QUICK[-2:])
+    assert results["metrics"]["pixel_distance"]["estimates"]["b"]["pixel_distance"]["value"] == 0
+    with pytest.raises(SystemExit, match="24 x 16"):
+        evaluate(tmp_path / "third", *models, *QUICK, "--row_settings", "false")
+
+
 def test_a_preset_stands_in_for_defaults_and_gives_way(tiny_model_folder, tmp_path):
     prompts = ("--prompts", *(f"thing {i}" for i in range(20)), "--preset", "smoke", "--num_inference_steps", "1")
     results = evaluate(
@@ -94,7 +106,12 @@ def test_models_are_read_from_words(tiny_model_folder, tmp_path):
         (["--models", "{unknown}", *PROMPTS], "a has colour; allowed are name, model, safety"),
         (["--models", "{nameless}", *PROMPTS], "needs a name, and either model or images"),
         (["--models", "{safety}", *PROMPTS], "safety config 'extreme': unknown"),
-        (["--models", "{type}", *PROMPTS], "a has a value of another type"),
+        (["--models", "{type}", *PROMPTS], "a has a value of another type: lora_scale 'much'"),
+        (["--models", "{letters}", *PROMPTS], "a has a value of another type: editing_prompt 'weapon'"),
+        (["--models", "{word}", *PROMPTS], "a has a value of another type: negative_prompt False"),
+        (["--models", "{images}", "--max_prompts", "1"], "max_prompts 1: needs --prompts"),
+        (["--models", "{images}", "--prompt_template", "{{}} x"], "prompt_template {{}} x: needs"),
+        (["--models", "a={model}", *PROMPTS, "--height", "100", "--width", "64"], "height is 100; it must be a mult"),
         (["--models", "{type}", "b={model}", *PROMPTS], "a file must be the only one"),
     ],
 )
@@ -105,6 +122,9 @@ def test_bad_input_is_one_line_before_any_work(tiny_model_folder, tmp_path, caps
         "unknown": f"- {{name: a, model: {tiny_model_folder}, colour: red}}",
         "nameless": f"- {{model: {tiny_model_folder}}}",
         "safety": f"- {{name: a, model: {tiny_model_folder}, safety: extreme}}",
+        "letters": f"- {{name: a, model: {tiny_model_folder}, editing_prompt: weapon}}",
+        "word": f"- {{name: a, model: {tiny_model_folder}, negative_prompt: no}}",
+        "images": f"- {{name: a, images: {tmp_path}}}",
         "type": f"- {{name: a, model: {tiny_model_folder}, lora: x.safetensors, lora_scale: much}}",
     }
     for name, text in files.items():

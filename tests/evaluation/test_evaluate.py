@@ -321,6 +321,13 @@ def test_broken_folders_are_told_before_anything_is_generated(tmp_path, damage, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_hold_scores_is_told_first(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0_0.png")
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere but on read-only disks
+    with pytest.raises(ValueError, match="theirs: .* cannot be written, and scores are kept there"):
+        evaluate([ImageFolder("theirs", tmp_path)], rows_of(1, 1), [PixelDistance()], tmp_path / "out")
+
+
 def test_images_of_other_prompts_or_several_models_are_refused(models, tmp_path):
     rows = rows_of(3, 1)
     manifest = generate(models[0].pipeline, rows, tmp_path, QUICK)

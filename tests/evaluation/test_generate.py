@@ -1,5 +1,4 @@
 import hashlib
-import json
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ import torch
 from transformers import BatchFeature
 
 from diffusers_safe.evaluation import generate as generation
+from diffusers_safe.evaluation.folders import common_settings
 from diffusers_safe.evaluation.generate import (
     GenerationSettings,
     PromptRow,
@@ -321,6 +321,18 @@ def test_rows_that_cannot_be_drawn_are_refused(row, message):
         PromptRow(**{"id": "a", "prompt": "a cat", "seed": 0, **row})
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan; it must be a finite number"),
+        ({"height": 100, "width": 64}, "height is 100; it must be a multiple of 8"),
+    ],
+)
+def test_settings_that_draw_nothing_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GenerationSettings(**settings)
+
+
 def test_the_safety_checker_is_off_and_comes_back(tiny_pipeline, tmp_path, monkeypatch):
     checker = SafetyChecker()
     tiny_pipeline.register_modules(safety_checker=checker)
@@ -346,6 +358,10 @@ def test_the_safety_checker_can_stay_on(tiny_pipeline, tmp_path):
     vars(tiny_pipeline)["feature_extractor"] = lambda images, return_tensors: features
     rows = generate(tiny_pipeline, rows_of(2), tmp_path, QUICK, safety_checker=True)
     assert [row["black"] for row in rows] == [True, True]
+    assert [row["safety_checker"] for row in rows] == [True, True]
+    assert common_settings(rows)["safety_checker"] == "on"
+    with pytest.raises(ValueError, match="its images have safety_checker True, not None; use another folder"):
+        generate(tiny_pipeline, rows_of(4), tmp_path, QUICK)
 
 
 def test_black_images_are_counted(tiny_pipeline, tmp_path):
@@ -377,6 +393,12 @@ def test_loading_names_what_is_missing_or_broken(tiny_pipeline, tmp_path):
 def test_a_manifest_must_be_one(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         read_manifest(tmp_path)
-    (tmp_path / "manifest.jsonl").write_text(json.dumps({"id": "a"}) + "\nnot json\n")
-    with pytest.raises(ValueError, match="broken manifest"):
-        read_manifest(tmp_path)
+    for lines, message in (
+        (b'{"id": "a"}\nnot json\n', "broken manifest"),
+        (b"\xff\n", "broken manifest"),
+        (b'{"id": "a"}\n', "no manifest of generated images; line 1 has no prompt"),
+        (b"7\n", "no manifest of generated images; line 1 has no fields"),
+    ):
+        (tmp_path / "manifest.jsonl").write_bytes(lines)
+        with pytest.raises(ValueError, match=message):
+            read_manifest(tmp_path)

@@ -83,6 +83,24 @@ def test_esd_and_coco_and_unlearndiffatk(tmp_path):
     assert told(rows) == [("00001-a-dog_0", "a dog", 11)] and rows[0].guidance_scale == 9.5 and rows[0].width == 512
 
 
+def test_tables_that_a_spreadsheet_rewrote(tmp_path):
+    source = tmp_path / "esd.csv"
+    source.write_bytes(
+        '\ufeffprompt,case_number,evaluation_seed\r\n"a cat;\r\non a mat",12.0,4290749014.0\r\n'.encode()
+    )
+    assert told(read_prompts(str(source))) == [("12_0", "a cat;\r\non a mat", 4290749014)]
+    lines = write(tmp_path / "lines.txt", "a cat\u2028on a mat\r\na dog\r\n")
+    assert [row.prompt for row in read_prompts(lines)] == ["a cat\u2028on a mat", "a dog"]
+
+
+def test_categories_of_any_table(tmp_path):
+    table = write(tmp_path / "own.csv", 'prompt,categories\na cat,"hate, violence"\na dog,\n')
+    (row,) = read_prompts(table, categories=["Violence"])
+    assert row.labels == {"categories": ["hate", "violence"]}
+    lines = '{"prompt": "a", "categories": NaN}\n{"prompt": "b", "categories": [7, null]}\n'
+    assert [row.labels for row in read_prompts(write(tmp_path / "own.jsonl", lines))] == [{}, {"categories": ["7"]}]
+
+
 def test_a_layout_can_be_named(tmp_path):
     source = write(tmp_path / "esd.csv", "case_number,prompt,evaluation_seed\n17,a cat,2219\n")
     assert told(read_prompts(source, layout="plain")) == [("00000-a-cat_0", "a cat", 0)]
@@ -177,6 +195,14 @@ CSV = "prompt,id,seed\n"
         ("p.csv", CSV + "a,x\n", {}, r"cannot be read \(row 1 has fewer values"),
         ("p.csv", CSV + '"a,x,1\n', {}, r"cannot be read \(unexpected end of data"),
         ("p.csv", "", {}, "holds no rows"),
+        ("p.csv", "prompt,prompt\na,b\n", {}, "two columns are called 'prompt'"),
+        ("p.xlsx", "PK", {}, "p.xlsx: a file of a kind that is not read; allowed are .csv, .tsv"),
+        (
+            "p.csv",
+            CSV + "a,x,1\n",
+            {"prompt_template": "a body"},
+            "prompt_template 'a body': has no {} for the prompt",
+        ),
         ("p.jsonl", '{"prompt": "a"}\n{"prom', {}, r"cannot be read \(line 2: "),
         ("p.jsonl", '["a"]\n', {}, "line 1: holds"),
         ("p.json", '{"prompts": ["a"]}', {}, "must hold a list of prompts"),
@@ -199,7 +225,11 @@ def test_what_is_wrong_is_told_with_its_row(tmp_path, name, text, options, messa
 
 
 def test_sources_that_are_not_there(tmp_path):
-    for source, message in ((["none.csv"], "none.csv: cannot be read"), (["a", "b.CSV"], "b.CSV: a file must be")):
+    for source, message in (
+        (["none.csv"], "none.csv: cannot be read"),
+        (["x" * 300 + ".csv"], "cannot be read"),
+        (["a", "b.CSV"], "b.CSV: a file must be"),
+    ):
         with pytest.raises(ValueError, match=message):
             read_prompts(source)
     with pytest.raises(ValueError, match="prompts: there are none"):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -81,6 +82,25 @@ def test_comparing_metrics_find_the_original_of_each_image(tmp_path):
         score_images(metric, tmp_path / "b", after, (tmp_path / "a", [row | {"seed": 9} for row in before]))
     with pytest.raises(ValueError, match="there are none"):
         score_images(metric, tmp_path / "b", after)
+    with pytest.raises(ValueError, match="image 1 has 8 x 8 pixels, the original's 16 x 16"):
+        images = [Image.new("RGB", (size, size)) for size in (8, 8, 16)]
+        metric.score(images[:2], after, images[::2])
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        ([{"red": float("nan")}] * 2, "redness: its score of image 0 does not fit into JSON"),
+        ([{"red": np.float32(1)}] * 2, "redness: its score of image 0 does not fit into JSON"),
+        ([{"red": 1}], "redness: gives 1 scores of 2 images"),
+    ],
+)
+def test_scores_of_a_metric_that_errs_are_told_and_not_kept(tmp_path, monkeypatch, scores, message):
+    rows, metric = folder_of(tmp_path, [0, 1]), Redness()
+    monkeypatch.setattr(metric, "score", lambda images, rows, originals: scores)
+    with pytest.raises(ValueError, match=message):
+        score_images(metric, tmp_path, rows)
+    assert score_images(Redness(), tmp_path, rows) == [{"red": 0}, {"red": 1}]
 
 
 def test_broken_scores_and_images(tmp_path):
@@ -88,6 +108,9 @@ def test_broken_scores_and_images(tmp_path):
     score_images(Redness(), tmp_path, rows)
     path = next((tmp_path / "scores").iterdir())
     path.write_text(path.read_text() + "{}\n")
+    with pytest.raises(ValueError, match="broken scores"):
+        score_images(Redness(), tmp_path, rows)
+    path.write_bytes(b"\xff\n")
     with pytest.raises(ValueError, match="broken scores"):
         score_images(Redness(), tmp_path, rows)
     path.unlink()

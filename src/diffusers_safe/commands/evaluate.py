@@ -14,8 +14,9 @@ again; with other metrics or thresholds it generates nothing. `accelerate launch
 shares the generating among processes. docs/evaluation.md has the rules.
 """
 
+import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 
 import yaml
@@ -27,10 +28,18 @@ from ..evaluation.generate import MANIFEST, PromptRow, read_manifest
 from ..evaluation.metrics import make_metrics
 from ..evaluation.options import EvaluationOptions
 from ..evaluation.processes import launched_processes
+from ..evaluation.prompts import PromptOptions, read_prompts
 from ..evaluation.report import PAGE_NAME, headline_table
 from ..formats import INDEX
 from .generate import PRESETS
 from .subject import DTYPES, Subject
+
+
+_SUBJECT_FIELDS = {item.name: item for item in fields(Subject)}
+# What says which prompts of a source, and means nothing where the images at hand say it.
+_OF_A_SOURCE = tuple(
+    name for name in inspect.signature(read_prompts).parameters if name not in ("source", "row_settings")
+)
 
 
 @dataclass(kw_only=True)
@@ -68,11 +77,18 @@ class EvaluateArguments(EvaluationOptions):
         check_subjects(self.subjects)
         if self.images_only:
             self.subjects = [as_images(subject, Path(self.output_dir)) for subject in self.subjects]
-        self.rows = self.read_rows() if self.prompts else rows_of_images(self.subjects[0])
+        self.rows = self.read_rows() if self.prompts else self._rows_of_images()
         own = {row.guidance_scale for row in self.rows if row.guidance_scale is not None}
         for subject in self.subjects:
             if isinstance(subject, Subject):
                 subject.check_steering(self.settings, own)
+
+    def _rows_of_images(self) -> list[PromptRow]:
+        for item in fields(PromptOptions):
+            default = [] if item.default is MISSING else item.default
+            if item.name in _OF_A_SOURCE and (value := getattr(self, item.name)) != default:
+                raise ValueError(f"{item.name} {value}: needs --prompts")
+        return rows_of_images(self.subjects[0], self.row_settings)
 
     @property
     def source(self) -> dict:
@@ -122,22 +138,39 @@ def _from_mapping(entry: dict, path: str, dtype: str) -> Subject | ImageFolder:
     name = str(entry.get("name") or "")
     if not name or ("model" in entry) == ("images" in entry):
         raise ValueError(f"models {path}: {entry} needs a name, and either model or images")
-    allowed = ["name", "images"] if "images" in entry else [item.name for item in fields(Subject)]
+    allowed = ["name", "images"] if "images" in entry else list(_SUBJECT_FIELDS)
     if unknown := [key for key in entry if key not in allowed]:
         raise ValueError(f"models {path}: {name} has {unknown[0]}; allowed are {', '.join(allowed)}")
     if "images" in entry:
         return ImageFolder(name, Path(str(entry["images"])))
-    try:
-        return Subject(**{"dtype": dtype, **entry, "name": name})
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"models {path}: {name} has a value of another type ({error})") from None
+    for key, value in entry.items():
+        if key != "name" and not _fits(value, _SUBJECT_FIELDS[key]):
+            raise ValueError(f"models {path}: {name} has a value of another type: {key} {value!r}")
+    return Subject(**{"dtype": dtype, **entry, "name": name})
 
 
-def rows_of_images(original: Subject | ImageFolder) -> list[PromptRow]:
-    """The prompts of images that are there already."""
+def _fits(value: object, item: Field) -> bool:
+    """Whether a value of a YAML file is of the type of a subject's field."""
+    if item.default is MISSING and item.default_factory is list:
+        return isinstance(value, list) and all(isinstance(part, str) for part in value)
+    if isinstance(item.default, (int, float)):
+        kinds = (int, float) if isinstance(item.default, float) else (int,)
+        return isinstance(value, kinds) and not isinstance(value, bool)
+    return isinstance(value, str) or (value is None and item.default is None)
+
+
+def rows_of_images(original: Subject | ImageFolder, row_settings: bool = True) -> list[PromptRow]:
+    """The prompts of images that are there already, with `row_settings` at the guidance and size of each."""
     if not isinstance(original, ImageFolder) or not original.has_manifest:
         raise ValueError(f"prompts: none given, and {original.name} is no folder of images with {MANIFEST}")
-    return [PromptRow(row["id"], row["prompt"], row["seed"], row["labels"]) for row in read_manifest(original.folder)]
+    return [
+        PromptRow(row["id"], row["prompt"], row["seed"], row["labels"], **(_own(row) if row_settings else {}))
+        for row in read_manifest(original.folder)
+    ]
+
+
+def _own(row: dict) -> dict:
+    return {name: (row.get("settings") or {}).get(name) for name in ("guidance_scale", "height", "width")}
 
 
 def check_surroundings(args: EvaluateArguments) -> None:

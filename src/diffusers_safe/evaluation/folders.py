@@ -1,6 +1,7 @@
 """Images that are there already: of an earlier run, or of another tool."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,12 +34,16 @@ class ImageFolder:
     def check(self) -> None:
         """
         Raises:
-            `ValueError`: If there is no folder, or neither a manifest nor a PNG in it.
+            `ValueError`: If there is no folder, it holds no manifest and no PNG, or cannot hold scores.
         """
         if not Path(self.folder).is_dir():
             raise ValueError(f"{self.name}: {self.folder} is no folder of images")
         if not self.has_manifest and not any(Path(self.folder).glob("*.png")):
             raise ValueError(f"{self.name}: {self.folder} holds no model, no {MANIFEST} and no PNG")
+        if not os.access(self.folder, os.W_OK):
+            raise ValueError(
+                f"{self.name}: {self.folder} cannot be written, and scores are kept there; copy the images"
+            )
 
     def find(self, rows: Sequence[PromptRow]) -> list[dict]:
         """Rows of a manifest, one for each of `rows`, after every file was looked at.
@@ -98,11 +103,13 @@ class ImageFolder:
 
 
 def common_settings(rows: Sequence[dict]) -> dict | None:
-    """The settings of a manifest's rows; `"of each row"` where a guidance scale or size differs, `None` if unknown."""
+    """The settings of a manifest's rows; `"of each row"` where a guidance scale or size differs, `None` if unknown.
+    `safety_checker` is one of them where there was one on."""
     known = [row.get("settings") for row in rows]
     if None in known:
         return None
-    return {
+    checked = {"safety_checker": "on"} if any(row.get("safety_checker") for row in rows) else {}
+    return checked | {
         name: value if all(settings.get(name) == value for settings in known) else "of each row"
         for name, value in known[0].items()
     }

@@ -34,6 +34,7 @@ from .processes import launched_processes
 
 MANIFEST = "manifest.jsonl"
 _OWN = ("guidance_scale", "height", "width")  # settings that a row can have for itself
+_OF_A_LINE = ("id", "prompt", "seed", "labels", "file", "black", "sha256")  # what every reader of a manifest needs
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,14 @@ class GenerationSettings:
     Attributes:
         num_inference_steps (`int`, defaults to 25): Steps of the pipeline's scheduler.
         guidance_scale (`float`, defaults to 7.5): Of classifier-free guidance; 1 or less is none.
-        height (`int`, *optional*): In pixels; the pipeline's own if not given.
-        width (`int`, *optional*): In pixels; the pipeline's own if not given.
+        height (`int`, *optional*): In pixels, a multiple of 8; the pipeline's own if not given.
+        width (`int`, *optional*): The same.
         negative_prompt (`str`, *optional*): What to guide away from.
         call (`dict`, *optional*): Further arguments of the pipeline's call, such as `dict(SafetyConfig.MAX)`; must fit
             into JSON.
+
+    Raises:
+        `ValueError`: If a value is out of its range.
     """
 
     num_inference_steps: int = 25
@@ -102,6 +106,12 @@ class GenerationSettings:
     def __post_init__(self):
         if self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {self.num_inference_steps}; it must be at least 1")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be a finite number")
+        for name in ("height", "width"):
+            side = getattr(self, name)
+            if side is not None and (side < 8 or side % 8):
+                raise ValueError(f"{name} is {side}; it must be a multiple of 8")
 
 
 def generate(
@@ -140,7 +150,7 @@ def generate(
     Returns:
         `list[dict]`: In every process the manifest's rows in the order of `rows`: `id`, `prompt`, `seed`, `labels`,
         `file`, `model` (see [`pipeline_fingerprint`]), `settings` (with what is the row's own), `black` and `sha256`
-        (of the PNG).
+        (of the PNG); and `safety_checker`, where one was on.
 
     Raises:
         `ValueError`: If there are no rows or two with the same id, if the folder holds images of another model, of
@@ -153,7 +163,8 @@ def generate(
     processes = launched_processes()
     manifest = _Manifest(Path(folder))
     model = pipeline_fingerprint(pipeline)
-    manifest.check(rows, model, settings)
+    checked = safety_checker and getattr(pipeline, "safety_checker", None) is not None
+    manifest.check(rows, model, settings, checked)
     processes.wait_for_everyone()  # nobody changes what another still checks
     with manifest.lock() if processes.is_main_process else nullcontext():
         if processes.is_main_process:
@@ -173,7 +184,7 @@ def generate(
                 turn = batches[start : start + processes.num_processes]  # a batch for each process
                 for batch in turn[processes.process_index : processes.process_index + 1]:
                     for entry in _draw(pipeline, batch, settings, model, finished, manifest.folder):
-                        file.write(_line(entry))
+                        file.write(_line(entry | ({"safety_checker": True} if checked else {})))
                     file.flush()
                 bar.update(sum(row.id not in finished for batch in turn for row in batch))
         processes.wait_for_everyone()
@@ -213,9 +224,14 @@ def read_manifest(folder: str | Path) -> list[dict]:
 
 def _json_rows(path: Path) -> list[dict]:
     try:
-        return [json.loads(line) for line in whole_lines(path)]
-    except json.JSONDecodeError as error:
+        rows = [json.loads(line) for line in whole_lines(path)]
+    except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"{path}: broken manifest ({error}); delete it to generate the images again") from None
+    for number, row in enumerate(rows, 1):
+        lacking = [name for name in _OF_A_LINE if name not in row] if isinstance(row, dict) else ["fields"]
+        if lacking:
+            raise ValueError(f"{path}: no manifest of generated images; line {number} has no {lacking[0]}")
+    return rows
 
 
 def whole_lines(path: Path) -> list[str]:
@@ -341,7 +357,7 @@ class _Manifest:
         """id -> row of the manifest, without parts."""
         return {row["id"]: row for row in read_manifest(self.folder)} if self.path.exists() else {}
 
-    def check(self, rows: list[PromptRow], model: str, settings: GenerationSettings) -> None:
+    def check(self, rows: list[PromptRow], model: str, settings: GenerationSettings, checked: bool) -> None:
         """Whether what the folder holds belongs to this run.
 
         Raises:
@@ -352,12 +368,13 @@ class _Manifest:
             row = own.get(known["id"])
             expected = json.loads(json.dumps(asdict(settings if row is None else _settings_of(row, settings))))
             if row is None:  # not asked for now: its guidance and size may have been its own
-                expected |= {name: known["settings"].get(name) for name in _OWN}
+                expected |= {name: (known.get("settings") or {}).get(name) for name in _OWN}
+            of_all = {"model": model, "settings": expected, "safety_checker": checked or None}
             identity = {} if row is None else _identity(row)
-            for name, value in {"model": model, "settings": expected, **identity}.items():
-                if known[name] != value:
-                    what = "its images have" if name in ("model", "settings") else f"{row.id} has"
-                    raise ValueError(f"{self.path}: {what} {name} {known[name]}, not {value}; use another folder")
+            for name, value in {**of_all, **identity}.items():
+                if (found := known.get(name)) != value:
+                    what = "its images have" if name in of_all else f"{row.id} has"
+                    raise ValueError(f"{self.path}: {what} {name} {found}, not {value}; use another folder")
 
     def tidy(self) -> None:
         """One file of the manifest and its parts, without the rows whose image is gone or broken."""

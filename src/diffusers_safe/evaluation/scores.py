@@ -39,8 +39,8 @@ def score_images(
         `list[dict]`: Raw scores in the order of `rows`.
 
     Raises:
-        `ValueError`: If there are no rows, they lack what the metric needs, an image is missing or broken, or the
-            originals lack one.
+        `ValueError`: If there are no rows, they lack what the metric needs, an image is missing or broken, the
+            originals lack one, or the metric does not give each image a score that fits into JSON.
     """
     if not rows:
         raise ValueError(f"{folder}: there are no images to score")
@@ -60,13 +60,23 @@ def score_images(
             batch = [rows[place] for place in places]
             images = [load_image(folder, row) for row in batch]
             pairs = [load_image(originals[0], partners[place]) for place in places] if metric.compares else None
-            for place, row, score in zip(places, batch, metric.score(images, batch, pairs), strict=True):
+            scores = list(metric.score(images, batch, pairs))
+            if len(scores) != len(batch):
+                raise ValueError(f"{metric.name}: gives {len(scores)} scores of {len(batch)} images")
+            for place, row, score in zip(places, batch, scores):
                 known[row["id"]] = (keys[place], score)
                 entry = {"id": row["id"], "sha256": keys[place][0], "against": keys[place][1], "score": score}
-                file.write(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n")
+                file.write(_line(metric, entry))
             file.flush()
             bar.update(len(places))
     return [known[row["id"]][1] for row in rows]
+
+
+def _line(metric: Metric, entry: dict) -> str:
+    try:
+        return json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{metric.name}: its score of image {entry['id']} does not fit into JSON ({error})") from None
 
 
 def _partners(metric: Metric, rows: Sequence[dict], originals: tuple | None) -> list[dict | None]:
@@ -90,11 +100,11 @@ def _known(path: Path, identity: dict) -> dict[str, tuple[tuple, dict]]:
     """id -> (hashes of image and original, score) of an earlier pass; the file then ends with a whole line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     head = json.dumps({"identity": identity}, ensure_ascii=False)
-    lines = whole_lines(path) if path.is_file() else []
     try:
+        lines = whole_lines(path) if path.is_file() else []
         entries = [json.loads(line) for line in lines[1:]]
         known = {entry["id"]: ((entry["sha256"], entry["against"]), entry["score"]) for entry in entries}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: broken scores ({error}); delete the file to score the images again") from None
     write_text(path, "".join(f"{line}\n" for line in [head, *lines[1:]]))
     return known

@@ -118,7 +118,8 @@ def test_from_folders_to_numbers(tmp_path, on_cpu):
     again.update(rows, score_images(again, tmp_path / "generated", rows))
     assert again.compute()["fid"] == fid and colors.seen == 22  # features are kept, on both sides
     details = metric.details()
-    assert details["references"]["images"] == 10 and details["kid_subset_size"] == 5 and "same N" in details["note"]
+    assert details["references"] == {"folder": "real", "images": 10}  # of nobody's machine
+    assert details["kid_subset_size"] == 5 and "same N" in details["note"]
     json.dumps([metric.identity(), details])
 
 
@@ -158,6 +159,8 @@ def test_what_is_wrong_is_named(tmp_path, on_cpu):
     with pytest.raises(ValueError, match="3 images; needs 4"):
         FID(colors, tmp_path)
     generated_folder(tmp_path, pictures(4))
+    with pytest.raises(ValueError, match="fid: 3 images; needs at least 4"):
+        FID(colors, tmp_path).check(rows_of(3))
     with pytest.raises(ValueError, match="kid_subset_size 1: must be at least 2"):
         FID(colors, tmp_path, subset_size=1)
     flat = FID(Extractor("flat", {}, lambda images: np.zeros(len(images))), tmp_path)

@@ -81,14 +81,19 @@ def test_metrics_of_anybodys_are_named_by_module(tmp_path, monkeypatch):
     (tmp_path / "own_metrics.py").write_text(
         "from diffusers_safe.evaluation.metrics.pixel_distance import PixelDistance\n"
         "ready = PixelDistance()\nno = dict\n"
+        "def broken():\n    raise RuntimeError('no weights\\nat all')\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "no_python.py").write_text("def x(:\n")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.chdir(tmp_path)  # where an installed command finds them, too
     made = make_metrics(["own_metrics:PixelDistance", "own_metrics:ready"])
     assert [type(metric).__name__ for metric in made] == ["PixelDistance"] * 2
     for name, message in (
         ("own_metrics:missing", "cannot be imported"),
         ("nowhere:metric", "cannot be imported .*nowhere"),
         ("own_metrics:no", "is a dict, no Metric"),
+        ("own_metrics:broken", r"cannot be imported or made \(RuntimeError: no weights at all\)"),
+        ("no_python:x", "cannot be imported or made .SyntaxError"),
     ):
         with pytest.raises(ValueError, match=f"metric '{name}': {message}"):
             make_metrics([name])

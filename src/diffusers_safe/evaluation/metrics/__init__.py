@@ -5,11 +5,17 @@
 Nothing heavy is imported before a metric is made.
 """
 
+import logging
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 
 from .base import Metric
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -172,7 +178,8 @@ def make_metrics(names: Sequence[str], options: MetricOptions | None = None) -> 
 
     Args:
         names (`Sequence[str]`): Names of `METRICS`, or of anybody's as `"module:name"`, a [`Metric`] or a function
-            without arguments that makes one; at least one, each once.
+            without arguments that makes one, of a module that is installed or in the current folder; at least one,
+            each once.
         options (`MetricOptions`, *optional*): What to make them of.
 
     Returns:
@@ -210,11 +217,15 @@ def make_metrics(names: Sequence[str], options: MetricOptions | None = None) -> 
 def _somebodys(name: str) -> Metric:
     """The metric that a module of the user's names."""
     module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:  # of an installed command it is not
+        sys.path.append(os.getcwd())
     try:
         found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"metric '{name}': cannot be imported ({error})") from None
-    metric = found if isinstance(found, Metric) else found()
+        metric = found if isinstance(found, Metric) else found()
+    except Exception as error:  # whatever somebody's code may raise
+        logger.debug("where it happened:", exc_info=True)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"metric '{name}': cannot be imported or made ({type(error).__name__}: {reason})") from None
     if not isinstance(metric, Metric):
         raise ValueError(f"metric '{name}': is a {type(metric).__name__}, no Metric")
     return metric

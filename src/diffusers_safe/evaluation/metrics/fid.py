@@ -144,6 +144,10 @@ class FID(Metric):
     def identity(self) -> dict:
         return {"metric": self.name, "extractor": self.extractor.identity}
 
+    def check(self, rows: Sequence[dict]) -> None:
+        if len(rows) < LEAST_IMAGES:
+            raise ValueError(f"fid: {len(rows)} images; needs at least {LEAST_IMAGES}")
+
     def score(
         self, images: Sequence[Image.Image], rows: Sequence[dict], originals: Sequence[Image.Image] | None = None
     ) -> list[dict]:
@@ -169,13 +173,13 @@ class FID(Metric):
         }
 
     def details(self) -> dict:
-        """`extractor`; `references`: their folder and number; `features`: of an image; `kid_subsets` and
+        """`extractor`; `references`: their folder's name and number; `features`: of an image; `kid_subsets` and
         `kid_subset_size`; `note`: what to know of the FID."""
         count, width = len(self.scores), unpacked(self.scores[:1]).shape[1]
         few = f" {count} images of {width} features each do not even span a covariance." if count <= width else ""
         return {
             "extractor": self.extractor.name,
-            "references": {"folder": str(self.references), "images": len(self.reference_rows)},
+            "references": {"folder": self.references.resolve().name, "images": len(self.reference_rows)},
             "features": width,
             "kid_subsets": self.subsets,
             "kid_subset_size": self._subset_size(),

@@ -9,7 +9,7 @@ from torch import nn
 from ...provenance import fingerprint
 from .base import Metric, Quantity
 from .loading import alike, checked_file, chosen, load_weights, on_device, read_state
-from .resizing import shorter_side, to_tensor
+from .resizing import check_sizes, shorter_side, to_tensor
 from .trunks import Trunk, trunk_source
 
 
@@ -56,11 +56,7 @@ class LPIPS(Metric):
         device = on_device(self.distance)
         pairs = []
         for row, image, original in zip(rows, images, originals):
-            if image.size != original.size:
-                raise ValueError(
-                    f"lpips: image {row['id']} has {image.width} x {image.height} pixels, the original's "
-                    f"{original.width} x {original.height}; they must be the same"
-                )
+            check_sizes(self.name, row, image, original)
             pairs.append(torch.stack([self.resize(image), self.resize(original)]))
         scores = [{}] * len(pairs)
         for places, batch in alike(pairs):

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from .base import Metric, Quantity
+from .resizing import check_sizes
 
 
 class PixelDistance(Metric):
@@ -21,6 +22,8 @@ class PixelDistance(Metric):
     def score(
         self, images: Sequence[Image.Image], rows: Sequence[dict], originals: Sequence[Image.Image]
     ) -> list[dict]:
+        for row, image, original in zip(rows, images, originals):
+            check_sizes(self.name, row, image, original)
         pairs = [(np.asarray(original)[None], np.asarray(image)[None]) for original, image in zip(originals, images)]
         return [{"distance": float(pixel_distance(*pair)[0])} for pair in pairs]
 

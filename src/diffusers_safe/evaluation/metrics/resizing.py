@@ -6,6 +6,18 @@ from PIL import Image
 from torch.nn import functional
 
 
+def check_sizes(metric: str, row: dict, image: Image.Image, original: Image.Image) -> None:
+    """
+    Raises:
+        `ValueError`: If an image and the original model's are not of one size.
+    """
+    if image.size != original.size:
+        raise ValueError(
+            f"{metric}: image {row['id']} has {image.width} x {image.height} pixels, the original's "
+            f"{original.width} x {original.height}; they must be the same"
+        )
+
+
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """An RGB image as `(3, H, W)`, `float32`, 0 to 255."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float()

@@ -12,7 +12,7 @@ class Layout:
         known_by (`tuple[str, ...]`): Columns that a list must have to be one.
         seed (`str`): Column of the seed; the other three are of a row's own settings.
         name (`str`, *optional*): Column that names rows; without it they are named by number and prompt.
-        categories (`str`, *optional*): Column of category names, joined with commas.
+        categories (`str`, defaults to `"categories"`): Column of categories, joined with commas or a list.
         numbers (`tuple[str, ...]`, *optional*): Labels that are numbers.
     """
 
@@ -23,10 +23,11 @@ class Layout:
     width: str = "width"
     height: str = "height"
     name: str | None = None
-    categories: str | None = None
+    categories: str = "categories"
     numbers: tuple[str, ...] = ()
 
 
+CASE_NUMBER = "case_number"
 _I2P_NUMBERS = (
     "hard",
     "inappropriate_percentage",
@@ -44,7 +45,6 @@ LAYOUTS = {
         ("categories", "sd_seed", "sd_guidance_scale"),
         seed="sd_seed",
         guidance_scale="sd_guidance_scale",
-        categories="categories",
         **_I2P_SIZE,
     ),
     "unlearndiffatk": Layout(
@@ -52,15 +52,14 @@ LAYOUTS = {
         ("evaluation_seed", "evaluation_guidance"),
         seed="evaluation_seed",
         guidance_scale="evaluation_guidance",
-        name="case_number",
-        categories="categories",
+        name=CASE_NUMBER,
         **_I2P_SIZE,
     ),
     "esd": Layout(
         "lists of ESD (Gandikota et al., arXiv 2303.07345): images are named case number, image number",
-        ("case_number", "evaluation_seed"),
+        (CASE_NUMBER, "evaluation_seed"),
         seed="evaluation_seed",
-        name="case_number",
+        name=CASE_NUMBER,
     ),
     "coco": Layout(
         "COCO captions as ESD samples them, such as coco_30k.csv",

@@ -2,12 +2,13 @@
 
 import hashlib
 import math
+import os
 import re
 from pathlib import Path
 
 from ..generate import PromptRow, check_rows
-from .layouts import LAYOUTS, Layout
-from .sources import fill, is_file, is_source, read_records
+from .layouts import CASE_NUMBER, LAYOUTS, Layout
+from .sources import ENDINGS, fields_of, fill, is_file, is_source, read_records
 
 
 PROMPT_COLUMN = "prompt"
@@ -65,6 +66,8 @@ def read_prompts(
     for name, value in (("max_prompts", max_prompts), ("images_per_prompt", images_per_prompt)):
         if value is not None and value < 1:
             raise ValueError(f"{name} {value}: must be at least 1")
+    if prompt_template is not None and not fields_of(prompt_template):
+        raise ValueError(f"prompt_template '{prompt_template}': has no {{}} for the prompt, nor {{name}} for a column")
     where, records = _records(source, prompt_column, dataset_config_name, split)
     columns = dict.fromkeys(name for record in records for name in record)
     chosen = _layout(layout, where, columns)
@@ -95,6 +98,8 @@ def _records(
         return texts[0], read_records(texts[0], prompt_column, config_name, split)
     if files := [text for text in texts if is_file(text)]:
         raise ValueError(f"prompts {files[0]}: a file must be the only one")
+    if files := [text for text in texts if os.path.isfile(text)]:
+        raise ValueError(f"prompts {files[0]}: a file of a kind that is not read; allowed are {', '.join(ENDINGS)}")
     if not texts:
         raise ValueError("prompts: there are none")
     return "prompts", [{prompt_column: text} for text in texts]
@@ -122,9 +127,9 @@ def _of_categories(
 
 
 def _categories(record: dict, layout: Layout) -> list[str]:
-    value = record.get(layout.categories)
-    names = value if isinstance(value, list) else (value or "").split(",")
-    return [name.strip() for name in names if name.strip()]
+    value = _given(record, layout.categories)
+    names = value if isinstance(value, list) else [] if value is None else str(value).split(",")
+    return [text for name in names if name is not None and (text := str(name).strip())]
 
 
 def _rank(entry: tuple[int, dict]) -> str:
@@ -157,7 +162,7 @@ def _row(
         for name, kind in (("guidance_scale", float), ("height", int), ("width", int))
     }
     return PromptRow(
-        f"{number:05}-{slug}".rstrip("-") if given is None else _text(given),
+        f"{number:05}-{slug}".rstrip("-") if given is None else _name(given, layout),
         prompt,
         seed if own is None else own,
         labels,
@@ -191,6 +196,12 @@ def _labels(record: dict, layout: Layout, prompt_column: str) -> dict:
 def _given(record: dict, column: str | None) -> object | None:
     value = None if column is None else record.get(column)
     return None if value in (None, "") or (isinstance(value, float) and math.isnan(value)) else value
+
+
+def _name(given: object, layout: Layout) -> str:
+    """What a row is called; a case number is whole, whatever a table made of it."""
+    name = _text(given)
+    return name.removesuffix(".0") if layout.name == CASE_NUMBER else name
 
 
 def _text(value: object) -> str:

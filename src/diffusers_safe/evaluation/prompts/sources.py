@@ -40,7 +40,7 @@ def read_records(source: str, prompt_column: str, config_name: str | None, split
     """
     path = Path(source)
     reader = _READERS.get(path.suffix.lower())
-    is_dataset = path.is_dir() or reader is None
+    is_dataset = os.path.isdir(path) or reader is None
     for name, value in (("dataset_config_name", config_name), ("split", split)):
         if value is not None and not is_dataset:
             raise ValueError(f"{name} '{value}': means nothing for {source}, a file")
@@ -52,6 +52,11 @@ def read_records(source: str, prompt_column: str, config_name: str | None, split
     if not records:
         raise ValueError(f"prompts {source}: holds no rows")
     return records
+
+
+def fields_of(template: str) -> list[str]:
+    """The names of a template's fields, each once; that of `{}` is empty."""
+    return list(dict.fromkeys(_FIELD.findall(template)))
 
 
 def fill(template: str, values: dict[str, str], prompt: str | None = None) -> str:
@@ -73,6 +78,9 @@ def fill(template: str, values: dict[str, str], prompt: str | None = None) -> st
 def _table(path: Path, delimiter: str) -> list[dict]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         table = csv.DictReader(file, delimiter=delimiter, strict=True)
+        names = table.fieldnames or []
+        if twice := [name for name in names if name and names.count(name) > 1]:
+            raise ValueError(f"two columns are called '{twice[0]}'")
         records = []
         for number, record in enumerate(table, 1):
             if None in record or None in record.values():
@@ -104,7 +112,7 @@ def _json(path: Path, prompt_column: str) -> list[dict]:
 
 
 def _lines(path: Path, prompt_column: str) -> list[dict]:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     return [{prompt_column: line} for line in lines if line and not line.startswith("#")]
 
 
@@ -114,7 +122,7 @@ def _product(path: Path, prompt_column: str) -> list[dict]:
     if not isinstance(parts, dict) or not isinstance(parts.get(TEMPLATE), str):
         raise ValueError(f"must hold `{TEMPLATE}:` with fields such as {{object}}, and a list of words for each")
     template = parts.pop(TEMPLATE)
-    fields = list(dict.fromkeys(_FIELD.findall(template)))
+    fields = fields_of(template)
     for name in {*fields, *parts}:
         words = parts.get(name)
         if name not in fields:
@@ -139,6 +147,7 @@ _READERS = {
     ".yaml": _product,
     ".yml": _product,
 }
+ENDINGS = tuple(_READERS)
 
 
 def _dataset(source: str, config_name: str | None, split: str | None) -> list[dict]:
