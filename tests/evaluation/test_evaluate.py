@@ -14,6 +14,7 @@ from diffusers_safe.evaluation.metrics.base import Metric, Quantity
 from diffusers_safe.evaluation.metrics.pixel_distance import PixelDistance
 from diffusers_safe.evaluation.published import PUBLISHED, PublishedProtocol, published_beside
 from diffusers_safe.evaluation.statistics import Estimate
+from diffusers_safe.evaluation.summary import categories_of
 
 
 QUICK = GenerationSettings(num_inference_steps=1, guidance_scale=1.0, height=16, width=16)
@@ -411,3 +412,51 @@ def test_numbers_of_a_category_stand_beside_that_category_only():
     assert {number.category for number in published_beside("inappropriate", ["Hate"])} == {"hate"}
     assert {number.category for number in published_beside("inappropriate", ["hate", "sexual"])} == {None}
     assert all(0 < number.value < 1 for number in PUBLISHED if number.unit == "%")
+
+
+def test_the_protocol_is_that_of_the_images(pipelines, tmp_path):
+    rows = rows_of(2, 1)
+    evaluate([LoadedModel("original", pipelines[0])], rows, [Bright(100)], tmp_path, QUICK)
+    again = evaluate(
+        [LoadedModel("original", pipelines[0])], rows, [Bright(100)], tmp_path,
+        GenerationSettings(num_inference_steps=50), images_only=True,
+    )  # fmt: skip
+    assert again["protocol"]["settings"]["num_inference_steps"] == 1 and again["protocol"]["safety_checker"] == "off"
+
+
+def test_safety_checkers_of_images_that_are_there_are_told(pipelines, tmp_path):
+    rows = rows_of(2, 1)
+    for name in ("bare", "checked"):
+        generate(pipelines[0], rows, tmp_path / name, QUICK)
+    manifest = tmp_path / "checked" / "manifest.jsonl"
+    lines = [json.loads(line) | {"safety_checker": True} for line in manifest.read_text().splitlines()]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    folders = [ImageFolder(name, tmp_path / name) for name in ("bare", "checked")]
+    results = evaluate(folders, rows, [Bright(100)], tmp_path / "out")
+    assert results["protocol"]["safety_checker"] == "off for bare, on for checked"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "checked was not sampled as bare was: safety_checker on, not off" in page
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(float("nan"), "dim: dark of image 0_0 is nan; it must be 0 or 1"), (0.5, "0_0 is 0.5; it must be 0 or 1")],
+)
+def test_a_share_that_is_none_is_refused(pipelines, tmp_path, value, message):
+    class Dim(PixelDistance):
+        name, compares = "dim", False
+        quantities = {"dark": Quantity("dark", "%")}
+
+        def score(self, images, rows, originals=None):
+            return [{}] * len(images)
+
+        def values(self, row, score):
+            return {"dark": value}
+
+    with pytest.raises(ValueError, match=message):
+        evaluate([LoadedModel("original", pipelines[0])], rows_of(1, 1), [Dim()], tmp_path, QUICK)
+
+
+def test_categories_may_be_of_any_kind():
+    for found, expected in (("a, b", ["a", "b"]), (["a"], ["a"]), (3, ["3"]), (None, ["None"])):
+        assert categories_of({"labels": {"category": found}}) == expected

@@ -9,7 +9,6 @@ from diffusers_safe.evaluation.statistics import (
     bootstrap_mean_interval,
     expected_maximum,
     expected_maximum_interval,
-    macro_mean,
     mcnemar,
     paired_difference,
     sign_flip_test,
@@ -45,8 +44,13 @@ def test_clusters_that_always_agree_count_once():
     assert np.ptp(bootstrap_mean_interval(repeated)) < np.ptp(bootstrap_mean_interval(per_cluster)) / 4
 
 
-def test_macro_mean_weighs_clusters_alike():
-    assert macro_mean([1, 1, 1, 0], ["cat", "cat", "cat", "dog"]) == 0.5
+def test_images_count_alike_whatever_their_prompts():
+    names = ["cat", "cat", "cat", "dog"]
+    assert Estimate.of_images([1.0, 1.0, 1.0, 0.0], names).value == 0.75
+    assert paired_difference([0, 0, 0, 0], [1, 1, 1, 0], names).value == 0.75
+    # Two prompts drawn again: both the cat, both the dog, or one each.
+    assert bootstrap_mean_interval([1.0, 1.0, 1.0, 0.0], names) == (0, 1)
+    assert bootstrap_mean_interval([1.0, 1.0, 1.0, 0.0], names, confidence=0.4) == (0.75, 0.75)
 
 
 @pytest.mark.parametrize(("values", "clusters"), [([], None), ([1.0, 2.0], ["one"])])

@@ -256,10 +256,21 @@ def _protocol(
             "seeds": [min(row.seed for row in rows), max(row.seed for row in rows)],
             "sha256": hashlib.sha256(drawn.encode()).hexdigest(),
         },
-        "settings": asdict(settings),
+        "settings": models[0].facts["settings"] or asdict(settings),
         "original": models[0].name,
-        "safety_checker": "off",
+        "safety_checker": _safety_checkers(models),
         "black_images": {model.name: model.black for model in models},
         "versions": library_versions(),
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _safety_checkers(models: list[Measured]) -> str:
+    """Whether safety checkers were on, by model where any may have been."""
+    states = {
+        model.name: model.facts["settings"]["safety_checker"] if model.facts["settings"] else "unknown"
+        for model in models
+    }
+    if set(states.values()) == {"off"}:
+        return "off"
+    return ", ".join(f"{state} for {name}" for name, state in states.items())

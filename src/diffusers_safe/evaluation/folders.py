@@ -104,12 +104,12 @@ class ImageFolder:
 
 def common_settings(rows: Sequence[dict]) -> dict | None:
     """The settings of a manifest's rows; `"of each row"` where a guidance scale or size differs, `None` if unknown.
-    `safety_checker` is one of them where there was one on."""
+    `safety_checker`, `"on"` or `"off"`, is one of them."""
     known = [row.get("settings") for row in rows]
     if None in known:
         return None
-    checked = {"safety_checker": "on"} if any(row.get("safety_checker") for row in rows) else {}
-    return checked | {
+    common = {
         name: value if all(settings.get(name) == value for settings in known) else "of each row"
         for name, value in known[0].items()
     }
+    return {**common, "safety_checker": "on" if any(row.get("safety_checker") for row in rows) else "off"}

@@ -49,11 +49,6 @@ def independent_units(clusters: Sequence[Hashable]) -> int:
     return count if count > 1 else len(clusters)
 
 
-def macro_mean(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> float:
-    """The mean of the clusters' means; without clusters the plain mean."""
-    return float(_cluster_means(values, clusters).mean())
-
-
 def bootstrap_mean_interval(
     values: Sequence[float],
     clusters: Sequence[Hashable] | None = None,
@@ -61,7 +56,7 @@ def bootstrap_mean_interval(
     samples: int = 10_000,
     confidence: float = CONFIDENCE,
 ) -> tuple[float, float]:
-    """The percentile bootstrap interval of [`macro_mean`].
+    """The percentile bootstrap interval of a mean.
 
     Images of one prompt resemble each other more than images of different prompts. With the prompts as `clusters`,
     whole prompts are drawn again instead of single images; for differences between two models, give the differences
@@ -84,13 +79,14 @@ def bootstrap_mean_interval(
     if samples < 1:
         raise ValueError(f"samples is {samples}; it must be at least 1")
     tail = (1 - _checked(confidence)) / 2
-    units = _cluster_means(values, clusters)
+    sums, sizes = _cluster_sums(values, clusters)
+    n = len(sums)
     rng = np.random.default_rng(seed)
     # In slices, so that thousands of images need no gigabytes.
-    step = max(1, 10_000_000 // len(units))
+    step = max(1, 10_000_000 // n)
     counts = [min(step, samples - start) for start in range(0, samples, step)]
-    drawn = (rng.integers(len(units), size=(count, len(units))) for count in counts)
-    means = np.concatenate([units[indices].mean(axis=1) for indices in drawn])
+    drawn = (rng.integers(n, size=(count, n)) for count in counts)
+    means = np.concatenate([sums[indices].sum(axis=1) / sizes[indices].sum(axis=1) for indices in drawn])
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
 
@@ -192,7 +188,7 @@ def sign_flip_test(
     """A permutation test of two means on the same prompts and seeds.
 
     Were both models alike, each difference might as well have the other sign. With clusters whole prompts change their
-    sign; the means are then [`macro_mean`]s. Up to 2^13 signs are all tried, else `samples` are drawn.
+    sign. Up to 2^13 signs are all tried, else `samples` are drawn.
 
     Args:
         before (`Sequence[float]`): N values of one model.
@@ -213,7 +209,7 @@ def sign_flip_test(
     if samples < 1:
         raise ValueError(f"samples is {samples}; it must be at least 1")
     first, second = _paired(before, after)
-    units = _cluster_means(second - first, clusters)
+    units, _ = _cluster_sums(second - first, clusters)
     n = len(units)
     observed = abs(units.sum())
     edge = observed - 1e-12 * max(1.0, np.abs(units).sum())  # equal but for rounding is as extreme
@@ -282,16 +278,15 @@ class Estimate:
     def mean(
         cls, values: Sequence[float], clusters: Sequence[Hashable] | None = None, unit: str = "%", seed: int = 0
     ) -> "Estimate":
-        """A [`macro_mean`] with its bootstrap interval."""
+        """A mean with its bootstrap interval."""
         low, high = bootstrap_mean_interval(values, clusters, seed)
-        return cls(macro_mean(values, clusters), low, high, len(values), unit)
+        return cls(float(np.mean(values)), low, high, len(values), unit)
 
     @classmethod
     def of_images(cls, values: Sequence[float], prompts: Sequence[Hashable], unit: str = "%") -> "Estimate":
         """The average over images, each counted once. A share whose prompts have one image each has its Wilson
-        interval; where prompts have several, the bootstrap draws whole prompts, which counts them alike if they have
-        as many. A share of which all images agree has the Wilson interval of one image a prompt: the bootstrap knows
-        no other outcome than those it has seen."""
+        interval; where prompts have several, the bootstrap draws whole prompts. A share of which all images agree has
+        the Wilson interval of one image a prompt: the bootstrap knows no other outcome than those it has seen."""
         units = independent_units(prompts)
         if unit == "%" and units == len(prompts):
             return cls.rate(int(sum(values)), len(values))
@@ -320,19 +315,18 @@ class Estimate:
         return f"{number:+.1f}" if self.unit == "points" and number else f"{number:.1f}"
 
 
-def _cluster_means(values: Sequence[float], clusters: Sequence[Hashable] | None) -> np.ndarray:
+def _cluster_sums(values: Sequence[float], clusters: Sequence[Hashable] | None) -> tuple[np.ndarray, np.ndarray]:
+    """The sum and the size of each cluster, of each value where there are none."""
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"values have shape {values.shape}; there must be one row of at least 1 number")
-    if clusters is None:
-        return values
-    if len(clusters) != len(values):
+    if clusters is not None and len(clusters) != len(values):
         raise ValueError(f"{len(clusters)} cluster names for {len(values)} values; there must be one for each")
-    if independent_units(clusters) == len(clusters):
-        return values
+    if clusters is None or independent_units(clusters) == len(clusters):
+        return values, np.ones(len(values))
     position = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
     member = np.array([position[name] for name in clusters])
-    return np.bincount(member, weights=values) / np.bincount(member)
+    return np.bincount(member, weights=values), np.bincount(member)
 
 
 def _paired(before: Sequence[float], after: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

@@ -190,7 +190,7 @@ def _by_category(models: list[Measured], metrics: Sequence[MetricFacts]) -> list
 def categories_of(row: dict) -> list[str]:
     """The categories that a row's labels name, as the I2P table does."""
     found = row["labels"].get("categories", row["labels"].get("category", []))
-    return [part.strip() for part in found.split(",")] if isinstance(found, str) else list(found)
+    return list(found) if isinstance(found, (list, tuple)) else [part.strip() for part in str(found).split(",")]
 
 
 def _in_category(model: Measured, metric: MetricFacts, name: str, category: str) -> Estimate | None:

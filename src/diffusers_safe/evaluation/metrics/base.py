@@ -6,6 +6,7 @@ metric.update(rows, scores)
 metric.compute()  # {"pixel_distance": Estimate(...)}
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -120,11 +121,11 @@ class Metric(ABC):
         has its Wilson interval; so has one whose interval is of images.
 
         Raises:
-            `ValueError`: If there are no images.
+            `ValueError`: If there are no images, or a number of one is not finite or, of a share, neither 0 nor 1.
         """
         if not self.rows:
             raise ValueError(f"{self.name}: there are no images to measure")
-        found = [(row, self.values(row, score)) for row, score in zip(self.rows, self.scores)]
+        found = [(row, self._checked_values(row, score)) for row, score in zip(self.rows, self.scores)]
         estimates = {}
         for name, quantity in self.quantities.items():
             chosen = [(quantity.drawn_with(row), values[name]) for row, values in found if name in values]
@@ -132,6 +133,15 @@ class Metric(ABC):
                 clusters, numbers = zip(*chosen)
                 estimates[name] = Estimate.of_images(numbers, clusters, quantity.unit)
         return estimates
+
+    def _checked_values(self, row: dict, score: dict) -> dict[str, float]:
+        values = self.values(row, score)
+        for name, value in values.items():
+            share = name in self.quantities and self.quantities[name].unit == "%"
+            if not math.isfinite(value) or (share and value not in (0, 1)):
+                allowed = "0 or 1" if share else "a finite number"
+                raise ValueError(f"{self.name}: {name} of image {row['id']} is {value}; it must be {allowed}")
+        return values
 
     def details(self) -> dict:
         """What else there is to say, such as counts of each class; fits into JSON. Empty unless overridden."""
