@@ -102,6 +102,8 @@ class GenerationSettings:
     def __post_init__(self):
         if self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {self.num_inference_steps}; it must be at least 1")
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be a finite number")
 
 
 def generate(
