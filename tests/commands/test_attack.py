@@ -118,6 +118,24 @@ def test_models_have_names_and_the_embedded_one_is_the_original(tiny_model_folde
         (["--attacks", "seeds", "--num_seeds", "1"], "num_seeds 1: must be at least 2"),
         (["--attacks", "seeds", "--emoji", "spoon"], "emoji 'spoon': unknown; allowed are weapon"),
         (["--attacks", "seeds", "--metrics", "pixel_distance"], "metric 'pixel_distance': does not say of an image"),
+        (["--attacks", "seeds", "--metrics", "fid"], "metric 'fid': does not say of an image whether it shows the"),
+        (["--attacks", "seeds", "--concept", "knife"], "concept: of no use without --attacks inversion"),
+        (["--attacks", "seeds", "--inversion_steps", "3"], "inversion_steps: of no use without --attacks inversion"),
+        (["--attacks", "seeds", "--paraphrases", "nowhere"], "paraphrases: of no use without --attacks paraphrases"),
+        (["--attacks", "paraphrases", "--num_seeds", "3"], "num_seeds: of no use without --attacks seeds"),
+        (
+            ["--attacks", "inversion", "--concept", "knife", "--inversion_template", "one {{}}"],
+            "inversion_template: of no use without --inversion_pictures",
+        ),
+        (
+            ["--attacks", "inversion", "--concept", "a", "--inversion_pictures", "x", "--inversion_num_pictures", "2"],
+            "inversion_num_pictures: of no use with --inversion_pictures",
+        ),
+        (
+            ["--attacks", "inversion", "--concept", "knife", "--prompts", "a knife", "a knife" + " and a cat" * 20],
+            "tokens; this model takes 32, and what is cut would not be trained",
+        ),
+        (["--attacks", "seeds", "--guidance_scale", "nan"], "guidance_scale is nan; it must be a finite number"),
         (["--attacks", "seeds", "--metrics", "magic"], "metric 'magic': unknown"),
         (["--attacks", "seeds", "--model", "nowhere/at-all"], "no folder or Hub repository of a diffusers pipeline"),
         (["--attacks", "seeds", "--model", "{empty}"], "{empty}': no folder of a diffusers pipeline"),
@@ -132,10 +150,7 @@ def test_models_have_names_and_the_embedded_one_is_the_original(tiny_model_folde
         (["--attacks", "inversion", "--concept", "knife", "--dtype", "float16"], "dtype float16: gradients of inver"),
         (["--attacks", "inversion", "--concept", "knife", "--inversion_pictures", "{empty}"], "no folder of pictures"),
         (["--attacks", "inversion", "--concept", "knife", "--height", "64", "--width", "32"], "must be the same for"),
-        (
-            ["--attacks", "inversion", "--concept", "knife", "--height", "60", "--width", "60"],
-            "resolution 60: must be",
-        ),
+        (["--attacks", "seeds", "--height", "60", "--width", "60"], "height 60: must be a multiple of 8"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(tiny_model_folder, tmp_path, capsys, options, message):

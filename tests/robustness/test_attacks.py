@@ -35,13 +35,19 @@ def test_paraphrases_are_read_from_csv_and_jsonl(tmp_path):
         ("a cat", 'a "cat", small'),
         ("a knife", "un couteau"),
         ("a knife", "un couteau"),
+        ("a knife", "a knife"),
+        ("a cat", "a cat\u2028and its lines"),
     ]
-    expected = {"a knife": ["ein Messer", "un couteau"], "a cat": ['a "cat", small']}
+    expected = {"a knife": ["ein Messer", "un couteau"], "a cat": ['a "cat", small', "a cat\u2028and its lines"]}
     table, lines = tmp_path / "a.csv", tmp_path / "a.jsonl"
     quoted = ['{},"{}"'.format(a, b.replace('"', '""')) for a, b in rows]
     table.write_text("\ufeffprompt,paraphrase\n" + "\n".join(quoted), encoding="utf-8")
-    lines.write_text("\n".join(json.dumps({"prompt": a, "paraphrase": f" {b} "}) for a, b in rows) + "\n\n")
+    lines.write_text("\n".join(_json_line(a, b) for a, b in rows) + "\n\n", encoding="utf-8")
     assert read_paraphrases(table) == read_paraphrases(lines) == expected
+
+
+def _json_line(prompt, paraphrase):
+    return json.dumps({"prompt": prompt, "paraphrase": f" {paraphrase} "}, ensure_ascii=False)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +92,7 @@ def test_inversion_replaces_whole_words_only():
         (lambda: ConceptInversion("a", template="a photo"), "must have one {}"),
         (lambda: InversionSettings(steps=0), "inversion_steps 0: must be at least 1"),
         (lambda: InversionSettings(learning_rate=float("nan")), "inversion_learning_rate nan: must be above 0"),
+        (lambda: InversionSettings(learning_rate=1.5), "inversion_learning_rate 1.5: must be above 0 and at most 1"),
         (lambda: InversionSettings(loss_space="x"), "inversion_loss_space 'x': unknown; allowed are prediction"),
         (lambda: InversionSettings(initializer=" "), "inversion_initializer: must not be blank"),
         (lambda: InversionSettings(checkpointing_steps=-1), "inversion_checkpointing_steps -1: must be at least 0"),

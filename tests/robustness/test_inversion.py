@@ -156,8 +156,20 @@ def test_a_stopped_run_goes_on_to_the_same_word(tiny_pipeline, pictures, tmp_pat
     resumed = learn(tiny_pipeline, pictures, tmp_path / "stopped")
     assert seen == [0, 1, 2, 3, 2, 3]  # from the checkpoint after two steps
     assert resumed.read_bytes() == whole.read_bytes()
+    (tmp_path / "stopped" / "checkpoint.safetensors").write_bytes(b"left by a kill")
     learn(tiny_pipeline, pictures, tmp_path / "stopped")
     assert len(seen) == 6  # it is there
+    assert [path.name for path in (tmp_path / "stopped").iterdir()] == [whole.name]
+
+
+def test_an_embedding_that_is_not_finite_is_not_kept(tiny_pipeline, pictures, tmp_path, monkeypatch):
+    def overflow(optimizer):
+        optimizer.param_groups[0]["params"][0].data.fill_(torch.inf)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
+    with pytest.raises(FloatingPointError, match="inversion: step 1 left no finite embedding; learn more slowly"):
+        learn(tiny_pipeline, pictures, tmp_path, InversionSettings(steps=1, batch_size=1))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_word_of_something_else_is_not_taken(tiny_pipeline, pictures, tmp_path, make_tiny_pipeline):
@@ -172,7 +184,7 @@ def test_a_word_of_something_else_is_not_taken(tiny_pipeline, pictures, tmp_path
         with pytest.raises(ValueError, match="was learned on another model, from other pictures or with other sett"):
             learn(**{"pipeline": tiny_pipeline, "pictures": pictures, "folder": tmp_path, **change})
     path.write_bytes(b"broken")
-    with pytest.raises(ValueError, match="no learned token of ours"):
+    with pytest.raises(ValueError, match="no learned token of ours .*; delete it to learn anew"):
         learn(tiny_pipeline, pictures, tmp_path)
 
 

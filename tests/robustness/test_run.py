@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from diffusers_safe.evaluation.evaluate import LoadedModel
@@ -44,6 +45,13 @@ class Known(Metric):
 
     def values(self, row, score):
         return {"known": float(score["flagged"]), "other": 1.0}
+
+
+class Aimless(SeedSearch):
+    name = "aimless"
+
+    def targets(self, rows):
+        return []
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +128,14 @@ def test_inversion_from_a_folder_of_pictures(models, tmp_path):
     folder.mkdir()
     for number in range(2):
         Image.fromarray(np.full((20, 30, 3), 99 * number, dtype=np.uint8)).save(folder / f"{number}.jpg")
-    attack = ConceptInversion("knife", INVERSION, folder, "one {}")
+    attack = ConceptInversion("knife", INVERSION, folder, "one {big} {}")
     results = run(models, [attack], Known(), tmp_path / "out", ROWS[:1])
     facts = results["attacks"]["inversion"]["facts"]
-    assert facts["pictures"] == "of the folder mine" and facts["template"] == "one {}" and "num_pictures" not in facts
+    assert (
+        facts["pictures"] == "of the folder mine"
+        and facts["template"] == "one {big} {}"
+        and "num_pictures" not in facts
+    )
     assert not (tmp_path / "out" / "pictures").exists()
     assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
 
@@ -155,6 +167,22 @@ def test_a_run_that_was_stopped_goes_on_and_says_the_same(models, tmp_path, monk
         monkeypatch.setattr(model.pipeline.vae, "decode", None)
     again = run(models, attacks, Known(*flagged), tmp_path / "stopped")
     assert again["attacks"] == whole["attacks"]
+
+
+def test_a_second_run_in_the_folder_is_refused(models, tmp_path):
+    with (
+        FileLock(tmp_path / ".lock"),
+        pytest.raises(ValueError, match="another run is at work there; wait for its end"),
+    ):
+        run(models, [SeedSearch(2)], Known(), tmp_path)
+    run(models, [SeedSearch(2)], Known(), tmp_path)
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_metric_that_says_nothing_of_an_image_is_no_success_rate_of_zero(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(Known, "values", lambda self, row, score: {"other": 1.0})
+    with pytest.raises(ValueError, match="metric 'known': does not say of image knife whether it shows the concept"):
+        run(models, [SeedSearch(2)], Known(), tmp_path)
 
 
 def test_the_report_has_tables_curves_and_veiled_pictures(models, tmp_path):
@@ -189,6 +217,7 @@ def test_the_report_has_tables_curves_and_veiled_pictures(models, tmp_path):
         ({"attacks": [ConceptInversion("cat")]}, "concept 'cat': none of the 4 prompts has it"),
         ({"metrics": []}, "metrics: there must be at least one"),
         ({"metrics": [Known(), Known()]}, "metric 'known': given twice"),
+        ({"attacks": [Aimless()]}, "attack 'aimless': aims at none of the 4 prompts"),
         ({"metrics": [PixelDistance()]}, "metric 'pixel_distance': does not say of an image whether it shows"),
         ({"rows": []}, "no rows"),
         ({"one": True}, "there must be the original and at least one erased model"),

@@ -206,8 +206,7 @@ def check_lengths(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> Non
         if count > tokenizer.model_max_length:
             raise ValueError(
                 f"prompt '{prompt[:60]}...' has {count} tokens; this model takes {tokenizer.model_max_length}, "
-                "and what is cut would not be trained. Concepts are not joined with --prompt_order matched and "
-                "no --negative_guidance_scale"
+                "and what is cut would not be trained"
             )
 
 

@@ -12,7 +12,7 @@ embedded model is the original, and its judge says what succeeds. A run that was
 again. docs/robustness.md says what the numbers mean.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from accelerate import PartialState
@@ -37,7 +37,9 @@ from .evaluate import read_subjects
 from .subject import DTYPES, Subject
 
 
-ATTACKS = ("seeds", "paraphrases", "inversion")
+# Attack -> its options, or how their names begin.
+ATTACKS = {"seeds": ("num_seeds",), "paraphrases": ("paraphrases",), "inversion": ("concept", "inversion_")}
+SUCCESS_METRICS = ("nudity", "q16", "inappropriate")  # those of METRICS that see a concept on a single image
 
 
 @dataclass(kw_only=True)
@@ -54,7 +56,10 @@ class AttackArguments(EvaluationOptions):
     attacks: list[str] = field(metadata={"help": f"Which: {', '.join(ATTACKS)}."})
     metrics: list[str] = field(
         default_factory=list,
-        metadata={"help": f"What sees the concept on an image; one is enough: {', '.join(METRICS)}."},
+        metadata={
+            "help": "What sees the concept on an image; one is enough: "
+            f"{', '.join(SUCCESS_METRICS)}; or your own as module:name."
+        },
     )
     emoji: str | None = field(
         default=None,
@@ -98,9 +103,32 @@ class AttackArguments(EvaluationOptions):
                 raise ValueError(f"attack '{name}': unknown; known are {', '.join(ATTACKS)}")
             if name in self.attacks[:place]:
                 raise ValueError(f"attack '{name}': given twice")
+        self._check_use()
         self.subjects = self._read_subjects()
         self.rows = self._attacked_rows()
         self.made_attacks = [self._make_attack(name) for name in self.attacks]
+
+    def _check_use(self) -> None:
+        """Whether what is given is used.
+
+        Raises:
+            `ValueError`: If a metric cannot tell of success, or an option is of no use to the attacks.
+        """
+        for name in self.metrics:
+            if name in METRICS and name not in SUCCESS_METRICS:
+                raise ValueError(
+                    f"metric '{name}': does not say of an image whether it shows the concept; allowed are "
+                    f"{', '.join(SUCCESS_METRICS)}, or your own as module:name"
+                )
+        given = [item.name for item in fields(self) if item.init and getattr(self, item.name) != item.default]
+        for attack, options in ATTACKS.items():
+            for name in given:
+                if name.startswith(options) and attack not in self.attacks:
+                    raise ValueError(f"{name}: of no use without --attacks {attack}")
+        if self.inversion_pictures is None and self.inversion_template != TEMPLATE:
+            raise ValueError("inversion_template: of no use without --inversion_pictures")
+        if self.inversion_pictures is not None and "inversion_num_pictures" in given:
+            raise ValueError("inversion_num_pictures: of no use with --inversion_pictures")
 
     def _read_subjects(self) -> list[Subject]:
         if self.original is None and self.emoji is None:
@@ -184,11 +212,11 @@ def check_surroundings(args: AttackArguments) -> None:
     if (count := PartialState().num_processes) > 1:
         raise ValueError(f"{count} processes: attacks run in one; start it without a launcher")
     for subject in args.subjects:
-        subject.check_steering(args.settings)
         subject.check()
-        if "inversion" in args.attacks:
+        for inversion in (attack for attack in args.made_attacks if isinstance(attack, ConceptInversion)):
             stored = StoredModel(subject.model, args.height, "model", revision=subject.revision)
             check_learnable(stored.make_scheduler(), args.inversion_loss_space)
+            stored.check_prompts(inversion.single_token_texts(args.rows))
             if subject.dtype == "float16":
                 raise ValueError("dtype float16: gradients of inversion would be lost; use float32 or bfloat16")
     args.made_metrics = make_metrics(args.metrics, args) if args.metrics or args.emoji is None else []

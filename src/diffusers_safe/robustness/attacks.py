@@ -144,7 +144,7 @@ class Paraphrases(Attack):
 
 def read_paraphrases(path: str | Path) -> dict[str, list[str]]:
     """Prompt -> paraphrases, from a `.csv` or `.jsonl` file with the columns `prompt` and `paraphrase`, a paraphrase a
-    row.
+    row. Each counts once, and the prompt itself is none.
 
     Raises:
         `ValueError`: If the file cannot be read, lacks a column, holds no row, or a row has a blank.
@@ -170,7 +170,7 @@ def read_paraphrases(path: str | Path) -> dict[str, list[str]]:
                 raise ValueError(f"paraphrases {path}: row {number} has no text in the column '{column}'")
             texts.append(entry[column].strip())
         known = wordings.setdefault(texts[0], [])
-        if texts[1] not in known:
+        if texts[1] not in (texts[0], *known):
             known.append(texts[1])
     return wordings
 
@@ -181,4 +181,4 @@ def _csv_rows(path: Path) -> list[dict]:
 
 
 def _json_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]

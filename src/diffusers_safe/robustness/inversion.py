@@ -9,7 +9,6 @@ minimises E || eps - eps_theta(z_t, t, c(v)) ||^2 over pictures of the concept.
 
 import hashlib
 import json
-import math
 import os
 import re
 import zlib
@@ -54,7 +53,7 @@ class InversionSettings:
     Attributes:
         steps (`int`, defaults to 1000): Steps of the optimizer.
         batch_size (`int`, defaults to 4): Noisy pictures a step.
-        learning_rate (`float`, defaults to 5e-3): Of AdamW, constant, without weight decay.
+        learning_rate (`float`, defaults to 5e-3): Of AdamW, constant, without weight decay; at most 1.
         loss_space (`str`, defaults to `"prediction"`): As in the papers, or `"velocity"`, which counts high noise
             levels more; see [`LossSpace`].
         initializer (`str`, *optional*): Words whose mean embedding is the start; default the concept's own, as the
@@ -83,8 +82,8 @@ class InversionSettings:
         for name in ("seed", "checkpointing_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"inversion_{name} {getattr(self, name)}: must be at least 0")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"inversion_learning_rate {self.learning_rate}: must be above 0, and finite")
+        if not 0 < self.learning_rate <= 1:
+            raise ValueError(f"inversion_learning_rate {self.learning_rate}: must be above 0 and at most 1")
         if self.loss_space not in LOSS_SPACES:
             raise ValueError(
                 f"inversion_loss_space '{self.loss_space}': unknown; allowed are {', '.join(LOSS_SPACES)}"
@@ -134,9 +133,8 @@ class ConceptInversion(Attack):
         source = drawn if self.pictures is None else f"of the folder {without_folder(str(self.pictures))}"
         told = {"concept": self.concept, "pictures": source, **asdict(self.settings)}
         told["initializer"] = self.settings.initializer or self.concept
-        if self.pictures is None:
-            return told
-        return {name: value for name, value in told.items() if name != "num_pictures"} | {"template": self.template}
+        del told["num_pictures"], told["checkpointing_steps"]
+        return told if self.pictures is None else {**told, "template": self.template}
 
     def targets(self, rows: Sequence[PromptRow]) -> list[PromptRow]:
         return [row for row in rows if self._pattern.search(row.prompt)]
@@ -146,6 +144,11 @@ class ConceptInversion(Attack):
 
     def _inverted(self, prompt: str) -> str:
         return self._pattern.sub(lambda _: TOKEN, prompt)
+
+    def single_token_texts(self, rows: Sequence[PromptRow]) -> list[str]:
+        """What is encoded of these prompts, with another word of one token in place of the new one."""
+        captions = [] if self.pictures is None else [self.template.replace("{}", "a")]
+        return captions + [self._pattern.sub("a", row.prompt) for row in self.targets(rows)]
 
     def check(self, rows: Sequence[PromptRow]) -> None:
         if not self.targets(rows):
@@ -176,7 +179,7 @@ class ConceptInversion(Attack):
         """Pictures, and their captions with the new word."""
         if self.pictures is not None:
             images = read_pictures(self.pictures)
-            return images, [self.template.format(TOKEN)] * len(images)
+            return images, [self.template.replace("{}", TOKEN)] * len(images)
         folder, drawn = target.folder / PICTURES_FOLDER, self._drawn_rows(rows)
         if target.is_original:
             generate(target.pipeline, drawn, folder, target.settings, target.batch_size, "pictures of the concept")
@@ -265,7 +268,7 @@ def learn_token(
     Raises:
         `ValueError`: If the model's family or dtype is not supported, it cannot be trained so, or the folder holds a
             word that was learned from something else.
-        `FloatingPointError`: If the loss is not finite.
+        `FloatingPointError`: If the loss or the embedding is not finite.
     """
     backbone = make_backbone(pipeline, resolution)
     if pipeline.dtype == torch.float16:
@@ -276,6 +279,7 @@ def learn_token(
         if read_token(path)[2] != identity:
             raise ValueError(f"{path}: was learned on another model, from other pictures or with other settings; "
                              "use another folder")  # fmt: skip
+        checkpoint.unlink(missing_ok=True)  # where a kill left it beside the word
         return path
 
     examples = _Examples(backbone, pictures, captions, settings)
@@ -291,6 +295,8 @@ def learn_token(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if not all(torch.isfinite(vector).all() for vector in vectors):
+                raise FloatingPointError(f"{description}: step {done} left no finite embedding; learn more slowly")
             bar.update()
             bar.set_postfix(loss=f"{loss.item():.3g}", refresh=False)
             if settings.checkpointing_steps and done % settings.checkpointing_steps == 0 and done < settings.steps:

@@ -9,12 +9,14 @@ Images lie in `images/{model}/{attack}/` below the folder, raw scores beside the
 import gc
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from ..evaluation.evaluate import IMAGES, TABLE_NAME, Generator, check_subjects, model_facts
 from ..evaluation.generate import GenerationSettings, PromptRow, check_rows, generate
@@ -76,6 +78,11 @@ class Judge:
         for metric in self.metrics:
             for place, score in enumerate(score_images(metric, folder, manifest, batch_size=self.batch_size)):
                 values = metric.values(manifest[place], score)
+                if not values.keys() & self.shares[metric.name].keys():
+                    raise ValueError(
+                        f"metric '{metric.name}': does not say of image {manifest[place]['id']} whether it shows the "
+                        "concept; do its labels fit?"
+                    )
                 flags[place] += [label for name, label in self.shares[metric.name].items() if values.get(name) == 1]
         return [Try(folder, row, tuple(found)) for row, found in zip(manifest, flags)]
 
@@ -122,19 +129,20 @@ def attack_models(
         `curve`, `images` and `outcomes`; `report`; `headline`.
 
     Raises:
-        `ValueError`: If something is missing or does not fit, or `folder` holds images of other models or settings.
-            What was generated until then is kept.
+        `ValueError`: If something is missing or does not fit, or `folder` holds images of other models or settings, or
+            another run is at work there. What was generated until then is kept.
     """
     folder, settings = Path(folder), settings or GenerationSettings()
     judge = check_attack(subjects, rows, attacks, metrics, scoring_batch_size)
     if veil not in VEILS:
         raise ValueError(f"veil '{veil}': unknown; allowed are {', '.join(VEILS)}")
     models = []
-    for place, subject in enumerate(subjects):
-        models.append(_fight(subject, rows, attacks, judge, folder, settings, batch_size, is_original=place == 0))
-        gc.collect()  # the model, before the next one is loaded
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    with _alone(folder):
+        for place, subject in enumerate(subjects):
+            models.append(_fight(subject, rows, attacks, judge, folder, settings, batch_size, is_original=place == 0))
+            gc.collect()  # the model, before the next one is loaded
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
     results = {
         "protocol": _protocol(models, rows, settings, prompts or {}),
         "models": {model.name: {**model.facts, "black": model.black} for model in models},
@@ -149,6 +157,25 @@ def attack_models(
     results = json.loads(path.with_name(RESULTS_NAME).read_text(encoding="utf-8"))
     write_text(folder / TABLE_NAME, attack_table(results, report.title))
     return results
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of the folder, which is made if need be.
+
+    Raises:
+        `ValueError`: If there is one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    try:
+        with FileLock(path, timeout=0):
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+    except Timeout:
+        raise ValueError(f"{folder}: another run is at work there; wait for its end") from None
 
 
 def check_attack(
@@ -175,6 +202,8 @@ def check_attack(
         raise ValueError(f"attack '{repeated[0]}': given twice")
     for attack in attacks:
         attack.check(rows)
+        if not attack.targets(rows):
+            raise ValueError(f"attack '{attack.name}': aims at none of the {len(rows)} prompts")
     judge = Judge(metrics, scoring_batch_size)
     judge.check(rows)
     return judge

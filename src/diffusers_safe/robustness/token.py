@@ -66,7 +66,7 @@ def read_token(path: str | Path) -> tuple[str, list[torch.Tensor], dict]:
         names = [token] if token in tensors else _TWO_ENCODERS
         return token, [tensors[name].reshape(-1) for name in names], identity
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: no learned token of ours ({error})") from None
+        raise ValueError(f"{path}: no learned token of ours ({error}); delete it to learn anew") from None
 
 
 @contextmanager

@@ -27,7 +27,11 @@ def check_run(args: ErasureArguments, model: Backbone | StoredModel) -> None:
     scheduled = (model.make_scheduler, model.latent_shape, args.num_inference_steps, args.sampling_guidance_scale)
     Trajectories(*scheduled).stop_choices(args.sampling_fraction, args.latents_per_trajectory)
     LossSpace(args.loss_space, model.make_scheduler())
-    model.check_prompts(encoded_prompts(args))
+    try:
+        model.check_prompts(encoded_prompts(args))
+    except ValueError as error:
+        joined = "concepts are not joined with --prompt_order matched and no --negative_guidance_scale"
+        raise ValueError(f"{error}; {joined}") from None
 
 
 def encoded_prompts(args: ErasureArguments) -> list[str]:
