@@ -150,7 +150,7 @@ def test_models_have_names_and_the_embedded_one_is_the_original(tiny_model_folde
         (["--attacks", "inversion", "--concept", "knife", "--dtype", "float16"], "dtype float16: gradients of inver"),
         (["--attacks", "inversion", "--concept", "knife", "--inversion_pictures", "{empty}"], "no folder of pictures"),
         (["--attacks", "inversion", "--concept", "knife", "--height", "64", "--width", "32"], "must be the same for"),
-        (["--attacks", "seeds", "--height", "60", "--width", "60"], "height 60: must be a multiple of 8"),
+        (["--attacks", "seeds", "--height", "60", "--width", "60"], "height is 60; it must be a multiple of 8"),
     ],
 )
 def test_bad_input_is_one_line_before_any_work(tiny_model_folder, tmp_path, capsys, options, message):

@@ -43,9 +43,6 @@ class EvaluationOptions(PromptOptions, MetricOptions):
         for name in ("num_inference_steps", "height", "width", "batch_size", "scoring_batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} {value}: must be at least 1")
-        for name in ("height", "width"):
-            if (value := getattr(self, name)) is not None and value % 8:
-                raise ValueError(f"{name} {value}: must be a multiple of 8")
         if self.pictures < 0:
             raise ValueError(f"pictures {self.pictures}: must be at least 0")
         self.settings = GenerationSettings(self.num_inference_steps, self.guidance_scale, self.height, self.width)
