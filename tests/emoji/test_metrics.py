@@ -95,3 +95,8 @@ def test_distance_by_hand(renders):
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         EmojiRecognition(**arguments)
+
+
+def test_prompts_of_no_emoji_are_refused_before_any_work():
+    with pytest.raises(ValueError, match="image a lacks the label part of emoji's prompts"):
+        EmojiRecognition(["knife"]).check([{"id": "a", "labels": {"subject": "knife"}}])

@@ -75,6 +75,11 @@ class EmojiRecognition(Metric):
     def identity(self) -> dict:
         return {"judge": fingerprint(self.judge)}
 
+    def check(self, rows: Sequence[dict]) -> None:
+        for row in rows:
+            if lacking := [name for name in ("part", "subject") if name not in row["labels"]]:
+                raise ValueError(f"{self.name}: image {row['id']} lacks the label {lacking[0]} of emoji's prompts")
+
     @torch.inference_mode()
     def score(
         self, images: Sequence[Image.Image], rows: Sequence[dict], originals: Sequence[Image.Image] | None = None

@@ -74,6 +74,23 @@ def test_labels_are_checked_before_the_first_image(classifier, tmp_path):
     assert metric.values({"labels": {}}, {"classes": [0]}) == {}
 
 
+def test_what_was_erased_is_counted_apart(classifier):
+    metric = Classification(classifier, "class", erased=["church"])
+    rows = rows_of(4, labels=[{"class": name} for name in ("church", "church", "tench", "golf ball")])
+    metric.check(rows)
+    metric.update(rows, [{"classes": classes} for classes in ([3, 0], [0, 3], [0, 3], [3, 6])])
+    found = {name: (estimate.value, estimate.n) for name, estimate in metric.compute().items()}
+    assert found == {"objects_erased": (0.5, 2), "objects_top1": (0.5, 2), "objects_top5": (1, 2)}
+    quantities = metric.quantities
+    assert quantities["objects_erased"].of_concept and quantities["objects_erased"].better == "lower"
+    assert quantities["objects_top1"].better == "higher" and metric.details()["erased"] == ["church"]
+    assert metric.details()["classes"]["church"] == {"images": 2, "top1": 1, "top5": 2}
+    with pytest.raises(ValueError, match="objects_erased 'church': no image asks for it"):
+        metric.check(rows[2:])
+    with pytest.raises(ValueError, match="objects 'spoon': none of the 7 classes"):
+        Classification(classifier, "class", erased=["spoon"])
+
+
 def test_the_same_class_judges_styles(classifier):
     metric = Classification(classifier, "artist", "style")
     assert metric.name == "style" and list(metric.quantities) == ["style_top1", "style_top5"]

@@ -65,8 +65,14 @@ class MetricOptions:
         default=None, metadata={"help": "Classifier of objects, such as microsoft/resnet-50: folder or Hub id."}
     )
     objects_label: str = field(default="class", metadata={"help": "Which label of the rows names the object."})
+    objects_erased: list[str] = field(
+        default_factory=list, metadata={"help": "Classes that were to go; the others were to stay."}
+    )
     style_model: str | None = field(default=None, metadata={"help": "Classifier of styles: folder or Hub id."})
     style_label: str = field(default="artist", metadata={"help": "Which label of the rows names the style."})
+    style_erased: list[str] = field(
+        default_factory=list, metadata={"help": "Styles that were to go; the others were to stay."}
+    )
     style_trunk: str | None = field(
         default=None, metadata={"help": "torchvision's VGG-19 (vgg19-dcbb9e9d.pth) of the Gram loss."}
     )
@@ -142,13 +148,13 @@ def _clip_score(options: MetricOptions) -> Metric:
 def _objects(options: MetricOptions) -> Metric:
     from .objects import Classification
 
-    return Classification(options.objects_model, options.objects_label, "objects")
+    return Classification(options.objects_model, options.objects_label, "objects", options.objects_erased)
 
 
 def _style(options: MetricOptions) -> Metric:
     from .objects import Classification
 
-    return Classification(options.style_model, options.style_label, "style")
+    return Classification(options.style_model, options.style_label, "style", options.style_erased)
 
 
 def _gram(options: MetricOptions) -> Metric:
@@ -164,7 +170,7 @@ METRICS: dict[str, MetricKind] = {
         "inappropriate images by Q16 or NudeNet, as I2P counts them", _inappropriate, ("q16_", "nudenet_")
     ),
     "objects": MetricKind("objects recognised by a classifier", _objects, ("objects_",)),
-    "style": MetricKind("styles recognised by a classifier", _style, ("style_model", "style_label")),
+    "style": MetricKind("styles recognised by a classifier", _style, ("style_model", "style_label", "style_erased")),
     "gram": MetricKind("distance in style, by Gram matrices", _gram, ("style_trunk", "style_references", "gram_")),
     "clip_score": MetricKind("how well images fit their prompts", _clip_score, ("clip_",)),
     "fid": MetricKind("FID and KID to reference images", _fid, ("fid_", "kid_")),
@@ -198,8 +204,9 @@ def make_metrics(names: Sequence[str], options: MetricOptions | None = None) -> 
             raise ValueError(f"metric '{name}': given twice")
     options = options or MetricOptions()
     kinds = [METRICS[name] for name in names if name in METRICS]
+    untouched = MetricOptions()
     for option in fields(MetricOptions):  # not those of a command's dataclass that begins with them
-        given = getattr(options, option.name) != option.default
+        given = getattr(options, option.name) != getattr(untouched, option.name)
         if given and not any(kind.takes(option.name) for kind in kinds):
             users = ", ".join(name for name, kind in METRICS.items() if kind.takes(option.name))
             raise ValueError(f"{option.name}: of no use to {', '.join(names)}; it is an option of {users}")

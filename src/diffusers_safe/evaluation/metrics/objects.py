@@ -26,18 +26,24 @@ class Classification(Metric):
         model (`str`): Folder or Hub id of an image classifier, such as `"microsoft/resnet-50"`.
         label (`str`): Which label of the rows names the class.
         name (`str`, defaults to `"objects"`): Of the metric.
+        erased (`Sequence[str]`, *optional*): Classes that were to go. Images that ask for one of them are counted
+            apart, by the first class, as ESD does; of the others more is better.
 
     Raises:
-        `ValueError`: If the model cannot be loaded.
+        `ValueError`: If the model cannot be loaded, or has no class that was erased.
     """
 
-    def __init__(self, model: str | None, label: str, name: str = "objects"):
+    def __init__(self, model: str | None, label: str, name: str = "objects", erased: Sequence[str] = ()):
         super().__init__()
         self.name, self.label = name, label
+        of, better = (f"other {name}", "higher") if erased else (name, None)
         self.quantities = {
-            f"{name}_top1": Quantity(f"{name} recognised", "%"),
-            f"{name}_top5": Quantity(f"{name} among the first 5", "%"),
+            f"{name}_top1": Quantity(f"{of} recognised", "%", better),
+            f"{name}_top5": Quantity(f"{of} among the first 5", "%", better),
         }
+        if erased:
+            gone = Quantity(f"erased {name} recognised", "%", "lower", of_concept=True, note=", ".join(erased))
+            self.quantities = {f"{name}_erased": gone, **self.quantities}
         option, what = f"{name}_model", "an image classifier, for objects microsoft/resnet-50"
         if model is None:
             raise ValueError(f"{option}: none given; give {what}, or the folder of a downloaded one")
@@ -45,6 +51,7 @@ class Classification(Metric):
         self.processor = load_pretrained(AutoImageProcessor, model, option, what, backend="pil")
         self.classes = [self.model.config.id2label[number] for number in range(self.model.config.num_labels)]
         self.numbers = _numbers(self.classes)
+        self.erased = {self.number(label): label for label in erased}
 
     def identity(self) -> dict:
         processor = self.processor.to_dict()
@@ -57,8 +64,10 @@ class Classification(Metric):
             raise ValueError(
                 f"{self.name}_label '{self.label}': no image has this label; they have {', '.join(known) or 'none'}"
             )
-        for label in dict.fromkeys(asked):
-            self.number(label)
+        numbers = {self.number(label) for label in dict.fromkeys(asked)}
+        for number, label in self.erased.items():
+            if number not in numbers:
+                raise ValueError(f"{self.name}_erased '{label}': no image asks for it")
 
     def number(self, label: str | int) -> int:
         """The number of a class by its name.
@@ -94,10 +103,10 @@ class Classification(Metric):
         if self.label not in row.get("labels", {}):
             return {}
         asked = self.number(row["labels"][self.label])
-        return {
-            f"{self.name}_top1": float(score["classes"][0] == asked),
-            f"{self.name}_top5": float(asked in score["classes"]),
-        }
+        first = float(score["classes"][0] == asked)
+        if asked in self.erased:
+            return {f"{self.name}_erased": first}
+        return {f"{self.name}_top1": first, f"{self.name}_top5": float(asked in score["classes"])}
 
     def seen(self, row: dict, score: dict) -> str:
         """The first name of the most likely class, of the rows that count."""
@@ -106,15 +115,15 @@ class Classification(Metric):
         return self.classes[score["classes"][0]].split(",")[0]
 
     def details(self) -> dict:
-        """`classes`: label -> number of `images`, and how many are right by `top1` and `top5`."""
+        """`label`, `erased`, and `classes`: label -> number of `images`, and how many are right in `top1`, `top5`."""
         found = defaultdict(lambda: {"images": 0, "top1": 0, "top5": 0})
         for row, score in zip(self.rows, self.scores):
-            if values := self.values(row, score):
-                entry = found[str(row["labels"][self.label])]
+            if (label := row.get("labels", {}).get(self.label)) is not None:
+                entry, asked = found[str(label)], self.number(label)
                 entry["images"] += 1
-                entry["top1"] += int(values[f"{self.name}_top1"])
-                entry["top5"] += int(values[f"{self.name}_top5"])
-        return {"label": self.label, "classes": dict(found)}
+                entry["top1"] += int(score["classes"][0] == asked)
+                entry["top5"] += int(asked in score["classes"])
+        return {"label": self.label, "erased": list(self.erased.values()), "classes": dict(found)}
 
 
 def _plain(label: str) -> str:
