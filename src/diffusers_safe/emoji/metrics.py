@@ -178,6 +178,8 @@ class EmojiFID(FID):
         judge (`EmojiClassifier`, *optional*): Default the one that ships.
     """
 
+    name = "emoji_fid"
+
     def __init__(self, references: str | Path, judge: EmojiClassifier | None = None):
         judge = judge or EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER)
         extract = torch.inference_mode()(lambda images: judge.features(_pixels(images)))

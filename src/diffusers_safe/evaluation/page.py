@@ -33,6 +33,7 @@ from .statistics import Estimate
 
 
 MOST_CARDS = 6  # headline numbers of two models as large cards; more are a table alone
+_MOST_COLUMNS = 4  # models that are columns of a table; more are rows
 # tone, whether a direction is better, heading
 _GROUPS = (
     ("gone", True, "What was to go"),
@@ -116,15 +117,13 @@ def _card(headline: Headline) -> str:
 
 
 def _results(report: Report) -> str:
-    """The table of quantities and models."""
-    width = len(report.models) + 1
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in report.models)
-    bodies = []
-    for tone, valued, title in _GROUPS:
-        of_group = [item for item in report.headline if item.tone == tone and (item.better is not None) == valued]
-        if of_group:
-            head = f'<tr class="group"><th scope="colgroup" colspan="{width}"><span>{title}</span></th></tr>'
-            bodies.append(f'<tbody class="{tone}">\n{head}\n{"".join(map(_results_row, of_group))}</tbody>')
+    """The table of quantities and models: a column a model, or of many a row a model."""
+    groups = [
+        (tone, title, [item for item in report.headline if item.tone == tone and (item.better is not None) == valued])
+        for tone, valued, title in _GROUPS
+    ]
+    groups = [group for group in groups if group[2]]
+    table = _by_model if len(report.models) > _MOST_COLUMNS else _by_quantity
     compared = (
         f" Below it the difference to {report.models[0]} on the same prompts and seeds; grey where its interval holds"
         " 0, so that chance may have made it."
@@ -134,36 +133,63 @@ def _results(report: Report) -> str:
     return f"""
 <section>
 <h2>All numbers</h2>
-<p class="note">In brackets 95 % intervals; N images. The best value of a row is marked ●.{escape(compared)}</p>
+<p class="note">In brackets 95 % intervals; N is how many were measured. ● marks the best of all models.{escape(compared)}</p>
 <div class="scroll" tabindex="0" role="region" aria-label="All numbers">
 <table class="results">
-<thead><tr><td></td>{heads}</tr></thead>
-{"".join(bodies)}
+{table(report.models, groups)}
 </table>
 </div>
 </section>"""
 
 
-def _results_row(headline: Headline) -> str:
-    changes = headline.changes or [None] * len(headline.estimates)
-    cells = [
-        _results_cell(estimate, change, headline.better, place in headline.best)
-        for place, (estimate, change) in enumerate(zip(headline.estimates, changes))
+def _by_quantity(models: Sequence[str], groups: list[tuple[str, str, list[Headline]]]) -> str:
+    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in models)
+    bodies = [
+        f'<tbody class="{tone}">\n<tr class="group"><th scope="colgroup" colspan="{len(models) + 1}">'
+        f"<span>{title}</span></th></tr>\n"
+        + "".join(f'<tr><th scope="row">{_named(item)}</th>{"".join(_cells(item))}</tr>\n' for item in items)
+        + "</tbody>"
+        for tone, title, items in groups
     ]
+    return f"<thead><tr><td></td>{heads}</tr></thead>\n{''.join(bodies)}"
+
+
+def _by_model(models: Sequence[str], groups: list[tuple[str, str, list[Headline]]]) -> str:
+    titles = "".join(
+        f'<th scope="colgroup" class="{tone}" colspan="{len(items)}"><span>{title}</span></th>'
+        for tone, title, items in groups
+    )
+    items = [item for _, _, of_group in groups for item in of_group]
+    heads = "".join(f'<th scope="col">{_named(item)}</th>' for item in items)
+    lines = zip(models, *map(_cells, items))
+    rows = "".join(f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}</tr>\n' for name, *cells in lines)
+    return f'<thead><tr class="group"><td></td>{titles}</tr>\n<tr><td></td>{heads}</tr></thead>\n<tbody>{rows}</tbody>'
+
+
+def _named(headline: Headline) -> str:
+    """What a quantity is, and which way is better."""
     direction = {"lower": " ↓", "higher": " ↑", None: ""}[headline.better]
     told = {"lower": "lower is better", "higher": "higher is better", None: ""}[headline.better]
     arrow = f'<span class="soft" title="{told}">{direction}</span>' if direction else ""
     note = f"<small>{escape(headline.note)}</small>" if headline.note else ""
-    return f'<tr><th scope="row">{escape(headline.label)}{arrow}{note}</th>{"".join(cells)}</tr>\n'
+    return f"{escape(headline.label)}{arrow}{note}"
 
 
-def _results_cell(estimate: Estimate | None, change: Change | None, better: str | None, best: bool) -> str:
+def _cells(headline: Headline) -> list[str]:
+    changes = headline.changes or [None] * len(headline.estimates)
+    return [
+        _results_cell(estimate, change, headline, place in headline.best)
+        for place, (estimate, change) in enumerate(zip(headline.estimates, changes))
+    ]
+
+
+def _results_cell(estimate: Estimate | None, change: Change | None, headline: Headline, best: bool) -> str:
     if estimate is None:
         return '<td class="soft">–</td>'
     told = f'<b>{escape(estimate.headline)}</b><span class="soft">{escape(estimate.interval)}, N={estimate.n}</span>'
     if change is not None:
-        told += f'<span class="change {_verdict(change, better)}">{escape(str(change))}</span>'
-    return f'<td class="number{" best" if best else ""}">{told}</td>'
+        told += f'<span class="change {_verdict(change, headline.better)}">{escape(str(change))}</span>'
+    return f'<td class="number {headline.tone}{" best" if best else ""}">{told}</td>'
 
 
 def _verdict(change: Change, better: str | None) -> str:

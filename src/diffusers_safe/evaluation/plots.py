@@ -85,6 +85,8 @@ class _Axis:
         reach = (high - low) or abs(high) or 1.0
         self.percent = bool(estimates) and estimates[0].unit in ("%", "points")
         self.step = _round_step(reach / 4)
+        if all(value == round(value) for value in values) and not self.percent:
+            self.step = max(1.0, round(self.step))
         self.low = math.floor((low - 0.02 * reach) / self.step) * self.step
         self.high = math.ceil((high + 0.02 * reach) / self.step) * self.step
         if low >= 0:
