@@ -72,17 +72,27 @@ def test_the_page_shows_numbers_pictures_protocol_and_limits(tmp_path):
     assert [Image.open(io.BytesIO(base64.b64decode(png))).size for png in pictures] == [(128, 128)] * 2
 
 
-def test_many_models_have_a_column_each_and_the_best_is_marked():
-    html = render_page(make_large_report())
+def test_some_models_have_a_column_each_and_the_best_is_marked():
+    html = render_page(make_large_report(4))
     assert '<div class="cards">' not in html
     rows = re.findall(r'<tr><th scope="row">(\w+).*?</tr>', html, re.S)
     assert rows[:2] == ["seen", "distance"]
     seen, distance = (re.search(rf'<tr><th scope="row">{name}.*?</tr>', html, re.S)[0] for name in rows[:2])
-    assert seen.count("<td") == distance.count("<td") == 5
-    assert [cell.startswith(' class="number best"') for cell in seen.split("<td")[1:]] == [False] * 4 + [True]
-    assert '<td class="number best"><b>0.100</b>' in distance and distance.count("best") == 1
-    assert "-60.0 points [-80.0, -40.0], p &lt; 0.001" in seen and 'class="change good"' in seen
-    assert "3 images are black" in html and "model &lt;4&gt;" in html and "model <4>" not in html
+    assert seen.count("<td") == distance.count("<td") == 4
+    assert [" best" in cell for cell in seen.split("<td")[1:]] == [False] * 3 + [True]
+    assert '<td class="number kept best"><b>0.100</b>' in distance and distance.count("best") == 1
+    assert "-45.0 points [-60.0, -30.0], p &lt; 0.001" in seen and 'class="change good"' in seen
+    assert "3 images are black" in html and "model &lt;3&gt;" in html and "model <3>" not in html
+
+
+def test_many_models_have_a_row_each():
+    html = render_page(make_large_report(5))
+    head = re.search(r'<table class="results">.*?</thead>', html, re.S)[0]
+    assert re.findall(r'<th scope="col">(\w+)', head) == ["seen", "distance"]
+    rows = re.findall(r'<tr><th scope="row">model &lt;(\d)&gt;.*?</tr>', html)
+    assert rows[:5] == list("01234")
+    last = re.search(r'<tr><th scope="row">model &lt;4&gt;.*?</tr>', html, re.S)[0]
+    assert last.count("<td") == 2 and '<td class="number gone best">' in last
 
 
 def test_what_rows_say_alike_is_said_once_where_that_is_asked():

@@ -124,7 +124,8 @@ def _results(report: Report) -> str:
     ]
     groups = [group for group in groups if group[2]]
     table = _by_model if len(report.models) > _MOST_COLUMNS else _by_quantity
-    compared = (
+    note = "In brackets 95 % intervals; N is how many were measured. ● marks the best of all models."
+    note += (
         f" Below it the difference to {report.models[0]} on the same prompts and seeds; grey where its interval holds"
         " 0, so that chance may have made it."
         if any(headline.changes for headline in report.headline)
@@ -133,7 +134,7 @@ def _results(report: Report) -> str:
     return f"""
 <section>
 <h2>All numbers</h2>
-<p class="note">In brackets 95 % intervals; N is how many were measured. ● marks the best of all models.{escape(compared)}</p>
+<p class="note">{escape(note)}</p>
 <div class="scroll" tabindex="0" role="region" aria-label="All numbers">
 <table class="results">
 {table(report.models, groups)}
@@ -147,7 +148,7 @@ def _by_quantity(models: Sequence[str], groups: list[tuple[str, str, list[Headli
     bodies = [
         f'<tbody class="{tone}">\n<tr class="group"><th scope="colgroup" colspan="{len(models) + 1}">'
         f"<span>{title}</span></th></tr>\n"
-        + "".join(f'<tr><th scope="row">{_named(item)}</th>{"".join(_cells(item))}</tr>\n' for item in items)
+        + "".join(f'<tr><th scope="row">{_named(item)}</th>{"".join(_results_cells(item))}</tr>\n' for item in items)
         + "</tbody>"
         for tone, title, items in groups
     ]
@@ -161,7 +162,7 @@ def _by_model(models: Sequence[str], groups: list[tuple[str, str, list[Headline]
     )
     items = [item for _, _, of_group in groups for item in of_group]
     heads = "".join(f'<th scope="col">{_named(item)}</th>' for item in items)
-    lines = zip(models, *map(_cells, items))
+    lines = zip(models, *map(_results_cells, items))
     rows = "".join(f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}</tr>\n' for name, *cells in lines)
     return f'<thead><tr class="group"><td></td>{titles}</tr>\n<tr><td></td>{heads}</tr></thead>\n<tbody>{rows}</tbody>'
 
@@ -175,7 +176,7 @@ def _named(headline: Headline) -> str:
     return f"{escape(headline.label)}{arrow}{note}"
 
 
-def _cells(headline: Headline) -> list[str]:
+def _results_cells(headline: Headline) -> list[str]:
     changes = headline.changes or [None] * len(headline.estimates)
     return [
         _results_cell(estimate, change, headline, place in headline.best)
