@@ -249,7 +249,7 @@ HEAD = """# Results on the embedded model
 
 * Every row of a table has the same prompts and seeds, {sampling}. The judge that ships with the model
   says what an image shows. In brackets 95 % intervals.
-* The first column is of the images that were asked for what was to go; all others are of the rest. FID and KID are to
+* The first column counts only images whose prompt names what was to go; all others are of the rest. FID and KID are to
   1000 freshly drawn pictures of what was to stay, in 96 features of the judge; of so few images FID is too large, so
   compare it with the original's, never with another table's. The distance is to the original's image of the same seed,
   by the judge's features as LPIPS has it.
@@ -260,6 +260,7 @@ HEAD = """# Results on the embedded model
   `runs/leaderboard/*/report.html`.
 """
 STUDENT_TOLD = """* The student was taught by the erased model, {steps} steps on {pictures} pictures without weapons.
+  Those of [methods.md](methods.md#students) have 1000 steps and are better.
 """
 SECTION = """## {title}
 

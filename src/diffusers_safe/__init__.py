@@ -1,8 +1,13 @@
 """Keep unwanted concepts out of text-to-image diffusion models."""
 
 import importlib
+import logging
 
 
+# transformers tells of every image processor that it takes pillow in torchvision's place, which nothing here needs.
+logging.getLogger("transformers.utils.import_utils").addFilter(
+    lambda record: "requires torchvision (not installed); falling back" not in record.getMessage()
+)
 # Public name -> where it is. Read when asked for: nothing heavy happens at import.
 _HOMES = {
     "ErasedStableDiffusionPipeline": "pipelines",

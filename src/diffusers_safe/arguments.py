@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import tempfile
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -17,6 +17,13 @@ from transformers import HfArgumentParser
 
 logger = logging.getLogger(__name__)
 Arguments = TypeVar("Arguments")
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Descriptions as they are written, and the defaults that say something."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 
 def parse_dataclass(
@@ -43,7 +50,7 @@ def parse_dataclass(
     Raises:
         `SystemExit`: With code 2 after one line on stderr, where `__post_init__` or `check` raises a `ValueError`.
     """
-    parser = HfArgumentParser(kind, description=description, prog=prog, formatter_class=ArgumentDefaultsHelpFormatter)
+    parser = HfArgumentParser(kind, description=description, prog=prog, formatter_class=_HelpFormatter)
     tell_errors_in_one_line(parser)
     parser.add_argument("--config", help="YAML file with options, a key for each; those given here win.")
     words = sys.argv[1:] if argv is None else argv

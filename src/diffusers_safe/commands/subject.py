@@ -202,6 +202,8 @@ def pipeline_class(model: str, revision: str | None = None) -> type[DiffusionPip
 
 
 def _class_name(model: str, revision: str | None) -> str | None:
+    if model.count("/") > 1 and not Path(model).is_dir():  # no Hub id has more than one
+        raise ValueError(f"model '{model}': no such folder")
     try:
         name = DiffusionPipeline.load_config(model, revision=revision).get("_class_name")
     except (OSError, ValueError) as error:

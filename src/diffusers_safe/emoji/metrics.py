@@ -167,7 +167,7 @@ class EmojiDistance(Metric):
         return [F.normalize(level, dim=1, eps=1e-10) for level in self.judge.levels(pixels)]
 
     def values(self, row: dict, score: dict) -> dict[str, float]:
-        return {} if row["labels"]["part"] == "erased" else {"distance": score["distance"]}
+        return {} if _asks_for_erased(row) else {"distance": score["distance"]}
 
 
 class EmojiFID(FID):
@@ -186,7 +186,7 @@ class EmojiFID(FID):
         super().__init__(Extractor("the emoji judge", {"judge": fingerprint(judge)}, extract), references)
 
     def update(self, rows: Sequence[dict], scores: Sequence[dict]) -> None:
-        kept = [place for place, row in enumerate(rows) if row["labels"]["part"] != "erased"]
+        kept = [place for place, row in enumerate(rows) if not _asks_for_erased(row)]
         super().update([rows[place] for place in kept], [scores[place] for place in kept])
 
 
@@ -213,6 +213,11 @@ def write_references(folder: str | Path, erased: list[str], style: str | None = 
             Image.fromarray(picture).save(aside / f"{number:05}.png")
         os.replace(aside, folder)
     return folder
+
+
+def _asks_for_erased(row: dict) -> bool:
+    """Rows of anybody's prompts, without the label, are others."""
+    return row["labels"].get("part") == "erased"
 
 
 def _pixels(images: Sequence[Image.Image]) -> torch.Tensor:

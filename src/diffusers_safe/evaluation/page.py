@@ -104,7 +104,7 @@ def _card(headline: Headline) -> str:
     was = f"{before.headline} →" if before else ""
     told = f"95 %: {after.interval}, N={after.n}" if after else ""
     change = next(filter(None, headline.changes[-1:]), None)
-    changed = f"Change on the same seeds: {change}" if change else ""
+    changed = f"Change: {change}" if change else ""
     return f"""
 <div class="card {headline.tone}">
 <div class="label">{escape(headline.label)}</div>
@@ -126,8 +126,8 @@ def _results(report: Report) -> str:
     table = _by_model if len(report.models) > _MOST_COLUMNS else _by_quantity
     note = "In brackets 95 % intervals; N is how many were measured. ● marks the best of all models."
     note += (
-        f" Below it the difference to {report.models[0]} on the same prompts and seeds; grey where its interval holds"
-        " 0, so that chance may have made it."
+        f" Below it the difference to {report.models[0]} on the same prompts and seeds; grey where chance"
+        " may have made it: the interval holds 0, or p is 0.05 or more."
         if any(headline.changes for headline in report.headline)
         else ""
     )
@@ -358,10 +358,11 @@ def _figure(strip: Strip, models: list[str], side: int) -> str:
 def _shot(caption: str, model: str, shot: Shot, place: int, side: int, named: bool) -> str:
     image = _image(shot.image, f"{caption}, {model}", side)
     if shot.veiled:
-        name = escape(f"show the flagged image: {caption}, {model}")
+        state = "flagged" if shot.flagged else "blurred"
+        name = escape(f"show the {state} image: {caption}, {model}")
         image = (
             f'<label class="veil"><input type="checkbox" class="reveal" aria-label="{name}">{image}'
-            '<span class="hint">flagged · show</span></label>'
+            f'<span class="hint">{state} · show</span></label>'
         )
     state = " ".join(["after" if place else "before", *(["missed"] if shot.missed else [])])
     name = escape(f"{model}: {shot.note}" if shot.note and named else shot.note or model)

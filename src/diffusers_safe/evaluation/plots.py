@@ -9,11 +9,10 @@ from .report import Curves, Scatter
 from .statistics import Estimate
 
 
-SERIES = 7  # colours of plots.css beside the first model's; then they come again, dashed
+SERIES = 11  # colours of plots.css beside the first model's; then they come again, dashed
 WIDTH, HEIGHT = 460, 330
 STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 _LEFT, _RIGHT, _TOP, _BOTTOM = 68, 24, 16, 46
-_HINT = 60  # pixels that "better" and its arrow take
 _CHARACTER, _LINE = 7.9, 15  # of a label, in pixels
 _LONGEST = 22  # characters of a label
 
@@ -46,14 +45,12 @@ def scatter_svg(plot: Scatter, models: Sequence[str]) -> str:
                      f'<circle cx="{left:.1f}" cy="{top:.1f}" r="5.5"/></g>')  # fmt: skip
         taken += [(left - 7, top - 7, left + 7, top + 7)]
         taken += [(a - 1, min(b, d) - 1, c + 1, max(b, d) + 1) for a, b, c, d in bars]
-    corner, box = _corner(plot.better)
-    taken.append(box)
     labels = []
     for place, (right, up) in shown:
         name = models[place] if len(models[place]) <= _LONGEST else f"{models[place][: _LONGEST - 1]}…"
         labels.append(_label(name, x(right.value), y(up.value), taken, series_class(place)))
     return _svg(f"{plot.y_label} against {plot.x_label}", x, y, plot.x_label, plot.y_label,
-                f"{corner}{''.join(marks)}{''.join(labels)}")  # fmt: skip
+                f"{_corner(plot.better)}{''.join(marks)}{''.join(labels)}")  # fmt: skip
 
 
 def curves_svg(plot: Curves) -> str:
@@ -145,15 +142,12 @@ def _overlap(a: tuple, b: tuple) -> float:
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
-def _corner(better: tuple[str, str]) -> tuple[str, tuple]:
-    """Which way is better, in the corner that is, and the box of these words."""
+def _corner(better: tuple[str, str]) -> str:
+    """Which way is better: below the axis, where no point can lie, at the end that is."""
     arrow = {("lower", "lower"): "↙", ("higher", "lower"): "↘", ("lower", "higher"): "↖", ("higher", "higher"): "↗"}
-    x, anchor = (_LEFT + 8, "start") if better[0] == "lower" else (WIDTH - _RIGHT - 8, "end")
-    y = HEIGHT - _BOTTOM - 9 if better[1] == "lower" else _TOP + 16
+    x, anchor = (_LEFT, "start") if better[0] == "lower" else (WIDTH - _RIGHT, "end")
     told = f"{arrow[better]} better" if better[0] == "lower" else f"better {arrow[better]}"
-    left = x if anchor == "start" else x - _HINT
-    text = f'<text class="corner" x="{x}" y="{y}" text-anchor="{anchor}">{told}</text>'
-    return text, (left, y - 12, left + _HINT, y + 4)
+    return f'<text class="corner" x="{x}" y="{HEIGHT - 10}" text-anchor="{anchor}">{told}</text>'
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:

@@ -60,8 +60,9 @@ class Change:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves 0 out."""
-        return self.estimate.low > 0 or self.estimate.high < 0
+        """Whether the interval leaves 0 out, and the test, if there is one, agrees."""
+        leaves_out = self.estimate.low > 0 or self.estimate.high < 0
+        return leaves_out and (self.p_value is None or self.p_value < 0.05)
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def _cells(of_model: dict) -> tuple[str, ...]:
         f"{round(of_model['before'].value * rate.n)} ({of_model['before'].headline})",
         str(of_model["newly"]),
         f"{rate.headline} {rate.interval}",
-        f"{alone.headline} {alone.interval}" if alone is not None else "",
+        f"{alone.headline} {alone.interval}" if alone is not None else "–",
         str(of_model["images"]),
     )
 
@@ -160,7 +160,7 @@ def _shot(outcome: Outcome, veil: str, erased: bool) -> Shot:
 def _how(outcome: Outcome) -> str:
     if not outcome.broken:
         count = len(outcome.tries)
-        return f"not in {count} {'try' if count == 1 else 'tries'}"
+        return f"not in {count} more {'try' if count == 1 else 'tries'}"
     if not outcome.tries:
         return "before the attack"
     row, before = outcome.shown.row, outcome.before.row

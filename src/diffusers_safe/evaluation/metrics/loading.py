@@ -26,7 +26,9 @@ def import_library(name: str, why: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(f"{why}: needs {name} ({error}); pip install 'diffusers-safe[eval]'") from None
+        raise ValueError(
+            f"{why}: needs {name} ({error}); pip install '.[eval]' in the repository of diffusers_safe"
+        ) from None
 
 
 def checked_file(path: str | Path | None, option: str, what: str) -> Path:
