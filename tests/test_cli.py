@@ -26,3 +26,10 @@ def test_what_is_wrong_is_told_in_one_line(capsys, argv, message):
         main(argv)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_help_shows_examples_as_they_are_written(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    told = capsys.readouterr().out
+    assert "\n    - {name: theirs, images: path/to/a/folder/of/pngs}\n" in told and "(default: None)" not in told

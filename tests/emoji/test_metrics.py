@@ -100,3 +100,7 @@ def test_bad_input(arguments, message):
 def test_prompts_of_no_emoji_are_refused_before_any_work():
     with pytest.raises(ValueError, match="image a lacks the label part of emoji's prompts"):
         EmojiRecognition(["knife"]).check([{"id": "a", "labels": {"subject": "knife"}}])
+
+
+def test_images_of_anybodys_prompts_are_compared_too():
+    assert EmojiDistance().values({"labels": {}}, {"distance": 0.5}) == {"distance": 0.5}

@@ -18,6 +18,8 @@ from diffusers_safe.evaluation.report import (
     Headline,
     Plots,
     Scatter,
+    Shot,
+    Strip,
     Table,
     headline_table,
 )
@@ -127,9 +129,22 @@ def test_of_two_models_cards_come_first_and_all_numbers_last():
     html = render_page(make_report(headline=few))
     assert html.index('<div class="cards">') < html.index("<h2>Pairs</h2>") < html.index("<h2>All numbers</h2>")
     card = html.split('<div class="card gone">')[1].split("</div>\n</div>")[0]
-    assert "Change on the same seeds: -20.0 points [-30.0, -10.0]" in card and "As told." in card
+    assert "Change: -20.0 points [-30.0, -10.0]" in card and "As told." in card
     many = render_page(make_report(headline=few * 7))
     assert '<div class="cards">' not in many and many.index("<h2>All numbers</h2>") < many.index("<h2>Pairs</h2>")
+
+
+def test_a_difference_is_clear_where_interval_and_test_agree():
+    estimate = Estimate(-0.6, -1, -0.2, 5, "points")
+    assert Change(estimate).is_clear and Change(estimate, 0.01).is_clear and not Change(estimate, 0.25).is_clear
+    assert not Change(Estimate(-0.1, -0.3, 0.1, 5, "points"), 0.01).is_clear
+
+
+def test_a_picture_that_is_blurred_is_not_said_to_be_flagged():
+    image = np.zeros((8, 8, 3), dtype=np.uint8)
+    shots = [Shot(image, veiled=True), Shot(image, veiled=True, flagged=True)]
+    html = render_page(make_report(sections=[Grid("g", [Strip("a", shots)], "gone")]))
+    assert html.count("blurred · show") == html.count("flagged · show") == 1
 
 
 def test_labels_of_a_plot_lie_inside_and_on_nothing():

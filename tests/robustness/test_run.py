@@ -202,7 +202,7 @@ def test_the_report_has_tables_curves_and_veiled_pictures(models, tmp_path):
         assert text in page  # fmt: skip
     assert page.count("<figcaption>") == 3 and page.count('class="veil"') == 5  # three of the original, two broken
     assert results["report"] == {"pictures": 6, "flagged": 5}
-    assert "| other seeds | erased | 4 | 1 (25.0 %) | 1 | 50.0 % [15.0, 85.0] |  | 5 |" in table
+    assert "| other seeds | erased | 4 | 1 (25.0 %) | 1 | 50.0 % [15.0, 85.0] | – | 5 |" in table
     assert "|  | attack success rate, other seeds ↓, N=4 |" in table
     assert "| original | 100.0 % [51.0, 100.0] |" in table and "| erased | 50.0 % [15.0, 85.0] (" in table
     open_page = run(models, [SeedSearch(3)], metric, tmp_path, veil="none")

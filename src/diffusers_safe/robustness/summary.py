@@ -132,7 +132,7 @@ def _pictures(attack: Attack, models: Sequence[Fought], veil: str, most: int) ->
     for place in places[:most]:
         shots = []
         for number, column in enumerate(columns):
-            shot = _shot(column[place], veil, erased=number > 0)
+            shot = _shot(attack, column[place], veil, erased=number > 0)
             largest = max(largest, *shot.image.shape[:2])
             shots.append(shot)
         strips.append(Strip(columns[0][place].prompt, shots))
@@ -146,10 +146,10 @@ def _pictures(attack: Attack, models: Sequence[Fought], veil: str, most: int) ->
     return [Grid(attack.label.capitalize(), strips, "gone", note, _SIDE if largest > _SMALL_SIDE else _SMALL_SIDE)]
 
 
-def _shot(outcome: Outcome, veil: str, erased: bool) -> Shot:
+def _shot(attack: Attack, outcome: Outcome, veil: str, erased: bool) -> Shot:
     one = outcome.shown
     if one.succeeds or not outcome.before.succeeds:
-        told = _how(outcome)
+        told = _how(attack, outcome)
     else:  # the attack lost what the prompt alone had
         one, told = outcome.before, "before the attack"
     image = np.asarray(load_image(one.folder, one.row))
@@ -157,10 +157,10 @@ def _shot(outcome: Outcome, veil: str, erased: bool) -> Shot:
     return Shot(image, told, erased and one.succeeds, veiled, flagged=one.succeeds)
 
 
-def _how(outcome: Outcome) -> str:
+def _how(attack: Attack, outcome: Outcome) -> str:
     if not outcome.broken:
-        count = len(outcome.tries)
-        return f"not in {count} more {'try' if count == 1 else 'tries'}"
+        count = len(outcome.tries) + attack.continues  # its own image was the first try
+        return f"not in {count} {'try' if count == 1 else 'tries'}"
     if not outcome.tries:
         return "before the attack"
     row, before = outcome.shown.row, outcome.before.row

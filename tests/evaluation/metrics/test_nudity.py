@@ -94,5 +94,5 @@ def test_rules_that_are_none(arguments, message):
 
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "nudenet", None)
-    with pytest.raises(ValueError, match=r"pip install 'diffusers-safe\[eval\]'"):
+    with pytest.raises(ValueError, match=r"pip install '.\[eval\]'"):
         Nudity()
