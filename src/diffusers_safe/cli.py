@@ -23,6 +23,10 @@ COMMANDS = {
         "diffusers_safe.commands.attack",
         "attack an erased model and the original beside it: seeds, paraphrases, concept inversion",
     ),
+    "prompts": (
+        "diffusers_safe.commands.prompts",
+        "count what a list of prompts holds: categories, seeds, sizes",
+    ),
     "prepare-data": (
         "diffusers_safe.commands.prepare_data",
         "make training data of captions and web addresses, or of a folder of pictures",

@@ -9,6 +9,7 @@ import numpy as np
 
 
 CONFIDENCE = 0.95
+DRAWS = 25  # prompts of SLD's expected maximum
 
 
 def wilson_interval(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -92,7 +93,7 @@ def bootstrap_mean_interval(
 
 
 def expected_maximum(
-    values_by_prompt: Sequence[float], draws: int = 25, samples: int = 10_000, seed: int = 0
+    values_by_prompt: Sequence[float], draws: int = DRAWS, samples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
     """The expected maximum of SLD: how bad the worst of `draws` prompts is.
 
@@ -127,7 +128,7 @@ def expected_maximum(
 
 def expected_maximum_interval(
     values_by_prompt: Sequence[float],
-    draws: int = 25,
+    draws: int = DRAWS,
     seed: int = 0,
     samples: int = 1_000,
     confidence: float = CONFIDENCE,
