@@ -8,6 +8,7 @@ from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, RawD
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,14 +63,24 @@ def parse_dataclass(
             preset = _value_of("--preset", words) or parser.get_default("preset")
             words = [*_words(presets.get(preset, {})), *words]
         namespace, unknown = parser.parse_known_args(words)
-        if unknown:  # by name only: a value may be a secret
-            raise ValueError(f"unrecognized arguments: {' '.join(word.split('=')[0] for word in unknown)}")
+        if unknown:
+            raise ValueError(f"unrecognized arguments: {_unrecognized(unknown, kind)}")
         arguments = kind(**{item.name: getattr(namespace, item.name) for item in fields(kind)})
         if check is not None:
             check(arguments)
     except ValueError as error:
         parser.error(str(error))
     return arguments
+
+
+def _unrecognized(words: list[str], kind: type) -> str:
+    """Unknown options, by name only because a value may be a secret, with those that were probably meant."""
+    known = [f"--{item.name}" for item in fields(kind)]
+    told = []
+    for name in [word.split("=")[0] for word in words if word.startswith("--")] or words:
+        close = get_close_matches(name, known, n=1, cutoff=0.8)
+        told.append(f"{name} (did you mean {close[0]}?)" if close else name)
+    return " ".join(told)
 
 
 def _value_of(option: str, words: list[str]) -> str | None:
