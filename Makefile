@@ -26,7 +26,7 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
-# Up to an hour on 2 cores; QUICK=1 one object only, some minutes.
+# About 40 minutes on 2 cores; QUICK=1 one object only, about 6.
 benchmark-erasure: setup
 	$(BIN)/python benchmarks/erasure_leaderboard.py \
 		$(if $(QUICK),--quick --output_dir runs/leaderboard-quick,--output_dir runs/leaderboard --docs docs)
