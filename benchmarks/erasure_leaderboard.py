@@ -7,7 +7,7 @@ The table has the shape of SDD's (arXiv 2307.05977): the concept's rate, what is
 the original's images, and how well images show what was asked for; by the judge that ships with the model. Rows are
 the model itself, what acts while sampling (a negative prompt, SEGA, SLD), what changes the weights (ESD, SDD, by
 `examples/emoji-*.yaml`), and a student of the erased model. Trainings and images that are finished are kept. Without
-a GPU there is a process with one thread for each core: more threads hardly make so small a model faster.
+a GPU there is a process with one thread for each core.
 
 `--quick` does one object only, by fewer methods. `--docs docs` writes the table and the pictures into that folder.
 A new method proves itself in a row of its own, as a model (or a file of models) of `diffusers-safe evaluate`:

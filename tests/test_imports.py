@@ -1,9 +1,12 @@
 """Imports point one way (docs/architecture.md), and importing does nothing."""
 
 import ast
+import logging
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import diffusers_safe
 
@@ -62,3 +65,16 @@ def test_importing_the_package_is_quick_and_quiet():
     code = "import sys, diffusers_safe; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False" and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("`A` requires torchvision (not installed); falling back to `APil` for backward compatibility.", False),
+        ("`A` requires torchvision", True),
+    ],
+)
+def test_only_what_transformers_says_of_a_missing_torchvision_is_left_out(message, shown):
+    logger = logging.getLogger("transformers.utils.import_utils")
+    record = logger.makeRecord(logger.name, logging.WARNING, "", 0, message, (), None)
+    assert bool(logger.filter(record)) == shown

@@ -80,6 +80,7 @@ def test_the_speed_of_a_step(load, capsys, monkeypatch):
     assert (batch, compiled) == ("2", "off") and share.endswith("%") and memory.endswith("GiB")
 
 
+# With a GPU the same call is the benchmark itself, which takes minutes.
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_is_told_in_one_line(load):
     with pytest.raises(SystemExit, match="^error: there is no GPU here; --device cpu --size tiny tries the program$"):

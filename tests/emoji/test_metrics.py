@@ -7,7 +7,7 @@ from PIL import Image
 
 from diffusers_safe.emoji import CLASSIFIER_FOLDER
 from diffusers_safe.emoji.classifier import EmojiClassifier
-from diffusers_safe.emoji.metrics import EmojiDistance, EmojiRecognition
+from diffusers_safe.emoji.metrics import EmojiDistance, EmojiFID, EmojiRecognition, write_references
 from diffusers_safe.emoji.render import render_many
 
 
@@ -104,3 +104,10 @@ def test_prompts_of_no_emoji_are_refused_before_any_work():
 
 def test_images_of_anybodys_prompts_are_compared_too():
     assert EmojiDistance().values({"labels": {}}, {"distance": 0.5}) == {"distance": 0.5}
+
+
+def test_too_few_images_of_what_stays_are_told_before_any_is_scored(tmp_path):
+    references = write_references(tmp_path / "references", ["knife"], count=4)
+    rows = [row("erased", "knife")] * 9 + [row("object", "cat")] * 3
+    with pytest.raises(ValueError, match="emoji_fid: 3 images; needs at least 4"):
+        EmojiFID(references).check(rows)

@@ -246,7 +246,7 @@ def test_two_runs_do_not_share_a_folder(tiny_pipeline, tmp_path, monkeypatch):
     sample, refused = generation._sample, []
 
     def while_another_begins(*arguments):
-        with pytest.raises(ValueError, match="another run is generating images there") as error:
+        with pytest.raises(ValueError, match="another run is at work there") as error:
             generate(tiny_pipeline, rows_of(1), tmp_path, QUICK)
         refused.append(error)
         return sample(*arguments)

@@ -61,7 +61,7 @@ FRAME = '<iframe style="width: 390px; height: 844px; border: 0" srcdoc="{inside}
 @pytest.fixture(scope="module")
 def phones(tmp_path_factory):
     """What is found on the pages of many models, of two, and of the demo."""
-    if CHROMIUM is None:
+    if CHROMIUM is None:  # no wheel brings one; what the pages say is tested without it in test_report.py
         pytest.skip("there is no Chromium to open the page with")
     reports = [make_large_report(5), make_large_report(2), make_report()]
     frames = [FRAME.format(inside=escape(render_page(report).replace("</body>", PROBE))) for report in reports]

@@ -185,6 +185,9 @@ class EmojiFID(FID):
         extract = torch.inference_mode()(lambda images: judge.features(_pixels(images)))
         super().__init__(Extractor("the emoji judge", {"judge": fingerprint(judge)}, extract), references)
 
+    def check(self, rows: Sequence[dict]) -> None:
+        super().check([row for row in rows if not _asks_for_erased(row)])
+
     def update(self, rows: Sequence[dict], scores: Sequence[dict]) -> None:
         kept = [place for place, row in enumerate(rows) if not _asks_for_erased(row)]
         super().update([rows[place] for place in kept], [scores[place] for place in kept])
@@ -216,8 +219,8 @@ def write_references(folder: str | Path, erased: list[str], style: str | None = 
 
 
 def _asks_for_erased(row: dict) -> bool:
-    """Rows of anybody's prompts, without the label, are others."""
-    return row["labels"].get("part") == "erased"
+    """Rows without the label, of anybody's prompts or of references, are others."""
+    return row.get("labels", {}).get("part") == "erased"
 
 
 def _pixels(images: Sequence[Image.Image]) -> torch.Tensor:

@@ -23,13 +23,12 @@ from typing import TextIO
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from filelock import FileLock, Timeout
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..provenance import fingerprint, write_text
-from .processes import launched_processes
+from .processes import alone_in, launched_processes
 
 
 MANIFEST = "manifest.jsonl"
@@ -129,9 +128,9 @@ def generate(
     alone, and a batch that was cut short is computed whole again. So with the same two, on the same machine with the
     same number of threads a process, the files are equal bit for bit however often a run was stopped and however many
     processes made it. What remains otherwise is rounding: a batch of another size, or other threads, take other paths
-    through the matrix products, which moves a few pixel values in a hundred thousand by 1 of 255. (Where an image
-    stands in a batch, and beside what, changed no bit on a CPU.) `torchrun` sets one thread a process unless
-    `OMP_NUM_THREADS` says otherwise.
+    through the matrix products, which moves some pixel values by 1 of 255. (Where an image stands in a batch, and
+    beside what, changed no bit on a CPU.) `torchrun` sets one thread a process unless `OMP_NUM_THREADS` says
+    otherwise.
 
     The pipeline's safety checker is off meanwhile, because images it blackens would count as safe in a measurement;
     images that are all black even so are marked in the manifest.
@@ -166,7 +165,7 @@ def generate(
     checked = safety_checker and getattr(pipeline, "safety_checker", None) is not None
     manifest.check(rows, model, settings, checked)
     processes.wait_for_everyone()  # nobody changes what another still checks
-    with manifest.lock() if processes.is_main_process else nullcontext():
+    with alone_in(manifest.folder, f".{MANIFEST}.lock") if processes.is_main_process else nullcontext():
         if processes.is_main_process:
             manifest.tidy()
         processes.wait_for_everyone()
@@ -330,24 +329,6 @@ class _Manifest:
     def __init__(self, folder: Path):
         self.folder = folder
         self.path = folder / MANIFEST
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keeps other runs out of the folder, which is made if need be.
-
-        Raises:
-            `ValueError`: If there is one.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f".{MANIFEST}.lock"
-        try:
-            with FileLock(path, timeout=0):
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)
-        except Timeout:
-            raise ValueError(f"{self.folder}: another run is generating images there; wait for its end") from None
 
     def open(self, part: int | None) -> TextIO:
         path = self.path if part is None else self.folder / f".{MANIFEST}.{part}"

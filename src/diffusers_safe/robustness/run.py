@@ -9,14 +9,12 @@ Images lie in `images/{model}/{attack}/` below the folder, raw scores beside the
 import gc
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from ..evaluation.evaluate import IMAGES, TABLE_NAME, Generator, check_subjects, model_facts
 from ..evaluation.generate import GenerationSettings, PromptRow, check_rows, generate
@@ -24,6 +22,7 @@ from ..evaluation.measured import change_of
 from ..evaluation.metrics.base import Metric
 from ..evaluation.page import write_report
 from ..evaluation.pictures import PICTURES, VEILS, shown_flags
+from ..evaluation.processes import alone_in
 from ..evaluation.report import RESULTS_NAME
 from ..evaluation.scores import score_images
 from ..provenance import library_versions, write_text
@@ -137,7 +136,7 @@ def attack_models(
     if veil not in VEILS:
         raise ValueError(f"veil '{veil}': unknown; allowed are {', '.join(VEILS)}")
     models = []
-    with _alone(folder):
+    with alone_in(folder):
         for place, subject in enumerate(subjects):
             models.append(_fight(subject, rows, attacks, judge, folder, settings, batch_size, is_original=place == 0))
             gc.collect()  # the model, before the next one is loaded
@@ -157,25 +156,6 @@ def attack_models(
     results = json.loads(path.with_name(RESULTS_NAME).read_text(encoding="utf-8"))
     write_text(folder / TABLE_NAME, attack_table(results, report.title))
     return results
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of the folder, which is made if need be.
-
-    Raises:
-        `ValueError`: If there is one.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    try:
-        with FileLock(path, timeout=0):
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-    except Timeout:
-        raise ValueError(f"{folder}: another run is at work there; wait for its end") from None
 
 
 def check_attack(

@@ -146,19 +146,21 @@ class FID(Metric):
 
     def check(self, rows: Sequence[dict]) -> None:
         if len(rows) < LEAST_IMAGES:
-            raise ValueError(f"fid: {len(rows)} images; needs at least {LEAST_IMAGES}")
+            raise ValueError(f"{self.name}: {len(rows)} images; needs at least {LEAST_IMAGES}")
 
     def score(
         self, images: Sequence[Image.Image], rows: Sequence[dict], originals: Sequence[Image.Image] | None = None
     ) -> list[dict]:
         features = torch.as_tensor(self.extractor.features(images)).cpu().numpy().astype("<f4")
         if features.ndim != 2 or len(features) != len(images) or not np.isfinite(features).all():
-            raise ValueError(f"fid: {self.extractor.name} gives no finite (N, D) features, but {features.shape}")
+            raise ValueError(
+                f"{self.name}: {self.extractor.name} gives no finite (N, D) features, but {features.shape}"
+            )
         return [{"features": base64.b64encode(row.tobytes()).decode()} for row in features]
 
     def compute(self) -> dict[str, Estimate]:
         if len(self.rows) < LEAST_IMAGES:
-            raise ValueError(f"fid: {len(self.rows)} images; needs at least {LEAST_IMAGES}")
+            raise ValueError(f"{self.name}: {len(self.rows)} images; needs at least {LEAST_IMAGES}")
         features, references = unpacked(self.scores), self._reference_features()
         prompts = [row["prompt"] for row in self.rows]
         size = self._subset_size()
