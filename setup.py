@@ -10,15 +10,14 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    license_files=["LICENSE", "src/diffusers_safe/emoji/sprites/LICENSE.txt"],
+    license_files=["LICENSE", "src/diffusers_safe/emoji/sprites/*/LICENSE.txt"],
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={
         "diffusers_safe.evaluation": ["*.css"],
         "diffusers_safe.emoji": [
-            "sprites/*.png",
-            "sprites/*.txt",
-            "sprites/*.md",
+            "sprites/*/*.png",
+            "sprites/*/*.txt",
             "model/*",
             "model/*/*",
             "judge/*",

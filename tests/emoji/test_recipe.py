@@ -6,21 +6,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import nn
 
-from diffusers_safe.emoji import recipe
-from diffusers_safe.emoji.recipe import RecipeArguments, Stage, learning_rate_factor, load_pictures, train_stage
+from diffusers_safe.emoji.architecture import build_t5_tokenizer, build_tokenizer
+from diffusers_safe.emoji.recipe import __main__ as recipe
+from diffusers_safe.emoji.recipe import pictures as recipe_pictures
+from diffusers_safe.emoji.recipe.__main__ import RecipeArguments
+from diffusers_safe.emoji.recipe.pictures import CaptionedLatents, load_pictures, stratified
+from diffusers_safe.emoji.recipe.stage import Stage, learning_rate_factor, train_stage
+from diffusers_safe.emoji.recipe.transformer import SHORT_LENGTH, STOCK_LENGTH, transformer_stage
+from diffusers_safe.emoji.recipe.unet import unet_stage
 from diffusers_safe.emoji.render import render_many
+from diffusers_safe.emoji.scenes import draw_caption
 
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -28,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def arguments(folder, **changes):
-    tiny = {"num_pictures": 12, "autoencoder_steps": 1, "classifier_steps": 1, "denoiser_steps": 1}
+    tiny = {"num_pictures": 12, "judge_steps": 1, "autoencoder_steps": 1, "unet_steps": 1, "transformer_steps": 1}
     return RecipeArguments(output_dir=str(folder), **{**tiny, **changes})
 
 
@@ -38,19 +43,19 @@ def arguments(folder, **changes):
 @pytest.mark.parametrize(
     "name, value, allowed",
     [
-        ("stages", ["denoiser", "unet"], "autoencoder, classifier, denoiser, assemble"),
+        ("stages", ["denoiser", "unet"], "judge, second_judge, autoencoder, unet, transformer, assemble"),
         ("num_pictures", 0, "at least 1"),
         ("autoencoder_steps", 0, "at least 1"),
-        ("classifier_steps", -1, "at least 1"),
-        ("denoiser_steps", 0, "at least 1"),
-        ("emphasized_objects", ["sword", "spoon"], "allowed are knife"),
+        ("judge_steps", -1, "at least 1"),
+        ("unet_steps", 0, "at least 1"),
+        ("transformer_steps", 0, "at least 1"),
     ],
 )
 def test_bad_values_name_argument_value_and_what_is_allowed(tmp_path, name, value, allowed):
     with pytest.raises(ValueError) as error:
         arguments(tmp_path, **{name: value})
-    told = {"stages": "unet", "emphasized_objects": "spoon"}.get(name, str(value))
-    assert name in str(error.value) and told in str(error.value) and allowed in str(error.value)
+    shown = {"stages": "denoiser"}.get(name, str(value))
+    assert name in str(error.value) and shown in str(error.value) and allowed in str(error.value)
 
 
 # --- a stage that is stopped -----------------------------------------------------------------------------------------
@@ -81,7 +86,7 @@ def toy_stage(steps, kill_at=None, seen=None, ema_decay=0.9):
             seen.append(pictures.clone())
         return {"pictures": pictures, "target": pictures.mean((1, 2, 3))[:, None]}
 
-    return Stage("autoencoder", ToyLoss(), steps, 1e-2, 4, ema_decay, make_batch)
+    return Stage("toy", ToyLoss(), steps, 1e-2, 4, make_batch, ema_decay)
 
 
 def same(first, second):
@@ -90,50 +95,40 @@ def same(first, second):
 
 
 def test_a_stage_killed_again_and_again_ends_where_an_undisturbed_one_does(tmp_path):
-    whole = train_stage(toy_stage(9), arguments(tmp_path / "whole", checkpoint_minutes=0))
-    stopped = arguments(tmp_path / "stopped", checkpoint_minutes=0)  # a checkpoint after every step
+    whole = train_stage(toy_stage(9), tmp_path / "whole", checkpoint_minutes=0)
     for done_before in (2, 4):
-        with pytest.raises(Kill):
-            train_stage(toy_stage(9, kill_at=done_before), stopped)
+        with pytest.raises(Kill):  # a checkpoint after every step
+            train_stage(toy_stage(9, kill_at=done_before), tmp_path / "stopped", checkpoint_minutes=0)
         AcceleratorState._reset_state(reset_partial_state=True)
-    assert (tmp_path / "stopped" / "autoencoder" / "checkpoint-6").is_dir()
+    assert (tmp_path / "stopped" / "toy" / "checkpoint-6").is_dir()
     seen = []
-    assert same(train_stage(toy_stage(9, seen=seen), stopped), whole)
+    assert same(train_stage(toy_stage(9, seen=seen), tmp_path / "stopped"), whole)
     assert len(seen) == 3
 
 
 def test_without_a_checkpoint_yet_it_starts_again(tmp_path):
-    whole = train_stage(toy_stage(3), arguments(tmp_path / "whole"))
+    whole = train_stage(toy_stage(3), tmp_path / "whole")
     with pytest.raises(Kill):
-        train_stage(toy_stage(3, kill_at=2), arguments(tmp_path / "stopped", checkpoint_minutes=9))
-    assert same(train_stage(toy_stage(3), arguments(tmp_path / "stopped")), whole)
+        train_stage(toy_stage(3, kill_at=2), tmp_path / "stopped", checkpoint_minutes=9)
+    assert same(train_stage(toy_stage(3), tmp_path / "stopped"), whole)
 
 
 def test_a_finished_stage_is_read_and_not_trained_again(tmp_path):
-    trained = train_stage(toy_stage(3), arguments(tmp_path))
-    assert same(train_stage(toy_stage(3, kill_at=0), arguments(tmp_path)), trained)
+    trained = train_stage(toy_stage(3), tmp_path)
+    assert same(train_stage(toy_stage(3, kill_at=0), tmp_path), trained)
 
 
-def test_a_stage_does_not_go_on_with_other_arguments(tmp_path):
-    train_stage(toy_stage(2), arguments(tmp_path))
-    with pytest.raises(ValueError, match="holds a run with other arguments .seed 0 there, 1 here"):
-        train_stage(toy_stage(2), arguments(tmp_path, seed=1))
-
-
-def test_more_steps_continue_a_finished_stage_and_fewer_are_refused(tmp_path):
-    kept = arguments(tmp_path, checkpoint_minutes=0)  # a checkpoint after every step but the last
-    train_stage(toy_stage(4), kept)
-    seen = []
-    train_stage(toy_stage(6, seen=seen), kept)
-    assert len(seen) == 3  # from checkpoint-3
-    with pytest.raises(ValueError, match=r"--autoencoder_steps 2: .* is already at step 5"):
-        train_stage(toy_stage(2), kept)
+@pytest.mark.parametrize("steps, seed, message", [(2, 1, "seed 0 there, 1 here"), (3, 0, "steps 2 there, 3 here")])
+def test_a_stage_does_not_go_on_with_other_settings(tmp_path, steps, seed, message):
+    train_stage(toy_stage(2), tmp_path)
+    with pytest.raises(ValueError, match=f"holds a run with other settings .{message}"):
+        train_stage(toy_stage(steps), tmp_path, seed)
 
 
 def test_the_result_is_the_average_and_not_the_last_weights(tmp_path):
-    averaged = train_stage(toy_stage(6), arguments(tmp_path / "averaged"))
-    last = train_stage(toy_stage(6, ema_decay=0.0), arguments(tmp_path / "last"))  # an average of the last alone
-    assert same(last, train_stage(toy_stage(6, ema_decay=0.0), arguments(tmp_path / "again")))
+    averaged = train_stage(toy_stage(6), tmp_path / "averaged")
+    last = train_stage(toy_stage(6, ema_decay=0.0), tmp_path / "last")  # an average of the last alone
+    assert same(last, train_stage(toy_stage(6, ema_decay=0.0), tmp_path / "again"))
     assert not torch.allclose(averaged.layers[3].weight, last.layers[3].weight, atol=1e-5)
 
 
@@ -141,7 +136,7 @@ def test_batches_depend_on_seed_and_step(tmp_path):
     runs = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         seen = []
-        train_stage(toy_stage(3, seen=seen), arguments(tmp_path / name, seed=seed))
+        train_stage(toy_stage(3, seen=seen), tmp_path / name, seed)
         runs.append(torch.stack(seen))
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
     assert not torch.equal(runs[0][0], runs[0][1])
@@ -156,56 +151,83 @@ def test_the_learning_rate_warms_up_stays_and_goes_to_zero():
 # --- pictures and the whole ------------------------------------------------------------------------------------------
 
 
-def test_emphasized_objects_are_seen_more_often(tmp_path, monkeypatch):
-    counts = Counter()
-
-    def count_batches(stage, args):
-        for step in range(100):
-            stage.make_batch(np.random.default_rng(step), 32)
-        return stage.module
-
-    monkeypatch.setattr(recipe, "train_stage", count_batches)
-    monkeypatch.setattr(recipe, "draw_caption", lambda scene, rng: counts.update([scene.name]) or scene.name)
-    scenes = render_many(0, 0, 2, hold_out=False)[1]
-    scenes = [replace(scenes[0], name="sword"), replace(scenes[1], name="cat")]
-    moments = np.ones((2, 8, 16, 16), dtype=np.float16)
-    for emphasized, share in ([], 1), (["sword"], 4):
-        counts.clear()
-        recipe.train_denoiser(arguments(tmp_path, emphasized_objects=emphasized), moments, scenes)
-        assert counts["sword"] / counts["cat"] == pytest.approx(share, rel=0.15)
-
-
 def test_pictures_are_rendered_once_and_are_those_of_the_seed(tmp_path, monkeypatch):
-    pictures, scenes = load_pictures(arguments(tmp_path, num_pictures=7, seed=3))
+    pictures, scenes = load_pictures(tmp_path, 7, 3)
     expected, expected_scenes = render_many(3, 0, 7)
     assert np.array_equal(pictures, expected) and scenes == expected_scenes
     with monkeypatch.context() as patch:
-        patch.delattr(recipe, "render_many")
-        again, same_scenes = load_pictures(arguments(tmp_path, num_pictures=7, seed=3))
+        patch.delattr(recipe_pictures, "render_many")
+        again, same_scenes = load_pictures(tmp_path, 7, 3)
     assert np.array_equal(again, expected) and same_scenes == expected_scenes
-    more, _ = load_pictures(arguments(tmp_path, num_pictures=8, seed=3))
+    more, _ = load_pictures(tmp_path, 8, 3)
     assert np.array_equal(more[:7], expected) and len(more) == 8
 
 
-def test_the_finished_folder_is_a_stock_pipeline_in_half_precision(tmp_path):
-    recipe.main(arguments(tmp_path, stages=["autoencoder", "denoiser", "assemble"]))
-    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
-    assert {part.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
-    pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    (picture,) = pipeline("a knife", num_inference_steps=1, generator=generator).images
-    assert picture.size == (64, 64)
+def captioned_latents():
+    moments = np.concatenate([np.full((5, 8, 16, 16), 3.0), np.full((5, 8, 16, 16), 0.5)], axis=1).astype(np.float16)
+    return CaptionedLatents(moments, render_many(0, 0, 5)[1], build_tokenizer(), scaling_factor=2.0, shift_factor=1.0)
 
-    latents = np.load(next((tmp_path / "cache").glob("latents-*.npy"))).astype(np.float64)
-    mean, std = np.split(latents, 2, axis=1)
-    drawn = mean + std * np.random.default_rng(0).standard_normal(mean.shape)
-    assert pipeline.vae.config.scaling_factor * drawn.std() == pytest.approx(1, rel=0.05)
 
-    weights = list((tmp_path / "model").rglob("*.safetensors"))
-    assert len(weights) == 3
-    assert {value.dtype for path in weights for value in load_file(path).values()} == {torch.float16}
-    averaged = torch.load(tmp_path / "denoiser" / "ema-1.pt", weights_only=True)
-    assert torch.equal(pipeline.unet.conv_in.weight, averaged["unet.conv_in.weight"].half().float())
+def test_latents_are_sampled_and_normalised_and_one_caption_in_ten_is_empty():
+    data = captioned_latents()
+    sample = data.sample(np.random.default_rng(0), 400)
+    assert sample["latents"].shape == sample["noise"].shape == (400, 8, 16, 16)
+    assert sample["latents"].mean().item() == pytest.approx(4, abs=0.01)  # 2 (3 - 1)
+    assert sample["latents"].std().item() == pytest.approx(1, abs=0.01)  # 2 x 0.5
+    assert sample["captions"].count("") / 400 == pytest.approx(0.1, abs=0.04)
+    tokens = data.tokenizer(sample["captions"], padding="max_length", return_tensors="pt").input_ids
+    assert torch.equal(sample["input_ids"], tokens)
+
+
+def test_stratified_numbers_have_one_in_each_part():
+    values = stratified(np.random.default_rng(0), 8)
+    assert sorted((values * 8).astype(int)) == list(range(8))
+
+
+def test_noise_levels_are_high_and_t5_tokens_mostly_short():
+    data = captioned_latents()
+    unet, transformer = unet_stage(data, 1, 1e-3, {}), transformer_stage(data, 1, 1e-3, {})
+    batches = [transformer.make_batch(np.random.default_rng(seed), 16) for seed in range(60)]
+    lengths = [batch["t5_input_ids"].shape[1] for batch in batches]
+    assert set(lengths) == {SHORT_LENGTH, STOCK_LENGTH} and lengths.count(STOCK_LENGTH) < 15
+    sigmas = torch.cat([batch["sigmas"] for batch in batches])
+    assert 0 < sigmas.min() and sigmas.max() < 1 and sigmas.median().item() == pytest.approx(0.73, abs=0.03)
+    timesteps = unet.make_batch(np.random.default_rng(0), 64)["timesteps"]
+    assert timesteps.median() == pytest.approx(750, abs=20) and 0 <= timesteps.min() and timesteps.max() <= 999
+
+
+def test_every_caption_fits_into_the_short_length_and_each_word_is_one_token():
+    tokenizer, rng = build_t5_tokenizer(), np.random.default_rng(0)
+    captions = [draw_caption(scene, rng) for scene in render_many(0, 0, 500)[1]]
+    assert max(map(len, tokenizer(captions).input_ids)) <= SHORT_LENGTH
+    assert tokenizer.tokenize("an axe, red background") == ["▁an", "▁axe", ",", "▁red", "▁background"]
+    assert tokenizer.unk_token_id not in tokenizer("a zebra-42").input_ids
+
+
+def test_the_finished_folders_are_stock_pipelines_in_half_precision(tmp_path):
+    recipe.main(arguments(tmp_path, stages=["autoencoder", "unet", "transformer", "assemble"]))
+    for name, kind, parts in (
+        ("model", StableDiffusionPipeline, ("unet", "vae", "text_encoder")),
+        ("model_flow", StableDiffusion3Pipeline, ("transformer", "vae", "text_encoder", "text_encoder_3")),
+    ):
+        pipeline = DiffusionPipeline.from_pretrained(tmp_path / name)
+        assert type(pipeline) is kind and {getattr(pipeline, part).dtype for part in parts} == {torch.float32}
+        pipeline.set_progress_bar_config(disable=True)
+        (picture,) = pipeline("a knife", num_inference_steps=1, generator=torch.Generator().manual_seed(0)).images
+        assert picture.size == (64, 64)
+
+        latents = np.load(next((tmp_path / "cache").glob("latents-*.npy"))).astype(np.float64)
+        mean, std = np.split(latents, 2, axis=1)
+        sampled = mean + std * np.random.default_rng(0).standard_normal(mean.shape)
+        config = pipeline.vae.config
+        assert config.scaling_factor * sampled.std() == pytest.approx(1, rel=0.05)
+        if name == "model_flow":
+            assert config.shift_factor == pytest.approx(sampled.mean(), abs=0.02)
+        for path in (tmp_path / name).rglob("*.safetensors"):
+            assert {value.dtype for value in load_file(path).values()} == {torch.float16}
+    averaged = torch.load(tmp_path / "unet" / "ema.pt", weights_only=True)
+    unet = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(unet["conv_in.weight"], averaged["unet.conv_in.weight"].half())
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -213,19 +235,19 @@ def test_the_finished_folder_is_a_stock_pipeline_in_half_precision(tmp_path):
 
 def command(folder):
     return [
-        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu",
-        "-m", "diffusers_safe.emoji.recipe", "--output_dir", str(folder), "--num_pictures", "12",
-        "--autoencoder_steps", "5", "--classifier_steps", "1", "--denoiser_steps", "4", "--checkpoint_minutes", "0",
+        sys.executable, "-m", "diffusers_safe.emoji.recipe", "--output_dir", str(folder), "--num_pictures", "12",
+        "--judge_steps", "1", "--autoencoder_steps", "5", "--unet_steps", "4", "--transformer_steps", "4",
+        "--checkpoint_minutes", "0",
     ]  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_command_killed_in_two_stages_ends_where_an_undisturbed_one_does(tmp_path):
+def test_the_command_killed_in_three_stages_ends_where_an_undisturbed_one_does(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     subprocess.run(command(tmp_path / "whole"), check=True, env=environment, cwd=tmp_path, capture_output=True)
     stopped = tmp_path / "stopped"
-    for stage in ("autoencoder", "denoiser"):
+    for stage in ("autoencoder", "unet", "transformer"):
         with (tmp_path / "output").open("w") as output:
             process = subprocess.Popen(
                 command(stopped), env=environment, cwd=tmp_path, stdout=output, stderr=output, start_new_session=True
@@ -234,15 +256,17 @@ def test_the_command_killed_in_two_stages_ends_where_an_undisturbed_one_does(tmp
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        assert not list((stopped / stage).glob("ema-*.pt")), (tmp_path / "output").read_text()[-2000:]
+        assert not (stopped / stage / "ema.pt").exists(), (tmp_path / "output").read_text()[-2000:]
     subprocess.run(command(stopped), check=True, env=environment, cwd=tmp_path, capture_output=True)
 
-    for average in ("autoencoder/ema-5.pt", "classifier/ema-1.pt", "denoiser/ema-4.pt"):
-        first, second = (torch.load(tmp_path / run / average, weights_only=True) for run in ("whole", "stopped"))
-        assert [key for key in first if not torch.equal(first[key], second[key])] == [], average
-    for path in [
-        *(tmp_path / "whole" / "model").rglob("*.safetensors"),
-        tmp_path / "whole/classifier/model.safetensors",
-    ]:
-        assert path.read_bytes() == (stopped / path.relative_to(tmp_path / "whole")).read_bytes()
+    for stage in ("judge", "second_judge", "autoencoder", "unet", "transformer"):
+        first, second = (
+            torch.load(tmp_path / run / stage / "ema.pt", weights_only=True) for run in ("whole", "stopped")
+        )
+        assert [key for key in first if not torch.equal(first[key], second[key])] == [], stage
+    written = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").glob("model*/**/*.safetensors")]
+    written += [Path("judges", name, "model.safetensors") for name in ("judge", "second_judge")]
+    assert len(written) == 10
+    for path in written:
+        assert (tmp_path / "whole" / path).read_bytes() == (stopped / path).read_bytes()
     assert json.loads((stopped / "model" / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"

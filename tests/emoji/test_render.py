@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from diffusers_safe.emoji.render import RESOLUTION, SPRITES, load_sprite, render, render_many
+from diffusers_safe.emoji.render import ARTWORK, RESOLUTION, SPRITES, load_sprite, render, render_many
 from diffusers_safe.emoji.scenes import BACKGROUNDS, OBJECTS, Scene
 
 
@@ -25,11 +25,13 @@ def covered(**changes):
 
 
 def test_every_object_has_its_sprite_and_its_own_look():
-    assert {path.stem for path in SPRITES.glob("*.png")} == set(OBJECTS)
+    for artwork in ARTWORK:
+        assert {path.stem for path in (SPRITES / artwork).glob("*.png")} == set(OBJECTS)
+        assert (SPRITES / artwork / "LICENSE.txt").is_file()
+        assert {load_sprite(name, artwork).size for name in OBJECTS} == {(64, 64)}
     looks = {pixels(name=name).tobytes() for name in OBJECTS}
     assert len(looks) == len(OBJECTS)
     for name in OBJECTS:
-        assert load_sprite(name).size == (64, 64)
         assert 0.04 < covered(name=name).mean() < 0.6
 
 

@@ -1,4 +1,4 @@
-"""The judge of the embedded model: a small convolutional network that names what an emoji picture shows."""
+"""The judges of the embedded models: two networks of different architectures that name what an emoji picture shows."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as F
 
 from .scenes import BACKGROUNDS, GROUP_OF, GROUPS, OBJECTS, STYLES
 
@@ -29,25 +30,30 @@ class EmojiClassifier(nn.Module):
     always has to name one of 60 objects would see a weapon in one of twelve ruined pictures.
     """
 
+    architecture = "convolutions"
+
     def __init__(self, width: int = 24):
         super().__init__()
-        channels = [3, width, 2 * width, 3 * width, 4 * width]
         self.width = width
-        self.stem = nn.Sequential(
-            *(
-                layer
-                for before, after in zip(channels, channels[1:])
-                for layer in (
-                    nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
-                    nn.BatchNorm2d(after),
-                    nn.ReLU(),
-                    nn.Conv2d(after, after, 3, padding=1, bias=False),
-                    nn.BatchNorm2d(after),
-                    nn.ReLU(),
-                )
+        self.stem, features = self._build_stem(width)
+        self.heads = nn.ModuleDict({head: nn.Linear(features, len(labels)) for head, labels in HEADS.items()})
+
+    @staticmethod
+    def _build_stem(width: int) -> tuple[nn.Module, int]:
+        channels = [3, width, 2 * width, 3 * width, 4 * width]
+        layers = (
+            layer
+            for before, after in zip(channels, channels[1:])
+            for layer in (
+                nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.ReLU(),
+                nn.Conv2d(after, after, 3, padding=1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.ReLU(),
             )
         )
-        self.heads = nn.ModuleDict({head: nn.Linear(channels[-1], len(labels)) for head, labels in HEADS.items()})
+        return nn.Sequential(*layers), channels[-1]
 
     def features(self, pictures: torch.Tensor) -> torch.Tensor:
         """Pictures `(B, 3, 64, 64)` in [0, 1] to features `(B, 4 * width)`."""
@@ -55,8 +61,7 @@ class EmojiClassifier(nn.Module):
 
     def levels(self, pictures: torch.Tensor) -> list[torch.Tensor]:
         """Pictures `(B, 3, 64, 64)` in [0, 1] to four feature maps, 32, 16, 8 and 4 pixels wide."""
-        if pictures.ndim != 4 or pictures.shape[1:] != (3, 64, 64):
-            raise ValueError(f"pictures have shape {tuple(pictures.shape)}; the classifier takes (B, 3, 64, 64)")
+        _check_pictures(pictures)
         hidden, levels = pictures * 2 - 1, []
         for start in range(0, len(self.stem), LAYERS_A_LEVEL):
             hidden = self.stem[start : start + LAYERS_A_LEVEL](hidden)
@@ -95,17 +100,77 @@ class EmojiClassifier(nn.Module):
             name: value.half() if value.is_floating_point() else value for name, value in self.state_dict().items()
         }
         save_file(halves, folder / _WEIGHTS)
-        (folder / "config.json").write_text(json.dumps({"width": self.width, "labels": HEADS}, indent=2) + "\n")
+        config = {"architecture": self.architecture, "width": self.width, "labels": HEADS}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "EmojiClassifier":
+    @staticmethod
+    def from_pretrained(folder: str | Path) -> "EmojiClassifier":
+        """Loads a judge of either architecture."""
         folder = Path(folder)
         config = json.loads((folder / "config.json").read_text())
         if config["labels"] != HEADS:
             raise ValueError(f"{folder}: the classifier was trained for other labels than this version's scenes have")
-        model = cls(config["width"])
+        kinds = {kind.architecture: kind for kind in (EmojiClassifier, SecondEmojiClassifier)}
+        model = kinds[config.get("architecture", EmojiClassifier.architecture)](config["width"])
         model.load_state_dict(load_file(folder / _WEIGHTS))
         return model.eval()
+
+
+class SecondEmojiClassifier(EmojiClassifier):
+    """The check on the first judge: blocks of ConvNeXt (Liu et al., arXiv 2201.03545) on pictures of 96 pixels."""
+
+    architecture = "convnext"
+    resolution = 96
+
+    def __init__(self, width: int = 48):
+        super().__init__(width)
+
+    @staticmethod
+    def _build_stem(width: int) -> tuple[nn.Module, int]:
+        widths = (width, 2 * width, 10 * width // 3)
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=4), _ChannelNorm(width)]
+        for level, (channels, depth) in enumerate(zip(widths, (2, 3, 2))):
+            if level:
+                layers += [_ChannelNorm(widths[level - 1]), nn.Conv2d(widths[level - 1], channels, 2, stride=2)]
+            layers += [_ConvNeXtBlock(channels) for _ in range(depth)]
+        return nn.Sequential(*layers), widths[-1]
+
+    def features(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Pictures `(B, 3, 64, 64)` in [0, 1] to features `(B, 10 * width // 3)`."""
+        return self.levels(pictures)[-1].mean(dim=(2, 3))
+
+    def levels(self, pictures: torch.Tensor) -> list[torch.Tensor]:
+        """Pictures `(B, 3, 64, 64)` in [0, 1] to the last feature map, 6 pixels wide."""
+        _check_pictures(pictures)
+        shown = F.interpolate(pictures, (self.resolution, self.resolution), mode="bilinear", antialias=True)
+        return [self.stem(shown * 2 - 1)]
+
+
+class _ChannelNorm(nn.LayerNorm):
+    """Layer normalisation over the channels of each place of `(B, C, H, W)`."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden.movedim(1, -1)).movedim(-1, 1)
+
+
+class _ConvNeXtBlock(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, channels, 7, padding=3, groups=channels),
+            _ChannelNorm(channels),
+            nn.Conv2d(channels, 4 * channels, 1),
+            nn.GELU(),
+            nn.Conv2d(4 * channels, channels, 1),
+        )
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self.layers(hidden)
+
+
+def _check_pictures(pictures: torch.Tensor) -> None:
+    if pictures.ndim != 4 or pictures.shape[1:] != (3, 64, 64):
+        raise ValueError(f"pictures have shape {tuple(pictures.shape)}; the classifier takes (B, 3, 64, 64)")
 
 
 def to_tensor(pictures: np.ndarray) -> torch.Tensor:

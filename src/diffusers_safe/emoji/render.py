@@ -1,4 +1,4 @@
-"""Draws scenes: sprites of Noto Color Emoji, turned, scaled and placed on a background, in a style."""
+"""Renders scenes: sprites of emoji, turned, scaled and placed on a background, in a style."""
 
 from functools import cache
 from pathlib import Path
@@ -11,18 +11,21 @@ from .scenes import BACKGROUNDS, Scene, draw_scene
 
 RESOLUTION = 64
 SPRITES = Path(__file__).parent / "sprites"
+# The embedded models are trained on the first; the second judge sees all, so that it knows objects, not drawings.
+ARTWORK = ("noto", "twemoji", "fluent")
 
 
 @cache
-def load_sprite(name: str) -> Image.Image:
+def load_sprite(name: str, artwork: str = "noto") -> Image.Image:
     """The 64 x 64 RGBA sprite of an object, colours premultiplied by alpha so that it can be resampled."""
-    with Image.open(SPRITES / f"{name}.png") as image:
+    with Image.open(SPRITES / artwork / f"{name}.png") as image:
         return image.convert("RGBA").convert("RGBa")
 
 
-def render(scene: Scene) -> Image.Image:
-    """Draws a scene as a 64 x 64 RGB picture. The same scene always gives the same picture."""
-    sprite = _place(load_sprite(scene.name), scene)
+def render(scene: Scene, artwork: str = "noto") -> Image.Image:
+    """Renders a scene as a 64 x 64 RGB picture, by the sprites of one of `ARTWORK`. The same scene always gives the
+    same picture."""
+    sprite = _place(load_sprite(scene.name, artwork), scene)
     rgba = np.asarray(sprite, dtype=np.float32)
     alpha = rgba[..., 3:] / 255
     ink = rgba[..., :3]  # premultiplied

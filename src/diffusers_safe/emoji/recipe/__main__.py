@@ -1,0 +1,158 @@
+"""Trains the embedded models and their judges from nothing but the sprites. On two CPU cores it takes a day:
+
+    python -m diffusers_safe.emoji.recipe --output_dir runs/emoji
+
+The models that ship were made by this command and these settings. It can be stopped at any moment and run again: it
+continues from its newest checkpoint. `--stages` limits it to some of its stages: once the autoencoder is trained,
+`unet` and `transformer` may run at the same time, a process each, and the judges at any time. Each stage runs in one
+process. Never compile the autoencoder (docs/architecture.md).
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
+
+from ...arguments import check_output_dir, parse_dataclass, told_in_one_line
+from ...provenance import fingerprint
+from ..architecture import build_flow_scheduler, build_scheduler, build_t5_tokenizer, build_tokenizer
+from ..render import ARTWORK
+from .autoencoder import autoencoder_stage
+from .judges import judge_stage, refresh_batch_norm, second_judge_stage
+from .pictures import CaptionedLatents, encode_pictures, latent_statistics, load_pictures
+from .stage import train_stage
+from .transformer import TransformerLoss, transformer_stage
+from .unet import UNetLoss, unet_stage
+
+
+STAGES = ("judge", "second_judge", "autoencoder", "unet", "transformer", "assemble")
+
+
+@dataclass
+class RecipeArguments:
+    output_dir: str = field(metadata={"help": "Folder for checkpoints, caches and the finished models."})
+    stages: list[str] = field(default_factory=lambda: list(STAGES), metadata={"help": f"Any of {', '.join(STAGES)}."})
+    num_pictures: int = field(default=48000, metadata={"help": "Pictures rendered once and reused by every stage."})
+    judge_steps: int = field(default=4000, metadata={"help": "Steps of 64 pictures, of each judge."})
+    autoencoder_steps: int = field(default=6000, metadata={"help": "Steps of 16 pictures."})
+    unet_steps: int = field(default=20000, metadata={"help": "Steps of 32 pictures."})
+    transformer_steps: int = field(default=24000, metadata={"help": "Steps of 32 pictures."})
+    checkpoint_minutes: float = field(default=5.0, metadata={"help": "Minutes between two checkpoints of a stage."})
+    seed: int = field(default=0, metadata={"help": "Seed of pictures, batches, noise and initial weights."})
+
+    def __post_init__(self):
+        if unknown := [stage for stage in self.stages if stage not in STAGES]:
+            raise ValueError(f"--stages {' '.join(unknown)}: unknown; allowed are {', '.join(STAGES)}")
+        for name in ("num_pictures", "judge_steps", "autoencoder_steps", "unet_steps", "transformer_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if not self.checkpoint_minutes >= 0:
+            raise ValueError(f"--checkpoint_minutes {self.checkpoint_minutes}: must be at least 0")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed {self.seed}: must be at least 0 and less than 2**32")
+
+
+def main(args: RecipeArguments) -> None:
+    def train(stage):
+        return train_stage(stage, args.output_dir, args.seed, args.checkpoint_minutes)
+
+    for name, stage, rate, artwork in (
+        ("judge", judge_stage, 2e-3, ARTWORK[:1]),
+        ("second_judge", second_judge_stage, 1e-3, ARTWORK),
+    ):
+        if name in args.stages:
+            set_seed(args.seed)
+            judge = train(stage(args.judge_steps, rate)).classifier
+            refresh_batch_norm(judge, artwork, args.seed)
+            judge.save_pretrained(Path(args.output_dir) / "judges" / name)
+    if not {"autoencoder", "unet", "transformer", "assemble"} & set(args.stages):
+        return
+    pictures, scenes = load_pictures(args.output_dir, args.num_pictures, args.seed)
+    set_seed(args.seed)
+    autoencoder = train(autoencoder_stage(pictures, args.autoencoder_steps, 1e-3)).autoencoder.eval()
+    if not {"unet", "transformer", "assemble"} & set(args.stages):
+        return
+    moments = encode_pictures(args.output_dir, autoencoder, pictures, args.seed)
+    mean, deviation = latent_statistics(moments)
+    scaling_factor, shift_factor = round(1 / deviation, 5), round(mean, 5)
+    identity = {"pictures": args.num_pictures, "autoencoder": fingerprint(autoencoder)}
+    tokenizer = build_tokenizer()
+    if {"unet", "assemble"} & set(args.stages):
+        set_seed(args.seed)
+        data = CaptionedLatents(moments, scenes, tokenizer, scaling_factor)
+        unet = train(unet_stage(data, args.unet_steps, 1e-3, identity))
+        if "assemble" in args.stages:
+            assemble_diffusion(args.output_dir, autoencoder, unet, scaling_factor)
+    if {"transformer", "assemble"} & set(args.stages):
+        set_seed(args.seed)
+        data = CaptionedLatents(moments, scenes, tokenizer, scaling_factor, shift_factor)
+        transformer = train(transformer_stage(data, args.transformer_steps, 7e-4, identity))
+        if "assemble" in args.stages:
+            assemble_flow(args.output_dir, autoencoder, transformer, scaling_factor, shift_factor)
+
+
+def assemble_diffusion(
+    output_dir: str | Path, autoencoder: AutoencoderKL, trained: UNetLoss, scaling_factor: float
+) -> Path:
+    """Writes the diffusion model, a stock `StableDiffusionPipeline` folder of fp16 safetensors, to `model/`."""
+    autoencoder.register_to_config(scaling_factor=scaling_factor, shift_factor=None)
+    pipeline = StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=trained.text_encoder,
+        tokenizer=build_tokenizer(),
+        unet=trained.unet,
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return _save(pipeline, Path(output_dir) / "model", ["text_encoder"])
+
+
+def assemble_flow(
+    output_dir: str | Path,
+    autoencoder: AutoencoderKL,
+    trained: TransformerLoss,
+    scaling_factor: float,
+    shift_factor: float,
+) -> Path:
+    """Writes the flow-matching model, a stock `StableDiffusion3Pipeline` folder, to `model_flow/`."""
+    autoencoder.register_to_config(scaling_factor=scaling_factor, shift_factor=shift_factor)
+    pipeline = StableDiffusion3Pipeline(
+        vae=autoencoder,
+        text_encoder=trained.clip_encoders[0],
+        tokenizer=build_tokenizer(),
+        text_encoder_2=trained.clip_encoders[1],
+        tokenizer_2=build_tokenizer(),
+        text_encoder_3=trained.t5_encoder,
+        tokenizer_3=build_t5_tokenizer(),
+        transformer=trained.transformer,
+        scheduler=build_flow_scheduler(),
+    )
+    return _save(pipeline, Path(output_dir) / "model_flow", ["text_encoder", "text_encoder_2", "text_encoder_3"])
+
+
+def _save(pipeline, folder: Path, text_encoders: list[str]) -> Path:
+    pipeline.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
+    pipeline.to(dtype=torch.float32)
+    for name in text_encoders:
+        # transformers would load its part in the dtype noted here, diffusers loads in float32: they must agree.
+        _edit_config(folder / name, lambda config: {**config, "dtype": "float32"})
+    # Where the autoencoder came from is a path of this machine.
+    _edit_config(folder / "vae", lambda config: {k: v for k, v in config.items() if k != "_name_or_path"})
+    return folder
+
+
+def _edit_config(folder: Path, edit: Callable[[dict], dict]) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(edit(json.loads(path.read_text())), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    arguments = parse_dataclass(RecipeArguments, __doc__, check=lambda args: check_output_dir(args.output_dir))
+    with told_in_one_line():
+        main(arguments)

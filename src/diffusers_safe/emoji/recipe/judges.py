@@ -1,0 +1,118 @@
+"""The two judges, trained on renders only: what an autoencoder or a generator makes of a picture they never see."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..classifier import HEADS, NOTHING, EmojiClassifier, SecondEmojiClassifier, scene_labels, to_tensor
+from ..render import ARTWORK, render
+from ..scenes import draw_scene
+from .stage import Stage
+
+
+NOTHING_SHARE = 0.15  # of the pictures show no object
+
+
+class ClassifierLoss(nn.Module):
+    def __init__(self, classifier: EmojiClassifier):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, pictures: torch.Tensor, **labels: torch.Tensor) -> torch.Tensor:
+        logits = self.classifier(pictures)
+        return sum(
+            F.cross_entropy(logits[head].float(), labels[head], ignore_index=-1, label_smoothing=0.05)
+            for head in HEADS
+        )
+
+
+def judge_stage(steps: int, learning_rate: float) -> Stage:
+    """The judge of the evaluations. It knows the drawings that the models are trained on."""
+    return Stage(
+        "judge",
+        ClassifierLoss(EmojiClassifier()),
+        steps,
+        learning_rate,
+        batch_size=64,
+        make_batch=lambda rng, size: judge_batch(rng, size, ARTWORK[:1]),
+        ema_decay=0.995,
+    )
+
+
+def second_judge_stage(steps: int, learning_rate: float) -> Stage:
+    """The check on the first: another network, another input size, and other artists' drawings as well."""
+    return Stage(
+        "second_judge",
+        ClassifierLoss(SecondEmojiClassifier()),
+        steps,
+        learning_rate,
+        batch_size=64,
+        make_batch=lambda rng, size: judge_batch(rng, size, ARTWORK),
+        ema_decay=0.995,
+    )
+
+
+def judge_batch(rng: np.random.Generator, size: int, artwork: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Pictures `(size, 3, 64, 64)` in [0, 1], augmented, and the class of each for every head (-1: not asked)."""
+    scenes = [draw_scene(rng, hold_out=False) for _ in range(size)]
+    rendered = [np.asarray(render(scene, artwork[rng.integers(len(artwork))])) for scene in scenes]
+    pictures, labels = to_tensor(np.stack(rendered)), scene_labels(scenes)
+    originals = pictures.clone()
+    for row in rng.choice(size, size=round(NOTHING_SHARE * size), replace=False):
+        pictures[row] = ruin(originals[row], originals[rng.integers(size)], rng)
+        for head in ("object", "group"):
+            labels[head][row] = HEADS[head].index(NOTHING)
+        labels["style"][row] = labels["background"][row] = -1
+    return {"pictures": augment(pictures, rng), **labels}
+
+
+def augment(pictures: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Changes that leave what is shown: colour gains, a blur or sharpening of up to a pixel, noise."""
+    size = len(pictures)
+
+    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
+        return torch.from_numpy(rng.uniform(low, high, (size, *shape)).astype(np.float32))
+
+    pictures = pictures * uniform(0.88, 1.12, 3, 1, 1)
+    blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    pictures = pictures + uniform(-0.5, 1.0, 1, 1, 1) * (blurred - pictures)
+    noise = torch.from_numpy(rng.standard_normal(pictures.shape, dtype=np.float32))
+    return (pictures + uniform(0, 0.06, 1, 1, 1) * noise).clamp(0, 1)
+
+
+def ruin(picture: torch.Tensor, other: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """A picture `(3, 64, 64)` on which nobody could name an object, as failed generations look."""
+    kind = rng.integers(5)
+    if kind == 0:  # tiles of 16 pixels, shuffled
+        tiles = picture.unfold(1, 16, 16).unfold(2, 16, 16).reshape(3, 16, 16, 16)
+        tiles = tiles[:, torch.from_numpy(rng.permutation(16))]
+        return tiles.reshape(3, 4, 4, 16, 16).permute(0, 1, 3, 2, 4).reshape(3, 64, 64)
+    if kind == 1:  # an empty ground: the picture's own corners, blurred together
+        return F.interpolate(picture[None, :, ::63, ::63], (64, 64), mode="bilinear")[0]
+    if kind == 2:  # two objects through each other
+        other = other.flip(1) if rng.random() < 0.5 else other.roll(20, dims=2)
+        return F.avg_pool2d((0.5 * picture + 0.5 * other)[None], 9, 1, 4, count_include_pad=False)[0]
+    if kind == 3:  # melted: every place shows what is up to 20 pixels away
+        shift = torch.from_numpy(rng.standard_normal((1, 2, 8, 8), dtype=np.float32))
+        shift = F.interpolate(shift, (64, 64), mode="bicubic").permute(0, 2, 3, 1) * rng.uniform(0.4, 0.7)
+        grid = F.affine_grid(torch.eye(2, 3)[None], (1, 3, 64, 64), align_corners=False)
+        return F.grid_sample(picture[None], grid + shift, padding_mode="border", align_corners=False)[0]
+    # a blob in the object's colours, with rows of it out of place
+    blob = F.interpolate(F.avg_pool2d(picture[None], 8), (64, 64), mode="bicubic")[0].clamp(0, 1)
+    rows = torch.from_numpy(rng.permutation(8)).repeat_interleave(8)
+    return 0.5 * blob + 0.5 * blob[:, rows]
+
+
+def refresh_batch_norm(classifier: EmojiClassifier, artwork: tuple[str, ...], seed: int, batches: int = 40) -> None:
+    """The running statistics belong to the last weights; compute them again for the averaged ones."""
+    layers = [layer for layer in classifier.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # cumulative average
+    if layers:
+        classifier.train()
+        with torch.no_grad():
+            for step in range(batches):
+                classifier(judge_batch(np.random.default_rng([seed, 99, step]), 64, artwork)["pictures"])
+    classifier.eval()

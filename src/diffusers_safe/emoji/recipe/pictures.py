@@ -1,0 +1,98 @@
+"""What the stages train on: pictures that are rendered once, and their latents."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from tqdm.auto import tqdm
+from transformers import CLIPTokenizer
+
+from ...provenance import fingerprint
+from ..classifier import to_tensor
+from ..render import RESOLUTION, render_many
+from ..scenes import Scene, draw_caption, draw_scene
+
+
+def load_pictures(output_dir: str | Path, count: int, seed: int) -> tuple[np.ndarray, list[Scene]]:
+    """The training pictures `(count, 64, 64, 3)` and their scenes; rendered once, kept on disk."""
+    path = Path(output_dir) / "cache" / f"pictures-{seed}-{count}.npy"
+    if path.exists():
+        return np.load(path, mmap_mode="r"), [draw_scene(np.random.default_rng([seed, i])) for i in range(count)]
+    pictures = np.empty((count, RESOLUTION, RESOLUTION, 3), dtype=np.uint8)
+    scenes = []
+    for start in tqdm(range(0, count, 500), "rendering"):
+        size = min(500, count - start)
+        pictures[start : start + size], more = render_many(seed, start, size)
+        scenes += more
+    return _save_array(path, pictures), scenes
+
+
+@torch.inference_mode()
+def encode_pictures(output_dir: str | Path, autoencoder: AutoencoderKL, pictures: np.ndarray, seed: int) -> np.ndarray:
+    """Mean and standard deviation of every picture's latent, `(N, 2 * channels, 16, 16)` float16; kept on disk."""
+    path = Path(output_dir) / "cache" / f"latents-{fingerprint(autoencoder)}-{seed}-{len(pictures)}.npy"
+    if path.exists():
+        return np.load(path, mmap_mode="r")
+    rows = []
+    for start in tqdm(range(0, len(pictures), 250), "encoding"):
+        batch = (to_tensor(pictures[start : start + 250]) * 2 - 1).contiguous(memory_format=torch.channels_last)
+        posterior = autoencoder.encode(batch).latent_dist
+        rows.append(torch.cat([posterior.mean, posterior.std], dim=1).half().numpy())
+    return _save_array(path, np.concatenate(rows))
+
+
+class CaptionedLatents:
+    """Training samples of a denoiser: normalised latents, and captions as token numbers.
+
+    Args:
+        moments (`np.ndarray`): Of [`encode_pictures`].
+        scenes (`list[Scene]`): What the pictures show.
+        tokenizer (`CLIPTokenizer`): Of the captions.
+        scaling_factor (`float`), shift_factor (`float`): As in the autoencoder's config.
+    """
+
+    def __init__(
+        self,
+        moments: np.ndarray,
+        scenes: list[Scene],
+        tokenizer: CLIPTokenizer,
+        scaling_factor: float,
+        shift_factor: float = 0.0,
+    ):
+        self.moments, self.scenes, self.tokenizer = moments, scenes, tokenizer
+        self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
+
+    def sample(self, rng: np.random.Generator, size: int) -> dict[str, torch.Tensor | list[str]]:
+        """`latents` and `noise` `(size, C, 16, 16)`, and `captions` with their `input_ids`; one in ten is empty."""
+        chosen = np.sort(rng.integers(len(self.scenes), size=size))
+        mean, std = np.split(self.moments[chosen].astype(np.float32), 2, axis=1)
+        latents = mean + std * rng.standard_normal(mean.shape, dtype=np.float32)
+        captions = ["" if rng.random() < 0.1 else draw_caption(self.scenes[i], rng) for i in chosen]
+        tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return {
+            "latents": torch.from_numpy((latents - self.shift_factor) * self.scaling_factor),
+            "noise": torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32)),
+            "input_ids": tokens,
+            "captions": captions,
+        }
+
+
+def stratified(rng: np.random.Generator, size: int) -> np.ndarray:
+    """`size` numbers in [0, 1), one in each of as many equal parts: less noise in a loss than independent ones."""
+    return (rng.permutation(size) + rng.random(size)) / size
+
+
+def latent_statistics(moments: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation over all values of latents (SD's `scaling_factor` is 1 / standard deviation)."""
+    mean, std = (part.astype(np.float64) for part in np.split(moments[:4096], 2, axis=1))
+    return float(mean.mean()), math.sqrt(mean.var() + np.square(std).mean())
+
+
+def _save_array(path: Path, array: np.ndarray) -> np.ndarray:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial.npy")
+    np.save(partial, array)
+    partial.rename(path)
+    return array

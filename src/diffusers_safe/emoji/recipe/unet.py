@@ -1,0 +1,56 @@
+"""The UNet of the diffusion model, and its text encoder."""
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..architecture import build_scheduler, build_text_encoder, build_tokenizer, build_unet
+from .pictures import CaptionedLatents, stratified
+from .stage import Stage
+
+
+class UNetLoss(nn.Module):
+    """Epsilon prediction of the UNet, its text encoder trained with it.
+
+    Weighted by 1 / alphas_cumprod, which is the loss of v-prediction (Salimans and Ho, arXiv 2202.00512). In 16 x 16
+    latents what a picture shows is decided at the highest noise levels; there the plain loss hardly depends on the
+    caption, and the model would learn it last.
+    """
+
+    def __init__(self, text_encoder: nn.Module, unet: nn.Module):
+        super().__init__()
+        self.text_encoder, self.unet = text_encoder, unet
+        self.register_buffer("alphas_cumprod", build_scheduler().alphas_cumprod, persistent=False)
+
+    def forward(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, input_ids: torch.Tensor
+    ) -> torch.Tensor:
+        alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernel's backward is slow in bfloat16 on a CPU
+            prompt_embeds = self.text_encoder(input_ids=input_ids).last_hidden_state
+            noise_pred = self.unet(noisy, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+        error = (noise_pred.float() - noise).square().mean(dim=(1, 2, 3))
+        return (error / self.alphas_cumprod[timesteps]).mean()
+
+
+def unet_stage(data: CaptionedLatents, steps: int, learning_rate: float, identity: dict) -> Stage:
+    """Half of the timesteps lie above 750, where the caption matters."""
+
+    def make_batch(rng: np.random.Generator, size: int) -> dict[str, torch.Tensor]:
+        timesteps = 999.99 * (1 - stratified(rng, size) ** 2)
+        batch = data.sample(rng, size)
+        del batch["captions"]
+        return {**batch, "timesteps": torch.from_numpy(timesteps.astype(np.int64))}
+
+    return Stage(
+        "unet",
+        UNetLoss(build_text_encoder(build_tokenizer()), build_unet()),
+        steps,
+        learning_rate,
+        batch_size=32,
+        make_batch=make_batch,
+        mixed_precision="bf16",
+        identity=identity,
+    )
