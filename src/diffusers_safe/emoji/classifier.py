@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
+from ..files import save_tensors, write_text
 from .scenes import BACKGROUNDS, GROUP_OF, GROUPS, OBJECTS, STYLES
 
 
@@ -94,8 +95,8 @@ class EmojiClassifier(nn.Module):
         halves = {
             name: value.half() if value.is_floating_point() else value for name, value in self.state_dict().items()
         }
-        save_file(halves, folder / _WEIGHTS)
-        (folder / "config.json").write_text(json.dumps({"width": self.width, "labels": HEADS}, indent=2) + "\n")
+        save_tensors(halves, folder / _WEIGHTS)
+        write_text(folder / "config.json", json.dumps({"width": self.width, "labels": HEADS}, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "EmojiClassifier":

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..provenance import write_text
-from .generate import load_image, whole_lines
+from ..files import json_lines, write_text
+from ..output_folders import claimed
+from .generate import load_image
 from .metrics.base import Metric
 
 
@@ -49,26 +50,31 @@ def score_images(
     identity = metric.identity()
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     path = Path(folder) / SCORES / f"{metric.name}-{digest}.jsonl"
-    known = _known(path, identity)
-    keys = [(row["sha256"], partner and partner["sha256"]) for row, partner in zip(rows, partners)]
-    waiting = [place for place, (row, key) in enumerate(zip(rows, keys)) if known.get(row["id"], (None,))[0] != key]
+    with claimed(path.parent):
+        known = _known(path, identity)
+        keys = [(row["sha256"], partner and partner["sha256"]) for row, partner in zip(rows, partners)]
+        waiting = [
+            place for place, (row, key) in enumerate(zip(rows, keys)) if known.get(row["id"], (None,))[0] != key
+        ]
 
-    bar = tqdm(desc=metric.name, total=len(rows), initial=len(rows) - len(waiting), unit="image", dynamic_ncols=True)
-    with bar, path.open("a", encoding="utf-8") as file:
-        for start in range(0, len(waiting), batch_size):
-            places = waiting[start : start + batch_size]
-            batch = [rows[place] for place in places]
-            images = [load_image(folder, row) for row in batch]
-            pairs = [load_image(originals[0], partners[place]) for place in places] if metric.compares else None
-            scores = list(metric.score(images, batch, pairs))
-            if len(scores) != len(batch):
-                raise ValueError(f"{metric.name}: gives {len(scores)} scores of {len(batch)} images")
-            for place, row, score in zip(places, batch, scores):
-                known[row["id"]] = (keys[place], score)
-                entry = {"id": row["id"], "sha256": keys[place][0], "against": keys[place][1], "score": score}
-                file.write(_line(metric, entry))
-            file.flush()
-            bar.update(len(places))
+        bar = tqdm(
+            desc=metric.name, total=len(rows), initial=len(rows) - len(waiting), unit="image", dynamic_ncols=True
+        )
+        with bar, path.open("a", encoding="utf-8") as file:
+            for start in range(0, len(waiting), batch_size):
+                places = waiting[start : start + batch_size]
+                batch = [rows[place] for place in places]
+                images = [load_image(folder, row) for row in batch]
+                pairs = [load_image(originals[0], partners[place]) for place in places] if metric.compares else None
+                scores = list(metric.score(images, batch, pairs))
+                if len(scores) != len(batch):
+                    raise ValueError(f"{metric.name}: gives {len(scores)} scores of {len(batch)} images")
+                for place, row, score in zip(places, batch, scores):
+                    known[row["id"]] = (keys[place], score)
+                    entry = {"id": row["id"], "sha256": keys[place][0], "against": keys[place][1], "score": score}
+                    file.write(_line(metric, entry))
+                file.flush()
+                bar.update(len(places))
     return [known[row["id"]][1] for row in rows]
 
 
@@ -97,14 +103,12 @@ def _partners(metric: Metric, rows: Sequence[dict], originals: tuple | None) -> 
 
 
 def _known(path: Path, identity: dict) -> dict[str, tuple[tuple, dict]]:
-    """id -> (hashes of image and original, score) of an earlier pass; the file then ends with a whole line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """id -> (hashes of image and original, score) of an earlier pass, as far as its lines are whole."""
     head = json.dumps({"identity": identity}, ensure_ascii=False)
-    try:
-        lines = whole_lines(path) if path.is_file() else []
-        entries = [json.loads(line) for line in lines[1:]]
-        known = {entry["id"]: ((entry["sha256"], entry["against"]), entry["score"]) for entry in entries}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: broken scores ({error}); delete the file to score the images again") from None
-    write_text(path, "".join(f"{line}\n" for line in [head, *lines[1:]]))
+    known, kept = {}, [head]
+    for line, entry in json_lines(path)[1:] if path.is_file() else []:
+        if isinstance(entry, dict) and entry.keys() >= {"id", "sha256", "against", "score"}:
+            known[str(entry["id"])] = ((entry["sha256"], entry["against"]), entry["score"])
+            kept.append(line)
+    write_text(path, "".join(f"{line}\n" for line in kept))
     return known

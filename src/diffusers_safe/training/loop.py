@@ -21,7 +21,7 @@ from ..lora import LoRAWeights
 from ..provenance import write_text
 from ..weights import TrainedWeights, select_parameters
 from .arguments import TrainingArguments
-from .checkpoints import checkpoint_step, save_checkpoint
+from .checkpoints import RUN_FILE, checkpoint_step, save_checkpoint
 from .run_log import RunLog
 
 
@@ -229,7 +229,7 @@ class TrainingLoop(ABC):
 class RunIdentity:
     """What a checkpoint must share with the run that continues it."""
 
-    file_name = "run.json"
+    file_name = RUN_FILE
 
     def __init__(
         self,
@@ -238,9 +238,7 @@ class RunIdentity:
         samples_a_step: int,
         facts: dict[str, str],
     ):
-        free = args.FREE | ({"max_train_steps"} if args.may_grow else set())
-        self.state = {name: value for name, value in args.recorded.items() if name not in free}
-        self.state |= {"samples_a_step": samples_a_step, **facts}
+        self.state = {**args.identity, "samples_a_step": samples_a_step, **facts}
         # What the run starts from: its sums tell another base model at once.
         sums = [value.detach().double().sum().item() for value in (weights.frozen or weights.student).values()]
         self.state["base_weights"] = hashlib.sha256(repr(sums).encode()).hexdigest()[:16]

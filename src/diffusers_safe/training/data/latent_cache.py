@@ -7,7 +7,6 @@ different caption and of `""`. A file is whole or absent, so a build that was ki
 
 import hashlib
 import json
-import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -21,10 +20,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ...backbones import Backbone, Conditioning
+from ...files import save_tensors
 from ...provenance import write_text
 from .dataset import CaptionedImages
 from .images import Picture, Preprocessing, UnreadableImage, decode_image
@@ -235,9 +234,7 @@ class LatentCache:
                     f"cache_latents {path.name}: {name} has values that are not finite, or too big for {DTYPE}; are "
                     "the encoders in half precision?"
                 )
-        partial = path.with_name(f".{path.name}.partial")
-        save_file(tensors, partial, {"notes": json.dumps({"key": self.key, **notes})})
-        os.replace(partial, path)
+        save_tensors(tensors, path, {"notes": json.dumps({"key": self.key, **notes})})
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
