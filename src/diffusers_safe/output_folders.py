@@ -67,8 +67,8 @@ def claimed(
         replaces (`Sequence[str]`): Patterns of names in the folder that a result must not replace unasked.
         continues (`Sequence[str]`): The same, but what an earlier start of the same `run` left is its own.
         overwrite (`bool`, defaults to `False`): Allow to replace them, which [`put_in_place`] does.
-        at_once (`bool`, defaults to `False`): Let them make way before the block: the log of this run must not lie next
-            to another's result.
+        at_once (`bool`, defaults to `False`): Let them make way before the block: the log of this run must not lie
+            next to another's result.
         is_own (`Callable`, *optional*): Says of a folder without a record, of an earlier version, whether `continues`
             is this run's own.
 
@@ -285,6 +285,7 @@ def record_written(folder: str | Path, *names: str, sizes: dict[str, int] | None
     """
     written = _Written(Path(folder))
     written.files |= {**dict.fromkeys(names), **(sizes or {})}
+    written.folder.mkdir(parents=True, exist_ok=True)
     written.save()
 
 
@@ -305,6 +306,26 @@ def put_in_place(aside: Path, folder: Path, results: Sequence[str] = ()) -> None
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(aside / name, folder / name)
     shutil.rmtree(aside)
+
+
+def write_own(path: Path, text: str) -> None:
+    """Writes a text that replaces one that this program wrote there; another's makes way."""
+    make_way(path.parent, [path.name])
+    record_written(path.parent, path.name)
+    write_text(path, text)
+
+
+def check_own_file(folder: Path, path: Path, overwrite: bool = False) -> None:
+    """Makes way for one file of a folder.
+
+    Raises:
+        [`OutputFolderError`]: If another's is there, and it is not to be replaced.
+    """
+    written = _Written(folder)
+    others = [other for other in written.obstacles(written.name(path)) if not written.owns(other)]
+    if others and not overwrite:
+        raise OutputFolderError(f"{others[0]}: was not written by this program; give --overwrite to replace it")
+    make_way(folder, [written.name(path)])
 
 
 def make_way(folder: Path, names: Sequence[str]) -> None:

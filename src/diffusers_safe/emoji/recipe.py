@@ -27,7 +27,10 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
+from ..arguments import parse_dataclass, told_in_one_line
+from ..files import disk_errors
+from ..formats import written_aside
+from ..output_folders import OVERWRITE_HELP, check_claim, claimed, record_written
 from ..provenance import fingerprint, write_text
 from ..training.checkpoints import checkpoint_step, list_checkpoints, save_checkpoint
 from .architecture import build_autoencoder, build_scheduler, build_text_encoder, build_tokenizer, build_unet
@@ -36,6 +39,7 @@ from .render import RESOLUTION, render_many
 from .scenes import OBJECTS, Scene, draw_caption, draw_scene
 
 
+_SAME = ("seed", "num_pictures", "start_from", "emphasized_objects")  # of runs that continue one another
 STAGES = ("autoencoder", "classifier", "denoiser", "assemble")
 
 
@@ -58,7 +62,20 @@ class RecipeArguments:
     emphasized_objects: list[str] = field(
         default_factory=list, metadata={"help": "Objects that the denoiser sees four times as often: its weak ones."}
     )
+    overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
     seed: int = field(default=0, metadata={"help": "Seed of pictures, batches, noise and initial weights."})
+
+    @property
+    def claim(self) -> dict:
+        run = {name: getattr(self, name) for name in _SAME}
+        began = {"is_own": lambda folder: any(folder.glob("*/arguments.json"))}  # which each stage compares
+        return {
+            "kind": "recipe",
+            "run": run,
+            "continues": ("model", "classifier"),
+            "overwrite": self.overwrite,
+            **began,
+        }
 
     def __post_init__(self):
         if strange := [name for name in self.emphasized_objects if name not in OBJECTS]:
@@ -162,7 +179,8 @@ def train_stage(stage: Stage, args: RecipeArguments) -> nn.Module:
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         partial = finished.with_suffix(".partial")
-        torch.save(module.state_dict(), partial)
+        with disk_errors(finished):
+            torch.save(module.state_dict(), partial)
         partial.rename(finished)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
@@ -171,8 +189,7 @@ def train_stage(stage: Stage, args: RecipeArguments) -> nn.Module:
 
 def _check_same_run(folder: Path, stage: Stage, args: RecipeArguments) -> None:
     """A stage continues, or is finished, only with the arguments it began with; its number of steps may grow."""
-    names = ("seed", "num_pictures", "start_from", "emphasized_objects")
-    mine = {"learning_rate": stage.learning_rate, **{name: getattr(args, name) for name in names}}
+    mine = {"learning_rate": stage.learning_rate, **{name: getattr(args, name) for name in _SAME}}
     path = folder / "arguments.json"
     if not path.exists():
         write_text(path, json.dumps(mine, indent=2) + "\n")
@@ -396,12 +413,12 @@ def assemble(args: RecipeArguments, autoencoder: AutoencoderKL, moments: np.ndar
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    folder = Path(args.output_dir) / "model"
-    pipeline.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
-    # transformers would load its part in the dtype noted here, diffusers loads in float32: they must agree.
-    _edit_config(folder / "text_encoder", lambda config: {**config, "dtype": "float32"})
-    # Where the autoencoder came from is a path of this machine.
-    _edit_config(folder / "vae", lambda config: {k: v for k, v in config.items() if k != "_name_or_path"})
+    with written_aside(Path(args.output_dir) / "model") as folder:
+        pipeline.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
+        # transformers would load its part in the dtype noted here, diffusers loads in float32: they must agree.
+        _edit_config(folder / "text_encoder", lambda config: {**config, "dtype": "float32"})
+        # Where the autoencoder came from is a path of this machine.
+        _edit_config(folder / "vae", lambda config: {k: v for k, v in config.items() if k != "_name_or_path"})
 
 
 def _edit_config(folder: Path, edit: Callable[[dict], dict]) -> None:
@@ -437,7 +454,9 @@ def main(args: RecipeArguments) -> None:
     pictures, scenes = load_pictures(args)
     autoencoder = train_autoencoder(args, pictures)
     if "classifier" in args.stages:
-        train_classifier(args, autoencoder, pictures, scenes).save_pretrained(Path(args.output_dir) / "classifier")
+        classifier = train_classifier(args, autoencoder, pictures, scenes)
+        with written_aside(Path(args.output_dir) / "classifier") as aside:
+            classifier.save_pretrained(aside)
     if "denoiser" in args.stages or "assemble" in args.stages:
         moments = encode_pictures(args, autoencoder, pictures)
         denoiser = train_denoiser(args, moments, scenes)
@@ -446,6 +465,9 @@ def main(args: RecipeArguments) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parse_dataclass(RecipeArguments, __doc__, check=lambda args: check_output_dir(args.output_dir))
-    with told_in_one_line():
+    arguments = parse_dataclass(
+        RecipeArguments, __doc__, check=lambda args: check_claim(args.output_dir, **args.claim)
+    )
+    with told_in_one_line(), claimed(arguments.output_dir, **arguments.claim):
+        record_written(arguments.output_dir)
         main(arguments)

@@ -122,30 +122,61 @@ def evaluate(
     if veil not in VEILS:
         raise ValueError(f"veil '{veil}': unknown; allowed are {', '.join(VEILS)}")
     with claimed(folder, **report_claim("evaluation", rows, overwrite)):
-        if images_only:
-            subjects = [as_images(subject, folder) for subject in subjects]
-        # All that is there is looked at before anything is generated.
-        found = {subject.name: _found(subject, rows) for subject in subjects if isinstance(subject, ImageFolder)}
-        models = [
-            found.get(subject.name) or _generated(subject, rows, folder, settings, batch_size, overwrite)
-            for subject in subjects
-        ]
-        if not launched_processes().is_main_process:
-            return {}
-        measured = [measure(metric, models, scoring_batch_size) for metric in metrics]
-        results = {
-            "protocol": _protocol(models, rows, settings, prompts or {}),
-            "models": {
-                model.name: {**model.facts, "images": len(model.rows), "black": model.black} for model in models
-            },
-            "metrics": {facts.name: metric_results(facts, models) for facts in measured},
-        }
-        report = evaluation_report(results, models, measured, title, veil, pictures)
-        record_written(folder, RESULTS_NAME, PAGE_NAME, TABLE_NAME)
-        path = write_report(folder, {**results, "report": shown_flags(report)}, report)
-        results = json.loads(path.with_name(RESULTS_NAME).read_text(encoding="utf-8"))
-        write_text(folder / TABLE_NAME, results_table(results, report.title))
-        return results
+        return _evaluate(
+            subjects,
+            rows,
+            metrics,
+            folder,
+            settings,
+            batch_size,
+            scoring_batch_size,
+            title,
+            prompts,
+            images_only,
+            veil,
+            pictures,
+            overwrite,
+        )
+
+
+def _evaluate(
+    subjects: Sequence[Generator | ImageFolder],
+    rows: Sequence[PromptRow],
+    metrics: Sequence[Metric],
+    folder: Path,
+    settings: GenerationSettings,
+    batch_size: int,
+    scoring_batch_size: int,
+    title: str,
+    prompts: dict | None,
+    images_only: bool,
+    veil: str,
+    pictures: int,
+    overwrite: bool,
+) -> dict:
+    """[`evaluate`] in a folder that is this run's own."""
+    if images_only:
+        subjects = [as_images(subject, folder) for subject in subjects]
+    # All that is there is looked at before anything is generated.
+    found = {subject.name: _found(subject, rows) for subject in subjects if isinstance(subject, ImageFolder)}
+    models = [
+        found.get(subject.name) or _generated(subject, rows, folder, settings, batch_size, overwrite)
+        for subject in subjects
+    ]
+    if not launched_processes().is_main_process:
+        return {}
+    measured = [measure(metric, models, scoring_batch_size) for metric in metrics]
+    results = {
+        "protocol": _protocol(models, rows, settings, prompts or {}),
+        "models": {model.name: {**model.facts, "images": len(model.rows), "black": model.black} for model in models},
+        "metrics": {facts.name: metric_results(facts, models) for facts in measured},
+    }
+    report = evaluation_report(results, models, measured, title, veil, pictures)
+    record_written(folder, RESULTS_NAME, PAGE_NAME, TABLE_NAME)
+    path = write_report(folder, {**results, "report": shown_flags(report)}, report)
+    results = json.loads(path.with_name(RESULTS_NAME).read_text(encoding="utf-8"))
+    write_text(folder / TABLE_NAME, results_table(results, report.title))
+    return results
 
 
 def report_claim(kind: str, rows: Sequence[PromptRow], overwrite: bool) -> dict:

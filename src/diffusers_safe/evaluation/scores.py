@@ -51,30 +51,39 @@ def score_images(
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     path = Path(folder) / SCORES / f"{metric.name}-{digest}.jsonl"
     with claimed(path.parent):
-        known = _known(path, identity)
-        keys = [(row["sha256"], partner and partner["sha256"]) for row, partner in zip(rows, partners)]
-        waiting = [
-            place for place, (row, key) in enumerate(zip(rows, keys)) if known.get(row["id"], (None,))[0] != key
-        ]
+        return _score(metric, path, identity, folder, rows, partners, originals, batch_size)
 
-        bar = tqdm(
-            desc=metric.name, total=len(rows), initial=len(rows) - len(waiting), unit="image", dynamic_ncols=True
-        )
-        with bar, path.open("a", encoding="utf-8") as file:
-            for start in range(0, len(waiting), batch_size):
-                places = waiting[start : start + batch_size]
-                batch = [rows[place] for place in places]
-                images = [load_image(folder, row) for row in batch]
-                pairs = [load_image(originals[0], partners[place]) for place in places] if metric.compares else None
-                scores = list(metric.score(images, batch, pairs))
-                if len(scores) != len(batch):
-                    raise ValueError(f"{metric.name}: gives {len(scores)} scores of {len(batch)} images")
-                for place, row, score in zip(places, batch, scores):
-                    known[row["id"]] = (keys[place], score)
-                    entry = {"id": row["id"], "sha256": keys[place][0], "against": keys[place][1], "score": score}
-                    file.write(_line(metric, entry))
-                file.flush()
-                bar.update(len(places))
+
+def _score(
+    metric: Metric,
+    path: Path,
+    identity: dict,
+    folder: str | Path,
+    rows: Sequence[dict],
+    partners: list[dict | None],
+    originals: tuple | None,
+    batch_size: int,
+) -> list[dict]:
+    known = _known(path, identity)
+    keys = [(row["sha256"], partner and partner["sha256"]) for row, partner in zip(rows, partners)]
+    waiting = [place for place, (row, key) in enumerate(zip(rows, keys)) if known.get(row["id"], (None,))[0] != key]
+
+    bar = tqdm(desc=metric.name, total=len(rows), initial=len(rows) - len(waiting), unit="image", dynamic_ncols=True)
+    with bar, path.open("a", encoding="utf-8") as file:
+        for start in range(0, len(waiting), batch_size):
+            places = waiting[start : start + batch_size]
+            batch = [rows[place] for place in places]
+            images = [load_image(folder, row) for row in batch]
+            pairs = [load_image(originals[0], partners[place]) for place in places] if metric.compares else None
+            scores = list(metric.score(images, batch, pairs))
+            if len(scores) != len(batch):
+                raise ValueError(f"{metric.name}: gives {len(scores)} scores of {len(batch)} images")
+            for place, row, score in zip(places, batch, scores):
+                known[row["id"]] = (keys[place], score)
+                entry = {"id": row["id"], "sha256": keys[place][0], "against": keys[place][1], "score": score}
+                file.write(_line(metric, entry))
+            file.flush()
+            bar.update(len(places))
     return [known[row["id"]][1] for row in rows]
 
 

@@ -289,8 +289,10 @@ def learn_token(
     identity = _identity(backbone, pictures, captions, settings, initializer)
     if path.exists() and read_token(path)[2] != identity:
         if not overwrite:
-            raise OutputFolderError(f"{path}: was learned on another model, from other pictures or with other settings; "
-                                    "give another folder, or --overwrite to replace it")  # fmt: skip
+            raise OutputFolderError(
+                f"{path}: was learned on another model, from other pictures or with other settings; give another "
+                "folder, or --overwrite to replace it"
+            )
         path.unlink()
     if path.exists():
         checkpoint.unlink(missing_ok=True)  # where a kill left it beside the word
@@ -453,8 +455,10 @@ def _load_checkpoint(
     if not same and overwrite:
         return 0
     if not same:
-        raise OutputFolderError(f"{path}: is of another model, other pictures or other settings; give another folder, or "
-                                "--overwrite to replace it")  # fmt: skip
+        raise OutputFolderError(
+            f"{path}: is of another model, other pictures or other settings; give another folder, or --overwrite to "
+            "replace it"
+        )
     for number, vector in enumerate(vectors):
         own = {name.split()[1]: value for name, value in tensors.items() if name.split()[0] == str(number)}
         vector.data.copy_(own.pop("vector"))

@@ -153,21 +153,37 @@ def attack_models(
             gc.collect()  # the model, before the next one is loaded
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        results = {
-            "protocol": _protocol(models, rows, settings, prompts or {}),
-            "models": {model.name: {**model.facts, "black": model.black} for model in models},
-            "metrics": {
-                metric.name: {"identity": metric.identity(), "success": list(judge.shares[metric.name].values())}
-                for metric in metrics
-            },
-            "attacks": {attack.name: _attack_results(attack, models, rows) for attack in attacks},
-        }
-        report = attack_report(results, attacks, models, title, veil, pictures)
-        record_written(folder, RESULTS_NAME, PAGE_NAME, TABLE_NAME)
-        path = write_report(folder, {**results, "report": shown_flags(report)}, report)
-        results = json.loads(path.with_name(RESULTS_NAME).read_text(encoding="utf-8"))
-        write_text(folder / TABLE_NAME, attack_table(results, report.title))
-        return results
+        return _report(models, rows, attacks, metrics, judge, folder, settings, title, prompts, veil, pictures)
+
+
+def _report(
+    models: Sequence[Fought],
+    rows: Sequence[PromptRow],
+    attacks: Sequence[Attack],
+    metrics: Sequence[Metric],
+    judge: Judge,
+    folder: Path,
+    settings: GenerationSettings,
+    title: str,
+    prompts: dict | None,
+    veil: str,
+    pictures: int,
+) -> dict:
+    results = {
+        "protocol": _protocol(models, rows, settings, prompts or {}),
+        "models": {model.name: {**model.facts, "black": model.black} for model in models},
+        "metrics": {
+            metric.name: {"identity": metric.identity(), "success": list(judge.shares[metric.name].values())}
+            for metric in metrics
+        },
+        "attacks": {attack.name: _attack_results(attack, models, rows) for attack in attacks},
+    }
+    report = attack_report(results, attacks, models, title, veil, pictures)
+    record_written(folder, RESULTS_NAME, PAGE_NAME, TABLE_NAME)
+    path = write_report(folder, {**results, "report": shown_flags(report)}, report)
+    results = json.loads(path.with_name(RESULTS_NAME).read_text(encoding="utf-8"))
+    write_text(folder / TABLE_NAME, attack_table(results, report.title))
+    return results
 
 
 def check_attack(
