@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+
+
+# What torch says, as a RuntimeError, where a file cannot be written.
+_TORCH_CANNOT_WRITE = ("inline_container", "PytorchStreamWriter", "iostream error")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -58,7 +63,7 @@ def disk_errors(place: str | Path) -> Iterator[None]:
         yield
     except (SafetensorError, RuntimeError) as error:
         text = str(error)
-        if isinstance(error, RuntimeError) and "inline_container" not in text and "PytorchStreamWriter" not in text:
+        if isinstance(error, RuntimeError) and not any(sign in text for sign in _TORCH_CANNOT_WRITE):
             raise
         full = shutil.disk_usage(Path(place).parent).free < 2**20
         reason = "no space left on the disk" if full or "os error 28" in text else text.strip().split("\n")[0]
@@ -69,7 +74,7 @@ def follow_umask(path: str | Path) -> None:
     """Gives a file, or all files of a folder, the mode of any new file there: safetensors writes them for their owner
     alone, and a web server could not read them."""
     path = Path(path)
-    probe = (path if path.is_dir() else path.parent) / f".mode-{os.getpid()}"
+    probe = (path if path.is_dir() else path.parent) / f".mode-{secrets.token_hex(8)}"
     descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
         mode = os.fstat(descriptor).st_mode & 0o777

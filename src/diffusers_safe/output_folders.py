@@ -202,9 +202,11 @@ def check_output_dir(folder: str | Path, name: str = "output_dir") -> Path:
         place = Path(absolute)
         while not os.path.lexists(place):
             place = place.parent
-        if place.is_symlink() and not os.path.exists(os.path.realpath(place)):
-            raise OutputFolderError(f"{name} {shown}: {place} is a symbolic link to nothing")
-        if not stat.S_ISDIR(os.stat(place).st_mode):
+        try:
+            kind = os.stat(place).st_mode
+        except FileNotFoundError:
+            raise OutputFolderError(f"{name} {shown}: {place} is a symbolic link to nothing") from None
+        if not stat.S_ISDIR(kind):
             raise OutputFolderError(f"{name} {shown}: {place} is no folder")
         with tempfile.TemporaryFile(dir=place):
             pass

@@ -177,7 +177,8 @@ def test_killed_at_any_moment_it_comes_out_the_same(tiny_pipeline, tmp_path, mon
             generate(tiny_pipeline, rows, folder, QUICK, batch_size=chance.choice([1, 2, 4]) if other_batches else 3)
         after = files_of(folder)
         assert {name: after[name] for name in before if name.endswith(".png")}.items() <= before.items()
-        manifest.write_bytes(manifest.read_bytes()[: -chance.randint(1, 200)])  # what had not been flushed
+        if not other_batches:  # lines that a power cut lost: their images are known by being the same
+            manifest.write_bytes(manifest.read_bytes()[: -chance.randint(1, 200)])
         (folder / ".image-9.png.partial").write_bytes(b"half")
 
     monkeypatch.setattr(generation, "_save_png", save)
@@ -360,7 +361,7 @@ def test_the_safety_checker_can_stay_on(tiny_pipeline, tmp_path):
     assert [row["black"] for row in rows] == [True, True]
     assert [row["safety_checker"] for row in rows] == [True, True]
     assert common_settings(rows)["safety_checker"] == "on"
-    with pytest.raises(ValueError, match="its images have safety_checker True, not None; use another folder"):
+    with pytest.raises(ValueError, match="safety_checker True, not None; give another folder, or --overwrite"):
         generate(tiny_pipeline, rows_of(4), tmp_path, QUICK)
 
 
@@ -394,8 +395,8 @@ def test_a_manifest_must_be_one(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         read_manifest(tmp_path)
     for lines, message in (
-        (b'{"id": "a"}\nnot json\n', "broken manifest"),
-        (b"\xff\n", "broken manifest"),
+        (b'{"id": "a"}\nnot json\n', "line 2 is broken; generate the images again"),
+        (b"\xff\n", "line 1 is broken"),
         (b'{"id": "a"}\n', "no manifest of generated images; line 1 has no prompt"),
         (b"7\n", "no manifest of generated images; line 1 has no fields"),
     ):

@@ -14,9 +14,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -194,14 +195,15 @@ def generate(
         # The only process continues the manifest itself.
         part = None if processes.num_processes == 1 else processes.process_index
         with bar, _as_a_subject(pipeline, safety_checker), manifest.open(part) as file:
+
+            def announce(entry: dict) -> None:
+                file.write(_line(entry | ({"safety_checker": True} if checked else {})))
+                file.flush()
+
             for start in range(0, len(batches), processes.num_processes):
                 turn = batches[start : start + processes.num_processes]  # a batch for each process
                 for batch in turn[processes.process_index : processes.process_index + 1]:
-                    for entry, png in _draw(pipeline, batch, settings, model, finished):
-                        # The line comes first: an image that no line tells of is another's.
-                        file.write(_line(entry | ({"safety_checker": True} if checked else {})))
-                        file.flush()
-                        _save_png(manifest.folder, entry["file"], png)
+                    _draw(pipeline, batch, settings, model, finished, manifest.folder, announce)
                 bar.update(sum(row.id not in finished for batch in turn for row in batch))
         processes.wait_for_everyone()
         if processes.is_main_process:
@@ -449,13 +451,21 @@ def _draw(
     settings: GenerationSettings,
     model: str,
     finished: dict,
-) -> Iterator[tuple[dict, bytes]]:
-    """Computes a whole batch; of what is not finished yet, the line of the manifest and the PNG."""
+    folder: Path,
+    announce: Callable[[dict], None],
+) -> None:
+    """Computes a whole batch, announces each image that is not finished to the manifest, and saves it."""
     own = _settings_of(batch[0], settings)
     for row, image in zip(batch, _sample(pipeline, batch, own), strict=True):
         if row.id not in finished:
-            facts, png = _as_png(f"{row.id}.png", image)
-            yield {**_identity(row), **facts, "model": model, "settings": asdict(own)}, png
+            told = partial(_tell, announce, row, model, own)
+            _save_png(folder, f"{row.id}.png", image, told)
+
+
+def _tell(
+    announce: Callable[[dict], None], row: PromptRow, model: str, settings: GenerationSettings, facts: dict
+) -> None:
+    announce({**_identity(row), **facts, "model": model, "settings": asdict(settings)})
 
 
 def _sample(pipeline: DiffusionPipeline, rows: list[PromptRow], settings: GenerationSettings) -> list[Image.Image]:
@@ -467,20 +477,19 @@ def _sample(pipeline: DiffusionPipeline, rows: list[PromptRow], settings: Genera
     return pipeline([row.prompt for row in rows], generator=generators, output_type="pil", **arguments).images
 
 
-def _as_png(name: str, image: Image.Image) -> tuple[dict, bytes]:
-    """What the manifest has to say about an image, and its PNG."""
+def _save_png(folder: Path, name: str, image: Image.Image, announce: Callable[[dict], None] | None = None) -> dict:
+    """Writes a PNG that is either whole or absent; what the manifest has to say about it. That is announced first: an
+    image that no line tells of is another's, and makes way unless it is the same."""
     image = image.convert("RGB")
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
-    png = buffer.getvalue()
-    return {"file": name, "black": image.getbbox() is None, "sha256": hashlib.sha256(png).hexdigest()}, png
-
-
-def _save_png(folder: Path, name: str, png: bytes) -> None:
-    """Writes a PNG that is either whole or absent, over nothing but the same one."""
-    path = folder / name
-    if os.path.lexists(path) and (path.is_symlink() or not path.is_file() or path.read_bytes() != png):
+    png, path = buffer.getvalue(), folder / name
+    facts = {"file": name, "black": image.getbbox() is None, "sha256": hashlib.sha256(png).hexdigest()}
+    if os.path.lexists(path) and (path.is_symlink() or not _is_intact(path, facts)):
         make_way(folder, [name])
-    partial = folder / f".{name}.partial"
-    partial.write_bytes(png)
-    os.replace(partial, path)
+    aside = folder / f".{name}.partial"
+    aside.write_bytes(png)
+    if announce is not None:
+        announce(facts)
+    os.replace(aside, path)
+    return facts
