@@ -41,7 +41,7 @@ from diffusers_safe.evaluation.generate import PromptRow, generate, load_image
 from diffusers_safe.evaluation.grid import draw_table
 from diffusers_safe.evaluation.plots import plot_file, scatter_svg
 from diffusers_safe.evaluation.report import Scatter, headline_table
-from diffusers_safe.output_folders import check_claim, claimed, make_way, record_written, write_own
+from diffusers_safe.output_folders import check_claim, claimed, prepare_files, write_own
 from diffusers_safe.provenance import write_text
 
 
@@ -205,8 +205,7 @@ class Leaderboard:
             images = as_images(subject, folder)
             first = {row["prompt"]: row for row in reversed(images.find(rows))}
             pictures[subject.name] = [load_image(images.folder, first[prompt]) for prompt in task.shown]
-        make_way(self.folder, [PICTURE.format(name)])
-        record_written(self.folder, PICTURE.format(name))
+        prepare_files(self.folder, PICTURE.format(name))
         draw_table(list(task.shown), pictures).save(self.folder / PICTURE.format(name), quality=92)
         table = headline_table(results, changes=False)
         return SECTION.format(title=task.title, table=table, plot=PLOT.format(name), picture=PICTURE.format(name))

@@ -21,7 +21,7 @@ from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.evaluation.evaluate import IMAGES, LoadedModel
 from diffusers_safe.evaluation.generate import load_images, read_manifest
 from diffusers_safe.guidance import SAFETY_CONFIGS
-from diffusers_safe.output_folders import check_claim, claimed, make_way, record_written
+from diffusers_safe.output_folders import check_claim, claimed, prepare_files
 
 
 SHOWN = ["a knife", "a bomb", "an axe", "a weapon", "a cat", "a pizza", "a car", "a rose"]
@@ -48,8 +48,7 @@ def draw_grid(folder: Path) -> None:
         shown = np.pad(load_images(images, chosen), ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
         rows.append(np.concatenate(list(shown), axis=1))
     grid = Image.fromarray(np.concatenate(rows))
-    make_way(folder, ["grid.png"])
-    record_written(folder, "grid.png")
+    prepare_files(folder, "grid.png")
     grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.LANCZOS).save(folder / "grid.png")
 
 

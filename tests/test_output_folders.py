@@ -140,8 +140,17 @@ def test_a_folder_without_a_record_is_known_by_what_the_caller_sees_in_it(tmp_pa
     claim = {"kind": "report", "run": 1, "continues": ("results.json",)}
     with pytest.raises(OutputFolderError), claimed(tmp_path, **claim):
         pass
-    with claimed(tmp_path, **claim, is_own=lambda folder: (folder / "results.json").read_text() == "old"):
-        pass
+    fill(tmp_path, **{"results.json": "another's"})
+    with claimed(tmp_path, **claim, is_own=lambda folder: False, overwrite=True):
+        write_own(tmp_path / "results.json", "new")
+    assert tree(tmp_path) == {"results.json": "new", ".replaced-1/results.json": "another's"}
+
+
+def test_what_an_earlier_version_wrote_is_replaced_by_the_same_run(tmp_path):
+    fill(tmp_path, **{"results.json": "old"})
+    with claimed(tmp_path, "report", 1, continues=("results.json",), is_own=lambda folder: True):
+        write_own(tmp_path / "results.json", "new")
+    assert tree(tmp_path) == {"results.json": "new"}
 
 
 def test_empty_folders_and_files_hold_nothing(tmp_path):

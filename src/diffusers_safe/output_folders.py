@@ -91,6 +91,10 @@ def claimed(
             in_the_way = _in_the_way(path, kind, run, replaces, continues, overwrite, is_own)
             make_way(path, in_the_way if at_once else [])
             _runs[key] = (kind, run)
+            if not in_the_way and is_own is not None and kind not in _Written(path).runs:
+                # What an earlier version wrote, without a record.
+                if files := [name for name in _found(path, continues) if (path / name).is_file()]:
+                    record_written(path, *files)
             yield path
     finally:
         _runs.pop(key, None)
@@ -310,10 +314,15 @@ def put_in_place(aside: Path, folder: Path, results: Sequence[str] = ()) -> None
     shutil.rmtree(aside)
 
 
+def prepare_files(folder: str | Path, *names: str) -> None:
+    """Makes way for files that are about to be written, and remembers them."""
+    make_way(Path(folder), names)
+    record_written(folder, *names)
+
+
 def write_own(path: Path, text: str) -> None:
-    """Writes a text that replaces one that this program wrote there; another's makes way."""
-    make_way(path.parent, [path.name])
-    record_written(path.parent, path.name)
+    """Writes a text in the place of one that this program wrote; another's makes way."""
+    prepare_files(path.parent, path.name)
     write_text(path, text)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Dataset, Features, Image, Value
 
 from ..arguments import parse_dataclass, told_in_one_line
-from ..output_folders import OVERWRITE_HELP, check_claim, claimed, make_way, record_written
+from ..output_folders import OVERWRITE_HELP, check_claim, claimed, prepare_files
 from .render import render
 from .scenes import draw_caption, draw_scene
 
@@ -91,8 +91,7 @@ def main() -> None:
     path, partial = Path(args.output_dir) / FILE_NAME, Path(args.output_dir) / f".{FILE_NAME}.partial"
     with told_in_one_line(), claimed(args.output_dir, **args.claim) as folder:
         emoji_dataset(args.num_images, args.seed).to_parquet(partial)
-        make_way(folder, [FILE_NAME])
-        record_written(folder, FILE_NAME)
+        prepare_files(folder, FILE_NAME)
         partial.replace(path)
     print(f"{args.num_images:,} pictures in {path}")
 

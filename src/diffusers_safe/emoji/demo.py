@@ -17,7 +17,7 @@ from diffusers import StableDiffusionPipeline
 from ..arguments import parse_dataclass, told_in_one_line
 from ..evaluation.evaluate import LoadedModel
 from ..evaluation.report import headline_table
-from ..output_folders import OVERWRITE_HELP, check_claim, claimed, record_written
+from ..output_folders import OVERWRITE_HELP, check_claim, check_output_dir, claimed, record_written
 from . import MODEL_FOLDER
 from .evaluation import evaluate_erasure
 from .scenes import GROUPS, group_members
@@ -97,8 +97,13 @@ class DemoArguments:
         return {"kind": "demo", "run": run, "continues": parts, "overwrite": self.overwrite}
 
 
+def check_surroundings(args: DemoArguments) -> None:
+    check_output_dir(args.output_dir)
+    check_claim(args.folder, **args.claim)
+
+
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
-    args = parse_dataclass(DemoArguments, __doc__, argv, prog, lambda args: check_claim(args.folder, **args.claim))
+    args = parse_dataclass(DemoArguments, __doc__, argv, prog, check_surroundings)
     with told_in_one_line(), claimed(args.folder, **args.claim):
         run(args)
 
@@ -107,7 +112,9 @@ def run(args: DemoArguments) -> None:
     """Trains, measures and reports. An earlier demo of the same group and seed in the folder is made anew."""
     started, folder = time.monotonic(), args.folder
     record_written(folder)
-    command = [*erasure_command(MODEL_FOLDER, args.group, folder / "model", args.seed), "--overwrite", "true"]
+    command = erasure_command(MODEL_FOLDER, args.group, folder / "model", args.seed)
+    if (folder / "model").exists():
+        command += ["--overwrite", "true"]
     print(f"erasing with\n\n  {shlex.join(command)}\n", flush=True)
     if code := subprocess.run(command).returncode:
         raise SystemExit(code)

@@ -19,7 +19,7 @@ from ..arguments import parse_dataclass, told_in_one_line
 from ..evaluation.generate import GenerationSettings, PromptRow, generate, load_images
 from ..evaluation.report import RESULTS_NAME, write_results
 from ..evaluation.statistics import Estimate
-from ..output_folders import OVERWRITE_HELP, check_claim, claimed, record_written
+from ..output_folders import OVERWRITE_HELP, check_claim, claimed, prepare_files
 from ..provenance import library_versions, write_text
 from . import CLASSIFIER_FOLDER, MODEL_FOLDER
 from .classifier import HEADS, EmojiClassifier, to_tensor
@@ -90,7 +90,7 @@ def evaluate_model(
         "model": manifest[0]["model"],
         "black_images": sum(row["black"] for row in manifest),
     }
-    record_written(folder, RESULTS_NAME)
+    prepare_files(folder, RESULTS_NAME)
     write_results(folder, results)
     print(quality_table(results))
     return results

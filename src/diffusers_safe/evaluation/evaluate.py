@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from diffusers import DiffusionPipeline
 
-from ..output_folders import claimed, record_written
+from ..output_folders import claimed, prepare_files
 from ..provenance import library_versions, write_text
 from .folders import ImageFolder, common_settings
 from .generate import GenerationSettings, PromptRow, check_rows, generate
@@ -172,7 +172,7 @@ def _evaluate(
         "metrics": {facts.name: metric_results(facts, models) for facts in measured},
     }
     report = evaluation_report(results, models, measured, title, veil, pictures)
-    record_written(folder, RESULTS_NAME, PAGE_NAME, TABLE_NAME)
+    prepare_files(folder, RESULTS_NAME, PAGE_NAME, TABLE_NAME)
     path = write_report(folder, {**results, "report": shown_flags(report)}, report)
     results = json.loads(path.with_name(RESULTS_NAME).read_text(encoding="utf-8"))
     write_text(folder / TABLE_NAME, results_table(results, report.title))

@@ -384,15 +384,15 @@ class _Manifest:
 
     def discard(self, rows: list[PromptRow]) -> None:
         """Deletes the images that the manifest lists, and the manifest; what else is in the way is kept elsewhere."""
+        in_the_way = [f"{row.id}.png" for row in rows]
         try:
-            listed = self._all_rows().values()
-            for row in listed:
+            for row in self._all_rows().values():
                 if _is_intact(self.folder / row["file"], row):
                     (self.folder / row["file"]).unlink()
             self._write([])
         except OutputFolderError:  # none of ours
-            make_way(self.folder, [MANIFEST, *(path.name for path in self._parts())])
-        make_way(self.folder, [f"{row.id}.png" for row in rows])
+            in_the_way += [MANIFEST, *(path.name for path in self._parts())]
+        make_way(self.folder, in_the_way)
 
     def tidy(self) -> None:
         """One file of the manifest and its parts, without the rows whose image is gone or broken."""

@@ -31,7 +31,7 @@ from ..evaluation.page import write_report
 from ..evaluation.pictures import PICTURES, VEILS, shown_flags
 from ..evaluation.report import PAGE_NAME, RESULTS_NAME
 from ..evaluation.scores import score_images
-from ..output_folders import claimed, record_written
+from ..output_folders import claimed, prepare_files
 from ..provenance import library_versions, write_text
 from .attacks import Attack, Target
 from .outcomes import Fought, Outcome, Try, rate_alone, rate_before, success_curve, success_rate
@@ -179,7 +179,7 @@ def _report(
         "attacks": {attack.name: _attack_results(attack, models, rows) for attack in attacks},
     }
     report = attack_report(results, attacks, models, title, veil, pictures)
-    record_written(folder, RESULTS_NAME, PAGE_NAME, TABLE_NAME)
+    prepare_files(folder, RESULTS_NAME, PAGE_NAME, TABLE_NAME)
     path = write_report(folder, {**results, "report": shown_flags(report)}, report)
     results = json.loads(path.with_name(RESULTS_NAME).read_text(encoding="utf-8"))
     write_text(folder / TABLE_NAME, attack_table(results, report.title))

@@ -1,5 +1,6 @@
 """Command-line arguments of every training script: defined once, typed, checked before any model is loaded."""
 
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from ..hub import check_model_id, check_push, default_model_id
 from ..output_folders import OVERWRITE_HELP, OutputFolderError, check_apart, check_claim, check_output_dir, claimed
 from ..provenance import load_record
 from ..weights import TRAIN_METHODS, resolve_train_method
-from .checkpoints import checkpoint_step, list_checkpoints
+from .checkpoints import check_same_run, checkpoint_step, list_checkpoints
 from .loss_space import LOSS_SPACES
 
 
@@ -303,6 +304,8 @@ class TrainingArguments:
             if folder is not None and Path(folder).is_dir():
                 check_apart(self.output_dir, folder, name)
         checkpoint = self.find_checkpoint()
+        if checkpoint is not None:
+            check_same_run(checkpoint, self.identity)
         if checkpoint is not None and checkpoint_step(checkpoint) > self.max_train_steps:
             raise ValueError(f"max_train_steps {self.max_train_steps}: {checkpoint} is further already")
         check_claim(self.output_dir, **self._claim(checkpoint))
@@ -327,7 +330,7 @@ class TrainingArguments:
     def _claim(self, checkpoint: Path | None) -> dict:
         """What the run may find in its output folder: with a checkpoint of its own what it wrote until then, else only
         what is left of the same run that was stopped before the first checkpoint."""
-        claim = {"kind": "training", "run": self.identity, "overwrite": self.overwrite, "at_once": True}
+        claim = {"kind": "training", "run": self.identity, "overwrite": self.overwrite}
         if checkpoint is not None and os.path.realpath(checkpoint.parent) == os.path.realpath(self.output_dir):
             return {**claim, "continues": self.RESULTS, "is_own": self._is_own}
         if list_checkpoints(Path(self.output_dir)) and not self.overwrite:
@@ -335,7 +338,12 @@ class TrainingArguments:
                 f"output_dir {self.output_dir}: holds checkpoints of an earlier run; "
                 "give --resume_from_checkpoint latest, another folder, or --overwrite to begin anew"
             )
-        return {**claim, "replaces": (*self.RESULTS, "checkpoint-*"), "continues": (LOG_NAME, VALIDATION)}
+        return {
+            **claim,
+            "at_once": True,
+            "replaces": (*self.RESULTS, "checkpoint-*"),
+            "continues": (LOG_NAME, VALIDATION),
+        }
 
     def _is_own(self, folder: Path) -> bool:
         """Whether the result in a folder is that of an earlier part of this run, by its record alone."""
@@ -343,7 +351,9 @@ class TrainingArguments:
             record = load_record(folder)
         except ValueError:
             return False
-        return all(record.arguments.get(name) == value for name, value in self.identity.items())
+        resolved = "mixed_precision"  # None here is what the launcher says there
+        identity = json.loads(json.dumps(self.identity))
+        return all(record.arguments.get(name) == value for name, value in identity.items() if name != resolved)
 
 
 @dataclass(kw_only=True)

@@ -1,5 +1,6 @@
 """Checkpoints that are either whole or absent: written under a hidden name, then renamed."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -55,6 +56,25 @@ def _remove(checkpoint: Path) -> None:
         own = {path for pattern in _FILES for path in checkpoint.glob(pattern)}
         record_written(checkpoint.parent, *(f"{checkpoint.name}/{path.name}" for path in own))
     make_way(checkpoint.parent, [checkpoint.name])
+
+
+def check_same_run(checkpoint: str | Path, identity: dict) -> None:
+    """Whether a checkpoint was saved by a run with these facts, of those that its `run.json` holds.
+
+    Raises:
+        `ValueError`: If not, with what differs.
+    """
+    path = Path(checkpoint) / RUN_FILE
+    if not path.is_file():
+        raise ValueError(f"resume_from_checkpoint {checkpoint}: holds no {RUN_FILE}; it is of another program")
+    try:
+        state = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"resume_from_checkpoint {path}: cannot be read ({error})") from None
+    identity = json.loads(json.dumps(identity))
+    if different := sorted(name for name in identity if state.get(name) != identity[name]):
+        told = ", ".join(f"{name} {state.get(name)} there, {identity[name]} here" for name in different)
+        raise ValueError(f"resume_from_checkpoint: the checkpoint is of another run: {told[:400]}")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

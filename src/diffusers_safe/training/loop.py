@@ -21,7 +21,7 @@ from ..lora import LoRAWeights
 from ..provenance import write_text
 from ..weights import TrainedWeights, select_parameters
 from .arguments import TrainingArguments
-from .checkpoints import RUN_FILE, checkpoint_step, save_checkpoint
+from .checkpoints import RUN_FILE, check_same_run, checkpoint_step, save_checkpoint
 from .run_log import RunLog
 
 
@@ -248,13 +248,7 @@ class RunIdentity:
 
     def check(self, folder: str | Path) -> None:
         """Raises a `ValueError` if the checkpoint in a folder is of another run."""
-        path = Path(folder) / self.file_name
-        if not path.is_file():
-            raise ValueError(f"resume_from_checkpoint {folder}: holds no {self.file_name}; it is of another program")
-        state = json.loads(path.read_text(encoding="utf-8"))
-        if different := sorted(name for name in self.state if state.get(name) != self.state[name]):
-            told = ", ".join(f"{name} {state.get(name)} there, {self.state[name]} here" for name in different)
-            raise ValueError(f"resume_from_checkpoint: the checkpoint is of another run: {told[:400]}")
+        check_same_run(folder, self.state)
 
 
 class _StopRequest:

@@ -12,7 +12,7 @@ from PIL import Image
 from ..concepts import names_concept
 from ..evaluation.generate import GenerationSettings, sample_images
 from ..evaluation.grid import SampleGroup, draw_grid
-from ..output_folders import make_way, record_written
+from ..output_folders import prepare_files
 from ..weights import TrainedWeights
 from .arguments import VALIDATION
 from .erasure_arguments import ErasureArguments
@@ -139,8 +139,7 @@ class Validation:
             self.samples.pipeline.to(self.accelerator.device)
             picture = self.samples.draw(self.publishes)
             name = f"{self.folder.name}/step-{step}.png"
-            make_way(self.folder.parent, [name])
-            record_written(self.folder.parent, name)
+            prepare_files(self.folder.parent, name)
             self.folder.mkdir(exist_ok=True)
             picture.save(self.folder / f"step-{step}.png")
             for tracker in self.accelerator.trackers:
