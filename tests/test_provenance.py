@@ -1,9 +1,19 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from diffusers_safe.provenance import FILE_NAME, Provenance, fingerprint
+from diffusers_safe.provenance import (
+    FILE_NAME,
+    Distillation,
+    Provenance,
+    erasure_of,
+    fingerprint,
+    load_record,
+    located,
+    stored_path,
+)
 
 
 def test_round_trip_and_content(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from diffusers_safe import ErasedStableDiffusionPipeline, erase
-from diffusers_safe.formats import LORA_NAME, PARTIAL_NAME, read_erased_weights
+from diffusers_safe.formats import LORA_NAME, PARTIAL_NAME, load_unet, read_erased_weights
 from diffusers_safe.output_folders import RECORD
 from diffusers_safe.training import sdd
 from scripts import ROOT, environment, log_rows
@@ -67,9 +67,7 @@ def test_overwrite_replaces_what_was_written_and_keeps_the_rest(tiny_model_folde
     name = LORA_NAME if "rank" in options else PARTIAL_NAME
     assert contents(out).keys() == {RECORD, "erasure.json", "log.jsonl", name, "unet/mine.txt"}
     assert "overwrite" not in json.loads((out / "erasure.json").read_text())["arguments"]
-    assert read_erased_weights(out).changes(
-        ErasedStableDiffusionPipeline.from_pretrained(tiny_model_folder, tiny_model_folder).unet
-    )
+    assert read_erased_weights(out).changes(load_unet(tiny_model_folder, subfolder="unet"))
 
 
 def test_an_overwriting_run_that_is_stopped_leaves_no_old_model_next_to_its_log(tiny_model_folder, out):
@@ -181,17 +179,13 @@ def test_paths_that_cannot_be_used_end_with_code_2_before_any_work(tiny_model_fo
 def test_of_two_runs_at_once_the_second_ends_at_once(tiny_model_folder, tmp_path):
     words = [str(ROOT / "train_sdd.py"), "--pretrained_model_name_or_path", tiny_model_folder, "--concepts", "knife",
              "--num_inference_steps", "2", "--output_dir", "out", "--max_train_steps"]  # fmt: skip
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options = {"stderr": subprocess.PIPE, "text": True, "env": environment(ACCELERATE_USE_CPU="true")}
     runs = [
-        subprocess.Popen(
-            [sys.executable, *words, "12"], cwd=tmp_path, env=environment(ACCELERATE_USE_CPU="true"), **pipes
-        )
+        subprocess.Popen([sys.executable, *words, "12"], cwd=tmp_path, stdout=subprocess.DEVNULL, **options)
         for _ in range(2)
     ]
     told = [run.communicate()[1] for run in runs]
     assert sorted(run.returncode for run in runs) == [0, 2], told
     (lost,) = (text for run, text in zip(runs, told) if run.returncode == 2)
-    assert (
-        lost.strip().splitlines()[-1].startswith(("error: output_dir out: ", "train_sdd.py: error: output_dir out: "))
-    )
+    assert "error: output_dir out: " in lost.strip().splitlines()[-1]
     assert len(log_rows(tmp_path / "out")) == 12
