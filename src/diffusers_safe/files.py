@@ -65,7 +65,8 @@ def disk_errors(place: str | Path) -> Iterator[None]:
         text = str(error)
         if isinstance(error, RuntimeError) and not any(sign in text for sign in _TORCH_CANNOT_WRITE):
             raise
-        full = shutil.disk_usage(Path(place).parent).free < 2**20
+        folder = Path(place) if Path(place).is_dir() else Path(place).parent
+        full = shutil.disk_usage(folder).free < 2**20
         reason = "no space left on the disk" if full or "os error 28" in text else text.strip().split("\n")[0]
         raise OSError(f"{place}: cannot be written ({reason})") from error
 

@@ -8,6 +8,7 @@
 the way of a new result, which `--overwrite` allows, is moved into `.replaced-1` of the same folder.
 """
 
+import errno
 import json
 import logging
 import os
@@ -96,6 +97,10 @@ def claimed(
                 if files := [name for name in _found(path, continues) if (path / name).is_file()]:
                     record_written(path, *files)
             yield path
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(f"output_dir {folder}: cannot be written (no space left on the disk)") from error
     finally:
         _runs.pop(key, None)
         for parent in made:

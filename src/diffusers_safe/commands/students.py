@@ -22,7 +22,7 @@ from ..backbones import check_model, load_pipeline
 from ..backbones.cost import macs
 from ..emoji import MODEL_FOLDER
 from ..formats import RESULTS, save_model, written_aside
-from ..output_folders import OVERWRITE_HELP, check_apart, check_claim, claimed
+from ..output_folders import OVERWRITE_HELP, check_apart, check_claim, check_output_dir, claimed
 from ..students import (
     ALIASES,
     STUDENTS,
@@ -164,9 +164,10 @@ def check_surroundings(args: StudentsArguments) -> None:
         elif not fitting_students(teacher.unet.config):
             raise ValueError(f"{teacher.name}: none of the students ({', '.join(STUDENTS)}) fits its UNet")
     if args.output_dir is not None:
-        check_claim(args.output_dir, **args.claim)
+        check_output_dir(args.output_dir)
         if Path(args.pretrained_model_name_or_path).is_dir():
             check_apart(args.output_dir, args.pretrained_model_name_or_path, "the teacher")
+        check_claim(args.output_dir, **args.claim)
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:

@@ -47,7 +47,7 @@ def written_aside(folder: str | Path, record: Provenance | Distillation | None =
     made = [path for path in aside.parents if not path.exists()]
     aside.mkdir(parents=True)
     try:
-        with disk_errors(folder / aside.name):
+        with disk_errors(folder):
             if record is not None:
                 record.save(aside)
             yield aside
