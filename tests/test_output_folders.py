@@ -1,5 +1,6 @@
 """Output folders: one run at a time, and nothing is lost that this program did not write."""
 
+import errno
 import json
 import logging
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -269,6 +271,31 @@ def test_a_lock_that_is_unlinked_while_it_is_held_lets_no_second_run_in(tmp_path
     ]
     told = [run.communicate()[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0, 0] and sum(map(int, told)) > 10
+
+
+def test_a_full_disk_names_the_folder(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"output_dir .*: cannot be written \(no space left on the disk\)"),
+        claimed(tmp_path),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(FileNotFoundError, match="gone"), claimed(tmp_path):
+        raise FileNotFoundError(errno.ENOENT, "gone")
+
+
+def test_claims_nest_in_one_thread_and_in_no_other(tmp_path):
+    def elsewhere():
+        with pytest.raises(OutputFolderError, match="another run is at work there"), claimed(tmp_path):
+            pass
+        return True
+
+    with ThreadPoolExecutor(1) as pool, claimed(tmp_path, "outer", 1):
+        with claimed(tmp_path, "inner", 2):
+            record_written(tmp_path, "x")
+            assert pool.submit(elsewhere).result()
+        record_written(tmp_path, "y")
+        assert pool.submit(elsewhere).result()
+    assert json.loads((tmp_path / RECORD).read_text())["runs"] == {"inner": 2, "outer": 1}
 
 
 def test_claims_end_with_their_block(tmp_path):

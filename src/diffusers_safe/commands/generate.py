@@ -19,7 +19,7 @@ from ..evaluation.generate import GenerationSettings, generate
 from ..evaluation.processes import launched_processes
 from ..evaluation.prompts import PromptOptions
 from ..guidance import SAFETY_CONFIGS
-from ..output_folders import OVERWRITE_HELP, check_claim
+from ..output_folders import OVERWRITE_HELP, check_claim, claimed
 from .subject import DTYPES, Subject
 
 
@@ -101,7 +101,7 @@ def check_surroundings(args: GenerateArguments) -> None:
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(GenerateArguments, __doc__, argv, prog, check_surroundings, PRESETS)
-    with told_in_one_line():
+    with told_in_one_line(), claimed(args.output_dir):
         pipeline, settings = args.subject.load(args.settings)
         manifest = generate(
             pipeline,
