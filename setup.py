@@ -36,7 +36,7 @@ setup(
         "numpy>=1.26",
         "pillow>=10.1",
         "pyarrow>=21",
-        "filelock>=3.12",
+        "filelock>=3.24",
         "pyyaml>=6",
         "tqdm>=4.66",
     ],

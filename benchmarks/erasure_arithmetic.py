@@ -27,11 +27,12 @@ from plain_loop import PlainLoop
 from torch import nn
 from tqdm.auto import tqdm
 
-from diffusers_safe.arguments import check_output_dir, parse_dataclass, told_in_one_line
+from diffusers_safe.arguments import parse_dataclass, told_in_one_line
 from diffusers_safe.backbones import make_backbone
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.demo import retained_prompts
 from diffusers_safe.evaluation.evaluate import LoadedModel
+from diffusers_safe.output_folders import check_claim, claimed
 from diffusers_safe.training.erasure_arguments import ESDArguments, SDDArguments, parse_arguments
 from diffusers_safe.training.erasure_loop import ErasureLoop
 from diffusers_safe.training.plan import make_plan
@@ -165,13 +166,14 @@ def compare_erasure(args: ArithmeticArguments) -> str:
 def main(argv: list[str] | None = None) -> None:
     def check(args: ArithmeticArguments) -> None:
         if not args.skip_erasure:
-            check_output_dir(args.output_dir)
+            check_claim(args.output_dir)
 
     args = parse_dataclass(ArithmeticArguments, __doc__, argv, check=check)
     with told_in_one_line():
         print(compare_steps(args))
         if not args.skip_erasure:
-            print("\n" + compare_erasure(args))
+            with claimed(args.output_dir):
+                print("\n" + compare_erasure(args))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from erasure_table import Numbers
 from students import StudentsArguments, folder_of
 from students import student as train_student
 
-from diffusers_safe.arguments import check_output_dir, parse_dataclass, told_in_one_line
+from diffusers_safe.arguments import parse_dataclass, told_in_one_line
 from diffusers_safe.commands.evaluate import read_subjects
 from diffusers_safe.commands.subject import Subject
 from diffusers_safe.emoji import MODEL_FOLDER
@@ -41,6 +41,7 @@ from diffusers_safe.evaluation.generate import PromptRow, generate, load_image
 from diffusers_safe.evaluation.grid import draw_table
 from diffusers_safe.evaluation.plots import plot_file, scatter_svg
 from diffusers_safe.evaluation.report import Scatter, headline_table
+from diffusers_safe.output_folders import check_claim, claimed, prepare_files, write_own
 from diffusers_safe.provenance import write_text
 
 
@@ -197,13 +198,14 @@ class Leaderboard:
         measures = [(of["concept"], of["others"]) for of in (Numbers(results, name) for name in names)]
         concept, others = (metrics[0].quantities[quantity].label for quantity in ("concept", "others"))
         plot = scatter_svg(Scatter(concept, others, measures, ("lower", "higher")), names)
-        write_text(self.folder / PLOT.format(name), plot_file(plot))
+        write_own(self.folder / PLOT.format(name), plot_file(plot))
 
         pictures = {}
         for subject in subjects:
             images = as_images(subject, folder)
             first = {row["prompt"]: row for row in reversed(images.find(rows))}
             pictures[subject.name] = [load_image(images.folder, first[prompt]) for prompt in task.shown]
+        prepare_files(self.folder, PICTURE.format(name))
         draw_table(list(task.shown), pictures).save(self.folder / PICTURE.format(name), quality=92)
         table = headline_table(results, changes=False)
         return SECTION.format(title=task.title, table=table, plot=PLOT.format(name), picture=PICTURE.format(name))
@@ -217,13 +219,13 @@ def _use_one_thread() -> None:
 def check_surroundings(args: LeaderboardArguments) -> None:
     for subject in args.own_rows:
         subject.check()
-    check_output_dir(args.output_dir)
+    check_claim(args.output_dir)
 
 
 def main() -> None:
     args = parse_dataclass(LeaderboardArguments, __doc__, check=check_surroundings)
     folder = Path(args.output_dir)
-    with told_in_one_line():
+    with told_in_one_line(), claimed(args.output_dir):
         leaderboard = Leaderboard(args)
         leaderboard.train()
         leaderboard.draw()
@@ -232,7 +234,7 @@ def main() -> None:
         student = STUDENT_TOLD if args.student_steps and "group" in args.tasks else ""
         student = student.format(steps=args.student_steps, pictures=STUDENT_PICTURES)
         text = "\n".join([HEAD.format(seed=args.seed, sampling=sampling, student=student), *sections])
-        write_text(folder / "results.md", text)
+        write_own(folder / "results.md", text)
         if args.docs is not None:
             (Path(args.docs) / "images").mkdir(parents=True, exist_ok=True)
             write_text(Path(args.docs) / "results.md", text)

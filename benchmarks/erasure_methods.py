@@ -19,14 +19,14 @@ import torch
 import yaml
 from erasure_table import Numbers
 
-from diffusers_safe.arguments import check_output_dir, parse_dataclass, told_in_one_line
+from diffusers_safe.arguments import parse_dataclass, told_in_one_line
 from diffusers_safe.commands.subject import Subject
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.evaluation import evaluate_erasure
 from diffusers_safe.emoji.metrics import erased_name
 from diffusers_safe.emoji.scenes import GROUPS, OBJECTS, STYLES
 from diffusers_safe.evaluation.statistics import Estimate
-from diffusers_safe.provenance import write_text
+from diffusers_safe.output_folders import check_claim, claimed, write_own
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -66,7 +66,7 @@ def train(recipe: Path, folder: Path, seed: int, threads: int | None = None) -> 
         ]
         if code := subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode:
             raise SystemExit(code)
-        write_text(note, recipe.read_text())
+        write_own(note, recipe.read_text())
     elif note.read_text() != recipe.read_text():
         raise ValueError(f"{folder}: was trained with other settings, see {note}; give another --output_dir")
 
@@ -138,19 +138,19 @@ def pooled_row(name: str, seeds: list[Numbers]) -> str:
 
 
 def main() -> None:
-    args = parse_dataclass(MethodsArguments, __doc__, check=lambda args: check_output_dir(args.output_dir))
+    args = parse_dataclass(MethodsArguments, __doc__, check=lambda args: check_claim(args.output_dir))
     methods, lines = Methods(args), list(HEAD)
-    with told_in_one_line():
+    with told_in_one_line(), claimed(args.output_dir):
         for name in args.only or RECIPES:
             seeds = []
             for seed in args.seeds:
                 seeds.append(methods.measure(name, seed))
                 lines.append(table_row(name, seed, seeds[-1]))
                 print(lines[-1], file=sys.stderr)
-                write_text(Path(args.output_dir) / "table.md", "\n".join(lines) + "\n")
+                write_own(Path(args.output_dir) / "table.md", "\n".join(lines) + "\n")
             if len(seeds) > 1:
                 lines.append(pooled_row(name, seeds))
-                write_text(Path(args.output_dir) / "table.md", "\n".join(lines) + "\n")
+                write_own(Path(args.output_dir) / "table.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

@@ -13,7 +13,7 @@ from diffusers_safe.emoji.evaluation import evaluate_erasure
 from diffusers_safe.emoji.scenes import group_members
 from diffusers_safe.evaluation.evaluate import LoadedModel
 from diffusers_safe.evaluation.statistics import Estimate
-from diffusers_safe.provenance import write_text
+from diffusers_safe.output_folders import write_own
 
 
 GROUP = "weapon"
@@ -42,7 +42,7 @@ def train_demo(folder: Path, seed: int, changes: dict) -> StableDiffusionPipelin
     if not (folder / "model_index.json").exists():
         if code := subprocess.run(demo_command(folder, seed, changes)).returncode:
             raise SystemExit(code)
-        write_text(note, settings)
+        write_own(note, settings)
     elif note.read_text() != settings:
         raise ValueError(f"{folder}: was trained with other settings, see {note}; give another --output_dir")
     return StableDiffusionPipeline.from_pretrained(folder)
@@ -79,7 +79,7 @@ def erasure_table(
             cells.append(numbers.change("unnamed"))
         lines.append(f"| {model.name} | {' | '.join(map(str, cells))} |")
     table = "\n".join(lines) + "\n"
-    write_text(Path(folder) / "table.md", table)
+    write_own(Path(folder) / "table.md", table)
     return table
 
 

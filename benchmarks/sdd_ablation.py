@@ -12,10 +12,11 @@ from pathlib import Path
 from diffusers import StableDiffusionPipeline
 from erasure_table import GROUP, erasure_table, train_demo
 
-from diffusers_safe.arguments import check_output_dir, parse_dataclass, told_in_one_line
+from diffusers_safe.arguments import parse_dataclass, told_in_one_line
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.demo import retained_prompts
 from diffusers_safe.evaluation.evaluate import LoadedModel
+from diffusers_safe.output_folders import check_claim, claimed
 
 
 PAPER = {
@@ -67,12 +68,12 @@ def train(name: str, args: AblationArguments) -> StableDiffusionPipeline:
 
 
 def main() -> None:
-    args = parse_dataclass(AblationArguments, __doc__, check=lambda args: check_output_dir(args.output_dir))
+    args = parse_dataclass(AblationArguments, __doc__, check=lambda args: check_claim(args.output_dir))
     models = [LoadedModel("before", StableDiffusionPipeline.from_pretrained(MODEL_FOLDER))]
     folder = (
         Path(args.output_dir) / f"trained-{args.train_seed}" / f"images-{args.images_per_prompt}-{args.image_seed}"
     )
-    with told_in_one_line():
+    with told_in_one_line(), claimed(args.output_dir):
         for name in args.only or VARIANTS:
             models.append(LoadedModel(name, train(name, args)))
             table = erasure_table(models, folder, args.images_per_prompt, args.image_seed, retained_prompts(GROUP))

@@ -16,11 +16,12 @@ from erasure_table import erasure_table
 from PIL import Image
 
 from diffusers_safe import SafetyConfig, StableDiffusionPipelineSafe
-from diffusers_safe.arguments import check_output_dir, parse_dataclass, told_in_one_line
+from diffusers_safe.arguments import parse_dataclass, told_in_one_line
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.evaluation.evaluate import IMAGES, LoadedModel
 from diffusers_safe.evaluation.generate import load_images, read_manifest
 from diffusers_safe.guidance import SAFETY_CONFIGS
+from diffusers_safe.output_folders import check_claim, claimed, prepare_files
 
 
 SHOWN = ["a knife", "a bomb", "an axe", "a weapon", "a cat", "a pizza", "a car", "a rose"]
@@ -47,11 +48,12 @@ def draw_grid(folder: Path) -> None:
         shown = np.pad(load_images(images, chosen), ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=255)
         rows.append(np.concatenate(list(shown), axis=1))
     grid = Image.fromarray(np.concatenate(rows))
+    prepare_files(folder, "grid.png")
     grid.resize((2 * grid.width, 2 * grid.height), Image.Resampling.LANCZOS).save(folder / "grid.png")
 
 
 def main() -> None:
-    args = parse_dataclass(StrengthArguments, __doc__, check=lambda args: check_output_dir(args.output_dir))
+    args = parse_dataclass(StrengthArguments, __doc__, check=lambda args: check_claim(args.output_dir))
     folder = Path(args.output_dir) / f"images-{args.images_per_prompt}-{args.seed}"
     stock = StableDiffusionPipeline.from_pretrained(MODEL_FOLDER)
     safe = StableDiffusionPipelineSafe.from_pipe(stock, safety_concept=args.safety_concept)
@@ -62,7 +64,7 @@ def main() -> None:
     for name in SAFETY_CONFIGS:
         call = {**SafetyConfig.named(name), "safety_concept": args.safety_concept}
         models.append(LoadedModel(f"SLD {name}", safe, {"call": call}))
-    with told_in_one_line():
+    with told_in_one_line(), claimed(args.output_dir):
         table = erasure_table(models, folder, args.images_per_prompt, args.seed)
         draw_grid(folder)
     print(table)

@@ -21,7 +21,7 @@ from diffusers import StableDiffusionPipeline
 from erasure_table import Numbers
 from transformers import CLIPTokenizer
 
-from diffusers_safe.arguments import check_output_dir, parse_dataclass, told_in_one_line
+from diffusers_safe.arguments import parse_dataclass, told_in_one_line
 from diffusers_safe.backbones import make_backbone
 from diffusers_safe.backbones.cost import macs
 from diffusers_safe.emoji import MODEL_FOLDER
@@ -31,7 +31,7 @@ from diffusers_safe.evaluation.evaluate import LoadedModel
 from diffusers_safe.evaluation.plots import plot_file, scatter_svg
 from diffusers_safe.evaluation.report import Scatter
 from diffusers_safe.evaluation.statistics import Estimate
-from diffusers_safe.provenance import write_text
+from diffusers_safe.output_folders import check_claim, claimed, write_own
 
 
 GROUP = "weapon"
@@ -131,12 +131,12 @@ def seconds_an_image(pipelines: dict[str, StableDiffusionPipeline], rounds: int)
 
 
 def main() -> None:
-    args = parse_dataclass(StudentsArguments, __doc__, check=lambda args: check_output_dir(args.output_dir))
+    args = parse_dataclass(StudentsArguments, __doc__, check=lambda args: check_claim(args.output_dir))
     folder = folder_of(args)
     teacher = StableDiffusionPipeline.from_pretrained(MODEL_FOLDER).to(PartialState().device)
     tokens = CLIPTokenizer.from_pretrained(MODEL_FOLDER / "tokenizer").model_max_length
     pipelines = {"teacher": teacher}
-    with told_in_one_line():
+    with told_in_one_line(), claimed(args.output_dir):
         for name in args.only or ROWS:
             pipelines[name] = student(name, args)
         results = evaluate_erasure(
@@ -156,9 +156,9 @@ def main() -> None:
             points[name] = (Estimate(count / 1e6, count / 1e6, count / 1e6, 1, ""), numbers["others"])
         cells = [measured, numbers["concept"], numbers["others"], numbers.change("others")]
         lines.append(f"| {name} | {count:,} | {cost / 1e6:,.0f} | {' | '.join(map(str, cells))} |")
-    write_text(folder / "table.md", "\n".join(lines) + "\n")
+    write_own(folder / "table.md", "\n".join(lines) + "\n")
     plot = Scatter("million parameters", "others recognised", list(points.values()), ("lower", "higher"))
-    write_text(folder / "students.svg", plot_file(scatter_svg(plot, list(points))))
+    write_own(folder / "students.svg", plot_file(scatter_svg(plot, list(points))))
     print("\n".join(lines))
 
 

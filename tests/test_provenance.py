@@ -1,9 +1,19 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from diffusers_safe.provenance import FILE_NAME, Provenance, fingerprint
+from diffusers_safe.provenance import (
+    FILE_NAME,
+    Distillation,
+    Provenance,
+    erasure_of,
+    fingerprint,
+    load_record,
+    located,
+    stored_path,
+)
 
 
 def test_round_trip_and_content(tmp_path):
@@ -28,3 +38,42 @@ def test_fingerprint_knows_values_names_and_nothing_else():
     second.load_state_dict(first.state_dict())
     assert fingerprint(first) == fingerprint(second)
     assert fingerprint(torch.nn.Sequential(first)) != fingerprint(first)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "found"),
+    [
+        ("models/base", {"output_dir": "runs/out"}, "models/base"),
+        ("./models/base", {"output_dir": "./runs/out"}, "models/base"),
+        ("../../models/base", {}, "models/base"),
+        ("inside", {"output_dir": "/elsewhere"}, "runs/out/inside"),
+        ("models/base", {"output_dir": "/runs/out"}, None),
+        ("models/base", {"output_dir": "runs/another"}, None),
+        ("models/base", {"output_dir": 3}, None),
+        ("models/base", None, None),
+        ("user/on-the-hub", {"output_dir": "runs/out"}, None),
+        ("/gone/base", {"output_dir": "runs/out"}, None),
+        ("", {}, None),
+        (None, {}, None),
+    ],
+)
+def test_a_relative_path_is_resolved_where_the_record_lies(tmp_path, model, arguments, found):
+    for folder in ("models/base", "runs/out/inside"):
+        (tmp_path / folder).mkdir(parents=True)
+    expected = model if found is None else tmp_path / found
+    result = located(model, tmp_path / "runs" / "out", arguments)
+    assert result == expected if found is None else Path(result).resolve() == expected
+
+
+def test_records_and_files_name_folders_by_their_absolute_path(tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert stored_path("base") == str(tmp_path / "base") and stored_path("user/base") == "user/base"
+    Provenance("base", None, ["knife"], "sdd", "xattn", {"output_dir": "out"}).save("out")
+    assert Provenance.load("out").base_model == str(tmp_path / "base")
+    assert erasure_of("out")["base_model"] == str(tmp_path / "base")
+    student = Distillation("base", "", "bk-tiny", {}, {}, {"output_dir": "out"})
+    student.save("out")
+    monkeypatch.chdir("/")
+    assert load_record(tmp_path / "out").teacher == str(tmp_path / "base")

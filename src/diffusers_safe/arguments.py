@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-import tempfile
 from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ from typing import Any, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
+
+from .output_folders import OutputFolderError
 
 
 logger = logging.getLogger(__name__)
@@ -129,38 +130,14 @@ def tell_errors_in_one_line(parser: ArgumentParser) -> None:
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
     """Ends the program with one line and code 1 where the work meets bad input (`ValueError`), a file that cannot be
-    read or written (`OSError`) or numbers that have gone astray (`FloatingPointError`)."""
+    read or written (`OSError`) or numbers that have gone astray (`FloatingPointError`); with code 2 where the output
+    folder cannot be used."""
     try:
         yield
+    except OutputFolderError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     except (ValueError, OSError, FloatingPointError) as error:
         logger.debug("where it happened:", exc_info=True)
         reason = str(error).strip().split("\n")[0]
         raise SystemExit(f"error: {reason}") from None
-
-
-def check_output_dir(folder: str | Path) -> None:
-    """Creates an output folder, to know before the work whether it can be written.
-
-    Raises:
-        `ValueError`: If it cannot.
-    """
-    check_writable(folder)
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"output_dir {folder}: cannot be made ({error.strerror})") from None
-
-
-def check_writable(folder: str | Path) -> None:
-    """The same without creating it, which is asked of the nearest folder above it that exists.
-
-    Raises:
-        `ValueError`: If it cannot be written.
-    """
-    place = Path(folder).absolute()
-    nearest = next(path for path in (place, *place.parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise ValueError(f"output_dir {folder}: cannot be written ({error.strerror})") from None

@@ -13,6 +13,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError
 from torch import nn
 
+from .files import write_text
+
 
 FILE_NAME = "erasure.json"
 STUDENT_FILE = "distillation.json"
@@ -53,7 +55,7 @@ class Provenance:
     """The record of one erasure.
 
     Attributes:
-        base_model (`str`): Path or Hub id of the model that was changed.
+        base_model (`str`): Absolute path or Hub id of the model that was changed.
         base_fingerprint (`str`, *optional*): [`fingerprint`] of its denoiser before the change; `None` if unknown.
         concepts (`list[str]`): What was erased; empty if unknown.
         method (`str`): `"sdd"`, ..., or `"unknown"`.
@@ -89,7 +91,9 @@ class Provenance:
         Raises:
             `ValueError`: If there is none or it has other fields.
         """
-        return _load(cls, Path(folder) / FILE_NAME, "the folder holds no erased model")
+        record = _load(cls, Path(folder) / FILE_NAME, "the folder holds no erased model")
+        record.base_model = located(record.base_model, folder, record.arguments)
+        return record
 
 
 @dataclass
@@ -97,7 +101,7 @@ class Distillation:
     """The record of a student: distillation.json.
 
     Attributes:
-        teacher (`str`): Path or Hub id of the model that taught.
+        teacher (`str`): Absolute path or Hub id of the model that taught.
         teacher_fingerprint (`str`): [`fingerprint`] of its denoiser.
         student (`str`): What was built of it, a name of `students.STUDENTS`, or the student that was gone on from.
         parameters (`dict[str, int]`): Of the denoisers of `"student"` and `"teacher"`.
@@ -141,7 +145,9 @@ class Distillation:
         Raises:
             `ValueError`: If there is none or it has other fields.
         """
-        return _load(cls, Path(folder) / STUDENT_FILE, "the folder holds no student")
+        record = _load(cls, Path(folder) / STUDENT_FILE, "the folder holds no student")
+        record.teacher = located(record.teacher, folder, record.arguments)
+        return record
 
 
 def load_record(folder: str | Path) -> Provenance | Distillation:
@@ -170,9 +176,38 @@ def erasure_of(model: str, **hub_arguments) -> dict | None:
             except (OSError, ValueError, HTTPError):  # no such file, or no Hub
                 continue
         if path.is_file():
-            record = json.loads(path.read_text(encoding="utf-8"))
-            return record if name == FILE_NAME else record.get("teacher_erasure")
+            kind = Provenance if name == FILE_NAME else Distillation
+            record = kind.load(path.parent)
+            return asdict(record) if name == FILE_NAME else record.teacher_erasure
     return None
+
+
+def stored_path(model: str) -> str:
+    """A model as a record names it: a folder by its absolute path, which is found from anywhere; a Hub id as it is."""
+    return os.path.abspath(model) if os.path.exists(model) else model
+
+
+def located(model: str | None, folder: str | Path, arguments: dict | None = None) -> str | None:
+    """A model that a record names, from where the record lies.
+
+    Earlier versions recorded folders relative to where the run was started. That is known again if the record still
+    lies where the run's `output_dir` was.
+
+    Args:
+        model (`str`, *optional*): Folder or Hub id.
+        folder (`str` or `Path`): With the record.
+        arguments (`dict`, *optional*): Of the run, as recorded.
+
+    Returns:
+        `str`: The path of the folder, or `model` where there is no such folder.
+    """
+    if not isinstance(model, str) or not model or os.path.isabs(model):
+        return model
+    folder = Path(os.path.abspath(folder))
+    output = arguments.get("output_dir") if isinstance(arguments, dict) else None
+    parts = Path(output).parts if isinstance(output, str) and not os.path.isabs(output) else ()
+    started = folder.parents[len(parts) - 1] if parts and folder.parts[-len(parts) :] == parts else folder
+    return next((str(place / model) for place in (folder, started) if os.path.exists(place / model)), model)
 
 
 def _load(kind: type, path: Path, otherwise: str):
@@ -182,11 +217,3 @@ def _load(kind: type, path: Path, otherwise: str):
         return kind(**json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a record of ours ({error})") from None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that is either whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -1,6 +1,7 @@
 """`diffusers-safe export`: from every form to every form, with the base model found, and nothing half-written."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
-from diffusers_safe import cli
+from diffusers_safe import ErasedStableDiffusionPipeline, cli
 from diffusers_safe.formats import LORA_NAME, PARTIAL_NAME, read_erased_weights
+from diffusers_safe.output_folders import RECORD
 from diffusers_safe.provenance import Provenance, fingerprint
 from erasure_files import FORMS, make_erased, write_form
 
@@ -142,10 +144,42 @@ def test_bad_input_is_one_line_before_any_work(partial, tmp_path, capsys, option
 def test_what_is_there_already_is_kept(partial, tmp_path, capsys):
     export(partial, "unet", tmp_path / "out")
     before = sorted(tmp_path.rglob("*"))
-    for source, message in ((partial, "holds a model already"), (tmp_path / "out", "is the source; give another")):
+    for source, message in (
+        (partial, "holds results of another run"),
+        (tmp_path / "out", "is the source; give another"),
+    ):
         with pytest.raises(SystemExit):
             export(source, "full", tmp_path / "out")
         assert message in capsys.readouterr().err and sorted(tmp_path.rglob("*")) == before
+
+
+def test_overwrite_replaces_a_result_when_the_new_one_is_there(base, partial, tmp_path):
+    out = tmp_path / "out"
+    export(partial, "full", out)
+    (out / "unet" / "mine.txt").write_text("mine")
+    before = {path.name for path in out.rglob("*")}
+    with pytest.raises(SystemExit, match="rank 17"):
+        export(partial, "lora", out, "--rank", 17, "--overwrite")
+    assert {path.name for path in out.rglob("*")} == before
+    export(partial, "partial", out, "--overwrite")
+    files = {path.name for path in out.rglob("*") if path.is_file()}
+    assert files == {RECORD, "erasure.json", PARTIAL_NAME, "mine.txt"}
+    export(out / PARTIAL_NAME, "unet", out, "--overwrite")  # from the file that makes way
+    assert read_erased_weights(out).changes(base.unet).keys() == read_erased_weights(partial).weights.keys()
+
+
+def test_a_relative_base_model_is_found_from_another_folder(base, partial, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(base.config._name_or_path).parent)
+    name = Path(base.config._name_or_path).name
+    for form in ("lora", "partial", "full"):
+        export(partial, form, tmp_path / form, "--base_model", name)
+    monkeypatch.chdir(tmp_path)
+    for form, file in (("lora", LORA_NAME), ("partial", PARTIAL_NAME), ("full", "")):
+        (tmp_path / form / "erasure.json").unlink() if file else None  # the file's metadata say it, too
+        pipeline = ErasedStableDiffusionPipeline.from_pretrained(tmp_path / form / file)
+        assert pipeline.erasure.base_model == base.config._name_or_path
+        with pipeline.erasure_disabled():
+            pass
 
 
 def test_a_base_model_that_is_unknown_or_another_is_told_and_nothing_is_left(

@@ -18,13 +18,13 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from filelock import FileLock
 from PIL import Image
 
 from diffusers_safe import cli
 from diffusers_safe.data import Filters, downloads, pictures, preparation
 from diffusers_safe.data.filters import Dropped
 from diffusers_safe.data.pictures import read_picture
+from diffusers_safe.output_folders import claimed
 from scripts import environment
 
 
@@ -643,7 +643,7 @@ def test_what_stopped_halfway_is_recognised(tmp_path, capsys, monkeypatch):
     assert "holds another preparation (shard_size 2, not 3)" in refused(
         capsys, folder, "--output_dir", out, "--shard_size", 3
     )
-    with FileLock(out / ".preparation" / "lock"), pytest.raises(SystemExit, match="another process is filling it"):
+    with claimed(out), pytest.raises(SystemExit):
         cli.main(["prepare-data", str(folder), *map(str, options)])
     (out / "train-00001.tar").unlink()
     with pytest.raises(SystemExit, match="train-00001.tar was finished and is gone"):
@@ -651,3 +651,19 @@ def test_what_stopped_halfway_is_recognised(tmp_path, capsys, monkeypatch):
     (out / ".preparation" / "00001.json").write_text("{")
     with pytest.raises(SystemExit, match="00001.json: broken record; delete it"):
         cli.main(["prepare-data", str(folder), *map(str, options)])
+
+
+def test_overwrite_deletes_the_shards_of_another_preparation_and_nothing_else(tmp_path, capsys):
+    folder, out = picture_folder(tmp_path / "pictures", 5), tmp_path / "out"
+    prepare(folder, out, "--shard_size", 2)
+    for name in ("notes.txt", "train-00007.tar"):
+        (out / name).write_text("mine")
+    options = ("--output_dir", out, "--shard_size", 3)
+    before = hashes(out)
+    assert "give an empty or a new folder, or --overwrite to replace them" in refused(capsys, folder, *options)
+    assert hashes(out) == before
+    cli.main(["prepare-data", str(folder), *map(str, options), "--overwrite"])
+    shards = {path.name for path in out.glob("train-*")}
+    assert shards == {"train-00000.tar", "train-00001.tar"} and (out / "notes.txt").read_text() == "mine"
+    assert (out / ".replaced-1" / "train-00007.tar").read_text() == "mine"
+    assert json.loads((out / "report.json").read_text())["settings"]["shard_size"] == 3

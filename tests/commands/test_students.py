@@ -5,6 +5,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 
 from diffusers_safe import cli
+from diffusers_safe.output_folders import RECORD
 from diffusers_safe.students import build_student
 
 
@@ -51,7 +52,7 @@ def test_a_student_of_the_embedded_model_is_a_stock_pipeline(tmp_path, capsys, s
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline("a cat", num_inference_steps=1, output_type="pt").images
     assert images.shape == (1, 3, 64, 64) and torch.isfinite(images).all()
-    assert not list((tmp_path / "out").glob(".*"))
+    assert [path.name for path in (tmp_path / "out").glob(".*")] == [RECORD]
 
 
 def test_a_student_of_ones_own_sdxl(make_tiny_xl_pipeline, tmp_path, capsys):
@@ -100,7 +101,7 @@ def test_a_unet_that_no_student_fits(make_tiny_xl_pipeline, tmp_path, capsys):
 def test_a_folder_with_a_model_is_left_alone(tiny_model_folder, tmp_path, capsys):
     (tmp_path / "erasure.json").write_text("{}")
     for folder, message in (
-        (tmp_path, "holds a model already (erasure.json); give another"),
+        (tmp_path, "holds results of another run (erasure.json); give another folder, or --overwrite"),
         (tiny_model_folder, "is the teacher's own folder; give another"),
     ):
         with pytest.raises(SystemExit):
@@ -109,3 +110,6 @@ def test_a_folder_with_a_model_is_left_alone(tiny_model_folder, tmp_path, capsys
             )
         assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["erasure.json"]
+    students("--pretrained_model_name_or_path", tiny_model_folder, "--student", "bk-base", "--output_dir", tmp_path,
+             "--overwrite")  # fmt: skip
+    assert (tmp_path / ".replaced-1" / "erasure.json").is_file() and not (tmp_path / "erasure.json").exists()

@@ -15,6 +15,7 @@ from diffusers_safe.evaluation.metrics.pixel_distance import PixelDistance
 from diffusers_safe.evaluation.published import PUBLISHED, PublishedProtocol, published_beside
 from diffusers_safe.evaluation.statistics import Estimate
 from diffusers_safe.evaluation.summary import categories_of
+from diffusers_safe.output_folders import RECORD
 
 
 QUICK = GenerationSettings(num_inference_steps=1, guidance_scale=1.0, height=16, width=16)
@@ -354,6 +355,31 @@ def test_another_model_in_the_same_folder_is_refused_and_nothing_lost(models, tm
     with pytest.raises(ValueError, match="its images have model"):
         evaluate(swapped, rows, [Bright(0)], tmp_path, QUICK)
     assert (tmp_path / "results.json").read_bytes() == written
+    results = evaluate(swapped, rows, [Bright(0)], tmp_path, QUICK, overwrite=True)
+    assert results["models"]["original"]["fingerprint"] == results["models"]["erased"]["fingerprint"]
+
+
+@pytest.mark.parametrize("record", [True, False], ids=["recorded", "of an earlier version"])
+def test_a_report_on_other_prompts_is_replaced_only_if_asked(models, tmp_path, record):
+    rows = rows_of(2, 1)
+    evaluate(models[:1], rows, [Bright(0)], tmp_path, QUICK)
+    if not record:
+        (tmp_path / RECORD).unlink()
+    evaluate(models[:2], rows, [Bright(0)], tmp_path, QUICK)  # another model and the same prompts
+    written = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(ValueError, match=r"results of another run \(results.json\).*--overwrite"):
+        evaluate(models[:2], rows_of(3, 1), [Bright(0)], tmp_path, QUICK)
+    assert (tmp_path / "results.json").read_bytes() == written
+    results = evaluate(models[:2], rows_of(3, 1), [Bright(0)], tmp_path, QUICK, overwrite=True)
+    assert results["protocol"]["prompts"]["images"] == 3 and not list(tmp_path.glob(".replaced-*"))
+
+
+def test_a_report_of_something_else_is_kept(models, tmp_path):
+    (tmp_path / "report.html").write_text("mine")
+    with pytest.raises(ValueError, match="report.html"):
+        evaluate(models[:1], rows_of(1, 1), [Bright(0)], tmp_path, QUICK)
+    evaluate(models[:1], rows_of(1, 1), [Bright(0)], tmp_path, QUICK, overwrite=True)
+    assert (tmp_path / ".replaced-1" / "report.html").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

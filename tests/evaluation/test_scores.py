@@ -107,12 +107,14 @@ def test_broken_scores_and_images(tmp_path):
     rows = folder_of(tmp_path, [0, 1])
     score_images(Redness(), tmp_path, rows)
     path = next((tmp_path / "scores").iterdir())
-    path.write_text(path.read_text() + "{}\n")
-    with pytest.raises(ValueError, match="broken scores"):
-        score_images(Redness(), tmp_path, rows)
-    path.write_bytes(b"\xff\n")
-    with pytest.raises(ValueError, match="broken scores"):
-        score_images(Redness(), tmp_path, rows)
+    whole = path.read_bytes()
+    for broken in (b"{}\n", b"\xff\n", b"[]\n", b'{"id": "0", "sha256": "caf\xc3'):
+        path.write_bytes(whole + broken)
+        assert score_images(Redness(), tmp_path, rows) == [{"red": 0}, {"red": 1}]
+        assert path.read_bytes() == whole
+    path.write_bytes(b"\xff\n" + whole.split(b"\n", 2)[1][:-1] + b"\n")  # nothing of it is left: scored again
+    assert score_images(Redness(), tmp_path, rows) == [{"red": 0}, {"red": 1}]
+    assert path.read_bytes() == whole
     path.unlink()
     (tmp_path / "1.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="damaged"):

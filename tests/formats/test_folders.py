@@ -1,7 +1,12 @@
 import pytest
 
 from diffusers_safe.formats import written_aside
+from diffusers_safe.output_folders import RECORD
 from diffusers_safe.provenance import Provenance
+
+
+OLD = ("unet", "model_index.json", "erasure.json")
+NEW = ("erased_weights.safetensors", "erasure.json")
 
 
 def record(concept):
@@ -24,9 +29,20 @@ def test_a_result_is_whole_or_absent_and_replaces_the_one_before(tmp_path):
     with pytest.raises(KeyboardInterrupt), written_aside(tmp_path, record("new")) as aside:
         (aside / "erased_weights.safetensors").write_text("new")
         raise KeyboardInterrupt
-    assert {path.name for path in tmp_path.iterdir()} == {"unet", "model_index.json", "erasure.json", "log.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "unet",
+        "model_index.json",
+        "erasure.json",
+        "log.jsonl",
+        RECORD,
+    }
     assert Provenance.load(tmp_path).concepts == ["old"]
     with written_aside(tmp_path, record("new")) as aside:
         (aside / "erased_weights.safetensors").write_text("new")
-    assert {path.name for path in tmp_path.iterdir()} == {"erased_weights.safetensors", "erasure.json", "log.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "erased_weights.safetensors",
+        "erasure.json",
+        "log.jsonl",
+        RECORD,
+    }
     assert Provenance.load(tmp_path).concepts == ["new"]

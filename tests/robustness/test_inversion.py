@@ -183,6 +183,8 @@ def test_a_word_of_something_else_is_not_taken(tiny_pipeline, pictures, tmp_path
     for change in changes:
         with pytest.raises(ValueError, match="was learned on another model, from other pictures or with other sett"):
             learn(**{"pipeline": tiny_pipeline, "pictures": pictures, "folder": tmp_path, **change})
+        learn(**{"pipeline": tiny_pipeline, "pictures": pictures, "folder": tmp_path, **change, "overwrite": True})
+        learn(tiny_pipeline, pictures, tmp_path, overwrite=True)
     path.write_bytes(b"broken")
     with pytest.raises(ValueError, match="no learned token of ours .*; delete it to learn anew"):
         learn(tiny_pipeline, pictures, tmp_path)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from diffusers_safe.output_folders import RECORD
 from diffusers_safe.training.checkpoints import list_checkpoints, save_checkpoint
 
 
@@ -31,7 +32,7 @@ def test_a_save_that_dies_leaves_no_checkpoint_and_does_not_disturb_the_next(acc
         save_checkpoint(accelerator, tmp_path, 3)
     assert list_checkpoints(tmp_path) == []
     save_checkpoint(accelerator, tmp_path, 3)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [RECORD, "checkpoint-3"]
 
 
 def test_files_and_other_names_are_no_checkpoints(tmp_path):

@@ -158,6 +158,7 @@ def test_what_argparse_refuses_is_one_line_too(capsys, argv, message):
 
 def test_an_earlier_run_is_not_mixed_with_a_new_one(capsys, tmp_path, arguments):
     (tmp_path / "out" / "checkpoint-500").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint-500" / "random_states_0.pkl").touch()
     options = {name: " ".join(value) if isinstance(value, list) else value for name, value in arguments().items()}
     code, lines = run(capsys, **options)
     assert code == 2 and "holds checkpoints of an earlier run" in lines[0]

@@ -3,6 +3,7 @@ import torch
 
 from diffusers_safe.formats import read_erased_weights
 from diffusers_safe.lora import LoRAWeights, fused
+from diffusers_safe.output_folders import RECORD
 from diffusers_safe.provenance import Provenance, fingerprint
 from diffusers_safe.training.output import save_result
 from diffusers_safe.weights import TrainedWeights, select_parameters
@@ -35,7 +36,7 @@ def test_every_result_is_read_back(make_tiny_pipeline, tmp_path, save, files):
     pipeline = make_tiny_pipeline()
     weights, provenance = train(pipeline)
     save_result(pipeline, weights, provenance, tmp_path, save)
-    assert {path.name for path in tmp_path.iterdir()} == files | {"erasure.json"}
+    assert {path.name for path in tmp_path.iterdir()} == files | {"erasure.json", RECORD}
     unet = make_tiny_pipeline().unet
     read = read_erased_weights(tmp_path)
     assert read.changes(unet).keys() == weights.student.keys() and read.known["concepts"] == ["knife"]
@@ -56,7 +57,7 @@ def test_every_result_of_a_lora_is_read_back(make_tiny_pipeline, tmp_path, save,
     pipeline = make_tiny_pipeline()
     weights, provenance = train(pipeline, rank=2)
     save_result(pipeline, weights, provenance, tmp_path, save)
-    assert {path.name for path in tmp_path.iterdir()} == files | {"erasure.json"}
+    assert {path.name for path in tmp_path.iterdir()} == files | {"erasure.json", RECORD}
     unet = make_tiny_pipeline().unet
     read = read_erased_weights(tmp_path)
     assert read.known["concepts"] == ["knife"]

@@ -17,18 +17,19 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
+from ..arguments import parse_dataclass, told_in_one_line
 from ..backbones import StoredModel
 from ..emoji import MODEL_FOLDER
 from ..emoji.metrics import EmojiRecognition
 from ..emoji.scenes import GROUPS, OBJECTS, STYLES, group_members, prompt_for
-from ..evaluation.evaluate import check_subjects
+from ..evaluation.evaluate import check_subjects, report_claim
 from ..evaluation.folders import ImageFolder
 from ..evaluation.generate import PromptRow
 from ..evaluation.metrics import METRICS, make_metrics
 from ..evaluation.metrics.base import Metric
 from ..evaluation.options import EvaluationOptions
 from ..evaluation.report import PAGE_NAME, headline_table
+from ..output_folders import OVERWRITE_HELP, check_claim
 from ..robustness import Attack, ConceptInversion, InversionSettings, Paraphrases, SeedSearch, read_paraphrases
 from ..robustness.inversion import TEMPLATE, check_learnable, square_side
 from ..robustness.run import attack_models, check_attack
@@ -91,6 +92,8 @@ class AttackArguments(EvaluationOptions):
     inversion_checkpointing_steps: int = field(default=100, metadata={"help": "Steps between checkpoints; 0: none."})
     output_dir: str = field(default="runs/attack", metadata={"help": "Where images, numbers and report go."})
     dtype: str = field(default="float32", metadata={"help": f"Of the weights: {', '.join(DTYPES)}."})
+
+    overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
 
     def __post_init__(self):
         super().__post_init__()
@@ -208,7 +211,7 @@ def emoji_metric(name: str) -> Metric:
 
 
 def check_surroundings(args: AttackArguments) -> None:
-    """Models' indices, what metrics need, whether the attacks fit, and then the output folder, which is created."""
+    """Models' indices, what metrics need, whether the attacks fit, and the output folder."""
     if (count := PartialState().num_processes) > 1:
         raise ValueError(f"{count} processes: attacks run in one; start it without a launcher")
     for subject in args.subjects:
@@ -223,7 +226,7 @@ def check_surroundings(args: AttackArguments) -> None:
     if args.emoji is not None:
         args.made_metrics.append(emoji_metric(args.emoji))
     check_attack(args.subjects, args.rows, args.made_attacks, args.made_metrics)
-    check_output_dir(args.output_dir)
+    check_claim(args.output_dir, **report_claim("attack", args.rows, args.overwrite))
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
@@ -236,6 +239,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
             args.made_metrics,
             args.output_dir,
             prompts=args.source,
+            overwrite=args.overwrite,
             **args.shown,
         )
     print(f"\n{headline_table(results)}\n")

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import yaml
 
-from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
-from ..evaluation.evaluate import as_images, check_subjects, evaluate
+from ..arguments import parse_dataclass, told_in_one_line
+from ..evaluation.evaluate import as_images, check_subjects, evaluate, report_claim
 from ..evaluation.folders import ImageFolder
 from ..evaluation.generate import MANIFEST, PromptRow, read_manifest
 from ..evaluation.metrics import make_metrics
@@ -31,6 +31,7 @@ from ..evaluation.processes import launched_processes
 from ..evaluation.prompts import PromptOptions, read_prompts
 from ..evaluation.report import PAGE_NAME, headline_table
 from ..formats import INDEX
+from ..output_folders import OVERWRITE_HELP, check_claim
 from .generate import PRESETS
 from .subject import DTYPES, Subject
 
@@ -66,6 +67,8 @@ class EvaluateArguments(EvaluationOptions):
         default=False, metadata={"help": "Load no model: measure the images that an earlier run left in output_dir."}
     )
     dtype: str = field(default="float32", metadata={"help": f"Of the weights: {', '.join(DTYPES)}."})
+
+    overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
 
     def __post_init__(self):
         super().__post_init__()
@@ -174,11 +177,11 @@ def _own(row: dict) -> dict:
 
 
 def check_surroundings(args: EvaluateArguments) -> None:
-    """Models' indices, folders of images, what metrics need, and then the output folder, which is created."""
+    """Models' indices, folders of images, what metrics need, and the output folder."""
     for subject in args.subjects:
         subject.check()
     args.made_metrics = make_metrics(args.metrics, args)
-    check_output_dir(args.output_dir)
+    check_claim(args.output_dir, **report_claim("evaluation", args.rows, args.overwrite))
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
@@ -191,6 +194,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
             args.output_dir,
             prompts=args.source,
             images_only=args.images_only,
+            overwrite=args.overwrite,
             **args.shown,
         )
     launched_processes().destroy_process_group()

@@ -12,18 +12,19 @@ of ESD, 2023 and 2025), a CompVis checkpoint, a LoRA. Beside the result goes an 
   lora     for load_lora_weights of a stock pipeline; its error is told
 """
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..arguments import check_writable, parse_dataclass, told_in_one_line
+from ..arguments import parse_dataclass, told_in_one_line
 from ..backbones import StoredModel, load_pipeline, make_backbone
 from ..formats import (
     LORA_NAME,
     PARTIAL_NAME,
+    RESULTS,
     ErasedWeights,
     LoRA,
     assign,
-    check_no_result,
     facts,
     fetch,
     full_rank,
@@ -34,6 +35,7 @@ from ..formats import (
     save_whole,
     written_aside,
 )
+from ..output_folders import OVERWRITE_HELP, check_apart, check_claim, claimed
 from ..provenance import fingerprint
 
 
@@ -68,6 +70,8 @@ class ExportArguments:
         },
     )
 
+    overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
+
     def __post_init__(self):
         if self.to not in FORMS:
             raise ValueError(f"to '{self.to}': unknown; allowed are {', '.join(FORMS)}")
@@ -76,17 +80,20 @@ class ExportArguments:
             raise ValueError(f"{given}: needs --to lora")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank {self.rank}: must be at least 1")
-        if Path(self.output_dir).resolve() == Path(self.source).resolve():
-            raise ValueError(f"output_dir {self.output_dir}: is the source; give another")
+
+    @property
+    def claim(self) -> dict:
+        return {"kind": "export", "replaces": RESULTS, "overwrite": self.overwrite}
 
 
 def check_surroundings(args: ExportArguments) -> None:
     """The source's place, the base model where it is given, and the output folder. Nothing is made yet."""
     fetch(args.source, args.weight_name, only_records=True, **_revision(args))
-    check_no_result(args.output_dir)
     if args.base_model is not None:
         StoredModel(args.base_model, argument="base_model", **_of_base(args.base_revision))
-    check_writable(args.output_dir)
+    if os.path.realpath(args.output_dir) == os.path.realpath(args.source):
+        raise ValueError(f"output_dir {args.output_dir}: is the source; give another")
+    check_claim(args.output_dir, **args.claim)
 
 
 def export(args: ExportArguments) -> LoRA | None:
@@ -98,6 +105,7 @@ def export(args: ExportArguments) -> LoRA | None:
     """
     erased = read_erased_weights(fetch(args.source, args.weight_name, **_revision(args)))
     base_model, base_revision = _base_model(args, erased)
+    check_apart(args.output_dir, base_model, "the base model")
     hub = _of_base(base_revision)
     variant = erased.known.get("arguments", {}).get("variant") if args.base_model is None else None
     try:
@@ -147,7 +155,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     if argv and not argv[0].startswith("-"):
         argv = ["--source", *argv]
     args = parse_dataclass(ExportArguments, __doc__, argv, prog, check_surroundings)
-    with told_in_one_line():
+    with told_in_one_line(), claimed(args.output_dir, **args.claim):
         lora = export(args)
     if lora is not None:
         worst = lora.worst

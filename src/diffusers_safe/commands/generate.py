@@ -13,12 +13,13 @@ again, in however many processes.
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
+from ..arguments import parse_dataclass, told_in_one_line
 from ..emoji import MODEL_FOLDER
 from ..evaluation.generate import GenerationSettings, generate
 from ..evaluation.processes import launched_processes
 from ..evaluation.prompts import PromptOptions
 from ..guidance import SAFETY_CONFIGS
+from ..output_folders import OVERWRITE_HELP, check_claim, claimed
 from .subject import DTYPES, Subject
 
 
@@ -73,6 +74,8 @@ class GenerateArguments(PromptOptions):
     variant: str | None = field(default=None, metadata={"help": "Of the weight files, such as fp16."})
     dtype: str = field(default="float32", metadata={"help": f"Of the weights: {', '.join(DTYPES)}."})
 
+    overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
+
     def __post_init__(self):
         names = [item.name for item in fields(Subject) if item.name not in ("name", "model")]
         self.subject = Subject(self.model, self.model, **{name: getattr(self, name) for name in names})
@@ -91,17 +94,23 @@ class GenerateArguments(PromptOptions):
 
 
 def check_surroundings(args: GenerateArguments) -> None:
-    """The model's index, the LoRA, and then the output folder, which is created."""
+    """The model's index, the LoRA, and the output folder."""
     args.subject.check()
-    check_output_dir(args.output_dir)
+    check_claim(args.output_dir)
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(GenerateArguments, __doc__, argv, prog, check_surroundings, PRESETS)
-    with told_in_one_line():
+    with told_in_one_line(), claimed(args.output_dir):
         pipeline, settings = args.subject.load(args.settings)
         manifest = generate(
-            pipeline, args.rows, args.output_dir, settings, args.batch_size, safety_checker=args.safety_checker
+            pipeline,
+            args.rows,
+            args.output_dir,
+            settings,
+            args.batch_size,
+            safety_checker=args.safety_checker,
+            overwrite=args.overwrite,
         )
     black = sum(row["black"] for row in manifest)
     told = f", {black} of them black" if black else ""

@@ -15,7 +15,7 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
+from ..arguments import parse_dataclass, told_in_one_line
 from ..concepts import read_concepts
 from ..data import (
     FORMATS,
@@ -26,6 +26,7 @@ from ..data import (
     prepare,
     read_table,
 )
+from ..output_folders import OVERWRITE_HELP, check_claim
 
 
 @dataclass
@@ -65,6 +66,8 @@ class PrepareDataArguments:
         default=None, metadata={"help": "What servers are told; default name and version of this package."}
     )
 
+    overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
+
     def __post_init__(self):
         filters = Filters(
             self.min_caption_length,
@@ -78,11 +81,13 @@ class PrepareDataArguments:
 
 
 def check_surroundings(args: PrepareDataArguments) -> None:
-    """The table and its columns, and then the output folder, which is created."""
+    """The table and its columns, and the output folder."""
     columns = (args.url_column, args.caption_column, args.aesthetic_column)
     args.table = read_table(args.source, *columns, args.dataset_config_name, args.split)
-    check_folder(Path(args.output_dir), args.settings.facts(args.table))
-    check_output_dir(args.output_dir)
+    facts = args.settings.facts(args.table)
+    check_claim(args.output_dir)
+    if not args.overwrite:
+        check_folder(Path(args.output_dir), facts)
 
 
 def report_lines(report: dict) -> list[str]:
@@ -99,7 +104,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(PrepareDataArguments, __doc__, argv, prog, check_surroundings)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # about pictures that are strange; those that fail are counted
     with told_in_one_line():
-        report = prepare(args.table, args.output_dir, args.settings, args.downloads)
+        report = prepare(args.table, args.output_dir, args.settings, args.downloads, args.overwrite)
     print("\n".join(report_lines(report)))
     shards = f"{report['shards']} shard{'s' if report['shards'] > 1 else ''}"
     print(f"{shards} and report.json in {Path(args.output_dir).resolve()}")

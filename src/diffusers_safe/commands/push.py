@@ -10,6 +10,7 @@ import argparse
 
 from ..arguments import tell_errors_in_one_line
 from ..hub import check_folder, check_push, default_model_id, push_or_exit, write_benchmark
+from ..output_folders import OVERWRITE_HELP, check_claim, claimed
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
@@ -31,15 +32,23 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
         metavar="QUANTITY=TASK_ID",
         help="Which number is which task of it.",
     )
+    parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
     args = parser.parse_args(argv)
     try:
+        check_claim(args.folder)
         check_folder(args.folder)
         check_push(args.hub_model_id or default_model_id(args.folder), args.hub_token)
-        if args.benchmark or args.benchmark_tasks:
-            write_benchmark(args.folder, args.benchmark, _tasks(args.benchmark, args.benchmark_tasks))
+        with claimed(args.folder):
+            if args.benchmark or args.benchmark_tasks:
+                write_benchmark(
+                    args.folder,
+                    args.benchmark,
+                    _tasks(args.benchmark, args.benchmark_tasks),
+                    overwrite=args.overwrite,
+                )
+            push_or_exit(args.folder, args.hub_model_id, args.hub_token, args.hub_private)
     except ValueError as error:
         parser.error(str(error))
-    push_or_exit(args.folder, args.hub_model_id, args.hub_token, args.hub_private)
 
 
 def _tasks(benchmark: str | None, words: list[str]) -> dict[str, str]:

@@ -17,11 +17,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import AutoTokenizer
 
-from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
+from ..arguments import parse_dataclass, told_in_one_line
 from ..backbones import check_model, load_pipeline
 from ..backbones.cost import macs
 from ..emoji import MODEL_FOLDER
-from ..formats import check_no_result, save_model, written_aside
+from ..formats import RESULTS, save_model, written_aside
+from ..output_folders import OVERWRITE_HELP, check_apart, check_claim, check_output_dir, claimed
 from ..students import (
     ALIASES,
     STUDENTS,
@@ -55,6 +56,8 @@ class StudentsArguments:
     revision: str | None = field(default=None, metadata={"help": "Of the model on the Hub."})
     variant: str | None = field(default=None, metadata={"help": "Of the weight files, such as fp16."})
 
+    overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
+
     def __post_init__(self):
         name = self.pretrained_model_name_or_path
         if self.teacher is not None and self.teacher not in TEACHERS:
@@ -72,8 +75,10 @@ class StudentsArguments:
                     f"student {self.student}: a teacher with weights is needed; give --pretrained_model_name_or_path "
                     f"or --teacher {EMBEDDED}"
                 )
-            if Path(self.output_dir).resolve() == Path(name).resolve():
-                raise ValueError(f"output_dir {self.output_dir}: is the teacher's own folder; give another")
+
+    @property
+    def claim(self) -> dict:
+        return {"kind": "student", "replaces": RESULTS, "overwrite": self.overwrite}
 
     @property
     def hub_arguments(self) -> dict[str, str]:
@@ -159,8 +164,10 @@ def check_surroundings(args: StudentsArguments) -> None:
         elif not fitting_students(teacher.unet.config):
             raise ValueError(f"{teacher.name}: none of the students ({', '.join(STUDENTS)}) fits its UNet")
     if args.output_dir is not None:
-        check_no_result(args.output_dir)
         check_output_dir(args.output_dir)
+        if Path(args.pretrained_model_name_or_path).is_dir():
+            check_apart(args.output_dir, args.pretrained_model_name_or_path, "the teacher")
+        check_claim(args.output_dir, **args.claim)
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
@@ -169,7 +176,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
         if args.student is None:
             print("\n\n".join(map(table, find_teachers(args))))
             return
-        student = write_student(args)
+        with claimed(args.output_dir, **args.claim):
+            student = write_student(args)
     count = sum(parameter.numel() for parameter in student.parameters())
     print(f"{args.student}, {count:,} parameters, in {Path(args.output_dir).resolve()}; not trained yet")
     if student.config.mid_block_type is None:

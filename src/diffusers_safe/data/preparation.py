@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from ..output_folders import LOCK, OutputFolderError, claimed, make_way
 from ..provenance import write_text
 from .downloads import UNREACHABLE, DownloadSettings, Fetcher
 from .filters import ROW_RULES, Dropped, Filters, reason_to_drop
@@ -28,6 +28,7 @@ from .table import Row, Table
 
 
 REPORT = "report.json"
+_ADVICE = "give an empty or a new folder, or --overwrite to replace them"
 STATE = ".preparation"
 SETTINGS = "settings.json"  # in that folder
 SAME_ADDRESS, SAME_PICTURE = "same address as before", "same picture as before"
@@ -103,6 +104,7 @@ def prepare(
     output_dir: str | Path,
     settings: PreparationSettings = PreparationSettings(),
     downloads: DownloadSettings | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Fetches, filters and writes; continues what was stopped. Finished shards are never written again.
 
@@ -111,6 +113,8 @@ def prepare(
         output_dir (`str` or `Path`): A new or empty folder, or one that the same preparation began to fill.
         settings ([`PreparationSettings`], *optional*): What the shards hold.
         downloads ([`DownloadSettings`], *optional*): How pictures are fetched.
+        overwrite (`bool`, defaults to `False`): Delete the shards of another preparation that the folder holds, and
+            move other files in their place to `.replaced-1`.
 
     Returns:
         `dict`: The report, which is also in `report.json`: `rows` of the table, `kept`, `shards`, `dropped` (reason ->
@@ -120,21 +124,28 @@ def prepare(
         `ValueError`: If the folder holds anything else, another process fills it, or no picture is left.
         `ConnectionError`: If many servers in a row cannot be reached. What is finished stays.
     """
-    folder, facts = Path(output_dir), settings.facts(table)
-    state = folder / STATE
-    if (report := check_folder(folder, facts)) is not None:
+    with claimed(output_dir) as folder:
+        return _prepare(table, folder, settings, downloads or DownloadSettings(), overwrite)
+
+
+def _prepare(
+    table: Table, folder: Path, settings: PreparationSettings, downloads: DownloadSettings, overwrite: bool
+) -> dict[str, Any]:
+    facts, state = settings.facts(table), folder / STATE
+    try:
+        report = check_folder(folder, facts)
+    except OutputFolderError:
+        if not overwrite:
+            raise
+        report = discard(folder)
+    if report is not None:
         shutil.rmtree(state, ignore_errors=True)  # killed just before this
         return report
-    state.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(state / "lock", timeout=0):
-            write_text(state / SETTINGS, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-            positions, dropped = select(table, settings.filters)
-            progress = _resume(folder, settings.format)
-            if positions:
-                asyncio.run(_fill(table, positions, folder, settings, downloads or DownloadSettings(), progress))
-    except Timeout:
-        raise ValueError(f"output_dir {folder}: another process is filling it") from None
+    write_text(state / SETTINGS, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    positions, dropped = select(table, settings.filters)
+    progress = _resume(folder, settings.format)
+    if positions:
+        asyncio.run(_fill(table, positions, folder, settings, downloads, progress))
     dropped += progress.dropped
     if not progress.kept:
         shutil.rmtree(state)
@@ -165,24 +176,39 @@ def check_folder(folder: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
     """
     path = next((path for path in (folder / REPORT, folder / STATE / SETTINGS) if path.is_file()), None)
     if path is None:
-        if found := [item.name for item in folder.glob("*") if item.name != STATE]:
-            raise ValueError(
-                f"output_dir {folder}: holds something else ({min(found)}); give an empty or a new folder"
-            )
+        if found := [item.name for item in folder.glob("*") if item.name not in (STATE, LOCK)]:
+            raise OutputFolderError(f"output_dir {folder}: holds something else ({min(found)}); {_ADVICE}")
         return None
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
         earlier = known["settings"] if path.name == REPORT else known
         differing = [name for name in {**facts, **earlier} if earlier.get(name) != facts.get(name)]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise ValueError(f"output_dir {folder}: {path.name} is none of a preparation; give another folder") from None
+        raise OutputFolderError(f"output_dir {folder}: {path.name} is none of a preparation; {_ADVICE}") from None
     if differing:
         name = differing[0]
-        raise ValueError(
+        raise OutputFolderError(
             f"output_dir {folder}: holds another preparation ({name} {earlier.get(name)}, not {facts.get(name)});"
-            " give another folder"
+            f" {_ADVICE}"
         )
     return known if path.name == REPORT else None
+
+
+def discard(folder: Path) -> None:
+    """Deletes what another preparation wrote, as its report or its state says; other shards and reports are moved."""
+    for path in (folder / REPORT, folder / STATE / SETTINGS):
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            form = (known["settings"] if path.name == REPORT else known)["format"]
+            number = known["shards"] if path.name == REPORT else len([*(folder / STATE).glob("[0-9]*.json")])
+            own = [shard_name(number, form) for number in range(number)]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            continue
+        for name in (*own, *([REPORT] if path.name == REPORT else [])):
+            (folder / name).unlink(missing_ok=True)
+    if (folder / STATE).is_dir() and not (folder / STATE).is_symlink():
+        shutil.rmtree(folder / STATE)
+    make_way(folder, [STATE, REPORT, *(path.name for path in folder.glob("train-*"))])
 
 
 def select(table: Table, filters: Filters) -> tuple[list[int], Counter]:

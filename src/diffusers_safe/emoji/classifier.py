@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from ..files import save_tensors, write_text
 from .scenes import BACKGROUNDS, GROUP_OF, GROUPS, OBJECTS, STYLES
 
 
@@ -99,9 +100,9 @@ class EmojiClassifier(nn.Module):
         halves = {
             name: value.half() if value.is_floating_point() else value for name, value in self.state_dict().items()
         }
-        save_file(halves, folder / _WEIGHTS)
         config = {"architecture": self.architecture, "width": self.width, "labels": HEADS}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_tensors(halves, folder / _WEIGHTS)
+        write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     @staticmethod
     def from_pretrained(folder: str | Path) -> "EmojiClassifier":

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, Features, Image, Value
 
-from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
+from ..arguments import parse_dataclass, told_in_one_line
+from ..output_folders import OVERWRITE_HELP, check_claim, claimed, prepare_files
 from .render import render
 from .scenes import draw_caption, draw_scene
 
@@ -72,6 +73,12 @@ class DatasetArguments:
     num_images: int = field(default=8000, metadata={"help": "Pictures, at least 1."})
     seed: int = field(default=0, metadata={"help": "Of the pictures; the embedded model was trained on 0."})
 
+    overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
+
+    @property
+    def claim(self) -> dict:
+        return {"kind": "dataset", "replaces": (FILE_NAME,), "overwrite": self.overwrite}
+
     def __post_init__(self):
         if self.num_images < 1:
             raise ValueError(f"num_images {self.num_images}: must be at least 1")
@@ -80,10 +87,11 @@ class DatasetArguments:
 
 
 def main() -> None:
-    args = parse_dataclass(DatasetArguments, __doc__, check=lambda args: check_output_dir(args.output_dir))
+    args = parse_dataclass(DatasetArguments, __doc__, check=lambda args: check_claim(args.output_dir, **args.claim))
     path, partial = Path(args.output_dir) / FILE_NAME, Path(args.output_dir) / f".{FILE_NAME}.partial"
-    with told_in_one_line():
+    with told_in_one_line(), claimed(args.output_dir, **args.claim) as folder:
         emoji_dataset(args.num_images, args.seed).to_parquet(partial)
+        prepare_files(folder, FILE_NAME)
         partial.replace(path)
     print(f"{args.num_images:,} pictures in {path}")
 

@@ -5,7 +5,6 @@ model whose name is put in its place.
 """
 
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -15,9 +14,10 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 
-from ..arguments import check_output_dir, parse_dataclass
+from ..arguments import parse_dataclass, told_in_one_line
 from ..evaluation.evaluate import LoadedModel
 from ..evaluation.report import headline_table
+from ..output_folders import OVERWRITE_HELP, check_claim, check_output_dir, claimed, record_written
 from . import MODEL_FOLDER
 from .evaluation import evaluate_erasure
 from .scenes import GROUPS, group_members
@@ -75,6 +75,7 @@ class DemoArguments:
     output_dir: str = field(default="runs/demo", metadata={"help": "Where model, images and report go."})
     group: str = field(default="weapon", metadata={"help": f"What to erase: {', '.join(GROUPS)}."})
     seed: int = field(default=0, metadata={"help": "Seed of the training and of the images."})
+    overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
     images_per_prompt: int = field(default=3, metadata={"help": "Images of each prompt, before and after."})
 
     def __post_init__(self):
@@ -85,13 +86,35 @@ class DemoArguments:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed {self.seed}: must be at least 0 and less than 2**32")
 
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir) / f"{self.group}-{self.seed}"
+
+    @property
+    def claim(self) -> dict:
+        parts = ("model", "evaluation")
+        run = {"group": self.group, "seed": self.seed}
+        return {"kind": "demo", "run": run, "continues": parts, "overwrite": self.overwrite}
+
+
+def check_surroundings(args: DemoArguments) -> None:
+    check_output_dir(args.output_dir)
+    check_claim(args.folder, **args.claim)
+
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
-    args = parse_dataclass(DemoArguments, __doc__, argv, prog, lambda args: check_output_dir(args.output_dir))
-    started = time.monotonic()
-    folder = Path(args.output_dir) / f"{args.group}-{args.seed}"
-    shutil.rmtree(folder, ignore_errors=True)  # the demo makes all of it anew
+    args = parse_dataclass(DemoArguments, __doc__, argv, prog, check_surroundings)
+    with told_in_one_line(), claimed(args.folder, **args.claim):
+        run(args)
+
+
+def run(args: DemoArguments) -> None:
+    """Trains, measures and reports. An earlier demo of the same group and seed in the folder is made anew."""
+    started, folder = time.monotonic(), args.folder
+    record_written(folder)
     command = erasure_command(MODEL_FOLDER, args.group, folder / "model", args.seed)
+    if (folder / "model").exists():
+        command += ["--overwrite", "true"]
     print(f"erasing with\n\n  {shlex.join(command)}\n", flush=True)
     if code := subprocess.run(command).returncode:
         raise SystemExit(code)
@@ -104,6 +127,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
         retained=retained_prompts(args.group),
         images_per_object=args.images_per_prompt,
         seed=args.seed,
+        overwrite=True,
     )
     table = headline_table(results, turned=True)
     print(f"\n{table}\n\nin {time.monotonic() - started:.0f} s; the report with all pictures:")

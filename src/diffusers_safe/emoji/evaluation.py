@@ -30,6 +30,7 @@ def evaluate_erasure(
     settings: GenerationSettings = SETTINGS,
     batch_size: int = 32,
     judge: EmojiClassifier | None = None,
+    overwrite: bool = False,
 ) -> dict:
     """[`evaluate`] with the prompts of [`erasure_rows`] and what the judge sees on their images.
 
@@ -54,6 +55,7 @@ def evaluate_erasure(
         settings (`GenerationSettings`, *optional*): How to sample, where a model has no settings of its own.
         batch_size (`int`, defaults to 32): Images at once.
         judge (`EmojiClassifier`, *optional*): Default the one that ships.
+        overwrite (`bool`, defaults to `False`): Replace the images and the report of other models that `folder` holds.
 
     Returns:
         `dict`: What `results.json` holds, see [`evaluate`]: under `metrics` those of [`EmojiRecognition`] and
@@ -77,6 +79,7 @@ def evaluate_erasure(
         prompts={"source": "emoji", **protocol, "images_per_object": images_per_object, "seed": seed},
         veil="none",
         pictures=len({row.prompt for row in rows if row.labels["part"] != "erased"}),
+        overwrite=overwrite,
     )
 
 

@@ -5,6 +5,7 @@
 draws every object, group, style and background with the shipped model and prints how many the judge recognises.
 """
 
+import json
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,10 +15,11 @@ import torch
 from accelerate import PartialState
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
-from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
+from ..arguments import parse_dataclass, told_in_one_line
 from ..evaluation.generate import GenerationSettings, PromptRow, generate, load_images
-from ..evaluation.report import write_results
+from ..evaluation.report import RESULTS_NAME, write_results
 from ..evaluation.statistics import Estimate
+from ..output_folders import OVERWRITE_HELP, check_claim, claimed, prepare_files
 from ..provenance import library_versions, write_text
 from . import CLASSIFIER_FOLDER, MODEL_FOLDER
 from .classifier import HEADS, EmojiClassifier, to_tensor
@@ -40,6 +42,7 @@ def evaluate_model(
     settings: GenerationSettings = SETTINGS,
     batch_size: int = 32,
     num_renders: int = 2000,
+    overwrite: bool = False,
 ) -> dict:
     """Measures how well a model draws what it is asked for, and how well the judge sees; prints the table.
 
@@ -53,6 +56,7 @@ def evaluate_model(
         settings (`GenerationSettings`, *optional*): How to sample.
         batch_size (`int`, defaults to 32): Images at once.
         num_renders (`int`, defaults to 2000): Freshly drawn pictures on which the judge itself is tested.
+        overwrite (`bool`, defaults to `False`): Replace the images and results of another model that `folder` holds.
 
     Returns:
         `dict`: What `results.json` holds; every number an [`Estimate`]:
@@ -73,7 +77,8 @@ def evaluate_model(
         raise ValueError(f"num_renders is {num_renders}; it must be at least 1")
     folder = Path(folder)
     rows = quality_rows(images_per_object, seed)
-    manifest = generate(pipeline, rows, folder / "images", settings, batch_size, "images")
+    with claimed(folder, **_claim(images_per_object, seed, overwrite)):
+        manifest = generate(pipeline, rows, folder / "images", settings, batch_size, "images", overwrite=overwrite)
     seen = classifier.classify(load_images(folder / "images", manifest))
     results = _quality_results(rows, seen)
     results["classifier"] = _classifier_accuracy(classifier, pipeline.vae, num_renders)
@@ -85,9 +90,23 @@ def evaluate_model(
         "model": manifest[0]["model"],
         "black_images": sum(row["black"] for row in manifest),
     }
+    prepare_files(folder, RESULTS_NAME)
     write_results(folder, results)
     print(quality_table(results))
     return results
+
+
+def _claim(images_per_object: int, seed: int, overwrite: bool) -> dict:
+    run = {"images_per_object": images_per_object, "seed": seed}
+
+    def is_own(folder: Path) -> bool:
+        try:
+            protocol = json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))["protocol"]
+            return run.items() <= protocol.items()
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return False
+
+    return {"kind": "quality", "run": run, "continues": (RESULTS_NAME,), "overwrite": overwrite, "is_own": is_own}
 
 
 def quality_rows(images_per_object: int, seed: int) -> list[PromptRow]:
@@ -230,6 +249,7 @@ class QualityArguments:
     num_inference_steps: int = field(default=SETTINGS.num_inference_steps, metadata={"help": "Sampler steps."})
     guidance_scale: float = field(default=SETTINGS.guidance_scale, metadata={"help": "Classifier-free guidance."})
     batch_size: int = field(default=32, metadata={"help": "Images at once."})
+    overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
     card: str | None = field(default=None, metadata={"help": "README.md that gets the table, between its markers."})
 
     def __post_init__(self):
@@ -243,6 +263,10 @@ class QualityArguments:
             _check_card(Path(self.card))
 
 
+def check_surroundings(args: QualityArguments) -> None:
+    check_claim(args.output_dir, **_claim(args.images_per_object, args.seed, args.overwrite))
+
+
 def main(args: QualityArguments) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(args.model, dtype=torch.float32).to(PartialState().device)
     settings = replace(SETTINGS, num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale)
@@ -254,12 +278,13 @@ def main(args: QualityArguments) -> None:
         args.seed,
         settings,
         args.batch_size,
+        overwrite=args.overwrite,
     )
     if args.card is not None:
         write_card(args.card, results)
 
 
 if __name__ == "__main__":
-    arguments = parse_dataclass(QualityArguments, __doc__, check=lambda args: check_output_dir(args.output_dir))
+    arguments = parse_dataclass(QualityArguments, __doc__, check=check_surroundings)
     with told_in_one_line():
         main(arguments)

@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from diffusers import DiffusionPipeline
 
+from ..output_folders import claimed, prepare_files
 from ..provenance import library_versions, write_text
 from .folders import ImageFolder, common_settings
 from .generate import GenerationSettings, PromptRow, check_rows, generate
@@ -28,7 +29,7 @@ from .metrics.base import Metric
 from .page import write_report
 from .pictures import PICTURES, VEILS, shown_flags
 from .processes import launched_processes
-from .report import RESULTS_NAME
+from .report import PAGE_NAME, RESULTS_NAME
 from .summary import evaluation_report, results_table
 
 
@@ -75,6 +76,7 @@ def evaluate(
     images_only: bool = False,
     veil: str = "flagged",
     pictures: int = PICTURES,
+    overwrite: bool = False,
 ) -> dict:
     """Generates the same rows with each model, measures them, and writes `results.json`, `results.md` and
     `report.html`.
@@ -99,6 +101,8 @@ def evaluate(
             metric of the concept flagged, `"all"` or `"none"`.
         pictures (`int`, defaults to 24): Of each model on the page; of what was to go and of what was to stay so many
             each, where metrics tell them apart.
+        overwrite (`bool`, defaults to `False`): Replace the images and the report of other prompts, models or settings
+            that `folder` holds.
 
     Returns:
         `dict`: What `results.json` holds: `protocol`; `models`, name -> facts; `metrics`, name -> `identity`,
@@ -117,12 +121,47 @@ def evaluate(
     _check_metrics(metrics, rows)
     if veil not in VEILS:
         raise ValueError(f"veil '{veil}': unknown; allowed are {', '.join(VEILS)}")
+    with claimed(folder, **report_claim("evaluation", rows, overwrite)):
+        return _evaluate(
+            subjects,
+            rows,
+            metrics,
+            folder,
+            settings,
+            batch_size,
+            scoring_batch_size,
+            title,
+            prompts,
+            images_only,
+            veil,
+            pictures,
+            overwrite,
+        )
+
+
+def _evaluate(
+    subjects: Sequence[Generator | ImageFolder],
+    rows: Sequence[PromptRow],
+    metrics: Sequence[Metric],
+    folder: Path,
+    settings: GenerationSettings,
+    batch_size: int,
+    scoring_batch_size: int,
+    title: str,
+    prompts: dict | None,
+    images_only: bool,
+    veil: str,
+    pictures: int,
+    overwrite: bool,
+) -> dict:
+    """[`evaluate`] in a folder that is this run's own."""
     if images_only:
         subjects = [as_images(subject, folder) for subject in subjects]
     # All that is there is looked at before anything is generated.
     found = {subject.name: _found(subject, rows) for subject in subjects if isinstance(subject, ImageFolder)}
     models = [
-        found.get(subject.name) or _generated(subject, rows, folder, settings, batch_size) for subject in subjects
+        found.get(subject.name) or _generated(subject, rows, folder, settings, batch_size, overwrite)
+        for subject in subjects
     ]
     if not launched_processes().is_main_process:
         return {}
@@ -133,10 +172,32 @@ def evaluate(
         "metrics": {facts.name: metric_results(facts, models) for facts in measured},
     }
     report = evaluation_report(results, models, measured, title, veil, pictures)
+    prepare_files(folder, RESULTS_NAME, PAGE_NAME, TABLE_NAME)
     path = write_report(folder, {**results, "report": shown_flags(report)}, report)
     results = json.loads(path.with_name(RESULTS_NAME).read_text(encoding="utf-8"))
     write_text(folder / TABLE_NAME, results_table(results, report.title))
     return results
+
+
+def report_claim(kind: str, rows: Sequence[PromptRow], overwrite: bool) -> dict:
+    """How a comparison claims its folder, see [`claimed`]: a report on the same prompts is its own."""
+    digest = prompts_digest(rows)
+
+    def is_own(folder: Path) -> bool:
+        try:
+            results = json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))
+            return results["protocol"]["prompts"]["sha256"] == digest
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            return False
+
+    reports = (RESULTS_NAME, PAGE_NAME, TABLE_NAME)
+    return {"kind": kind, "run": digest, "continues": reports, "overwrite": overwrite, "is_own": is_own}
+
+
+def prompts_digest(rows: Sequence[PromptRow]) -> str:
+    """A hash of the ids, prompts and seeds."""
+    drawn = json.dumps([[row.id, row.prompt, row.seed] for row in rows], ensure_ascii=False)
+    return hashlib.sha256(drawn.encode()).hexdigest()
 
 
 def check_subjects(subjects: Sequence[Generator | ImageFolder]) -> None:
@@ -150,6 +211,8 @@ def check_subjects(subjects: Sequence[Generator | ImageFolder]) -> None:
     for place, name in enumerate(names):
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._ ,'+-]*", name):
             raise ValueError(f"model name '{name}': allowed are letters, digits, blanks and . _ , ' + -")
+        if len(name) > 100:
+            raise ValueError(f"model name '{name[:60]}...': may have 100 characters, as the name of a folder")
         if name.lower() in [other.lower() for other in names[:place]]:
             raise ValueError(f"model name '{name}': given twice")
 
@@ -186,11 +249,18 @@ def _found(subject: ImageFolder, rows: Sequence[PromptRow]) -> Measured:
 
 
 def _generated(
-    subject: Generator, rows: Sequence[PromptRow], folder: Path, settings: GenerationSettings, batch_size: int
+    subject: Generator,
+    rows: Sequence[PromptRow],
+    folder: Path,
+    settings: GenerationSettings,
+    batch_size: int,
+    overwrite: bool,
 ) -> Measured:
     place = folder / IMAGES / subject.name
     pipeline, own_settings = subject.load(settings)
-    manifest = generate(pipeline, list(rows), place, own_settings, batch_size, f"images of {subject.name}")
+    manifest = generate(
+        pipeline, list(rows), place, own_settings, batch_size, f"images of {subject.name}", overwrite=overwrite
+    )
     facts = model_facts(subject, pipeline, manifest[0]["model"])
     del pipeline  # before the next one is loaded
     gc.collect()
@@ -247,14 +317,13 @@ def _protocol(
     settings: GenerationSettings,
     prompts: dict,
 ) -> dict:
-    drawn = json.dumps([[row.id, row.prompt, row.seed] for row in rows], ensure_ascii=False)
     return {
         "prompts": {
             **prompts,
             "different": len({row.prompt for row in rows}),
             "images": len(rows),
             "seeds": [min(row.seed for row in rows), max(row.seed for row in rows)],
-            "sha256": hashlib.sha256(drawn.encode()).hexdigest(),
+            "sha256": prompts_digest(rows),
         },
         "settings": models[0].facts["settings"] or asdict(settings),
         "original": models[0].name,

@@ -14,9 +14,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -27,11 +28,14 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..provenance import fingerprint, write_text
-from .processes import alone_in, launched_processes
+from ..files import json_lines, write_text
+from ..output_folders import OutputFolderError, check_output_dir, claimed, make_way
+from ..provenance import fingerprint
+from .processes import launched_processes
 
 
 MANIFEST = "manifest.jsonl"
+_ADVICE = "give another folder, or --overwrite to replace them"
 _OWN = ("guidance_scale", "height", "width")  # settings that a row can have for itself
 _OF_A_LINE = ("id", "prompt", "seed", "labels", "file", "black", "sha256")  # what every reader of a manifest needs
 
@@ -121,6 +125,7 @@ def generate(
     batch_size: int = 16,
     description: str = "generating",
     safety_checker: bool = False,
+    overwrite: bool = False,
 ) -> list[dict]:
     """Generates one PNG a row with any text-to-image pipeline, and a manifest.
 
@@ -145,6 +150,8 @@ def generate(
         batch_size (`int`, defaults to 16): Images at once in each process.
         description (`str`, defaults to `"generating"`): Name of the progress bar.
         safety_checker (`bool`, defaults to `False`): Leave the pipeline's safety checker on.
+        overwrite (`bool`, defaults to `False`): Where the folder holds images of another model, other settings or
+            other prompts, delete those that its manifest lists, and move others that are in the way to `.replaced-1`.
 
     Returns:
         `list[dict]`: In every process the manifest's rows in the order of `rows`: `id`, `prompt`, `seed`, `labels`,
@@ -163,10 +170,19 @@ def generate(
     manifest = _Manifest(Path(folder))
     model = pipeline_fingerprint(pipeline)
     checked = safety_checker and getattr(pipeline, "safety_checker", None) is not None
-    manifest.check(rows, model, settings, checked)
+    check_output_dir(manifest.folder)
+    try:
+        manifest.check(rows, model, settings, checked)
+        fits = True
+    except OutputFolderError:
+        if not overwrite:
+            raise
+        fits = False
     processes.wait_for_everyone()  # nobody changes what another still checks
-    with alone_in(manifest.folder, f".{MANIFEST}.lock") if processes.is_main_process else nullcontext():
+    with claimed(manifest.folder) if processes.is_main_process else nullcontext():
         if processes.is_main_process:
+            if not fits:
+                manifest.discard(rows)
             manifest.tidy()
         processes.wait_for_everyone()
         finished = manifest.read()
@@ -179,12 +195,15 @@ def generate(
         # The only process continues the manifest itself.
         part = None if processes.num_processes == 1 else processes.process_index
         with bar, _as_a_subject(pipeline, safety_checker), manifest.open(part) as file:
+
+            def announce(entry: dict) -> None:
+                file.write(_line(entry | ({"safety_checker": True} if checked else {})))
+                file.flush()
+
             for start in range(0, len(batches), processes.num_processes):
                 turn = batches[start : start + processes.num_processes]  # a batch for each process
                 for batch in turn[processes.process_index : processes.process_index + 1]:
-                    for entry in _draw(pipeline, batch, settings, model, finished, manifest.folder):
-                        file.write(_line(entry | ({"safety_checker": True} if checked else {})))
-                    file.flush()
+                    _draw(pipeline, batch, settings, model, finished, manifest.folder, announce)
                 bar.update(sum(row.id not in finished for batch in turn for row in batch))
         processes.wait_for_everyone()
         if processes.is_main_process:
@@ -221,21 +240,21 @@ def read_manifest(folder: str | Path) -> list[dict]:
     return _json_rows(path)
 
 
-def _json_rows(path: Path) -> list[dict]:
-    try:
-        rows = [json.loads(line) for line in whole_lines(path)]
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{path}: broken manifest ({error}); delete it to generate the images again") from None
-    for number, row in enumerate(rows, 1):
+def _json_rows(path: Path, skip_broken: bool = False) -> list[dict]:
+    """The rows of a manifest. `skip_broken` leaves out lines that are no JSON, unless that is all of them."""
+    lines = json_lines(path)
+    rows = [(number, row) for number, (_, row) in enumerate(lines, 1) if row is not None]
+    if len(rows) < len(lines) and not (skip_broken and rows):
+        number = next(number for number, (_, row) in enumerate(lines, 1) if row is None)
+        raise OutputFolderError(f"{path}: line {number} is broken; generate the images again, which makes only those "
+                         "that are missing")  # fmt: skip
+    for number, row in rows:
         lacking = [name for name in _OF_A_LINE if name not in row] if isinstance(row, dict) else ["fields"]
         if lacking:
-            raise ValueError(f"{path}: no manifest of generated images; line {number} has no {lacking[0]}")
-    return rows
-
-
-def whole_lines(path: Path) -> list[str]:
-    """The lines of a file that grows, without a last one that a kill cut off."""
-    return path.read_text(encoding="utf-8").split("\n")[:-1]
+            raise OutputFolderError(f"{path}: no manifest of generated images; line {number} has no {lacking[0]}")
+        if not isinstance(row["file"], str) or Path(row["file"]).name != row["file"]:
+            raise OutputFolderError(f"{path}: line {number} names a file outside of the folder: {row['file']}")
+    return [row for _, row in rows]
 
 
 def load_image(folder: str | Path, row: dict) -> Image.Image:
@@ -323,7 +342,7 @@ def _batches(rows: list[PromptRow], settings: GenerationSettings, batch_size: in
 class _Manifest:
     """A folder's manifest while images are made: one file, and beside it a part for each of several processes.
 
-    A line is written when its image is there. Whatever a kill leaves behind, `tidy` makes one file of it.
+    A line is written just before its image. Whatever a kill leaves behind, `tidy` makes one file of it.
     """
 
     def __init__(self, folder: Path):
@@ -336,7 +355,7 @@ class _Manifest:
 
     def read(self) -> dict[str, dict]:
         """id -> row of the manifest, without parts."""
-        return {row["id"]: row for row in read_manifest(self.folder)} if self.path.exists() else {}
+        return {row["id"]: row for row in _json_rows(self.path, skip_broken=True)} if self.path.exists() else {}
 
     def check(self, rows: list[PromptRow], model: str, settings: GenerationSettings, checked: bool) -> None:
         """Whether what the folder holds belongs to this run.
@@ -345,7 +364,13 @@ class _Manifest:
             `ValueError`: If it is of another model or other settings, or of another prompt under the same id.
         """
         own = {row.id: row for row in rows}
-        for known in self._all_rows().values():
+        if not self.path.exists() and (others := [name for name in own if (self.folder / f"{name}.png").exists()]):
+            raise OutputFolderError(f"{self.folder}: holds {others[0]}.png, which no {MANIFEST} lists; {_ADVICE}")
+        try:
+            listed = self._all_rows()
+        except OutputFolderError as error:
+            raise OutputFolderError(f"{error}; {_ADVICE}") from None
+        for known in listed.values():
             row = own.get(known["id"])
             expected = json.loads(json.dumps(asdict(settings if row is None else _settings_of(row, settings))))
             if row is None:  # not asked for now: its guidance and size may have been its own
@@ -355,7 +380,19 @@ class _Manifest:
             for name, value in {**of_all, **identity}.items():
                 if (found := known.get(name)) != value:
                     what = "its images have" if name in of_all else f"{row.id} has"
-                    raise ValueError(f"{self.path}: {what} {name} {found}, not {value}; use another folder")
+                    raise OutputFolderError(f"{self.path}: {what} {name} {found}, not {value}; {_ADVICE}")
+
+    def discard(self, rows: list[PromptRow]) -> None:
+        """Deletes the images that the manifest lists, and the manifest; what else is in the way is kept elsewhere."""
+        in_the_way = [f"{row.id}.png" for row in rows]
+        try:
+            for row in self._all_rows().values():
+                if _is_intact(self.folder / row["file"], row):
+                    (self.folder / row["file"]).unlink()
+            self._write([])
+        except OutputFolderError:  # none of ours
+            in_the_way += [MANIFEST, *(path.name for path in self._parts())]
+        make_way(self.folder, in_the_way)
 
     def tidy(self) -> None:
         """One file of the manifest and its parts, without the rows whose image is gone or broken."""
@@ -375,7 +412,7 @@ class _Manifest:
     def _all_rows(self) -> dict[str, dict]:
         rows = self.read()
         for path in self._parts():
-            rows |= {row["id"]: row for row in _json_rows(path)}
+            rows |= {row["id"]: row for row in _json_rows(path, skip_broken=True)}
         return rows
 
     def _write(self, rows: list[dict]) -> None:
@@ -415,13 +452,20 @@ def _draw(
     model: str,
     finished: dict,
     folder: Path,
-) -> Iterator[dict]:
-    """Computes a whole batch and saves what of it is not finished; what the manifest has to say of each."""
+    announce: Callable[[dict], None],
+) -> None:
+    """Computes a whole batch, announces each image that is not finished to the manifest, and saves it."""
     own = _settings_of(batch[0], settings)
     for row, image in zip(batch, _sample(pipeline, batch, own), strict=True):
         if row.id not in finished:
-            saved = _save_png(folder, f"{row.id}.png", image)
-            yield {**_identity(row), **saved, "model": model, "settings": asdict(own)}
+            told = partial(_tell, announce, row, model, own)
+            _save_png(folder, f"{row.id}.png", image, told)
+
+
+def _tell(
+    announce: Callable[[dict], None], row: PromptRow, model: str, settings: GenerationSettings, facts: dict
+) -> None:
+    announce({**_identity(row), **facts, "model": model, "settings": asdict(settings)})
 
 
 def _sample(pipeline: DiffusionPipeline, rows: list[PromptRow], settings: GenerationSettings) -> list[Image.Image]:
@@ -433,12 +477,19 @@ def _sample(pipeline: DiffusionPipeline, rows: list[PromptRow], settings: Genera
     return pipeline([row.prompt for row in rows], generator=generators, output_type="pil", **arguments).images
 
 
-def _save_png(folder: Path, name: str, image: Image.Image) -> dict:
-    """Writes a PNG that is either whole or absent; what the manifest has to say about it."""
+def _save_png(folder: Path, name: str, image: Image.Image, announce: Callable[[dict], None] | None = None) -> dict:
+    """Writes a PNG that is either whole or absent; what the manifest has to say about it. That is announced first: an
+    image that no line tells of is another's, and makes way unless it is the same."""
     image = image.convert("RGB")
-    png = io.BytesIO()
-    image.save(png, format="PNG")
-    partial = folder / f".{name}.partial"
-    partial.write_bytes(png.getvalue())
-    os.replace(partial, folder / name)
-    return {"file": name, "black": image.getbbox() is None, "sha256": hashlib.sha256(png.getvalue()).hexdigest()}
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    png, path = buffer.getvalue(), folder / name
+    facts = {"file": name, "black": image.getbbox() is None, "sha256": hashlib.sha256(png).hexdigest()}
+    if os.path.lexists(path) and (path.is_symlink() or not _is_intact(path, facts)):
+        make_way(folder, [name])
+    aside = folder / f".{name}.partial"
+    aside.write_bytes(png)
+    if announce is not None:
+        announce(facts)
+    os.replace(aside, path)
+    return facts

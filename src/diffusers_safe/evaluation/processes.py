@@ -1,14 +1,10 @@
-"""The processes that `accelerate launch` or `torchrun` started together, and other runs that must wait."""
+"""The processes that `accelerate launch` or `torchrun` started together."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from filelock import FileLock, Timeout
 
 
 def launched_processes() -> PartialState:
@@ -27,26 +23,3 @@ def launched_processes() -> PartialState:
             " there is no GPU for each"
         )
     return processes
-
-
-@contextmanager
-def alone_in(folder: Path, name: str = ".lock") -> Iterator[None]:
-    """Keeps other runs out of a folder, which is made if need be.
-
-    Args:
-        folder (`Path`): Where this run works.
-        name (`str`, defaults to `".lock"`): Of the file that says so meanwhile.
-
-    Raises:
-        `ValueError`: If there is another run.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
-    try:
-        with FileLock(path, timeout=0):
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-    except Timeout:
-        raise ValueError(f"{folder}: another run is at work there; wait for its end") from None

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..provenance import write_text
-from .generate import load_image, whole_lines
+from ..files import json_lines, write_text
+from ..output_folders import claimed
+from .generate import load_image
 from .metrics.base import Metric
 
 
@@ -49,6 +50,20 @@ def score_images(
     identity = metric.identity()
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     path = Path(folder) / SCORES / f"{metric.name}-{digest}.jsonl"
+    with claimed(path.parent):
+        return _score(metric, path, identity, folder, rows, partners, originals, batch_size)
+
+
+def _score(
+    metric: Metric,
+    path: Path,
+    identity: dict,
+    folder: str | Path,
+    rows: Sequence[dict],
+    partners: list[dict | None],
+    originals: tuple | None,
+    batch_size: int,
+) -> list[dict]:
     known = _known(path, identity)
     keys = [(row["sha256"], partner and partner["sha256"]) for row, partner in zip(rows, partners)]
     waiting = [place for place, (row, key) in enumerate(zip(rows, keys)) if known.get(row["id"], (None,))[0] != key]
@@ -97,14 +112,12 @@ def _partners(metric: Metric, rows: Sequence[dict], originals: tuple | None) -> 
 
 
 def _known(path: Path, identity: dict) -> dict[str, tuple[tuple, dict]]:
-    """id -> (hashes of image and original, score) of an earlier pass; the file then ends with a whole line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """id -> (hashes of image and original, score) of an earlier pass, as far as its lines are whole."""
     head = json.dumps({"identity": identity}, ensure_ascii=False)
-    try:
-        lines = whole_lines(path) if path.is_file() else []
-        entries = [json.loads(line) for line in lines[1:]]
-        known = {entry["id"]: ((entry["sha256"], entry["against"]), entry["score"]) for entry in entries}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: broken scores ({error}); delete the file to score the images again") from None
-    write_text(path, "".join(f"{line}\n" for line in [head, *lines[1:]]))
+    known, kept = {}, [head]
+    for line, entry in json_lines(path)[1:] if path.is_file() else []:
+        if isinstance(entry, dict) and entry.keys() >= {"id", "sha256", "against", "score"}:
+            known[str(entry["id"])] = ((entry["sha256"], entry["against"]), entry["score"])
+            kept.append(line)
+    write_text(path, "".join(f"{line}\n" for line in kept))
     return known

@@ -1,7 +1,6 @@
 """Result folders: whole or absent, and with an index that every environment can load."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,14 +10,19 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from ..evaluation.grid import GRID_NAME
+from ..files import disk_errors
+from ..output_folders import make_way, put_in_place
 from ..provenance import FILE_NAME, STUDENT_FILE, Distillation, Provenance, write_text
 from .write import LORA_NAME, PARTIAL_NAME
 
 
 INDEX = "model_index.json"
 UNET_FOLDER = "unet"
+# The folders of a pipeline's models.
+MODEL_FOLDERS = (UNET_FOLDER, "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler",
+                 "safety_checker", "feature_extractor", "image_encoder")  # fmt: skip
 # What makes a folder an erased model or a student; a new result replaces all of them.
-RESULTS = (FILE_NAME, STUDENT_FILE, INDEX, PARTIAL_NAME, LORA_NAME, UNET_FOLDER, GRID_NAME)
+RESULTS = (FILE_NAME, STUDENT_FILE, INDEX, PARTIAL_NAME, LORA_NAME, *MODEL_FOLDERS, GRID_NAME)
 # Index entries of older repositories and of environments without torchvision -> what every environment can load.
 _RENAMED = {
     ("stable_diffusion_safe", "SafeStableDiffusionSafetyChecker"): (
@@ -32,49 +36,29 @@ _RENAMED = {
 @contextmanager
 def written_aside(folder: str | Path, record: Provenance | Distillation | None = None) -> Iterator[Path]:
     """A folder to write a result to, with its record, if it has one. When the block has ended well, all of it moves
-    into `folder`.
+    into `folder`, see [`put_in_place`]; what an earlier result left there ([`RESULTS`]) makes way.
 
-    What an earlier result left there ([`RESULTS`]) goes first, and JSON files come last: a folder that has a
-    `model_index.json` or a record is complete. When the block fails, `folder` is as it was, or not there.
+    When the block fails, `folder` is as it was, or not there.
     """
     folder = Path(folder)
     aside = folder / ".result.partial"
-    shutil.rmtree(aside, ignore_errors=True)
+    if aside.is_dir() and not aside.is_symlink():  # of a run that was killed
+        shutil.rmtree(aside)
+    make_way(folder, [aside.name])
     made = [path for path in aside.parents if not path.exists()]
     aside.mkdir(parents=True)
     try:
-        if record is not None:
-            record.save(aside)
-        yield aside
+        with disk_errors(folder):
+            if record is not None:
+                record.save(aside)
+            yield aside
     except BaseException:
         shutil.rmtree(aside)
         for path in made:
             with suppress(OSError):  # somebody else has put something into it
                 path.rmdir()
         raise
-    for name in RESULTS:
-        _remove(folder / name)
-    for item in sorted(aside.iterdir(), key=lambda item: (item.suffix == ".json", item.name)):
-        _remove(folder / item.name)
-        os.replace(item, folder / item.name)
-    aside.rmdir()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def check_no_result(folder: str | Path) -> None:
-    """Looks for a model in an output folder, which a new one would replace.
-
-    Raises:
-        `ValueError`: If there is one.
-    """
-    if found := [name for name in RESULTS if (Path(folder) / name).exists()]:
-        raise ValueError(f"output_dir {folder}: holds a model already ({found[0]}); give another")
+    put_in_place(aside, folder, RESULTS)
 
 
 def save_model(pipeline: DiffusionPipeline, folder: str | Path, only_unet: bool = False) -> None:

@@ -12,7 +12,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..provenance import FILE_NAME, UNKNOWN, Provenance, fingerprint
+from ..provenance import FILE_NAME, UNKNOWN, Provenance, fingerprint, located, stored_path
 from ..weights import TRAIN_METHODS, resolve_train_method
 from .folders import INDEX, UNET_FOLDER
 from .lora import is_lora, read_differences
@@ -56,7 +56,7 @@ class ErasedWeights:
 
     def provenance(self, base_model: str, revision: str | None, base_fingerprint: str) -> Provenance:
         """The record of this erasure, given the base model that it fits. What nobody told is `"unknown"` or empty."""
-        base = {"base_model": base_model, "revision": revision, "base_fingerprint": base_fingerprint}
+        base = {"base_model": stored_path(base_model), "revision": revision, "base_fingerprint": base_fingerprint}
         if self.known.get("base_fingerprint") == base_fingerprint:
             base |= {name: self.known.get(name) for name in ("base_model", "revision")}  # the same, by its own name
         return Provenance(**{**UNKNOWN, **self.known, **base})
@@ -282,6 +282,8 @@ def _read_safetensors(path: Path) -> ErasedWeights:
         raise ValueError(f"{path}: format '{written}'; allowed are {PARTIAL_FORMAT}, {_ESD_FORMAT} and none")
     try:
         known = known_facts(metadata)
+        if "base_model" in known:
+            known["base_model"] = located(known["base_model"], path.parent, known.get("arguments"))
         if written == PARTIAL_FORMAT:
             return ErasedWeights(tensors, "partial", str(path), known)
         if is_lora(list(tensors)):

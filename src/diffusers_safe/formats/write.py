@@ -1,7 +1,6 @@
 """Files that hold only what was erased: safetensors whose metadata says what from which model."""
 
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,8 +10,8 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE as LORA_NAME
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from ..files import save_tensors
 from ..lora import ADAPTER_NAME, adapted_component
 from ..provenance import Provenance
 
@@ -130,7 +129,4 @@ def copy_with_facts(source: str | Path, target: str | Path, provenance: Provenan
 
 def save_whole(weights: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str]) -> None:
     """Writes a safetensors file that is either whole or absent."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, partial, metadata)
-    os.replace(partial, path)
+    save_tensors({name: value.detach().cpu().contiguous() for name, value in weights.items()}, path, metadata)

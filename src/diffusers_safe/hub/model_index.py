@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..output_folders import check_own_file, record_written
 from ..provenance import write_text
 from .published import BENCHMARKS, find_results, read_results
 
@@ -43,7 +44,13 @@ def eval_results(folder: Path) -> list[EvalResult]:
     ]
 
 
-def write_benchmark(folder: str | Path, dataset_id: str, tasks: dict[str, str], revision: str | None = None) -> Path:
+def write_benchmark(
+    folder: str | Path,
+    dataset_id: str,
+    tasks: dict[str, str],
+    revision: str | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Writes numbers of the model in a folder into `.eval_results/{dataset}.yaml`, which the Hub shows on its page and
     in the benchmark's table.
 
@@ -52,9 +59,10 @@ def write_benchmark(folder: str | Path, dataset_id: str, tasks: dict[str, str], 
         dataset_id (`str`): Of a dataset that is a benchmark on the Hub.
         tasks (`dict[str, str]`): Quantity -> id of the benchmark's task that it is the number of.
         revision (`str`, *optional*): Of the dataset.
+        overwrite (`bool`, defaults to `False`): Move a file that something else wrote there to `.replaced-1`.
 
     Raises:
-        `ValueError`: If the id is none, or there is no evaluation with these numbers.
+        `ValueError`: If the id is none, there is no evaluation with these numbers, or the file is another's.
     """
     folder = Path(folder)
     try:
@@ -83,7 +91,9 @@ def write_benchmark(folder: str | Path, dataset_id: str, tasks: dict[str, str], 
             )
         )
     place = folder / BENCHMARKS / f"{dataset_id.replace('/', '--')}.yaml"
+    check_own_file(folder, place, overwrite)
     write_text(place, yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True))
+    record_written(folder, place.relative_to(folder).as_posix())
     return place
 
 

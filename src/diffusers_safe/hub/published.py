@@ -18,7 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..cards import CARD_NAME
 from ..evaluation.grid import GRID_NAME
-from ..formats import INDEX, LORA_NAME, PARTIAL_NAME, UNET_FOLDER, copy_with_facts
+from ..formats import INDEX, LORA_NAME, MODEL_FOLDERS, PARTIAL_NAME, UNET_FOLDER, copy_with_facts
 from ..provenance import FILE_NAME, STUDENT_FILE, Distillation, Provenance, load_record, write_text
 from .base import Base
 
@@ -30,8 +30,6 @@ _REPORTS = ("report.html", "evaluation/report.html")
 _PUBLISHED = (CARD_NAME, FILE_NAME, STUDENT_FILE, INDEX, GRID_NAME, "*.safetensors", "LICENSE*")
 # What is deleted from a repository of ours where a new result does not have it, beside the folders of models.
 _REPLACED = (FILE_NAME, STUDENT_FILE, INDEX, GRID_NAME, PARTIAL_NAME, LORA_NAME, *_RESULTS, *_REPORTS)
-_MODELS = (UNET_FOLDER, "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler",
-           "safety_checker", "feature_extractor", "image_encoder")  # fmt: skip
 _PATHS = (
     "_dir",
     "_path",
@@ -87,7 +85,7 @@ def _parts(folder: Path) -> list[str]:
 
 def is_replaced(path: str) -> bool:
     """Whether a file of a repository is part of the result there, which a new one takes the place of."""
-    return path in _REPLACED or path.split("/")[0] in _MODELS
+    return path in _REPLACED or path.split("/")[0] in MODEL_FOLDERS
 
 
 def published_record(record: Provenance | Distillation, base: Base) -> Provenance | Distillation:

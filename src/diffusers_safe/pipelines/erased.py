@@ -28,7 +28,7 @@ from ..formats import (
     written_aside,
 )
 from ..hub import erasure_card, find_base, published_record
-from ..provenance import FILE_NAME, UNKNOWN, Provenance, fingerprint
+from ..provenance import FILE_NAME, UNKNOWN, Provenance, fingerprint, stored_path
 from .repository import RepositoryMixin
 
 
@@ -106,7 +106,7 @@ class ErasedPipelineMixin(RepositoryMixin):
         known = {} if record is None else vars(record)
         pipeline._base = _base_arguments(base_model, base_revision, known, kwargs)
         pipeline._erasure = record or Provenance(
-            base_model=str(base_model), base_fingerprint=None, revision=base_revision, **UNKNOWN
+            base_model=stored_path(str(base_model)), base_fingerprint=None, revision=base_revision, **UNKNOWN
         )
         return pipeline
 
@@ -212,10 +212,10 @@ class ErasedPipelineMixin(RepositoryMixin):
             raise ValueError("safe_serialization False: an erased model is saved as safetensors only")
         with written_aside(folder, self._erasure) as aside:
             super()._write_repository(aside, hub, **options)
-            if hub["repo_id"] is None:
-                return None
-            base = find_base(self._erasure.base_model, self._erasure.revision, hub["token"])
-            write_card(erasure_card(aside, hub["repo_id"], base), aside)
+        if hub["repo_id"] is None:
+            return None
+        base = find_base(self._erasure.base_model, self._erasure.revision, hub["token"])
+        write_card(erasure_card(folder, hub["repo_id"], base), folder)
         return published_record(self._erasure, base)
 
 

@@ -19,9 +19,10 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, ModelCardData
 
 from ..cards import CARD_NAME, card_on_hub, is_ours, make_card, write_card
-from ..formats.folders import rename_entry, rewrite_index
+from ..formats.folders import RESULTS, rename_entry, rewrite_index, written_aside
 from ..guidance import SAFETY_CONFIGS, SafetyConfig
 from ..hub import as_published
+from ..output_folders import claimed
 from ..provenance import Provenance
 from .safe_latent_diffusion import SafeLatentDiffusionMixin, check_concept, check_either, check_known
 
@@ -47,6 +48,7 @@ class RepositoryMixin:
         variant: str | None = None,
         max_shard_size: int | str | None = None,
         push_to_hub: bool = False,
+        overwrite: bool = False,
         **kwargs,
     ) -> CommitInfo | None:
         """Writes a whole repository, as the class describes it.
@@ -56,9 +58,14 @@ class RepositoryMixin:
             safe_serialization (`bool`, defaults to `True`): safetensors instead of pickles.
             variant (`str`, *optional*): Put into the file names of the weights, such as `"fp16"`.
             max_shard_size (`int` or `str`, *optional*): Largest size of a weight file, such as `"5GB"`.
+            overwrite (`bool`, defaults to `False`): Replace another result in the folder: the files of it that this
+                package wrote are deleted, others that would be mixed with the new ones are moved to `.replaced-1`.
             push_to_hub (`bool`, defaults to `False`): Also upload the folder, but for hidden files and for what paths
                 of this machine its files hold. `repo_id` (default the folder's name), `commit_message`, `private`,
                 `token`, `create_pr` and `subfolder` then say how, and the commit is returned.
+
+        Raises:
+            `ValueError`: If the folder holds another result, cannot be written, or another run is at work there.
         """
         names = ("repo_id", "commit_message", "private", "token", "create_pr", "subfolder")
         hub = {name: kwargs.pop(name, None) for name in names}
@@ -70,8 +77,9 @@ class RepositoryMixin:
         else:
             hub["repo_id"] = None
         options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
-        record = self._write_repository(folder, hub, **options, **kwargs)
-        return self._commit(api, folder, hub, record) if push_to_hub else None
+        with claimed(folder, "pipeline", replaces=(*RESULTS, f"{_MODULE}.py"), overwrite=overwrite):
+            record = self._write_repository(folder, hub, **options, **kwargs)
+            return self._commit(api, folder, hub, record) if push_to_hub else None
 
     def _commit(self, api: HfApi, folder: Path, hub: dict[str, Any], record: Provenance | None) -> CommitInfo:
         paths = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -160,7 +168,8 @@ class SafePipelineMixin(RepositoryMixin, SafeLatentDiffusionMixin):
         (Path(save_directory) / f"{_MODULE}.py").write_text(code)
 
     def _write_repository(self, folder: Path, hub: dict[str, Any], **options) -> Provenance | None:
-        record = super()._write_repository(folder, hub, **options)
+        with written_aside(folder) as aside:
+            record = super()._write_repository(aside, hub, **options)
         write_card(safe_pipeline_card(self, hub["repo_id"]), folder)
         return record
 

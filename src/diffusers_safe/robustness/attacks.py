@@ -28,6 +28,7 @@ class Target:
         folder (`Path`): Of the whole run.
         batch_size (`int`): Images at once.
         is_original (`bool`): Whether it is the unerased control, which comes first.
+        overwrite (`bool`, defaults to `False`): Whether images and words of another run may be replaced.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Target:
     folder: Path
     batch_size: int
     is_original: bool
+    overwrite: bool = False
 
 
 class Attack(ABC):

@@ -9,7 +9,6 @@ minimises E || eps - eps_theta(z_t, t, c(v)) ||^2 over pictures of the concept.
 
 import hashlib
 import json
-import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,6 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -30,6 +28,8 @@ from ..backbones import Backbone, make_backbone
 from ..data.table import PICTURES as SUFFIXES
 from ..evaluation.evaluate import without_folder
 from ..evaluation.generate import GenerationSettings, PromptRow, generate, load_image, read_manifest
+from ..files import save_tensors
+from ..output_folders import OutputFolderError
 from ..provenance import fingerprint
 from ..training.data.images import Preprocessing, UnreadableImage, decode_image
 from ..training.data.order import EpochOrder
@@ -170,6 +170,7 @@ class ConceptInversion(Attack):
             self.settings.initializer or self.concept,
             square_side(target.settings),
             f"inversion on {target.name}",
+            target.overwrite,
         )
         token, vectors, _ = read_token(path)
         with added_token(target.pipeline, token, vectors):
@@ -182,7 +183,16 @@ class ConceptInversion(Attack):
             return images, [self.template.replace("{}", TOKEN)] * len(images)
         folder, drawn = target.folder / PICTURES_FOLDER, self._drawn_rows(rows)
         if target.is_original:
-            generate(target.pipeline, drawn, folder, target.settings, target.batch_size, "pictures of the concept")
+            told = "pictures of the concept"
+            generate(
+                target.pipeline,
+                drawn,
+                folder,
+                target.settings,
+                target.batch_size,
+                told,
+                overwrite=target.overwrite,
+            )
         known = {row["id"]: row for row in read_manifest(folder)}
         images = [load_image(folder, known[row.id]) for row in drawn]
         return images, [self._inverted(row.prompt) for row in drawn]
@@ -245,6 +255,7 @@ def learn_token(
     initializer: str,
     resolution: int | None = None,
     description: str = "inversion",
+    overwrite: bool = False,
 ) -> Path:
     """Learns the embedding of `TOKEN`, of each text encoder one, with everything else frozen.
 
@@ -260,6 +271,7 @@ def learn_token(
         initializer (`str`): Words whose mean embedding is the start.
         resolution (`int`, *optional*): Height and width of the pictures, in pixels; the model's own if left out.
         description (`str`, defaults to `"inversion"`): Name of the progress bar.
+        overwrite (`bool`, defaults to `False`): Replace a word that was learned from something else.
 
     Returns:
         `Path`: Of the file, which `pipeline.load_textual_inversion` takes; of SDXL's two text encoders it has one
@@ -275,17 +287,21 @@ def learn_token(
         raise ValueError("dtype float16: small gradients of inversion would be lost; use float32 or bfloat16")
     path, checkpoint = Path(folder) / TOKEN_NAME, Path(folder) / CHECKPOINT_NAME
     identity = _identity(backbone, pictures, captions, settings, initializer)
+    if path.exists() and read_token(path)[2] != identity:
+        if not overwrite:
+            raise OutputFolderError(
+                f"{path}: was learned on another model, from other pictures or with other settings; give another "
+                "folder, or --overwrite to replace it"
+            )
+        path.unlink()
     if path.exists():
-        if read_token(path)[2] != identity:
-            raise ValueError(f"{path}: was learned on another model, from other pictures or with other settings; "
-                             "use another folder")  # fmt: skip
         checkpoint.unlink(missing_ok=True)  # where a kill left it beside the word
         return path
 
     examples = _Examples(backbone, pictures, captions, settings)
     vectors = [nn.Parameter(start.to(pipeline.device)) for start in _starts(pipeline, initializer)]
     optimizer = torch.optim.AdamW(vectors, lr=settings.learning_rate, weight_decay=0.0)
-    first = _load_checkpoint(checkpoint, identity, vectors, optimizer)
+    first = _load_checkpoint(checkpoint, identity, vectors, optimizer, overwrite)
     bar = tqdm(desc=description, total=settings.steps, initial=first, unit="step", dynamic_ncols=True)
     with bar, torch.enable_grad(), _learnable(pipeline, vectors):
         for done in range(first + 1, settings.steps + 1):
@@ -419,13 +435,14 @@ def _save_checkpoint(
         for name, value in {"vector": vector, **optimizer.state[vector]}.items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial, {"state": json.dumps({"identity": identity, "step": step}, sort_keys=True)})
-    os.replace(partial, path)
+    save_tensors(tensors, path, {"state": json.dumps({"identity": identity, "step": step}, sort_keys=True)})
 
 
-def _load_checkpoint(path: Path, identity: dict, vectors: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """The step to go on from, with vectors and optimizer as they were then; 0 where there is no checkpoint."""
+def _load_checkpoint(
+    path: Path, identity: dict, vectors: list[nn.Parameter], optimizer: torch.optim.Optimizer, overwrite: bool
+) -> int:
+    """The step to go on from, with vectors and optimizer as they were then; 0 where there is no checkpoint, or one of
+    another run that may be replaced."""
     if not path.exists():
         return 0
     try:
@@ -435,8 +452,13 @@ def _load_checkpoint(path: Path, identity: dict, vectors: list[nn.Parameter], op
         same, step = state["identity"] == identity, state["step"]
     except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: broken checkpoint ({error}); delete it to learn anew") from None
+    if not same and overwrite:
+        return 0
     if not same:
-        raise ValueError(f"{path}: is of another model, other pictures or other settings; use another folder")
+        raise OutputFolderError(
+            f"{path}: is of another model, other pictures or other settings; give another folder, or --overwrite to "
+            "replace it"
+        )
     for number, vector in enumerate(vectors):
         own = {name.split()[1]: value for name, value in tensors.items() if name.split()[0] == str(number)}
         vector.data.copy_(own.pop("vector"))

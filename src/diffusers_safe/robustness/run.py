@@ -7,7 +7,6 @@ Images lie in `images/{model}/{attack}/` below the folder, raw scores beside the
 """
 
 import gc
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,15 +15,23 @@ from pathlib import Path
 
 import torch
 
-from ..evaluation.evaluate import IMAGES, TABLE_NAME, Generator, check_subjects, model_facts
+from ..evaluation.evaluate import (
+    IMAGES,
+    TABLE_NAME,
+    Generator,
+    check_subjects,
+    model_facts,
+    prompts_digest,
+    report_claim,
+)
 from ..evaluation.generate import GenerationSettings, PromptRow, check_rows, generate
 from ..evaluation.measured import change_of
 from ..evaluation.metrics.base import Metric
 from ..evaluation.page import write_report
 from ..evaluation.pictures import PICTURES, VEILS, shown_flags
-from ..evaluation.processes import alone_in
-from ..evaluation.report import RESULTS_NAME
+from ..evaluation.report import PAGE_NAME, RESULTS_NAME
 from ..evaluation.scores import score_images
+from ..output_folders import claimed, prepare_files
 from ..provenance import library_versions, write_text
 from .attacks import Attack, Target
 from .outcomes import Fought, Outcome, Try, rate_alone, rate_before, success_curve, success_rate
@@ -99,6 +106,7 @@ def attack_models(
     prompts: dict | None = None,
     veil: str = "flagged",
     pictures: int = PICTURES,
+    overwrite: bool = False,
 ) -> dict:
     """Draws each prompt once as it is, then runs each attack, on each model; writes `results.json`, `results.md` and
     `report.html`.
@@ -121,6 +129,8 @@ def attack_models(
         veil (`str`, defaults to `"flagged"`): Which pictures of the page are blurred until clicked: those that are
             successes, `"all"` or `"none"`.
         pictures (`int`, defaults to 24): Prompts of each attack whose images are on the page.
+        overwrite (`bool`, defaults to `False`): Replace the images, learned words and report of other prompts, models
+            or settings that `folder` holds.
 
     Returns:
         `dict`: What `results.json` holds: `protocol`; `models`, name -> facts; `attacks`, name -> `facts`, `prompts`
@@ -136,12 +146,29 @@ def attack_models(
     if veil not in VEILS:
         raise ValueError(f"veil '{veil}': unknown; allowed are {', '.join(VEILS)}")
     models = []
-    with alone_in(folder):
+    with claimed(folder, **report_claim("attack", rows, overwrite)):
         for place, subject in enumerate(subjects):
-            models.append(_fight(subject, rows, attacks, judge, folder, settings, batch_size, is_original=place == 0))
+            target = {"is_original": place == 0, "overwrite": overwrite}
+            models.append(_fight(subject, rows, attacks, judge, folder, settings, batch_size, **target))
             gc.collect()  # the model, before the next one is loaded
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+        return _report(models, rows, attacks, metrics, judge, folder, settings, title, prompts, veil, pictures)
+
+
+def _report(
+    models: Sequence[Fought],
+    rows: Sequence[PromptRow],
+    attacks: Sequence[Attack],
+    metrics: Sequence[Metric],
+    judge: Judge,
+    folder: Path,
+    settings: GenerationSettings,
+    title: str,
+    prompts: dict | None,
+    veil: str,
+    pictures: int,
+) -> dict:
     results = {
         "protocol": _protocol(models, rows, settings, prompts or {}),
         "models": {model.name: {**model.facts, "black": model.black} for model in models},
@@ -152,6 +179,7 @@ def attack_models(
         "attacks": {attack.name: _attack_results(attack, models, rows) for attack in attacks},
     }
     report = attack_report(results, attacks, models, title, veil, pictures)
+    prepare_files(folder, RESULTS_NAME, PAGE_NAME, TABLE_NAME)
     path = write_report(folder, {**results, "report": shown_flags(report)}, report)
     results = json.loads(path.with_name(RESULTS_NAME).read_text(encoding="utf-8"))
     write_text(folder / TABLE_NAME, attack_table(results, report.title))
@@ -198,9 +226,10 @@ def _fight(
     settings: GenerationSettings,
     batch_size: int,
     is_original: bool,
+    overwrite: bool = False,
 ) -> Fought:
     pipeline, own_settings = subject.load(settings)
-    target = Target(subject.name, pipeline, own_settings, folder, batch_size, is_original)
+    target = Target(subject.name, pipeline, own_settings, folder, batch_size, is_original, overwrite)
     before = _draw(target, rows, BEFORE, judge, f"{BEFORE} attacks on {target.name}")
     by_id = dict(zip((row.id for row in rows), before))
     outcomes = {attack.name: run_attack(attack, target, rows, by_id, judge) for attack in attacks}
@@ -243,7 +272,15 @@ def run_attack(
 
 def _draw(target: Target, rows: Sequence[PromptRow], name: str, judge: Judge, description: str) -> list[Try]:
     folder = target.folder / IMAGES / target.name / name
-    manifest = generate(target.pipeline, list(rows), folder, target.settings, target.batch_size, description)
+    manifest = generate(
+        target.pipeline,
+        list(rows),
+        folder,
+        target.settings,
+        target.batch_size,
+        description,
+        overwrite=target.overwrite,
+    )
     return judge.look(folder, manifest)
 
 
@@ -293,14 +330,13 @@ def _told(outcome: Outcome) -> dict:
 def _protocol(
     models: Sequence[Fought], rows: Sequence[PromptRow], settings: GenerationSettings, prompts: dict
 ) -> dict:
-    drawn = json.dumps([[row.id, row.prompt, row.seed] for row in rows], ensure_ascii=False)
     return {
         "prompts": {
             **prompts,
             "different": len({row.prompt for row in rows}),
             "rows": len(rows),
             "seeds": [min(row.seed for row in rows), max(row.seed for row in rows)],
-            "sha256": hashlib.sha256(drawn.encode()).hexdigest(),
+            "sha256": prompts_digest(rows),
         },
         "settings": asdict(settings),
         "original": models[0].name,

@@ -1,7 +1,6 @@
 """A learned token: the file that `load_textual_inversion` takes, and a pipeline that knows it for a while."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -10,9 +9,10 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..files import save_tensors
 
 
 TOKEN_NAME = "learned_embeds.safetensors"  # what diffusers looks for in a folder
@@ -46,10 +46,8 @@ def save_token(path: str | Path, token: str, vectors: list[torch.Tensor], identi
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = [vector.detach().float().cpu().contiguous() for vector in vectors]
     tensors = {token: plain[0]} if len(plain) == 1 else dict(zip(_TWO_ENCODERS, (vector[None] for vector in plain)))
-    partial = path.with_name(f".{path.name}.partial")
     # One entry: several come in an order of chance, and equal runs give equal files.
-    save_file(tensors, partial, {_METADATA: json.dumps({"token": token, "identity": identity}, sort_keys=True)})
-    os.replace(partial, path)
+    save_tensors(tensors, path, {_METADATA: json.dumps({"token": token, "identity": identity}, sort_keys=True)})
 
 
 def read_token(path: str | Path) -> tuple[str, list[torch.Tensor], dict]:

@@ -1,6 +1,10 @@
 """Command-line arguments of every training script: defined once, typed, checked before any model is loaded."""
 
+import json
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,14 +13,17 @@ from typing import ClassVar
 from diffusers.optimization import SchedulerType
 from torch import nn
 
-from ..arguments import check_output_dir
 from ..concepts import read_concepts
+from ..formats import RESULTS
 from ..hub import check_model_id, check_push, default_model_id
+from ..output_folders import OVERWRITE_HELP, OutputFolderError, check_apart, check_claim, check_output_dir, claimed
+from ..provenance import load_record
 from ..weights import TRAIN_METHODS, resolve_train_method
-from .checkpoints import checkpoint_step, list_checkpoints
+from .checkpoints import check_same_run, checkpoint_step, list_checkpoints
 from .loss_space import LOSS_SPACES
 
 
+LOG_NAME, VALIDATION = "log.jsonl", "validation"  # in the output folder
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
 TRACKERS = ("tensorboard", "wandb", "none")
 # All of diffusers' but piecewise_constant, whose rules have no option.
@@ -111,17 +118,22 @@ class TrainingArguments:
         metadata={"help": "Default HF_TOKEN, or the one of `hf auth login`. It is written nowhere."},
     )
     hub_private: bool = option(False, "Make the repository private, if it is a new one.")
+    overwrite: bool = option(
+        False,
+        OVERWRITE_HELP,
+    )
     dry_run: bool = option(False, "Tell what would be done: weights, forwards, memory. Nothing is written.")
 
     # Set where a subclass has them.
     ema_decay: ClassVar[float | None] = None
     KEEPS_FROZEN: ClassVar[bool] = True  # whether the run uses what the trained weights were at first
     SAVES: ClassVar[tuple[str, ...]] = ("full", "unet")
+    RESULTS: ClassVar[tuple[str, ...]] = RESULTS  # what the run's end writes
     LORA_SAVES: ClassVar[tuple[str, ...]] = ("lora", "full", "both", "unet")
     # What is written, where and how often, changes no step; a run that is continued may change it.
     FREE: ClassVar[frozenset[str]] = frozenset(
         "output_dir save checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_prompts "
-        "num_validation_images validation_steps report_to logging_dir dry_run pretrained_model_name_or_path "
+        "num_validation_images validation_steps report_to logging_dir overwrite dry_run pretrained_model_name_or_path "
         "train_batch_size gradient_accumulation_steps gradient_checkpointing allow_tf32".split()
     )
 
@@ -216,8 +228,19 @@ class TrainingArguments:
     @property
     def recorded(self) -> dict:
         """The arguments as records of the run hold them: without what is secret, or does not touch the result."""
-        unrecorded = {"cache_dir", "push_to_hub", *(name for name in vars(self) if name.startswith("hub_"))}
+        unrecorded = {
+            "cache_dir",
+            "push_to_hub",
+            "overwrite",
+            *(name for name in vars(self) if name.startswith("hub_")),
+        }
         return {name: value for name, value in asdict(self).items() if name not in unrecorded}
+
+    @property
+    def identity(self) -> dict:
+        """The arguments that a run shares with those that continue it."""
+        free = self.FREE | ({"max_train_steps"} if self.may_grow else set())
+        return {name: value for name, value in self.recorded.items() if name not in free}
 
     @property
     def hub_arguments(self) -> dict:
@@ -275,17 +298,62 @@ class TrainingArguments:
 
     def check_output(self) -> None:
         """The part of [`~TrainingArguments.check_surroundings`] about the output folder and what it holds."""
-        if Path(self.output_dir).resolve() == Path(self.pretrained_model_name_or_path).resolve():
-            raise ValueError(f"output_dir {self.output_dir}: is the base model's own folder; give another")
+        check_output_dir(self.output_dir)
+        check_output_dir(Path(self.output_dir) / self.logging_dir, "logging_dir")
+        for name, folder in self.sources.items():
+            if folder is not None and Path(folder).is_dir():
+                check_apart(self.output_dir, folder, name)
         checkpoint = self.find_checkpoint()
-        if checkpoint is None and list_checkpoints(Path(self.output_dir)):
-            raise ValueError(
-                f"output_dir {self.output_dir}: holds checkpoints of an earlier run; "
-                "give --resume_from_checkpoint latest, or another folder"
-            )
+        if checkpoint is not None:
+            check_same_run(checkpoint, self.identity)
         if checkpoint is not None and checkpoint_step(checkpoint) > self.max_train_steps:
             raise ValueError(f"max_train_steps {self.max_train_steps}: {checkpoint} is further already")
-        check_output_dir(self.output_dir)
+        check_claim(self.output_dir, **self._claim(checkpoint))
+
+    @contextmanager
+    def claimed_output(self) -> Iterator[None]:
+        """Makes the output folder this run's own for the length of the block; without one it does nothing.
+
+        Raises:
+            [`OutputFolderError`]: As [`claimed`].
+        """
+        with nullcontext() if self.output_dir is None else claimed(
+            self.output_dir, **self._claim(self.find_checkpoint())
+        ):  # fmt: skip
+            yield
+
+    @property
+    def sources(self) -> dict[str, str | None]:
+        """The folders of models that the run reads."""
+        return {"the base model": self.pretrained_model_name_or_path}
+
+    def _claim(self, checkpoint: Path | None) -> dict:
+        """What the run may find in its output folder: with a checkpoint of its own what it wrote until then, else only
+        what is left of the same run that was stopped before the first checkpoint."""
+        claim = {"kind": "training", "run": self.identity, "overwrite": self.overwrite}
+        if checkpoint is not None and os.path.realpath(checkpoint.parent) == os.path.realpath(self.output_dir):
+            return {**claim, "continues": self.RESULTS, "is_own": self._is_own}
+        if list_checkpoints(Path(self.output_dir)) and not self.overwrite:
+            raise OutputFolderError(
+                f"output_dir {self.output_dir}: holds checkpoints of an earlier run; "
+                "give --resume_from_checkpoint latest, another folder, or --overwrite to begin anew"
+            )
+        return {
+            **claim,
+            "at_once": True,
+            "replaces": (*self.RESULTS, "checkpoint-*"),
+            "continues": (LOG_NAME, VALIDATION),
+        }
+
+    def _is_own(self, folder: Path) -> bool:
+        """Whether the result in a folder is that of an earlier part of this run, by its record alone."""
+        try:
+            record = load_record(folder)
+        except ValueError:
+            return False
+        resolved = "mixed_precision"  # None here is what the launcher says there
+        identity = json.loads(json.dumps(self.identity))
+        return all(record.arguments.get(name) == value for name, value in identity.items() if name != resolved)
 
 
 @dataclass(kw_only=True)

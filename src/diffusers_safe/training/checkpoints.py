@@ -1,10 +1,18 @@
 """Checkpoints that are either whole or absent: written under a hidden name, then renamed."""
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
+
+from ..files import disk_errors, follow_umask
+from ..output_folders import make_way, record_written, sizes_of
+
+
+RUN_FILE = "run.json"  # in a checkpoint of a training: what a run that continues must share
+_FILES = (RUN_FILE, "*.pkl", "*.bin", "scaler.pt")  # of accelerate, and ours
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, limit: int | None = None) -> Path:
@@ -22,22 +30,57 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, limit: in
     if accelerator.is_main_process and partial.exists():
         shutil.rmtree(partial)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
+    try:
+        with disk_errors(target):
+            accelerator.save_state(str(partial))
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        follow_umask(partial)
         if target.exists():
-            shutil.rmtree(target)
+            _remove(target)
+        record_written(folder, sizes={f"{target.name}/{name}": size for name, size in sizes_of(partial).items()})
         partial.rename(target)
         if limit is not None:
             for old in list_checkpoints(folder)[:-limit]:
-                shutil.rmtree(old)
+                _remove(old)
     accelerator.wait_for_everyone()
     return target
 
 
+def _remove(checkpoint: Path) -> None:
+    """Deletes a checkpoint's files, and the folder unless it holds another's."""
+    if (checkpoint / RUN_FILE).is_file():  # of an earlier version, which kept no record of its files
+        own = {path for pattern in _FILES for path in checkpoint.glob(pattern)}
+        record_written(checkpoint.parent, *(f"{checkpoint.name}/{path.name}" for path in own))
+    make_way(checkpoint.parent, [checkpoint.name])
+
+
+def check_same_run(checkpoint: str | Path, identity: dict) -> None:
+    """Whether a checkpoint was saved by a run with these facts, of those that its `run.json` holds.
+
+    Raises:
+        `ValueError`: If not, with what differs.
+    """
+    path = Path(checkpoint) / RUN_FILE
+    if not path.is_file():
+        raise ValueError(f"resume_from_checkpoint {checkpoint}: holds no {RUN_FILE}; it is of another program")
+    try:
+        state = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"resume_from_checkpoint {path}: cannot be read ({error})") from None
+    identity = json.loads(json.dumps(identity))
+    if different := sorted(name for name in identity if state.get(name) != identity[name]):
+        told = ", ".join(f"{name} {state.get(name)} there, {identity[name]} here" for name in different)
+        raise ValueError(f"resume_from_checkpoint: the checkpoint is of another run: {told[:400]}")
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in a folder, oldest first."""
-    found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    named = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    found = [path for path in named if any(path.glob("*.pkl"))]  # accelerate's random states
     return sorted(found, key=checkpoint_step)
 
 

@@ -15,9 +15,10 @@ from ..backbones.cost import macs
 from ..concepts import names_concept
 from ..evaluation.evaluate import Generator, LoadedModel
 from ..evaluation.generate import GenerationSettings
-from ..evaluation.grid import save_grid
+from ..evaluation.grid import GRID_NAME, save_grid
 from ..hub import push_or_exit
-from ..provenance import Distillation, erasure_of
+from ..output_folders import record_written
+from ..provenance import Distillation, erasure_of, stored_path
 from ..students import build_student
 from .data import (
     CachedLatents,
@@ -49,17 +50,22 @@ def main(argv: list[str] | None = None) -> None:
             if os.environ.get("RANK", "0") == "0":
                 print(make_distillation_plan(args, int(os.environ.get("WORLD_SIZE", "1"))))
             return
-        accelerator = make_accelerator(args)
-        evaluation = FinalEvaluation(args.evaluation) if args.evaluation else None
-        rows = open_rows(args)
-        teacher = load_pipeline(args.pretrained_model_name_or_path, **args.hub_arguments)
-        pipeline = distill(accelerator, teacher, rows, args)
-        if evaluation is not None:
-            evaluation.report(compared(pipeline.to(accelerator.device), args), args.output_dir)
-        if accelerator.is_main_process:
-            print(f"the student is in {args.output_dir}")
-            if args.push_to_hub:
-                push_or_exit(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private)
+        with args.claimed_output():
+            _run(args)
+
+
+def _run(args: DistillationArguments) -> None:
+    accelerator = make_accelerator(args)
+    evaluation = FinalEvaluation(args.evaluation) if args.evaluation else None
+    rows = open_rows(args)
+    teacher = load_pipeline(args.pretrained_model_name_or_path, **args.hub_arguments)
+    pipeline = distill(accelerator, teacher, rows, args)
+    if evaluation is not None:
+        evaluation.report(compared(pipeline.to(accelerator.device), args), args.output_dir)
+    if accelerator.is_main_process:
+        print(f"the student is in {args.output_dir}")
+        if args.push_to_hub:
+            push_or_exit(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private)
 
 
 def distill(
@@ -77,10 +83,10 @@ def distill(
     tokens = getattr(teacher, backbone.tokenizers[0]).model_max_length
     unets = {"student": pipeline.unet, "teacher": teacher.unet}
     record = Distillation(
-        teacher=args.pretrained_model_name_or_path,
+        teacher=stored_path(args.pretrained_model_name_or_path),
         teacher_fingerprint="",
         teacher_erasure=erasure_of(args.pretrained_model_name_or_path, **args.index_arguments),
-        student=args.student or args.from_student,
+        student=args.student or stored_path(args.from_student),
         parameters={name: sum(parameter.numel() for parameter in unet.parameters()) for name, unet in unets.items()},
         macs={name: macs(unet.config, backbone.latent_shape, tokens) for name, unet in unets.items()},
         arguments={
@@ -115,6 +121,7 @@ def distill(
                 samples.kept = data.batch(0, range(min(MOST_PROMPTS, args.train_batch_size))).captions
                 samples.draw()
             save_grid(samples.last, args.output_dir)
+            record_written(args.output_dir, GRID_NAME)
     accelerator.wait_for_everyone()
     return pipeline
 

@@ -9,11 +9,14 @@ from torch import nn
 
 from ..backbones import StoredModel, stored_unet
 from ..concepts import read_concepts
+from ..evaluation.report import RESULTS_NAME
+from ..output_folders import OutputFolderError, check_output_dir
 from ..students import STUDENTS, empty_student, resolve_student
 from ..trajectories import Trajectories
 from ..weights import select_parameters
 from .arguments import SamplingArguments, option, required
 from .data import INTERPOLATION_MODES
+from .evaluation import FOLDER as EVALUATION
 from .evaluation import read_evaluation
 from .loss_space import LossSpace
 from .noise import TARGETS, TIMESTEP_BIASES, NoiseSchedule, TimestepBias
@@ -254,7 +257,21 @@ class DistillationArguments(SamplingArguments):
             read_evaluation(self.evaluation)
         super().check_surroundings()
 
+    @property
+    def sources(self) -> dict[str, str | None]:
+        return {**super().sources, "the student": self.from_student}
+
+    def _claim(self, checkpoint: Path | None) -> dict:
+        claim = super()._claim(checkpoint)
+        report = Path(self.output_dir) / EVALUATION / RESULTS_NAME
+        if self.evaluation is not None and "replaces" in claim and report.exists() and not self.overwrite:
+            raise OutputFolderError(
+                f"output_dir {self.output_dir}: holds an evaluation of another run; give another folder, or "
+                "--overwrite to replace it"
+            )
+        return claim
+
     def check_output(self) -> None:
-        if self.from_student is not None and Path(self.output_dir).resolve() == Path(self.from_student).resolve():
-            raise ValueError(f"output_dir {self.output_dir}: is the student's own folder; give another")
+        if self.cache_folder is not None:
+            check_output_dir(self.cache_folder, "cache_folder")
         super().check_output()

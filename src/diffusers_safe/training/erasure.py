@@ -17,9 +17,10 @@ from torch import nn
 
 from ..arguments import told_in_one_line
 from ..backbones import StoredModel, load_pipeline, make_backbone
-from ..evaluation.grid import save_grid
+from ..evaluation.grid import GRID_NAME, save_grid
 from ..hub import check_push, push_or_exit, push_result
-from ..provenance import Provenance, fingerprint
+from ..output_folders import record_written
+from ..provenance import Provenance, fingerprint, stored_path
 from .checks import check_run
 from .erasure_arguments import METHODS, ErasureArguments, parse_arguments, preset_options
 from .erasure_loop import ErasureLoop
@@ -78,9 +79,10 @@ def erase(
             check_run(args, make_backbone(pipeline, args.resolution))
         if output_dir is not None:
             args.check_output()
-        if isinstance(pipeline, str):
-            pipeline = load_pipeline(pipeline, **args.hub_arguments)
-        train(accelerator, pipeline, args, progress_bar, callback)
+        with args.claimed_output():
+            if isinstance(pipeline, str):
+                pipeline = load_pipeline(pipeline, **args.hub_arguments)
+            train(accelerator, pipeline, args, progress_bar, callback)
     if args.push_to_hub and accelerator.is_main_process:
         push_result(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private)
     return pipeline
@@ -122,9 +124,10 @@ def run_command(kind: type[ErasureArguments], description: str, argv: list[str] 
             if os.environ.get("RANK", "0") == "0":
                 print(make_plan(args, int(os.environ.get("WORLD_SIZE", "1"))))
             return
-        accelerator = make_accelerator(args)
-        pipeline = load_pipeline(args.pretrained_model_name_or_path, **args.hub_arguments)
-        train(accelerator, pipeline, args)
+        with args.claimed_output():
+            accelerator = make_accelerator(args)
+            pipeline = load_pipeline(args.pretrained_model_name_or_path, **args.hub_arguments)
+            train(accelerator, pipeline, args)
         if accelerator.is_main_process:
             print(f"erased {', '.join(args.concepts)}; the result is in {args.output_dir}")
             if args.push_to_hub:  # the other processes need not wait for the network
@@ -174,7 +177,7 @@ def train(
         backbone = make_backbone(pipeline, args.resolution)
         objective = args.make_objective()
         provenance = Provenance(
-            base_model=args.pretrained_model_name_or_path,
+            base_model=stored_path(args.pretrained_model_name_or_path),
             base_fingerprint=fingerprint(backbone.denoiser),
             concepts=args.concepts,
             method=objective.name,
@@ -203,6 +206,7 @@ def train(
                     pipeline.to(accelerator.device)
                     samples.draw()
                 save_grid(samples.last, args.output_dir)
+                record_written(args.output_dir, GRID_NAME)
         accelerator.wait_for_everyone()
 
 

@@ -67,7 +67,13 @@ class FinalEvaluation:
         folder = Path(output_dir) / FOLDER
         with torch.inference_mode():
             results = evaluate(
-                models, self.rows, self.metrics, folder, prompts=self.options.source, **self.options.shown
+                models,
+                self.rows,
+                self.metrics,
+                folder,
+                prompts=self.options.source,
+                overwrite=True,  # the folder is the run's own
+                **self.options.shown,
             )
         if results:  # of all processes one measures
             print(f"\n{headline_table(results)}\n")

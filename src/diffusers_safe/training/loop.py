@@ -21,7 +21,7 @@ from ..lora import LoRAWeights
 from ..provenance import write_text
 from ..weights import TrainedWeights, select_parameters
 from .arguments import TrainingArguments
-from .checkpoints import checkpoint_step, save_checkpoint
+from .checkpoints import RUN_FILE, check_same_run, checkpoint_step, save_checkpoint
 from .run_log import RunLog
 
 
@@ -229,7 +229,7 @@ class TrainingLoop(ABC):
 class RunIdentity:
     """What a checkpoint must share with the run that continues it."""
 
-    file_name = "run.json"
+    file_name = RUN_FILE
 
     def __init__(
         self,
@@ -238,9 +238,7 @@ class RunIdentity:
         samples_a_step: int,
         facts: dict[str, str],
     ):
-        free = args.FREE | ({"max_train_steps"} if args.may_grow else set())
-        self.state = {name: value for name, value in args.recorded.items() if name not in free}
-        self.state |= {"samples_a_step": samples_a_step, **facts}
+        self.state = {**args.identity, "samples_a_step": samples_a_step, **facts}
         # What the run starts from: its sums tell another base model at once.
         sums = [value.detach().double().sum().item() for value in (weights.frozen or weights.student).values()]
         self.state["base_weights"] = hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
@@ -250,13 +248,7 @@ class RunIdentity:
 
     def check(self, folder: str | Path) -> None:
         """Raises a `ValueError` if the checkpoint in a folder is of another run."""
-        path = Path(folder) / self.file_name
-        if not path.is_file():
-            raise ValueError(f"resume_from_checkpoint {folder}: holds no {self.file_name}; it is of another program")
-        state = json.loads(path.read_text(encoding="utf-8"))
-        if different := sorted(name for name in self.state if state.get(name) != self.state[name]):
-            told = ", ".join(f"{name} {state.get(name)} there, {self.state[name]} here" for name in different)
-            raise ValueError(f"resume_from_checkpoint: the checkpoint is of another run: {told[:400]}")
+        check_same_run(folder, self.state)
 
 
 class _StopRequest:

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from ..provenance import write_text
-from .arguments import TrainingArguments
+from ..files import json_lines, write_text
+from ..output_folders import record_written
+from .arguments import LOG_NAME, TrainingArguments
 
 
 class ConceptLosses:
@@ -47,7 +48,8 @@ class RunLog:
         self._accelerator = accelerator
         self._path = None
         if args.output_dir is not None and accelerator.is_main_process:
-            self._path = Path(args.output_dir) / "log.jsonl"
+            self._path = Path(args.output_dir) / LOG_NAME
+            record_written(args.output_dir, LOG_NAME)
             _keep(self._path, first_step)
         self._tracks = args.output_dir is not None and args.report_to != "none"
         if self._tracks:
@@ -80,6 +82,13 @@ class RunLog:
 
 
 def _keep(path: Path, step: int) -> None:
-    """Leaves only what the log tells of the steps that this run continues; a line cut off by a kill goes, too."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    write_text(path, "".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step))
+    """Leaves only what the log says about the steps that this run continues. Broken lines are dropped."""
+    rows = json_lines(path) if path.is_file() else []
+    kept = [
+        line for line, row in rows if isinstance(row, dict) and _is_number(row.get("step")) and row["step"] <= step
+    ]
+    write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -12,7 +12,9 @@ from PIL import Image
 from ..concepts import names_concept
 from ..evaluation.generate import GenerationSettings, sample_images
 from ..evaluation.grid import SampleGroup, draw_grid
+from ..output_folders import prepare_files
 from ..weights import TrainedWeights
+from .arguments import VALIDATION
 from .erasure_arguments import ErasureArguments
 
 
@@ -127,7 +129,7 @@ class Validation:
 
     def __init__(self, accelerator: Accelerator, samples: Samples, args: ErasureArguments, publishes: str):
         self.accelerator, self.samples, self.publishes = accelerator, samples, publishes
-        self.folder = Path(args.output_dir) / "validation"
+        self.folder = Path(args.output_dir) / VALIDATION
         self.every, self.last = args.validation_steps, args.max_train_steps
 
     def after_step(self, step: int) -> None:
@@ -136,6 +138,8 @@ class Validation:
         if self.accelerator.is_main_process:
             self.samples.pipeline.to(self.accelerator.device)
             picture = self.samples.draw(self.publishes)
+            name = f"{self.folder.name}/step-{step}.png"
+            prepare_files(self.folder.parent, name)
             self.folder.mkdir(exist_ok=True)
             picture.save(self.folder / f"step-{step}.png")
             for tracker in self.accelerator.trackers:

@@ -17,7 +17,9 @@ import torch
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
 
-from ...arguments import check_output_dir, parse_dataclass, told_in_one_line
+from ...arguments import parse_dataclass, told_in_one_line
+from ...formats import written_aside
+from ...output_folders import check_output_dir
 from ...provenance import fingerprint
 from ..architecture import build_flow_scheduler, build_scheduler, build_t5_tokenizer, build_tokenizer
 from ..render import ARTWORK
@@ -137,13 +139,14 @@ def assemble_flow(
 
 
 def _save(pipeline, folder: Path, text_encoders: list[str]) -> Path:
-    pipeline.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
+    with written_aside(folder) as aside:
+        pipeline.to(dtype=torch.float16).save_pretrained(aside, safe_serialization=True)
+        for name in text_encoders:
+            # transformers would load its part in the dtype noted here, diffusers loads in float32: they must agree.
+            _edit_config(aside / name, lambda config: {**config, "dtype": "float32"})
+        # Where the autoencoder came from is a path of this machine.
+        _edit_config(aside / "vae", lambda config: {k: v for k, v in config.items() if k != "_name_or_path"})
     pipeline.to(dtype=torch.float32)
-    for name in text_encoders:
-        # transformers would load its part in the dtype noted here, diffusers loads in float32: they must agree.
-        _edit_config(folder / name, lambda config: {**config, "dtype": "float32"})
-    # Where the autoencoder came from is a path of this machine.
-    _edit_config(folder / "vae", lambda config: {k: v for k, v in config.items() if k != "_name_or_path"})
     return folder
 
 

@@ -14,7 +14,8 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...provenance import write_text
+from ...files import disk_errors, write_text
+from ...output_folders import claimed
 from ...training.checkpoints import checkpoint_step, list_checkpoints, save_checkpoint
 
 
@@ -60,9 +61,15 @@ def train_stage(stage: Stage, output_dir: str | Path, seed: int = 0, checkpoint_
         `nn.Module`: `stage.module` with its averaged weights, on the CPU.
 
     Raises:
-        `ValueError`: If the folder holds a run of other settings, or there are several processes.
+        `ValueError`: If the folder holds a run of other settings, another process is at work there, or there are
+            several processes.
     """
     folder = Path(output_dir) / stage.name
+    with claimed(folder):
+        return _train(stage, folder, seed, checkpoint_minutes)
+
+
+def _train(stage: Stage, folder: Path, seed: int, checkpoint_minutes: float) -> nn.Module:
     _check_same_run(folder, stage, seed)
     finished = folder / "ema.pt"
     if finished.exists():
@@ -110,9 +117,9 @@ def train_stage(stage: Stage, output_dir: str | Path, seed: int = 0, checkpoint_
 
     ema.copy_to(module.parameters())
     module = module.to("cpu", memory_format=torch.contiguous_format)
-    folder.mkdir(parents=True, exist_ok=True)
     partial = finished.with_suffix(".partial")
-    torch.save(module.state_dict(), partial)
+    with disk_errors(finished):
+        torch.save(module.state_dict(), partial)
     partial.rename(finished)
     accelerator.free_memory()
     return module
@@ -131,7 +138,6 @@ def _check_same_run(folder: Path, stage: Stage, seed: int) -> None:
     }
     path = folder / "settings.json"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(mine, indent=2) + "\n")
     theirs = json.loads(path.read_text(encoding="utf-8"))
     if changed := [name for name in {**theirs, **mine} if mine.get(name) != theirs.get(name)]:

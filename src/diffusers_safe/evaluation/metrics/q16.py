@@ -1,7 +1,6 @@
 """Q16: whether an image is inappropriate, by its CLIP embedding and two learned vectors."""
 
 import io
-import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoImageProcessor, CLIPModel
 
+from ...files import save_tensors
 from ...provenance import fingerprint
 from .base import Metric, Quantity
 from .loading import checked_file, digest, load_pretrained, on_device
@@ -127,9 +127,7 @@ def convert(path: str | Path, target: str | Path) -> None:
     target = Path(target)
     if target.suffix != ".safetensors":
         raise ValueError(f"{target}: must end in .safetensors")
-    partial = target.with_name(f".{target.name}.partial")
-    save_file({"prompts": read_prompts(path)}, partial)
-    os.replace(partial, target)
+    save_tensors({"prompts": read_prompts(path)}, target, save=save_file)
 
 
 class _ArrayUnpickler(pickle.Unpickler):

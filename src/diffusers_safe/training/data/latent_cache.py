@@ -7,12 +7,11 @@ different caption and of `""`. A file is whole or absent, so a build that was ki
 
 import hashlib
 import json
-import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -21,10 +20,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ...backbones import Backbone, Conditioning
+from ...files import save_tensors
+from ...output_folders import claimed
 from ...provenance import write_text
 from .dataset import CaptionedImages
 from .images import Picture, Preprocessing, UnreadableImage, decode_image
@@ -107,7 +107,20 @@ class LatentCache:
         missing = [file for file in self._files() if not self._has(*file)]
         self._check_space(missing)
         processes.wait_for_everyone()  # all have looked before one writes
-        if processes.is_main_process:
+        with claimed(self.folder) if missing and processes.is_main_process else nullcontext():
+            self._encode(missing, processes, device, batch_size, num_workers, progress_bar)
+        self._map()
+
+    def _encode(
+        self,
+        missing: list[tuple[str, int, range]],
+        processes: PartialState,
+        device: torch.device | str,
+        batch_size: int,
+        num_workers: int,
+        progress_bar: bool,
+    ) -> None:
+        if missing and processes.is_main_process:
             write_text(self.folder / FILE_NAME, json.dumps(self.made_of, indent=2) + "\n")
         processes.wait_for_everyone()
         if own := missing[processes.process_index :: processes.num_processes]:
@@ -125,7 +138,6 @@ class LatentCache:
                         tensors, notes = self._encode_captions(rows, device, batch_size, bar), {}
                     self._write(self._path(kind, number), tensors, notes)
         processes.wait_for_everyone()
-        self._map()
 
     @contextmanager
     def _encoders_on(self, device: torch.device | str) -> Iterator[None]:
@@ -235,9 +247,7 @@ class LatentCache:
                     f"cache_latents {path.name}: {name} has values that are not finite, or too big for {DTYPE}; are "
                     "the encoders in half precision?"
                 )
-        partial = path.with_name(f".{path.name}.partial")
-        save_file(tensors, partial, {"notes": json.dumps({"key": self.key, **notes})})
-        os.replace(partial, path)
+        save_tensors(tensors, path, {"notes": json.dumps({"key": self.key, **notes})})
 
     # --- reading -----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,102 @@
+"""Files that are whole or absent, that the umask governs, and of which a kill costs no more than the last line."""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+
+# What torch says, as a RuntimeError, where a file cannot be written.
+_TORCH_CANNOT_WRITE = ("inline_container", "PytorchStreamWriter", "iostream error")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that is either whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _partial(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def save_tensors(
+    tensors: dict[str, Any], path: str | Path, metadata: dict[str, str] | None = None, save: Callable = save_file
+) -> None:
+    """Writes a safetensors file that is either whole or absent, with the mode that the umask gives.
+
+    Args:
+        tensors (`dict`): What `save` takes.
+        path (`str` or `Path`): The file; its folder must exist.
+        metadata (`dict[str, str]`, *optional*): Of the file.
+        save (`Callable`, *optional*): `save_file` of safetensors' torch (the default) or numpy interface.
+
+    Raises:
+        `OSError`: If it cannot be written.
+    """
+    path = Path(path)
+    with disk_errors(path), _partial(path) as partial:
+        save(tensors, partial, metadata)
+        follow_umask(partial)
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """Another name, which becomes the file's own when the block has ended well, and is gone otherwise."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def disk_errors(place: str | Path) -> Iterator[None]:
+    """What safetensors and torch raise where a file cannot be written, as the `OSError` that it is."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, RuntimeError) and not any(sign in text for sign in _TORCH_CANNOT_WRITE):
+            raise
+        folder = Path(place) if Path(place).is_dir() else Path(place).parent
+        full = shutil.disk_usage(folder).free < 2**20
+        reason = "no space left on the disk" if full or "os error 28" in text else text.strip().split("\n")[0]
+        raise OSError(f"{place}: cannot be written ({reason})") from error
+
+
+def follow_umask(path: str | Path) -> None:
+    """Gives a file, or all files of a folder, the mode of any new file there: safetensors writes them for their owner
+    alone, and a web server could not read them."""
+    path = Path(path)
+    probe = (path if path.is_dir() else path.parent) / f".mode-{secrets.token_hex(8)}"
+    descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        mode = os.fstat(descriptor).st_mode & 0o777
+    finally:
+        os.close(descriptor)
+        probe.unlink()
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
+
+
+def json_lines(path: Path) -> list[tuple[str, Any]]:
+    """The lines of a JSON-lines file that grows, each with its value; `None` for the value of a broken one.
+
+    What follows the last line break is what a kill or a full disk cut off, and is left out.
+    """
+    lines = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            text = line.decode("utf-8")
+            lines.append((text, json.loads(text)))
+        except (ValueError, RecursionError):
+            lines.append(("", None))
+    return lines

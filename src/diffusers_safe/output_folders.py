@@ -1,0 +1,382 @@
+"""Output folders: one run at a time, and nothing is lost that this program did not write.
+
+    with claimed("runs/knife", replaces=["model_index.json", "unet"], overwrite=False) as folder:
+        ...  # the only run that writes here
+        put_in_place(aside, folder, ["model_index.json", "unet"])
+
+`.written.json` in a folder says which files this program wrote there. Only these are ever deleted; what else stands in
+the way of a new result, which `--overwrite` allows, is moved into `.replaced-1` of the same folder.
+"""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import stat
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .files import follow_umask, write_text
+
+
+logger = logging.getLogger(__name__)
+
+RECORD = ".written.json"
+LOCK = ".lock"
+OVERWRITE_HELP = "Replace the results of another run in the output folder; files that are not its own are kept."
+_ROOM = 400  # bytes of a path, for the names of files in the folder
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as accelerate reads them
+# Files that loaders look for: another's must not stay among those of a new result. All others stay where they are.
+_LOADED = (".safetensors", ".bin", ".json", ".jsonl", ".pt", ".pth", ".pkl", ".ckpt", ".msgpack", ".h5", ".onnx")
+_runs: dict[str, "_Run"] = {}  # folder -> the run of this process that has claimed it
+
+
+@dataclass(frozen=True)
+class _Run:
+    kind: str
+    identity: Any
+    thread: int
+
+
+class OutputFolderError(ValueError):
+    """An output folder that cannot be used as it is asked for. Commands end with code 2."""
+
+
+# --- claiming --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def claimed(
+    folder: str | Path,
+    kind: str = "",
+    run: Any = None,
+    *,
+    replaces: Sequence[str] = (),
+    continues: Sequence[str] = (),
+    overwrite: bool = False,
+    at_once: bool = False,
+    is_own: Callable[[Path], bool] | None = None,
+) -> Iterator[Path]:
+    """Makes a folder this run's own for the length of the block: any other run is refused. Blocks may be nested.
+
+    Of the processes of one launch the first claims; to the others it does nothing.
+
+    Args:
+        folder (`str` or `Path`): Made if need be.
+        kind (`str`): What the run makes, such as `"training"`.
+        run (*optional*): What tells this run from others of its kind, as JSON gives it back.
+        replaces (`Sequence[str]`): Patterns of names in the folder that a result must not replace unasked.
+        continues (`Sequence[str]`): The same, but what an earlier start of the same `run` left is its own.
+        overwrite (`bool`, defaults to `False`): Allow to replace them, which [`put_in_place`] does.
+        at_once (`bool`, defaults to `False`): Let them make way before the block: the log of this run must not lie
+            next to another's result.
+        is_own (`Callable`, *optional*): Says of a folder without a record, of an earlier version, whether `continues`
+            is this run's own.
+
+    Raises:
+        [`OutputFolderError`]: If the folder cannot be written, another run is at work there, or it holds results that
+            are not this run's own.
+    """
+    path = check_output_dir(folder)
+    if not is_first_process():
+        yield path
+        return
+    made = [parent for parent in (path, *path.parents) if not parent.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputFolderError(f"output_dir {folder}: cannot be made ({error.strerror})") from None
+    key, thread = os.path.realpath(path), threading.get_ident()
+    outer = _runs.get(key)
+    nested = outer is not None and outer.thread == thread
+    try:
+        with nullcontext() if nested else _locked(path):
+            in_the_way = _in_the_way(path, kind, run, replaces, continues, overwrite, is_own)
+            make_way(path, in_the_way if at_once else [])
+            _runs[key] = _Run(kind, run, thread)
+            try:
+                if not in_the_way and is_own is not None and kind not in _Written(path).runs:
+                    # What an earlier version wrote, without a record.
+                    if files := [name for name in _found(path, continues) if (path / name).is_file()]:
+                        record_written(path, *files)
+                yield path
+            finally:
+                if nested:
+                    _runs[key] = outer
+                else:
+                    del _runs[key]
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(f"output_dir {folder}: cannot be written (no space left on the disk)") from error
+    finally:
+        for parent in made:
+            with suppress(OSError):  # it holds something
+                parent.rmdir()
+
+
+def check_claim(folder: str | Path, at_once: bool = False, **claim: Any) -> None:
+    """Raises what [`claimed`] would, with the same arguments, and changes nothing: to know it before any work."""
+    path = check_output_dir(folder)
+    if not is_first_process() or not path.is_dir():
+        return
+    if (path / LOCK).exists():
+        with _locked(path):
+            pass
+    _in_the_way(path, **claim)
+
+
+def is_first_process() -> bool:
+    """Whether this is the first, or only, process of a launch; known before the processes know each other."""
+    return next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0"
+
+
+def _in_the_way(
+    path: Path,
+    kind: str = "",
+    run: Any = None,
+    replaces: Sequence[str] = (),
+    continues: Sequence[str] = (),
+    overwrite: bool = False,
+    is_own: Callable[[Path], bool] | None = None,
+) -> list[str]:
+    """Names of what must make way for a run, if it may."""
+    found = [*_found(path, replaces), *_not_own(path, kind, run, continues, is_own)]
+    if found and not overwrite:
+        raise OutputFolderError(
+            f"output_dir {path}: holds results of another run ({found[0]}); give another folder, or --overwrite to "
+            "replace them"
+        )
+    return found
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """The kernel frees the lock of a process that is killed. The file is unlinked while it is held: filelock does not
+    take an unlinked one for the lock."""
+    lock = FileLock(path / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OutputFolderError(
+            f"output_dir {path}: another run is at work there; wait for its end, or give another folder"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        raise OutputFolderError(f"output_dir {path}: cannot be locked ({error})") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            (path / LOCK).unlink()
+        lock.release()
+
+
+def _not_own(
+    path: Path, kind: str, run: Any, patterns: Sequence[str], is_own: Callable[[Path], bool] | None
+) -> list[str]:
+    found = _found(path, patterns)
+    if not found:
+        return []
+    runs = _Written(path).runs
+    if kind in runs:
+        return [] if runs[kind] == json.loads(json.dumps(run)) else found
+    return [] if is_own is not None and is_own(path) else found
+
+
+def _found(path: Path, patterns: Sequence[str]) -> list[str]:
+    """Names in a folder that fit a pattern and hold something, in the patterns' order."""
+    names, written = sorted(os.listdir(path)) if patterns else [], _Written(path)
+    found = [name for pattern in patterns for name in names if fnmatch(name, pattern)]
+    return [name for name in dict.fromkeys(found) if any(written.obstacles(name))]
+
+
+# --- paths -----------------------------------------------------------------------------------------------------------
+
+
+def check_output_dir(folder: str | Path, name: str = "output_dir") -> Path:
+    """Whether a folder can be written, or made; nothing is made yet.
+
+    Args:
+        folder (`str` or `Path`): The folder.
+        name (`str`, defaults to `"output_dir"`): Of the option that it is the value of.
+
+    Raises:
+        [`OutputFolderError`]: If it cannot.
+    """
+    text = os.fspath(folder)
+    shown = text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+    if not text.strip():
+        raise OutputFolderError(f"{name} '{shown}': is empty; name a folder")
+    if "\0" in text or shown != text:
+        raise OutputFolderError(f"{name} {shown}: must be UTF-8 text without null characters")
+    absolute = os.path.abspath(text)
+    if max(len(part.encode()) for part in Path(absolute).parts) > 255 or len(absolute.encode()) > 4096 - _ROOM:
+        raise OutputFolderError(
+            f"{name} {shown[:60]}...: is too long; a name may have 255 bytes, and a whole path {4096 - _ROOM}"
+        )
+    try:
+        place = Path(absolute)
+        while not os.path.lexists(place):
+            place = place.parent
+        try:
+            kind = os.stat(place).st_mode
+        except FileNotFoundError:
+            raise OutputFolderError(f"{name} {shown}: {place} is a symbolic link to nothing") from None
+        if not stat.S_ISDIR(kind):
+            raise OutputFolderError(f"{name} {shown}: {place} is no folder")
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise OutputFolderError(f"{name} {shown}: cannot be written ({error.strerror or error})") from None
+    return Path(text)
+
+
+def check_apart(output_dir: str | Path, source: str | Path, what: str) -> None:
+    """Whether an output folder is neither a folder that is read nor inside it.
+
+    Raises:
+        [`OutputFolderError`]: If it is.
+    """
+    output, other = (Path(os.path.realpath(path)) for path in (output_dir, source))
+    if output == other or other in output.parents:
+        where = "is" if output == other else "is inside"
+        raise OutputFolderError(f"output_dir {output_dir}: {where} {what}'s own folder; give another")
+
+
+# --- what was written ------------------------------------------------------------------------------------------------
+
+
+class _Written:
+    """What is known of the files that this program wrote into a folder.
+
+    Attributes:
+        runs (`dict`): Kind -> identity of the last run of that kind.
+        files (`dict`): Path inside the folder -> bytes, or `None` where they may change.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            self.runs, self.files = dict(record["runs"]), dict(record["files"])
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            self.runs, self.files = {}, {}
+
+    def save(self) -> None:
+        current = _runs.get(os.path.realpath(self.folder))
+        if current is not None and current.kind:
+            self.runs[current.kind] = current.identity
+        record = {"runs": self.runs, "files": dict(sorted(self.files.items()))}
+        write_text(self.folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+    def name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
+
+    def owns(self, path: Path) -> bool:
+        """Whether a file is there as it was written."""
+        size = self.files.get(self.name(path), -1)
+        return not path.is_symlink() and path.is_file() and size in (None, path.stat().st_size)
+
+    def obstacles(self, name: str) -> Iterator[Path]:
+        """Files below a name that were written, or that a loader might take for a part of a result; links are not
+        followed."""
+        place = self.folder
+        for part in Path(name).parts:
+            place = place / part
+            if place.is_symlink() or place.is_file():
+                if self.owns(place) or place.is_symlink() or place.stat().st_size > 0:
+                    yield place
+                return
+        for root, folders, files in os.walk(place):
+            for path in (Path(root, name) for name in (*files, *folders)):
+                if self.owns(path) or (path.suffix in _LOADED and (path.is_symlink() or not path.is_dir())):
+                    yield path
+
+
+def record_written(folder: str | Path, *names: str, sizes: dict[str, int] | None = None) -> None:
+    """Remembers files of a folder as written by this program.
+
+    Args:
+        folder (`str` or `Path`): The output folder.
+        names (`str`): Paths inside it, of files whose size may change.
+        sizes (`dict[str, int]`, *optional*): Path inside it -> bytes, of files that are final.
+    """
+    written = _Written(Path(folder))
+    written.files |= {**dict.fromkeys(names), **(sizes or {})}
+    written.folder.mkdir(parents=True, exist_ok=True)
+    written.save()
+
+
+def sizes_of(folder: Path, below: Path | None = None) -> dict[str, int]:
+    """Path inside a folder -> bytes, of all files below it or one of its folders."""
+    files = sorted(path for path in (below or folder).rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def put_in_place(aside: Path, folder: Path, results: Sequence[str] = ()) -> None:
+    """Moves all files of a folder into another, JSON files at its top last: one that is there says that the result is
+    complete. What an earlier result left under `results`, patterns of names, makes way."""
+    follow_umask(aside)
+    sizes = sizes_of(aside)
+    make_way(folder, [*_found(folder, results), *sizes])
+    record_written(folder, sizes=sizes)
+    for name in sorted(sizes, key=lambda name: ("/" not in name and name.endswith(".json"), name)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(aside / name, folder / name)
+    shutil.rmtree(aside)
+
+
+def prepare_files(folder: str | Path, *names: str) -> None:
+    """Makes way for files that are about to be written, and remembers them."""
+    make_way(Path(folder), names)
+    record_written(folder, *names)
+
+
+def write_own(path: Path, text: str) -> None:
+    """Writes a text in the place of one that this program wrote; another's makes way."""
+    prepare_files(path.parent, path.name)
+    write_text(path, text)
+
+
+def check_own_file(folder: Path, path: Path, overwrite: bool = False) -> None:
+    """Makes way for one file of a folder.
+
+    Raises:
+        [`OutputFolderError`]: If another's is there, and it is not to be replaced.
+    """
+    written = _Written(folder)
+    others = [other for other in written.obstacles(written.name(path)) if not written.owns(other)]
+    if others and not overwrite:
+        raise OutputFolderError(f"{others[0]}: was not written by this program; give --overwrite to replace it")
+    make_way(folder, [written.name(path)])
+
+
+def make_way(folder: Path, names: Sequence[str]) -> None:
+    """Deletes what this program wrote under these names; the rest of what is in the way it moves to `.replaced-1`."""
+    written, kept = _Written(folder), None
+    obstacles = {path: None for name in names for path in written.obstacles(name)}
+    for path in obstacles:
+        if written.owns(path):
+            path.unlink()
+        else:
+            kept = kept or next(place for n in range(1, 10**6) if not (place := folder / f".replaced-{n}").exists())
+            (kept / written.name(path)).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, kept / written.name(path))
+        written.files.pop(written.name(path), None)
+    if obstacles:
+        written.save()
+    for parent in sorted({parent for path in obstacles for parent in path.parents if folder in parent.parents},
+                         key=lambda parent: -len(parent.parts)):  # fmt: skip
+        with suppress(OSError):  # it holds something else
+            parent.rmdir()
+    if kept:
+        logger.warning("%s: files that this program did not write were moved to %s", folder, kept)

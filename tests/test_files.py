@@ -1,0 +1,85 @@
+"""Files that are whole or absent, and lines that a kill cut off."""
+
+import json
+import os
+import resource
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from diffusers_safe.files import disk_errors, follow_umask, json_lines, save_tensors, write_text
+
+
+@pytest.fixture
+def umask():
+    """Sets the umask, and puts it back."""
+    before = os.umask(0)
+    yield os.umask
+    os.umask(before)
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600), (0o027, 0o640)])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask, mask, mode):
+    umask(mask)
+    save_tensors({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+    (tmp_path / "folder" / "below").mkdir(parents=True)
+    (tmp_path / "folder" / "below" / "file").write_text("")
+    (tmp_path / "folder" / "below" / "file").chmod(0o600)
+    follow_umask(tmp_path / "folder")
+    for path in (tmp_path / "a.safetensors", tmp_path / "folder" / "below" / "file"):
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "folder"]
+
+
+TEXT = json.dumps({"a": "Käse 猫"}, ensure_ascii=False) + "\n"
+
+
+@pytest.mark.parametrize("cut", range(1, len(TEXT.encode())))
+def test_what_follows_the_last_line_break_is_dropped_wherever_it_was_cut(tmp_path, cut):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(TEXT.encode() + TEXT.encode()[:-cut])
+    assert json_lines(path) == [(TEXT.strip(), {"a": "Käse 猫"})]
+
+
+@pytest.mark.parametrize("broken", [b"\xff\xfe\n", b"\0\0\0\n", b"{\n", b"\n", b"[" * 100_000 + b"\n"])
+def test_a_broken_line_has_no_value_and_hides_no_other(tmp_path, broken):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + broken + b'{"a": "\xe2\x80\xa8"}\n\0\0')  # a line separator is no line break
+    assert [value for _, value in json_lines(path)] == [{"a": 1}, None, {"a": "\u2028"}]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_one_before_and_nothing_else(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_tensors({"a": torch.zeros(2)}, path)
+    before = path.read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+        with pytest.raises(OSError, match="a.safetensors: cannot be written"):
+            save_tensors({"a": torch.zeros(10_000)}, path)
+        with pytest.raises(OSError):
+            write_text(tmp_path / "b.json", "x" * 20_000)
+        with pytest.raises(OSError, match="c.bin: cannot be written"), disk_errors(tmp_path / "c.bin"):
+            torch.save(torch.zeros(10_000), tmp_path / "c.bin")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["a.safetensors", "c.bin"]
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="no disk"), disk_errors("x"):
+        raise RuntimeError("no disk is involved")
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """/dev/full is a disk that is always full."""
+    code = (
+        "import torch, pathlib; from diffusers_safe.arguments import told_in_one_line\n"
+        "from diffusers_safe.files import disk_errors\n"
+        "with told_in_one_line(), disk_errors('/dev/full'):\n    torch.save(torch.zeros(9), '/dev/full')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "/dev/full: cannot be written" in done.stderr
