@@ -68,7 +68,7 @@ class PrepareDataArguments:
     def __post_init__(self):
         filters = Filters(
             self.min_caption_length,
-            tuple(read_concepts(self.forbidden_concepts)) if self.forbidden_concepts else (),
+            tuple(read_concepts(self.forbidden_concepts, "forbidden_concepts")) if self.forbidden_concepts else (),
             self.min_aesthetic,
             self.min_side,
             self.max_aspect_ratio,

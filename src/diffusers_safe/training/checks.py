@@ -32,6 +32,7 @@ def check_run(args: ErasureArguments, model: Backbone | StoredModel) -> None:
     except ValueError as error:
         joined = "concepts are not joined with --prompt_order matched and no --negative_guidance_scale"
         raise ValueError(f"{error}; {joined}") from None
+    model.warn_of_unknown_words(args.concepts)
 
 
 def encoded_prompts(args: ErasureArguments) -> list[str]:

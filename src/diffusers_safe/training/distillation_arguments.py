@@ -115,7 +115,7 @@ class DistillationArguments(SamplingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        self.forbidden_concepts = read_concepts(self.forbidden_concepts) if self.forbidden_concepts else []
+        self.forbidden_concepts = read_concepts(self.forbidden_concepts, "forbidden_concepts") if self.forbidden_concepts else []
         if (self.student is None) == (self.from_student is None):
             raise ValueError("student: give either --student, what is to be built, or --from_student, to go on from")
         if self.student is not None:
@@ -236,6 +236,7 @@ class DistillationArguments(SamplingArguments):
             scheduled = (teacher.make_scheduler, teacher.latent_shape, self.num_inference_steps)
             Trajectories(*scheduled).stop_choices(self.sampling_fraction, self.latents_per_trajectory)
             teacher.check_prompts(self.forbidden_concepts)
+            teacher.warn_of_unknown_words(self.forbidden_concepts, "forbidden_concepts")
 
     def scheduler_for(self, scheduler: SchedulerMixin) -> SchedulerMixin:
         """The student's scheduler: its teacher's, with what the student predicts."""
