@@ -7,6 +7,7 @@ import math
 import numbers
 import os
 import re
+import select
 import signal
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from functools import cache, wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TextIO, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -296,7 +297,7 @@ def parse_dataclass(
             raise ValueError(f"unrecognized arguments: {_unrecognized(unknown, names)}")
         config = read_config(given.pop("config", None), kind)
         values = {**config, **check_values(kind, given)}
-        if presets is not None:
+        if presets:
             defaults = {item.name: item.default for item in fields(kind)}
             values = {**presets.get(values.get("preset", defaults["preset"]), {}), **values}
         missing = [f"--{item.name}" for item in fields(kind) if _is_required(item) and item.name not in values]
@@ -362,12 +363,13 @@ def _with_underscores(word: str, names: Iterable[str]) -> str:
 def _unrecognized(words: list[str], names: Iterable[str]) -> str:
     """Unknown options, without values, which may be secret, and the options that were probably meant."""
     options = [word for word in words if word[:1] in ("-", "–", "—")]
-    return " ".join(_suggested(word.partition("=")[0], names) for word in options or words)
+    return " ".join(suggested(word.partition("=")[0], names) for word in options or words)
 
 
-def _suggested(word: str, names: Iterable[str], prefix: str = "--") -> str:
-    name = word.lstrip("-–—").replace("-", "_")
-    close = get_close_matches(name, list(names), n=1, cutoff=0.7)
+def suggested(word: str, names: Iterable[str], prefix: str = "--") -> str:
+    """A word, with the name that was probably meant."""
+    names = {name.replace("-", "_"): name for name in names}
+    close = [names[name] for name in get_close_matches(word.strip("-–—'").replace("-", "_"), names, n=1, cutoff=0.7)]
     return f"{word} (did you mean {prefix}{close[0]}?)" if close else word
 
 
@@ -429,7 +431,7 @@ def read_config(path: str | None, kind: type) -> dict[str, Any]:
         raise ValueError(f"config {path}: names another config")
     names = [item.name for item in fields(kind) if item.init]
     if unknown := [name for name in options if name not in names]:
-        told = " ".join(_suggested(f"--{name}", names) for name in unknown)
+        told = " ".join(suggested(f"--{name}", names) for name in unknown)
         raise ValueError(f"config {path}: unrecognized arguments: {told}")
     try:
         return check_values(kind, {name: value for name, value in options.items() if value is not None})
@@ -471,20 +473,21 @@ def told_in_one_line() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except (ValueError, OSError, FloatingPointError) as error:
-        _end_where_nobody_reads()
+        if isinstance(error, BrokenPipeError) and not all(map(_has_reader, (sys.stdout, sys.stderr))):
+            raise SystemExit(128 + signal.SIGPIPE) from None
         logger.debug("where it happened:", exc_info=True)
         reason = str(error).strip().split("\n")[0]
         raise SystemExit(f"error: {reason}") from None
 
 
-def _end_where_nobody_reads() -> None:
-    """Ends the program if stdout or stderr is a pipe whose reader has gone."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what is still buffered goes there
-            raise SystemExit(128 + signal.SIGPIPE) from None
+def _has_reader(stream: TextIO) -> bool:
+    """Whether somebody can still read what is written; if not, the rest of it goes nowhere."""
+    waiting = select.poll()
+    waiting.register(stream.fileno(), 0)
+    if not waiting.poll(0):
+        return True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return False
 
 
 def check_output_dir(folder: str | Path) -> None:

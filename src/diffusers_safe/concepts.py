@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .arguments import note
+from .arguments import choose, note
 
 
 CONCEPT_SCHEDULES = ("iterative", "random", "composite", "sequential")
@@ -25,8 +25,8 @@ def read_concepts(values: Iterable[str], name: str = "concepts") -> list[str]:
 
     Args:
         values (`Iterable[str]`): `["Van Gogh", "Claude Monet"]` or `["artists.txt"]`.
-        name (`str`, defaults to `"concepts"`): The option, for messages. In those whose name ends with `prompts` commas
-            are expected.
+        name (`str`, defaults to `"concepts"`): The option, for messages. Commas are expected in those whose name ends
+            with `prompts`.
 
     Returns:
         `list[str]`: At least one, none of them blank.
@@ -38,7 +38,7 @@ def read_concepts(values: Iterable[str], name: str = "concepts") -> list[str]:
     for value in values:
         found += _read_lines(Path(value), name) if value.strip().endswith(".txt") else [value.strip()]
     if not found or not all(found):
-        raise ValueError(f"{name} {list(values)}: give at least one, and none that is blank")
+        raise ValueError(f"{name} {list(values)!r:.200}: give at least one {_entry(name)}, and none that is blank")
     kept = {}
     for entry in found:
         kept.setdefault(" ".join(entry.split()).casefold(), entry)
@@ -61,8 +61,12 @@ def _read_lines(path: Path, name: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{name} file {path}: cannot be read as UTF-8 text ({error})") from None
     if not (entries := [line for line in lines if line and not line.startswith("#")]):
-        raise ValueError(f"{name} file {path}: holds no entry; write one a line")
+        raise ValueError(f"{name} file {path}: holds no {_entry(name)}; write one a line")
     return entries
+
+
+def _entry(name: str) -> str:
+    return "prompt" if name.endswith("prompts") else "concept"
 
 
 def names_concept(prompt: str, concept: str) -> bool:
@@ -139,12 +143,8 @@ class ConceptSchedule:
     def __post_init__(self):
         if not self.concepts:
             raise ValueError("concepts: the list is empty; give at least one concept")
-        for name, value, allowed in (
-            ("concept_schedule", self.schedule, CONCEPT_SCHEDULES),
-            ("prompt_order", self.prompt_order, PROMPT_ORDERS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} '{value}': unknown; allowed are {', '.join(allowed)}")
+        object.__setattr__(self, "schedule", choose("concept_schedule", self.schedule, CONCEPT_SCHEDULES))
+        object.__setattr__(self, "prompt_order", choose("prompt_order", self.prompt_order, PROMPT_ORDERS))
         if self.schedule == "sequential" and not self.num_samples:
             raise ValueError("concept_schedule 'sequential' needs num_samples, the samples of the whole run")
 

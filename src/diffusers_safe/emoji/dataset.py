@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, Features, Image, Value
 
-from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
+from ..arguments import check_output_dir, parse_dataclass, told_in_one_line, typed
 from .render import render
 from .scenes import draw_caption, draw_scene
 
@@ -66,6 +66,7 @@ def _rows(num_images: int, seed: int, hold_out: bool) -> Iterator[dict]:
         }
 
 
+@typed
 @dataclass
 class DatasetArguments:
     output_dir: str = field(metadata={"help": "Folder for the parquet file."})

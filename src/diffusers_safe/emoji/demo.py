@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 
-from ..arguments import check_output_dir, parse_dataclass
+from ..arguments import check_output_dir, parse_dataclass, told_in_one_line, typed
 from ..evaluation.evaluate import LoadedModel
 from ..evaluation.report import headline_table
 from . import MODEL_FOLDER
@@ -70,22 +70,22 @@ def erasure_command(model: str | Path, group: str, output_dir: str | Path, seed:
     ]
 
 
+@typed
 @dataclass
 class DemoArguments:
     output_dir: str = field(default="runs/demo", metadata={"help": "Where model, images and report go."})
-    group: str = field(default="weapon", metadata={"help": f"What to erase: {', '.join(GROUPS)}."})
+    group: str = field(default="weapon", metadata={"help": f"What to erase: {', '.join(GROUPS)}.", "choices": GROUPS})
     seed: int = field(default=0, metadata={"help": "Seed of the training and of the images."})
     images_per_prompt: int = field(default=3, metadata={"help": "Images of each prompt, before and after."})
 
     def __post_init__(self):
-        if self.group not in GROUPS:
-            raise ValueError(f"group '{self.group}': unknown; allowed are {', '.join(GROUPS)}")
         if self.images_per_prompt < 1:
             raise ValueError(f"images_per_prompt {self.images_per_prompt}: must be at least 1")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed {self.seed}: must be at least 0 and less than 2**32")
 
 
+@told_in_one_line()
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(DemoArguments, __doc__, argv, prog, lambda args: check_output_dir(args.output_dir))
     started = time.monotonic()

@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
-from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
+from ..arguments import check_output_dir, parse_dataclass, told_in_one_line, typed
 from ..evaluation.generate import GenerationSettings, PromptRow, generate, load_images
 from ..evaluation.report import write_results
 from ..evaluation.statistics import Estimate
@@ -220,6 +220,7 @@ def reconstruct(vae: AutoencoderKL, pictures: np.ndarray, batch_size: int = 100)
 # --- command line ----------------------------------------------------------------------------------------------------
 
 
+@typed
 @dataclass
 class QualityArguments:
     output_dir: str = field(metadata={"help": "Folder for images and results.json; a stopped run continues there."})

@@ -27,7 +27,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
+from ..arguments import check_output_dir, parse_dataclass, told_in_one_line, typed
 from ..provenance import fingerprint, write_text
 from ..training.checkpoints import checkpoint_step, list_checkpoints, save_checkpoint
 from .architecture import build_autoencoder, build_scheduler, build_text_encoder, build_tokenizer, build_unet
@@ -39,6 +39,7 @@ from .scenes import OBJECTS, Scene, draw_caption, draw_scene
 STAGES = ("autoencoder", "classifier", "denoiser", "assemble")
 
 
+@typed
 @dataclass
 class RecipeArguments:
     output_dir: str = field(metadata={"help": "Folder for checkpoints, caches and the finished model in `model/`."})

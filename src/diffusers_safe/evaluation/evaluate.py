@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from diffusers import DiffusionPipeline
 
+from ..arguments import choose, typed
 from ..provenance import library_versions, write_text
 from .folders import ImageFolder, common_settings
 from .generate import GenerationSettings, PromptRow, check_rows, generate
@@ -62,6 +63,7 @@ class LoadedModel:
         return self.pipeline, GenerationSettings(**{**vars(settings), **self.changes})
 
 
+@typed
 def evaluate(
     subjects: Sequence[Generator | ImageFolder],
     rows: Sequence[PromptRow],
@@ -115,8 +117,7 @@ def evaluate(
     check_subjects(subjects)
     check_rows(list(rows))
     _check_metrics(metrics, rows)
-    if veil not in VEILS:
-        raise ValueError(f"veil '{veil}': unknown; allowed are {', '.join(VEILS)}")
+    veil = choose("veil", veil, VEILS)
     if images_only:
         subjects = [as_images(subject, folder) for subject in subjects]
     # All that is there is looked at before anything is generated.

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ..arguments import choose, typed
 from ..evaluation.evaluate import IMAGES, TABLE_NAME, Generator, check_subjects, model_facts
 from ..evaluation.generate import GenerationSettings, PromptRow, check_rows, generate
 from ..evaluation.measured import change_of
@@ -86,6 +87,7 @@ class Judge:
         return [Try(folder, row, tuple(found)) for row, found in zip(manifest, flags)]
 
 
+@typed
 def attack_models(
     subjects: Sequence[Generator],
     rows: Sequence[PromptRow],
@@ -133,8 +135,7 @@ def attack_models(
     """
     folder, settings = Path(folder), settings or GenerationSettings()
     judge = check_attack(subjects, rows, attacks, metrics, scoring_batch_size)
-    if veil not in VEILS:
-        raise ValueError(f"veil '{veil}': unknown; allowed are {', '.join(VEILS)}")
+    veil = choose("veil", veil, VEILS)
     models = []
     with alone_in(folder):
         for place, subject in enumerate(subjects):

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 DESCRIPTION = "Distils a Stable Diffusion model into a smaller one (BK-SDM, arXiv 2305.15798, and its relatives)."
 
 
+@told_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     args = parse_dataclass(DistillationArguments, DESCRIPTION, argv, check=DistillationArguments.check_surroundings)
     with told_in_one_line():
