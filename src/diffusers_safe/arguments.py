@@ -162,7 +162,7 @@ def _converted(value: Any, kind: Any) -> Any:
     kinds = [option for option in kinds if option is not NoneType]
     if Any in kinds:
         return value
-    exact = [option for option in kinds if type(value) is option]
+    exact = [option for option in kinds if _is_class(option) and isinstance(value, option)]
     wrong = []
     for option in exact or kinds:
         try:
@@ -187,10 +187,14 @@ def _as_kind(value: Any, kind: Any) -> Any:
         if (converted := fits(value)) is None:
             raise _Misfit(f"must be {_KINDS[origin]}", shown(value))
         return Path(converted) if origin is Path else converted
-    if isinstance(origin, type) and not isinstance(value, origin):
+    if _is_class(origin) and not isinstance(value, origin):
         if is_dataclass(origin) or isinstance(value, (NoneType, str, bytes, int, float, list, tuple, dict, set)):
             raise _Misfit(f"must be a {origin.__name__}", shown(value))
     return value
+
+
+def _is_class(kind: Any) -> bool:
+    return isinstance(kind, type) and not getattr(kind, "_is_protocol", False) and get_origin(kind) is None
 
 
 def _as_list(value: Any, kind: Any, make: type) -> list | tuple:
@@ -309,7 +313,14 @@ def parse_dataclass(
     except (ValueError, OSError, RecursionError) as error:
         logger.debug("where it happened:", exc_info=True)
         parser.error(" ".join(str(error).split()) or type(error).__name__)
+    _hide_inner_progress_bars()
     return arguments
+
+
+def _hide_inner_progress_bars() -> None:
+    """diffusers shows one for the parts of a pipeline, transformers another within it for the weights of a part."""
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
 
 
 def _is_required(item: Field) -> bool:
@@ -373,7 +384,7 @@ def suggested(word: str, names: Iterable[str], prefix: str = "--") -> str:
     return f"{word} (did you mean {prefix}{close[0]}?)" if close else word
 
 
-class _TextLoader(yaml.BaseLoader):
+class TextLoader(yaml.BaseLoader):
     """Every value as text, as on a command line (`no` is a word), but null; a key is there once."""
 
     def construct_mapping(self, node, deep=False):
@@ -387,8 +398,8 @@ class _TextLoader(yaml.BaseLoader):
 
 
 _NULL = "tag:yaml.org,2002:null"
-_TextLoader.add_implicit_resolver(_NULL, re.compile("^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_TextLoader.add_constructor(_NULL, lambda loader, node: None)
+TextLoader.add_implicit_resolver(_NULL, re.compile("^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+TextLoader.add_constructor(_NULL, lambda loader, node: None)
 
 
 def read_yaml(path: str | Path, name: str) -> Any:
@@ -406,7 +417,7 @@ def read_yaml(path: str | Path, name: str) -> Any:
             data = file.read(MAX_YAML_BYTES + 1)
         if len(data) > MAX_YAML_BYTES:
             raise ValueError(f"{name} {path}: is larger than {MAX_YAML_BYTES >> 20} MiB")
-        return yaml.load(data.decode("utf-8-sig"), _TextLoader)  # noqa: S506
+        return yaml.load(data.decode("utf-8-sig"), TextLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or getattr(error, "problem", None) or type(error).__name__
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else reason
@@ -458,8 +469,12 @@ def note(message: str, *args: Any) -> None:
 
 def tell_errors_in_one_line(parser: ArgumentParser) -> None:
     """One line from one process, instead of argparse's page of usage from each; and options by their full names."""
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n" if is_first_process() else None)
-    parser.allow_abbrev = False
+
+    def error(message: str) -> None:
+        line = f"{parser.prog}: error: {message}\n".encode("utf-8", "backslashreplace").decode()
+        parser.exit(2, line if is_first_process() else None)
+
+    parser.error, parser.allow_abbrev = error, False
 
 
 @contextmanager

@@ -251,7 +251,16 @@ def warn_of_unknown_words(concepts: list[str], tokenizers: list[PreTrainedTokeni
 
 def load_pipeline(name_or_path: str, **hub_arguments) -> DiffusionPipeline:
     """Loads a supported pipeline in fp32, as training needs it. Make a [`StoredModel`] first for clear errors."""
-    return DiffusionPipeline.from_pretrained(name_or_path, dtype=torch.float32, **hub_arguments)
+    where = {name: value for name, value in hub_arguments.items() if name != "variant"}
+    settings = safety_checker_settings(DiffusionPipeline.load_config(name_or_path, **where))
+    return DiffusionPipeline.from_pretrained(name_or_path, dtype=torch.float32, **settings, **hub_arguments)
+
+
+def safety_checker_settings(index: dict[str, Any]) -> dict[str, bool]:
+    """What `from_pretrained` is given with a pipeline that has no safety checker, though its index asks for one:
+    diffusers warns that the user had disabled it."""
+    lacks_one = "safety_checker" in index and not any(index["safety_checker"] or ())
+    return {"requires_safety_checker": False} if lacks_one and index.get("requires_safety_checker") else {}
 
 
 def make_backbone(pipeline: DiffusionPipeline, resolution: int | None = None) -> Backbone:

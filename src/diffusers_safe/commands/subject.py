@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .. import pipelines
 from ..arguments import choose, typed
+from ..backbones.base import safety_checker_settings
 from ..concepts import read_concepts
 from ..evaluation.generate import GenerationSettings
 from ..evaluation.processes import launched_processes
@@ -219,7 +220,8 @@ def load_any_pipeline(
         `ValueError`: As [`pipeline_class`].
     """
     kind = pipeline_class(model, revision)
-    return kind.from_pretrained(model, dtype=dtype, revision=revision, variant=variant)
+    settings = safety_checker_settings(DiffusionPipeline.load_config(model, revision=revision))
+    return kind.from_pretrained(model, dtype=dtype, revision=revision, variant=variant, **settings)
 
 
 def safety_call(pipeline: DiffusionPipeline, safety: str | None, concept: str | None) -> dict:

@@ -10,6 +10,7 @@ from torch import nn
 from ..arguments import typed
 from ..backbones import StoredModel, stored_unet
 from ..concepts import read_concepts
+from ..lora import layers_to_adapt
 from ..students import STUDENTS, empty_student, resolve_student
 from ..trajectories import Trajectories
 from ..weights import select_parameters
@@ -221,7 +222,9 @@ class DistillationArguments(SamplingArguments):
                     raise ValueError(f"from_student {self.from_student}: has {name} {own}, the teacher {there}")
         if self.feature_weight > 0:
             feature_pairs(student.config, teacher.config, self.feature_map)
-        select_parameters(student, self.train_method)
+        names = select_parameters(student, self.train_method)
+        if self.rank is not None:
+            layers_to_adapt(student, names, self.rank)
         return student
 
     def _check_noise(self, teacher: StoredModel) -> None:

@@ -13,6 +13,7 @@ from .sources import ENDINGS, fields_of, fill, is_file, is_source, read_records
 
 
 PROMPT_COLUMN = "prompt"
+MAX_IMAGES = 10**7  # of one list: a hundred times the largest that are published
 SUBJECT = "subject"  # the label of what a template was filled with
 
 
@@ -80,6 +81,11 @@ def read_prompts(
         numbered = _of_categories(numbered, categories, chosen, where)
     if max_prompts is not None:
         numbered = sorted(sorted(numbered, key=_rank)[:max_prompts], key=lambda entry: entry[0])
+    if (count := len(numbered) * images_per_prompt) > MAX_IMAGES:
+        raise ValueError(
+            f"images_per_prompt {images_per_prompt}: with {len(numbered):,} prompts these are {count:,} images; "
+            f"allowed are at most {MAX_IMAGES:,}"
+        )
     rows = []
     for number, record in numbered:
         try:
