@@ -1,6 +1,6 @@
 """Erases concepts from a Stable Diffusion model by Erasing Concepts from Diffusion (ESD, arXiv 2303.07345).
 
-    accelerate launch --quiet train_esd.py \\
+    python train_esd.py \\
         --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 \\
         --concepts "Van Gogh" --train_method esd-x --output_dir sd-1.4-without-van-gogh
 

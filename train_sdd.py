@@ -1,6 +1,6 @@
 """Erases concepts from a Stable Diffusion model by Safe self-Distillation Diffusion (SDD, arXiv 2307.05977).
 
-    accelerate launch --quiet train_sdd.py \\
+    python train_sdd.py \\
         --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 \\
         --concepts "nudity" "violence" --train_method xattn --output_dir sd-1.4-safe
 

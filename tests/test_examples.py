@@ -20,7 +20,7 @@ RECIPES = sorted(set(EXAMPLES.glob("*.yaml")) - {STUDENT})
 
 def command_of(recipe):
     """The method that a recipe's own command line names."""
-    (line,) = [line for line in recipe.read_text().splitlines() if "accelerate launch" in line]
+    (line,) = [line for line in recipe.read_text().splitlines() if "python train_" in line]
     assert line.endswith(f"--config examples/{recipe.name}")
     return {"train_sdd.py": sdd, "train_esd.py": esd}[line.split(" --config")[0].split()[-1]]
 

@@ -1,18 +1,28 @@
-"""Command lines from dataclasses: what is wrong is told in one line before any work starts."""
+"""Options: types and limits checked by one function for Python, YAML files and command lines, and one line for an
+error."""
 
+import inspect
 import logging
+import math
+import numbers
 import os
+import re
+import select
+import signal
 import sys
-from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields, is_dataclass
+from decimal import Decimal
 from difflib import get_close_matches
+from functools import cache, wraps
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TextIO, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
 
 from .output_folders import OutputFolderError
 
@@ -20,12 +30,237 @@ from .output_folders import OutputFolderError
 logger = logging.getLogger(__name__)
 Arguments = TypeVar("Arguments")
 
+_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+# Upper limits by the name of an option, wherever it occurs: with more, no run could start or end.
+AT_MOST = {
+    "rank": 2**14,
+    "resolution": 2**14,
+    "height": 2**14,
+    "width": 2**14,
+    "resize": 2**16,
+    "max_train_steps": 10**8,
+    "train_batch_size": 2**16,
+    "batch_size": 2**16,
+    "scoring_batch_size": 2**16,
+    "gradient_accumulation_steps": 10**6,
+    "num_inference_steps": 10**4,
+    "trajectory_pool": 10**7,
+    "images_per_prompt": 10**6,
+    "num_validation_images": 10**3,
+    "pictures": 10**5,
+    "num_seeds": 10**6,
+    "inversion_steps": 10**8,
+    "inversion_batch_size": 2**16,
+    "inversion_num_pictures": 10**6,
+    "kid_subsets": 10**6,
+    "kid_subset_size": 10**7,
+    "shard_size": 10**7,
+    "concurrency": 10**4,
+    "retries": 10**3,
+    "timeout": 86400,
+    "dataloader_num_workers": 1024,
+}
+MAX_YAML_BYTES = 2**24
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
-class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Descriptions as they are written, and the defaults that say something."""
 
-    def _get_help_string(self, action: Action) -> str | None:
-        return action.help if action.default in (None, []) else super()._get_help_string(action)
+class _Misfit(Exception):
+    """A value that is not of the type; the text says what is wrong with it."""
+
+
+def typed(target: Callable) -> Callable:
+    """Decorator of a function or a dataclass: converts its arguments to their annotations, or raises a `ValueError`
+    that names the argument, the value and what is allowed. See [`check_values`]."""
+    function = target.__init__ if isinstance(target, type) else target
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def checked(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        bound.arguments.update(check_values(target, bound.arguments))
+        return function(*bound.args, **bound.kwargs)
+
+    if isinstance(target, type):
+        target.__init__ = checked
+        return target
+    return checked
+
+
+def check_values(target: Callable, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Converts values to the types that a function or a dataclass declares for them.
+
+    Text is read as a number, or as `true` or `false`, where the type asks for it; a single text stands for a list of
+    one; paths, tuples and numpy scalars are accepted. Numbers must be finite and at most `AT_MOST`. Types that are not
+    known here are left as they are.
+
+    Args:
+        target (`Callable`): The function or dataclass. A field's metadata may hold `choices`.
+        values (`Mapping[str, Any]`): By name.
+
+    Returns:
+        `dict[str, Any]`: The same names.
+
+    Raises:
+        `ValueError`: If a value does not fit.
+    """
+    hints = _type_hints(target)
+    choices = {item.name: item.metadata.get("choices") for item in fields(target)} if is_dataclass(target) else {}
+    return {
+        name: check_value(name, value, hints[name], choices.get(name)) if name in hints else value
+        for name, value in values.items()
+    }
+
+
+@cache
+def _type_hints(target: Callable) -> dict[str, Any]:
+    """The types of the parameters that are given by name."""
+    function = target.__init__ if isinstance(target, type) else target
+    hints = get_type_hints(function)
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    known = inspect.signature(function).parameters.values()
+    return {item.name: hints[item.name] for item in known if item.name in hints and item.kind not in variable}
+
+
+def check_value(name: str, value: Any, kind: Any, choices: Iterable[str | None] | None = None) -> Any:
+    """[`check_values`] for one value."""
+    try:
+        value = _converted(value, kind)
+    except _Misfit as misfit:
+        shown = "" if "token" in name else f" {misfit.args[1]}"
+        raise ValueError(f"{name}{shown}: {misfit.args[0]}") from None
+    most = AT_MOST.get(name)
+    if most is not None and isinstance(value, (int, float)) and value > most:
+        raise ValueError(f"{name} {value}: must be at most {most:,}")
+    if choices is None or value is None:
+        return value
+    return (
+        [choose(name, entry, choices) for entry in value] if isinstance(value, list) else choose(name, value, choices)
+    )
+
+
+def choose(name: str, value: str, allowed: Iterable[str | None]) -> str:
+    """The one of the allowed values that is meant; `_` and `-` count alike.
+
+    Raises:
+        `ValueError`: If there is none.
+    """
+    known = [word for word in allowed if word is not None]
+    if value in known:
+        return value
+    for word in known:
+        if word.replace("_", "-").casefold() == str(value).strip().replace("_", "-").casefold():
+            return word
+    raise ValueError(f"{name} '{value}': unknown; allowed are {', '.join(known)}")
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    """The value as the type, or a [`_Misfit`] with what is allowed and the value as messages show it."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()  # a scalar of numpy or torch
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if value is None and NoneType in kinds:
+        return None
+    kinds = [option for option in kinds if option is not NoneType]
+    if Any in kinds:
+        return value
+    exact = [option for option in kinds if _is_class(option) and isinstance(value, option)]
+    wrong = []
+    for option in exact or kinds:
+        try:
+            return _as_kind(value, option)
+        except _Misfit as misfit:
+            wrong.append(misfit)
+    if len(wrong) == 1:
+        raise wrong[0]
+    raise _Misfit(" or ".join(dict.fromkeys(misfit.args[0] for misfit in wrong)), shown(value))
+
+
+def _as_kind(value: Any, kind: Any) -> Any:
+    origin = get_origin(kind) or kind
+    if origin in (list, tuple, Sequence, Iterable):
+        return _as_list(value, kind, tuple if origin is tuple else list)
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise _Misfit("must be a mapping", shown(value))
+        return value
+    fits = {bool: _as_bool, int: _as_int, float: _as_float, str: _as_text, Path: _as_text}.get(origin)
+    if fits is not None:
+        if (converted := fits(value)) is None:
+            raise _Misfit(f"must be {_KINDS[origin]}", shown(value))
+        return Path(converted) if origin is Path else converted
+    if _is_class(origin) and not isinstance(value, origin):
+        if is_dataclass(origin) or isinstance(value, (NoneType, str, bytes, int, float, list, tuple, dict, set)):
+            raise _Misfit(f"must be a {origin.__name__}", shown(value))
+    return value
+
+
+def _is_class(kind: Any) -> bool:
+    return isinstance(kind, type) and not getattr(kind, "_is_protocol", False) and get_origin(kind) is None
+
+
+def _as_list(value: Any, kind: Any, make: type) -> list | tuple:
+    entry = next(iter(get_args(kind)), Any)
+    if isinstance(value, (str, os.PathLike)):
+        value = [value]
+    elif not isinstance(value, (list, tuple)) and hasattr(value, "tolist"):
+        value = value.tolist()  # of numpy, pandas, torch
+    if not isinstance(value, (list, tuple)):
+        names = {str: "texts", int: "whole numbers", float: "numbers"}
+        raise _Misfit(f"must be a list{f' of {names[entry]}' if entry in names else ''}", shown(value))
+    return make(_converted(part, entry) for part in value)
+
+
+def _as_bool(value: Any) -> bool | None:
+    word = str(value).strip().lower() if isinstance(value, (str, int)) else None
+    return True if word in _TRUE else False if word in _FALSE else None
+
+
+def _as_int(value: Any) -> int | None:
+    if isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:  # such as 1e3, or more digits than Python reads
+            pass
+    number = value if isinstance(value, int) else _as_float(value)
+    whole = number is not None and not isinstance(value, bool) and number == int(number)
+    return int(number) if whole else None
+
+
+def _as_float(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (str, numbers.Real, Decimal)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    if not math.isfinite(number):
+        raise _Misfit("must be a finite number", shown(value))
+    return value if isinstance(value, int) else number
+
+
+def _as_text(value: Any) -> str | None:
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str):
+        return None
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise _Misfit("is not valid Unicode text", shown(value)) from None
+    if "\0" in value:
+        raise _Misfit("must not hold a null character", shown(value))
+    return str(value)
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: texts and numbers cut short, of anything else the type."""
+    if isinstance(value, str):
+        return repr(value) if len(value) <= 80 else f"{value[:76]!r}..."
+    if value is None or isinstance(value, (float, Decimal)):
+        return str(value)
+    if isinstance(value, int):
+        return str(value) if abs(value) < 10**80 else "of more than 80 digits"
+    return f"({type(value).__name__})"
 
 
 def parse_dataclass(
@@ -35,109 +270,240 @@ def parse_dataclass(
     prog: str | None = None,
     check: Callable[[Arguments], None] | None = None,
     presets: dict[str, dict[str, Any]] | None = None,
+    positional: str | None = None,
 ) -> Arguments:
-    """Reads a command line into a dataclass whose `__post_init__` checks its values.
+    """Reads a command line into a dataclass; its types are checked by [`check_values`], its values by `__post_init__`.
 
-    `--config FILE` reads options from a YAML file first, a key for each; what the command line says wins.
+    `--config FILE` reads options from a YAML file, a key for each, which the command line replaces. A list option that
+    is given several times on the command line is extended. In names `_` and `-` count alike.
 
     Args:
         kind (`type`): The dataclass; a field's `help` metadata is its help.
         description (`str`, *optional*): Head of `--help`.
         argv (`list[str]`, *optional*): The words; those of the process by default.
         prog (`str`, *optional*): Name of the program in messages.
-        check (`Callable`, *optional*): Looks at what lies outside the arguments: files, folders, models.
+        check (`Callable`, *optional*): Checks what lies outside the arguments: files, folders, models.
         presets (`dict[str, dict]`, *optional*): Values that `--preset NAME` puts in place of the defaults; the
             dataclass then has a field `preset`.
+        positional (`str`, *optional*): Name of the option that may be given without its name.
 
     Raises:
-        `SystemExit`: With code 2 after one line on stderr, where `__post_init__` or `check` raises a `ValueError`.
+        `SystemExit`: With code 2 after one line on stderr, if an option is not known, a value does not fit, or `check`
+            raises a `ValueError` or an `OSError`.
     """
-    parser = HfArgumentParser(kind, description=description, prog=prog, formatter_class=_HelpFormatter)
-    tell_errors_in_one_line(parser)
-    parser.add_argument("--config", help="YAML file with options, a key for each; those given here win.")
-    words = sys.argv[1:] if argv is None else argv
+    parser, names = _make_parser(kind, description, prog)
+    words = [_with_underscores(word, names) for word in (sys.argv[1:] if argv is None else argv)]
     try:
-        config = _read_config(_value_of("--config", words))
-        parser.set_defaults(**{name: [] for name, value in config.items() if value == []})
-        words = [*_words(config), *words]
-        if presets is not None:
-            preset = _value_of("--preset", words) or parser.get_default("preset")
-            words = [*_words(presets.get(preset, {})), *words]
-        namespace, unknown = parser.parse_known_args(words)
+        given, unknown = parser.parse_known_args(words)
+        given = vars(given)
+        if positional is not None and unknown and not unknown[0].startswith("-"):
+            given.setdefault(positional, unknown.pop(0))
         if unknown:
-            raise ValueError(f"unrecognized arguments: {_unrecognized(unknown, kind)}")
-        arguments = kind(**{item.name: getattr(namespace, item.name) for item in fields(kind)})
+            raise ValueError(f"unrecognized arguments: {_unrecognized(unknown, names)}")
+        config = read_config(given.pop("config", None), kind)
+        values = {**config, **check_values(kind, given)}
+        if presets:
+            defaults = {item.name: item.default for item in fields(kind)}
+            values = {**presets.get(values.get("preset", defaults["preset"]), {}), **values}
+        missing = [f"--{item.name}" for item in fields(kind) if _is_required(item) and item.name not in values]
+        if missing:
+            raise ValueError(f"the following arguments are required: {', '.join(missing)}")
+        arguments = kind(**values)
         if check is not None:
             check(arguments)
-    except ValueError as error:
-        parser.error(str(error))
+    except (ValueError, OSError, RecursionError) as error:
+        logger.debug("where it happened:", exc_info=True)
+        parser.error(" ".join(str(error).split()) or type(error).__name__)
+    _hide_inner_progress_bars()
     return arguments
 
 
-def _unrecognized(words: list[str], kind: type) -> str:
-    """Unknown options, by name only because a value may be a secret, with those that were probably meant."""
-    known = [f"--{item.name}" for item in fields(kind)]
-    told = []
-    for name in [word.split("=")[0] for word in words if word.startswith("--")] or words:
-        close = get_close_matches(name, known, n=1, cutoff=0.8)
-        told.append(f"{name} (did you mean {close[0]}?)" if close else name)
-    return " ".join(told)
+def _hide_inner_progress_bars() -> None:
+    """diffusers shows one for the parts of a pipeline, transformers another within it for the weights of a part."""
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
 
 
-def _value_of(option: str, words: list[str]) -> str | None:
-    """The last value of an option on a command line."""
-    finder = ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument(option, dest="value", nargs="?")  # that it lacks a value is told by the real parser
-    return finder.parse_known_args(words)[0].value
+def _is_required(item: Field) -> bool:
+    return item.init and item.default is MISSING and item.default_factory is MISSING
 
 
-def _read_config(path: str | None) -> dict[str, Any]:
-    if path is None:
-        return {}
+def _make_parser(kind: type, description: str | None, prog: str | None) -> tuple[ArgumentParser, dict[str, None]]:
+    """The parser, which leaves out what is not given and converts nothing, and the names that it knows."""
+    parser = ArgumentParser(
+        prog=prog, description=description, formatter_class=RawDescriptionHelpFormatter, argument_default=SUPPRESS
+    )
+    tell_errors_in_one_line(parser)
+    hints, names = _type_hints(kind), {}
+    for item in fields(kind):
+        if not item.init:
+            continue
+        default = item.default_factory() if item.default_factory is not MISSING else item.default
+        help = item.metadata.get("help", "")
+        if default not in (MISSING, None, "", [], ()):
+            told = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
+            help += f" (default: {told})"
+        how = {"help": help.replace("%", "%%")}
+        parts = (
+            get_args(hints[item.name]) if get_origin(hints[item.name]) in (Union, UnionType) else (hints[item.name],)
+        )
+        if any((get_origin(part) or part) in (list, tuple) for part in parts):
+            how |= {"nargs": "+", "action": "extend"}
+        elif bool in parts:
+            how |= {"nargs": "?", "const": True}
+        names[item.name] = None
+        parser.add_argument(f"--{item.name}", **how)
+        if default is True:
+            names[f"no_{item.name}"] = None
+            parser.add_argument(f"--no_{item.name}", action="store_false", dest=item.name, help="Turns it off.")
+    parser.add_argument(
+        "--config",
+        help="YAML file with options, a key for each. What is given on the command line replaces the file's value; a "
+        "list option that is given several times on the command line is extended.",
+    )
+    parser.add_argument("--version", action="version", version=f"diffusers-safe {package_version()}")
+    return parser, {**names, "config": None, "version": None, "help": None}
+
+
+def _with_underscores(word: str, names: Iterable[str]) -> str:
+    """`--max-train-steps=3` as `--max_train_steps=3`, if it is the name of an option."""
+    name, equals, value = word.partition("=")
+    known = name[2:].replace("-", "_")
+    return f"--{known}{equals}{value}" if name.startswith("--") and known in names else word
+
+
+def _unrecognized(words: list[str], names: Iterable[str]) -> str:
+    """Unknown options, without values, which may be secret, and the options that were probably meant."""
+    options = [word for word in words if word[:1] in ("-", "–", "—")]
+    return " ".join(suggested(word.partition("=")[0], names) for word in options or words)
+
+
+def suggested(word: str, names: Iterable[str], prefix: str = "--") -> str:
+    """A word, with the name that was probably meant."""
+    names = {name.replace("-", "_"): name for name in names}
+    close = [names[name] for name in get_close_matches(word.strip("-–—'").replace("-", "_"), names, n=1, cutoff=0.7)]
+    return f"{word} (did you mean {prefix}{close[0]}?)" if close else word
+
+
+class TextLoader(yaml.BaseLoader):
+    """Every value as text, as on a command line (`no` is a word), but null; a key is there once."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            if name is not None and (name := name.replace("-", "_")) in seen:
+                raise yaml.constructor.ConstructorError(problem=f"{shown(name)} twice", problem_mark=key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+_NULL = "tag:yaml.org,2002:null"
+TextLoader.add_implicit_resolver(_NULL, re.compile("^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+TextLoader.add_constructor(_NULL, lambda loader, node: None)
+
+
+def read_yaml(path: str | Path, name: str) -> Any:
+    """Reads a YAML file: texts, `None`, lists and mappings.
+
+    Args:
+        path (`str` or `Path`): The file.
+        name (`str`): What it is, for messages.
+
+    Raises:
+        `ValueError`: If it cannot be read, is larger than 16 MiB or nested too deeply, or has a key twice.
+    """
     try:
-        # Everything as text, as on a command line: `no` is a word.
-        options = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        with open(path, "rb") as file:
+            data = file.read(MAX_YAML_BYTES + 1)
+        if len(data) > MAX_YAML_BYTES:
+            raise ValueError(f"{name} {path}: is larger than {MAX_YAML_BYTES >> 20} MiB")
+        return yaml.load(data.decode("utf-8-sig"), TextLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or getattr(error, "problem", None) or type(error).__name__
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else reason
         mark = getattr(error, "problem_mark", None)  # the line's text may hold a secret
         where = f" in line {mark.line + 1}" if mark else ""
-        raise ValueError(f"config {path}: cannot be read as YAML ({reason}{where})") from None
+        raise ValueError(f"{name} {path}: cannot be read as YAML ({reason}{where})") from None
+
+
+def read_config(path: str | None, kind: type) -> dict[str, Any]:
+    """The options of a dataclass in a YAML file. A key without a value is left out.
+
+    Raises:
+        `ValueError`: If the file cannot be read, a key is none of the options, or a value does not fit.
+    """
+    if path is None:
+        return {}
+    options = {} if (found := read_yaml(path, "config")) is None else found
     if not isinstance(options, dict):
         raise ValueError(f"config {path}: must hold a mapping of options to values")
+    options = {str(name).replace("-", "_"): value for name, value in options.items()}
     if "config" in options:
         raise ValueError(f"config {path}: names another config")
-    return options
+    names = [item.name for item in fields(kind) if item.init]
+    if unknown := [name for name in options if name not in names]:
+        told = " ".join(suggested(f"--{name}", names) for name in unknown)
+        raise ValueError(f"config {path}: unrecognized arguments: {told}")
+    try:
+        return check_values(kind, {name: value for name, value in options.items() if value is not None})
+    except ValueError as error:
+        raise ValueError(f"config {path}: {error}") from None
 
 
-def _words(options: dict[str, Any]) -> list[str]:
-    """Options as a command line says them; those without a value are left to the default."""
-    words = []
-    for name, value in options.items():
-        if isinstance(value, list) and value:
-            words += [f"--{name}", *map(str, value)]
-        elif value not in ([], None, "", "null", "~"):
-            words.append(f"--{name}={value}")
-    return words
+def package_version() -> str:
+    try:
+        return version("diffusers-safe")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def note(message: str, *args: Any) -> None:
+    """Prints a note on stderr, from one process of those that were launched together."""
+    if is_first_process():
+        logger.warning(message, *args)
 
 
 def tell_errors_in_one_line(parser: ArgumentParser) -> None:
     """One line from one process, instead of argparse's page of usage from each; and options by their full names."""
-    first_process = os.environ.get("RANK", "0") == "0"
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n" if first_process else None)
-    parser.allow_abbrev = False
+
+    def error(message: str) -> None:
+        line = f"{parser.prog}: error: {message}\n".encode("utf-8", "backslashreplace").decode()
+        parser.exit(2, line if is_first_process() else None)
+
+    parser.error, parser.allow_abbrev = error, False
 
 
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
     """Ends the program with one line and code 1 where the work meets bad input (`ValueError`), a file that cannot be
-    read or written (`OSError`) or numbers that have gone astray (`FloatingPointError`); with code 2 where the output
-    folder cannot be used."""
+    read or written (`OSError`) or numbers that have gone astray (`FloatingPointError`), and with code 2 where the
+    output folder cannot be used; silently, as `cat` does, where the reader of its output has gone (`| head -1`)."""
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
     except OutputFolderError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except (ValueError, OSError, FloatingPointError) as error:
+        if isinstance(error, BrokenPipeError) and not all(map(_has_reader, (sys.stdout, sys.stderr))):
+            raise SystemExit(128 + signal.SIGPIPE) from None
         logger.debug("where it happened:", exc_info=True)
         reason = str(error).strip().split("\n")[0]
         raise SystemExit(f"error: {reason}") from None
+
+
+def _has_reader(stream: TextIO) -> bool:
+    """Whether the other end of a pipe still reads; if not, the rest of what is written goes nowhere."""
+    waiting = select.poll()
+    waiting.register(stream.fileno(), 0)
+    if not waiting.poll(0):
+        return True
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return False

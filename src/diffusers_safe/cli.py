@@ -4,6 +4,8 @@ import argparse
 import importlib
 import sys
 
+from .arguments import package_version, suggested, tell_errors_in_one_line, told_in_one_line
+
 
 # command -> (module with `main(argv, prog)`, what it does); imported only when it is called
 COMMANDS = {
@@ -46,6 +48,7 @@ COMMANDS = {
 }
 
 
+@told_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     listing = "\n".join(f"  {name:13} {description}" for name, (_, description) in COMMANDS.items())
@@ -55,8 +58,18 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="diffusers-safe COMMAND [options]   (diffusers-safe COMMAND --help)",
     )
-    parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS)
-    command = parser.parse_args(argv[:1]).command
+    tell_errors_in_one_line(parser)
+    parser.add_argument("--version", action="version", version=f"diffusers-safe {package_version()}")
+    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
+    known, unknown = parser.parse_known_args(argv[:1])
+    if unknown:
+        parser.error(f"unrecognized arguments: {suggested(unknown[0], ['help', 'version'])}; give a COMMAND first")
+    if known.command is None:
+        parser.error(f"the following arguments are required: COMMAND, one of {', '.join(COMMANDS)}")
+    command = known.command.replace("_", "-")
+    if command not in COMMANDS:
+        meant = suggested(f"'{known.command}'", COMMANDS, "")
+        parser.error(f"invalid choice: {meant}; commands are {', '.join(COMMANDS)}")
     importlib.import_module(COMMANDS[command][0]).main(argv[1:], f"diffusers-safe {command}")
 
 

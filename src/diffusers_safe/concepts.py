@@ -1,57 +1,108 @@
 """What to erase: reading lists of concepts, and the order in which several are trained."""
 
 import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
+from .arguments import choose, note
+
 
 CONCEPT_SCHEDULES = ("iterative", "random", "composite", "sequential")
 PROMPT_ORDERS = ("paper", "repository", "matched")
 
 
-def read_concepts(values: list[str]) -> list[str]:
-    """Reads `--concepts`: names, or one `.txt` file with a concept a line.
+def read_concepts(values: Iterable[str], name: str = "concepts") -> list[str]:
+    """Reads `--concepts` and other lists of names or prompts: each is itself, or a `.txt` file with one a line.
 
-    In a file, empty lines and lines that start with `#` are skipped. Repeated concepts are kept once.
+    In a file, empty lines and lines that start with `#` are skipped. What is given several times is kept once, and a
+    note says so; another says where a name has a comma in it, since it is one concept.
 
     Args:
-        values (`list[str]`): `["Van Gogh", "Claude Monet"]` or `["artists.txt"]`.
+        values (`Iterable[str]`): `["Van Gogh", "Claude Monet"]` or `["artists.txt"]`.
+        name (`str`, defaults to `"concepts"`): The option, for messages. Commas are expected in those whose name ends
+            with `prompts`.
 
     Returns:
-        `list[str]`: At least one concept, none of them blank.
+        `list[str]`: At least one, none of them blank.
 
     Raises:
-        `ValueError`: If the list or the file is empty, a concept is blank, or the file does not exist.
+        `ValueError`: If the list or a file is empty, an entry is blank, or a file does not exist.
     """
-    if len(values) == 1 and values[0].endswith(".txt"):
-        path = Path(values[0])
-        if not path.is_file():
-            raise ValueError(f"concepts file {path}: no such file")
-        try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"concepts file {path}: cannot be read as UTF-8 text ({error})") from None
-        concepts = [line for line in lines if line and not line.startswith("#")]
-        if not concepts:
-            raise ValueError(f"concepts file {path}: holds no concept; write one a line")
-    else:
-        concepts = [value.strip() for value in values]
-        if not concepts or not all(concepts):
-            raise ValueError(f"concepts {values}: give at least one concept, and none that is blank")
-    return list(dict.fromkeys(concepts))
+    found = []
+    for value in values:
+        found += _read_lines(Path(value), name) if value.strip().endswith(".txt") else [value.strip()]
+    if not found or not all(found):
+        raise ValueError(f"{name} {list(values)!r:.200}: give at least one {_entry(name)}, and none that is blank")
+    kept = {}
+    for entry in found:
+        kept.setdefault(" ".join(entry.split()).casefold(), entry)
+    if len(kept) < len(found):
+        counts = Counter(" ".join(entry.split()).casefold() for entry in found)
+        told = ", ".join(f"'{kept[key]}' ({count} times)" for key, count in counts.items() if count > 1)
+        note("%s: given several times, used once: %s", name, told)
+    for entry in kept.values():
+        if not name.endswith("prompts") and len(parts := [part.strip() for part in re.split("[,;]", entry)]) > 1:
+            separate = " ".join(f'"{part}"' for part in parts if part)
+            note('%s: "%s" is one concept; for %d of them write --%s %s', name, entry, len(parts), name, separate)
+    return list(kept.values())
+
+
+def _read_lines(path: Path, name: str) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"{name} file {path}: no such file")
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name} file {path}: cannot be read as UTF-8 text ({error})") from None
+    if not (entries := [line for line in lines if line and not line.startswith("#")]):
+        raise ValueError(f"{name} file {path}: holds no {_entry(name)}; write one a line")
+    return entries
+
+
+def _entry(name: str) -> str:
+    return "prompt" if name.endswith("prompts") else "concept"
 
 
 def names_concept(prompt: str, concept: str) -> bool:
-    """Whether a prompt has a concept's words in it, as whole words and in whatever case."""
-    return naming_pattern((concept,)).search(prompt) is not None
+    """Whether a prompt has a concept's words in it: whole words in a row, in whatever case, singular or plural."""
+    words, sought = _words(prompt), _words(concept)
+    return bool(sought) and any(
+        all(map(_same_word, words[start : start + len(sought)], sought))
+        for start in range(len(words) - len(sought) + 1)
+    )
+
+
+@lru_cache(4096)
+def _words(text: str) -> tuple[str, ...]:
+    """Words and single symbols; `Van_Gogh` and `van-gogh` are two words."""
+    return tuple(re.findall(r"[^\W_]+|[^\w\s-]", unicodedata.normalize("NFKC", text).casefold()))
+
+
+def _same_word(first: str, second: str) -> bool:
+    return first == second or first in _singulars(second) or second in _singulars(first)
+
+
+@lru_cache(4096)
+def _singulars(word: str) -> frozenset[str]:
+    """What a word may be the plural of."""
+    endings = {"s": ("",), "es": ("",), "ies": ("y",), "ves": ("f", "fe"), "men": ("man",), "children": ("child",)}
+    return frozenset(
+        word.removesuffix(plural) + singular
+        for plural, singulars in endings.items()
+        if word.endswith(plural) and len(word) > 3 and not word.endswith(("ss", "us", "is"))
+        for singular in singulars
+    )
 
 
 @lru_cache
 def naming_pattern(concepts: tuple[str, ...]) -> re.Pattern:
-    """What is found in the prompts that name one of these concepts; for many prompts."""
+    """Finds these concepts in captions as they are written, as whole words in whatever case; for many captions."""
     names = "|".join(map(re.escape, concepts))
     return re.compile(rf"(?<!\w)(?:{names})(?!\w)", re.IGNORECASE)
 
@@ -92,12 +143,8 @@ class ConceptSchedule:
     def __post_init__(self):
         if not self.concepts:
             raise ValueError("concepts: the list is empty; give at least one concept")
-        for name, value, allowed in (
-            ("concept_schedule", self.schedule, CONCEPT_SCHEDULES),
-            ("prompt_order", self.prompt_order, PROMPT_ORDERS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} '{value}': unknown; allowed are {', '.join(allowed)}")
+        object.__setattr__(self, "schedule", choose("concept_schedule", self.schedule, CONCEPT_SCHEDULES))
+        object.__setattr__(self, "prompt_order", choose("prompt_order", self.prompt_order, PROMPT_ORDERS))
         if self.schedule == "sequential" and not self.num_samples:
             raise ValueError("concept_schedule 'sequential' needs num_samples, the samples of the whole run")
 

@@ -56,15 +56,8 @@ class LoRAWeights(TrainedWeights):
         super().__init__(denoiser, names, ema_decay)
 
     def _set_up(self, denoiser: nn.Module, names: list[str]) -> None:
-        modules = dict(denoiser.named_modules())
-        layers = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
-        layers = [name for name in layers if isinstance(modules[name], (nn.Linear, nn.Conv2d))]
-        if not layers:
-            raise ValueError(
-                f"rank {self.rank}: the train method selects no linear or convolution layer that could hold an "
-                f"adapter, only {', '.join(names[:3])}..."
-            )
-        self.frozen = {f"{name}.weight": modules[name].weight for name in layers}
+        layers = layers_to_adapt(denoiser, names, self.rank)
+        self.frozen = {f"{name}.weight": denoiser.get_submodule(name).weight for name in layers}
         self._denoiser = denoiser
         denoiser.add_adapter(LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=layers), ADAPTER_NAME)
         cast_training_params(denoiser)  # fp32, whatever the base model's dtype
@@ -97,6 +90,26 @@ class LoRAWeights(TrainedWeights):
         finally:
             for layer in self._layers:
                 layer.enable_adapters(True)
+
+
+def layers_to_adapt(denoiser: nn.Module, names: list[str], rank: int) -> list[str]:
+    """The layers that get adapters: linear and convolution layers among the selected weights.
+
+    Raises:
+        `ValueError`: If there is none, or the rank exceeds the full rank of all of them.
+    """
+    modules = dict(denoiser.named_modules())
+    layers = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+    layers = [name for name in layers if isinstance(modules[name], (nn.Linear, nn.Conv2d))]
+    if not layers:
+        raise ValueError(
+            f"rank {rank}: the train method selects no linear or convolution layer that could hold an adapter, only "
+            f"{', '.join(names[:3])}..."
+        )
+    full = max(min(modules[name].weight.flatten(1).shape) for name in layers)
+    if rank > full:
+        raise ValueError(f"rank {rank}: must be at most {full}, the full rank of the largest selected layer")
+    return layers
 
 
 def adapted_layers(denoiser: nn.Module) -> dict[str, LoraLayer]:

@@ -22,6 +22,8 @@ from typing import Any
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 
+from .arguments import choose, typed
+
 
 @dataclass(frozen=True)
 class Student:
@@ -161,10 +163,8 @@ def resolve_student(kind: str) -> str:
     Raises:
         `ValueError`: If the name is unknown.
     """
-    name = ALIASES.get(kind, kind)
-    if name not in STUDENTS:
-        raise ValueError(f"student '{kind}': unknown; allowed are {', '.join([*STUDENTS, *ALIASES])}")
-    return name
+    name = choose("student", kind, [*STUDENTS, *ALIASES])
+    return ALIASES.get(name, name)
 
 
 def fitting_students(config: Mapping[str, Any]) -> list[str]:
@@ -221,6 +221,7 @@ def _from_teacher(names: Iterable[str], kind: str) -> dict[str, str]:
     return {name: student.teacher_name(name) for name in names}
 
 
+@typed
 def build_student(unet: UNet2DConditionModel, kind: str) -> UNet2DConditionModel:
     """A smaller UNet with copies of the teacher's weights; a stock model, which saves and loads as any.
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .arguments import choose
+
 
 @dataclass(frozen=True)
 class TrainMethod:
@@ -87,12 +89,8 @@ def resolve_train_method(train_method: str) -> str:
     Raises:
         `ValueError`: If the name is unknown.
     """
-    name = _ALIASES.get(train_method, train_method)
-    if name not in TRAIN_METHODS:
-        raise ValueError(
-            f"train_method '{train_method}': unknown; allowed are {', '.join([*TRAIN_METHODS, *_ALIASES])}"
-        )
-    return name
+    name = choose("train_method", train_method, [*TRAIN_METHODS, *_ALIASES])
+    return _ALIASES.get(name, name)
 
 
 def select_parameters(denoiser: nn.Module, train_method: str) -> list[str]:

@@ -114,7 +114,12 @@ def test_a_preset_stands_for_options_that_are_not_given(make_tiny_pipeline):
     "changes, message",
     [
         ({"method": "uce"}, "method 'uce': unknown; allowed are esd, sdd"),
-        ({"concepts": "knife"}, "must be a list of names"),
+        ({"concepts": 3}, "concepts 3: must be a list of texts"),
+        ({"max_train_steps": True}, "max_train_steps True: must be a whole number"),
+        ({"learning_rate": "fast"}, "learning_rate 'fast': must be a number"),
+        ({"seed": None}, "seed None: must be a whole number"),
+        ({"rank": 1000}, "rank 1000: must be at most 32, the full rank of the largest selected layer"),
+        ({"learnin_rate": 1}, r"learnin_rate \(did you mean learning_rate\?\): no option"),
         ({"concepts": []}, "at least one concept"),
         ({"learning_rates": 1}, "learning_rates: no option of method 'sdd'"),
         ({"dry_run": True}, "dry_run: only for the script"),

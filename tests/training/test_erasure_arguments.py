@@ -144,9 +144,10 @@ def test_a_family_that_is_not_supported(capsys, tmp_path, arguments):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--concept", "knife"], "required"),
+        (["--seed", "3"], "the following arguments are required: --pretrained_model_name_or_path, --output_dir"),
+        (["--concept", "knife"], "unrecognized arguments: --concept (did you mean --concepts?)"),
         (["--concepts"], "expected at least one argument"),
-        (["--max_train_steps", "1.5"], "invalid int value: '1.5'"),
+        (["--max_train_steps", "1.5"], "max_train_steps '1.5': must be a whole number"),
     ],
 )
 def test_what_argparse_refuses_is_one_line_too(capsys, argv, message):
@@ -261,7 +262,7 @@ def test_a_config_file_gives_options_and_the_command_line_wins(unchecked, tmp_pa
     "text, message",
     [
         ("learning_rates: 1", "unrecognized arguments: --learning_rates"),
-        ("learning_rate: high", "invalid float value: 'high'"),
+        ("learning_rate: high", "learning_rate 'high': must be a number"),
         ("- a\n- b", "must hold a mapping"),
         ("a: [", "cannot be read as YAML"),
         ("hub_token: hf_SECRET: x", "cannot be read as YAML (mapping values are not allowed here in line 1)"),

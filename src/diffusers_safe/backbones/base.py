@@ -1,5 +1,6 @@
 """The interface of a model family, and how a pipeline finds its family."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,8 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.loaders import TextualInversionLoaderMixin
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+
+from ..arguments import note
 
 
 # What a denoiser needs to know of a prompt beside latents and timesteps: named tensors, the batch first.
@@ -75,6 +78,10 @@ class Backbone(ABC):
         """
         for name in self.tokenizers:
             check_lengths(prompts, getattr(self.pipeline, name))
+
+    def warn_of_unknown_words(self, concepts: list[str], option: str = "concepts") -> None:
+        """As [`warn_of_unknown_words`]."""
+        warn_of_unknown_words(concepts, [getattr(self.pipeline, name) for name in self.tokenizers], option)
 
     @property
     @abstractmethod
@@ -210,9 +217,50 @@ def check_lengths(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> Non
             )
 
 
+def unknown_words(text: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
+    """The words of a text that a tokenizer does not know, with the tokens it makes of them: an unknown-word token, or
+    so many pieces that they have fewer than two letters each, as when a word is spelled byte by byte. (CLIP's makes
+    pieces of two letters and more of names that are in no dictionary.)"""
+    for token in tokenizer.get_added_vocab():
+        text = text.replace(token, " ")
+    unknown = {}
+    for word in re.findall(r"[^\W\d_]+|[^\w\s]", text):
+        pieces = [piece for piece in tokenizer.tokenize(word) if piece != "▁"]
+        if not pieces or tokenizer.unk_token in pieces or (len(pieces) > 1 and len(word) < 2 * len(pieces)):
+            unknown[word] = pieces
+    return unknown
+
+
+def warn_of_unknown_words(concepts: list[str], tokenizers: list[PreTrainedTokenizerBase], option: str) -> None:
+    """Warns of concepts with words that none of a model's tokenizers knows, and of those that encode as no text."""
+    for concept in concepts:
+        if all(tokenizer(concept).input_ids == tokenizer("").input_ids for tokenizer in tokenizers):
+            note("%s '%s': encodes as the empty prompt does, so there is nothing to erase", option, concept)
+            continue
+        found = [unknown_words(concept, tokenizer) for tokenizer in tokenizers]
+        if unknown := {word: pieces for word, pieces in found[0].items() if all(word in other for other in found)}:
+            told = ", ".join(f"'{word}' ({len(pieces)} pieces)" for word, pieces in unknown.items())
+            note(
+                "%s '%s': the model's tokenizer does not know %s; the model may not know it either, and erasing it "
+                "may change nothing",
+                option,
+                concept,
+                told,
+            )
+
+
 def load_pipeline(name_or_path: str, **hub_arguments) -> DiffusionPipeline:
     """Loads a supported pipeline in fp32, as training needs it. Make a [`StoredModel`] first for clear errors."""
-    return DiffusionPipeline.from_pretrained(name_or_path, dtype=torch.float32, **hub_arguments)
+    where = {name: value for name, value in hub_arguments.items() if name != "variant"}
+    settings = safety_checker_settings(DiffusionPipeline.load_config(name_or_path, **where))
+    return DiffusionPipeline.from_pretrained(name_or_path, dtype=torch.float32, **settings, **hub_arguments)
+
+
+def safety_checker_settings(index: dict[str, Any]) -> dict[str, bool]:
+    """What `from_pretrained` is given with a pipeline that has no safety checker, though its index asks for one:
+    diffusers warns that the user had disabled it."""
+    lacks_one = "safety_checker" in index and not any(index["safety_checker"] or ())
+    return {"requires_safety_checker": False} if lacks_one and index.get("requires_safety_checker") else {}
 
 
 def make_backbone(pipeline: DiffusionPipeline, resolution: int | None = None) -> Backbone:

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DCo
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .base import check_lengths, find_family
+from .base import check_lengths, find_family, warn_of_unknown_words
 
 
 # Whose `load_config` reads a component's config: they differ in the name of the file.
@@ -92,6 +92,10 @@ class StoredModel:
         """
         for tokenizer in self.tokenizers:
             check_lengths(prompts, tokenizer)
+
+    def warn_of_unknown_words(self, concepts: list[str], option: str = "concepts") -> None:
+        """As [`warn_of_unknown_words`]."""
+        warn_of_unknown_words(concepts, self.tokenizers, option)
 
     def make_scheduler(self) -> SchedulerMixin:
         """A fresh scheduler."""

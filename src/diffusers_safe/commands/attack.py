@@ -17,7 +17,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from ..arguments import parse_dataclass, told_in_one_line
+from ..arguments import choose, parse_dataclass, told_in_one_line, typed
 from ..backbones import StoredModel
 from ..emoji import MODEL_FOLDER
 from ..emoji.metrics import EmojiRecognition
@@ -43,6 +43,7 @@ ATTACKS = {"seeds": ("num_seeds",), "paraphrases": ("paraphrases",), "inversion"
 SUCCESS_METRICS = ("nudity", "q16", "inappropriate")  # those of METRICS that see a concept on a single image
 
 
+@typed
 @dataclass(kw_only=True)
 class AttackArguments(EvaluationOptions):
     model: list[str] = field(metadata={"help": "Erased models: folders or Hub ids, as they are or as name=MODEL."})
@@ -54,7 +55,7 @@ class AttackArguments(EvaluationOptions):
         default_factory=list,
         metadata={"help": "Prompts, or one .csv file with a column `prompt`. With --emoji its own by default."},
     )
-    attacks: list[str] = field(metadata={"help": f"Which: {', '.join(ATTACKS)}."})
+    attacks: list[str] = field(metadata={"help": f"Which: {', '.join(ATTACKS)}.", "choices": ATTACKS})
     metrics: list[str] = field(
         default_factory=list,
         metadata={
@@ -80,7 +81,9 @@ class AttackArguments(EvaluationOptions):
     inversion_steps: int = field(default=1000, metadata={"help": "Steps in which the word is learned."})
     inversion_batch_size: int = field(default=4, metadata={"help": "Noisy pictures a step."})
     inversion_learning_rate: float = field(default=5e-3, metadata={"help": "Of the word's embedding."})
-    inversion_loss_space: str = field(default="prediction", metadata={"help": f"{' or '.join(LOSS_SPACES)}."})
+    inversion_loss_space: str = field(
+        default="prediction", metadata={"help": f"{' or '.join(LOSS_SPACES)}.", "choices": LOSS_SPACES}
+    )
     inversion_initializer: str | None = field(
         default=None, metadata={"help": "Words whose embedding is the start; default the concept's own."}
     )
@@ -91,19 +94,17 @@ class AttackArguments(EvaluationOptions):
     inversion_num_pictures: int = field(default=8, metadata={"help": "Pictures that the original model draws."})
     inversion_checkpointing_steps: int = field(default=100, metadata={"help": "Steps between checkpoints; 0: none."})
     output_dir: str = field(default="runs/attack", metadata={"help": "Where images, numbers and report go."})
-    dtype: str = field(default="float32", metadata={"help": f"Of the weights: {', '.join(DTYPES)}."})
+    dtype: str = field(
+        default="float32", metadata={"help": f"Of the weights: {', '.join(DTYPES)}.", "choices": DTYPES}
+    )
 
     overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
 
     def __post_init__(self):
         super().__post_init__()
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype '{self.dtype}': unknown; allowed are {', '.join(DTYPES)}")
         if not self.attacks:
             raise ValueError(f"attacks: none given; known are {', '.join(ATTACKS)}")
         for place, name in enumerate(self.attacks):
-            if name not in ATTACKS:
-                raise ValueError(f"attack '{name}': unknown; known are {', '.join(ATTACKS)}")
             if name in self.attacks[:place]:
                 raise ValueError(f"attack '{name}': given twice")
         self._check_use()
@@ -192,8 +193,7 @@ def emoji_labels(name: str) -> dict:
     Raises:
         `ValueError`: If it is neither a group, nor an object, nor a style.
     """
-    if name not in (*GROUPS, *OBJECTS, *STYLES):
-        raise ValueError(f"emoji '{name}': unknown; allowed are {', '.join([*GROUPS, *OBJECTS, *STYLES])}")
+    name = choose("emoji", name, [*GROUPS, *OBJECTS, *STYLES])
     return {"subject": name, "part": "erased", **({"style": name} if name in STYLES else {})}
 
 
@@ -229,6 +229,7 @@ def check_surroundings(args: AttackArguments) -> None:
     check_claim(args.output_dir, **report_claim("attack", args.rows, args.overwrite))
 
 
+@told_in_one_line()
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(AttackArguments, __doc__, argv, prog, check_surroundings)
     with told_in_one_line():

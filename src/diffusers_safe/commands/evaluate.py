@@ -16,12 +16,18 @@ shares the generating among processes. docs/evaluation.md has the rules.
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
-import yaml
-
-from ..arguments import parse_dataclass, told_in_one_line
+from ..arguments import (
+    check_values,
+    parse_dataclass,
+    read_yaml,
+    shown,
+    suggested,
+    told_in_one_line,
+    typed,
+)
 from ..evaluation.evaluate import as_images, check_subjects, evaluate, report_claim
 from ..evaluation.folders import ImageFolder
 from ..evaluation.generate import MANIFEST, PromptRow, read_manifest
@@ -36,13 +42,13 @@ from .generate import PRESETS
 from .subject import DTYPES, Subject
 
 
-_SUBJECT_FIELDS = {item.name: item for item in fields(Subject)}
 # What says which prompts of a source, and means nothing where the images at hand say it.
 _OF_A_SOURCE = tuple(
     name for name in inspect.signature(read_prompts).parameters if name not in ("source", "row_settings")
 )
 
 
+@typed
 @dataclass(kw_only=True)
 class EvaluateArguments(EvaluationOptions):
     models: list[str] = field(
@@ -60,22 +66,21 @@ class EvaluateArguments(EvaluationOptions):
         default=None,
         metadata={
             "help": "smoke (8 prompts, 10 steps), quick (200 prompts, 25 steps) or paper (all prompts, 10 images of"
-            " each, 50 steps: SLD's for I2P). Other options win."
+            " each, 50 steps: SLD's for I2P). Other options win.",
+            "choices": PRESETS,
         },
     )
     images_only: bool = field(
         default=False, metadata={"help": "Load no model: measure the images that an earlier run left in output_dir."}
     )
-    dtype: str = field(default="float32", metadata={"help": f"Of the weights: {', '.join(DTYPES)}."})
+    dtype: str = field(
+        default="float32", metadata={"help": f"Of the weights: {', '.join(DTYPES)}.", "choices": DTYPES}
+    )
 
     overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
 
     def __post_init__(self):
         super().__post_init__()
-        for name, allowed in (("preset", (None, *PRESETS)), ("dtype", DTYPES)):
-            if getattr(self, name) not in allowed:
-                known = ", ".join(word for word in allowed if word)
-                raise ValueError(f"{name} '{getattr(self, name)}': unknown; allowed are {known}")
         self.subjects = read_subjects(self.models, self.dtype)
         check_subjects(self.subjects)
         if self.images_only:
@@ -127,39 +132,26 @@ def _from_word(word: str, dtype: str) -> Subject | ImageFolder:
 
 
 def _read_yaml(path: str) -> list[dict]:
-    try:
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or getattr(error, "problem", None) or type(error).__name__
-        raise ValueError(f"models {path}: cannot be read as YAML ({reason})") from None
+    entries = read_yaml(path, "models")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"models {path}: must hold a list of mappings, each with name and model or images")
     return entries
 
 
 def _from_mapping(entry: dict, path: str, dtype: str) -> Subject | ImageFolder:
-    name = str(entry.get("name") or "")
+    entry = {str(key).replace("-", "_"): value for key, value in entry.items() if value is not None}
+    name = entry.get("name")
     if not name or ("model" in entry) == ("images" in entry):
-        raise ValueError(f"models {path}: {entry} needs a name, and either model or images")
-    allowed = ["name", "images"] if "images" in entry else list(_SUBJECT_FIELDS)
-    if unknown := [key for key in entry if key not in allowed]:
+        raise ValueError(f"models {path}: the entry {shown(name)} needs a name, and either model or images")
+    allowed = ["name", "images"] if "images" in entry else [item.name for item in fields(Subject)]
+    if unknown := [suggested(key, allowed, "") for key in entry if key not in allowed]:
         raise ValueError(f"models {path}: {name} has {unknown[0]}; allowed are {', '.join(allowed)}")
-    if "images" in entry:
-        return ImageFolder(name, Path(str(entry["images"])))
-    for key, value in entry.items():
-        if key != "name" and not _fits(value, _SUBJECT_FIELDS[key]):
-            raise ValueError(f"models {path}: {name} has a value of another type: {key} {value!r}")
-    return Subject(**{"dtype": dtype, **entry, "name": name})
-
-
-def _fits(value: object, item: Field) -> bool:
-    """Whether a value of a YAML file is of the type of a subject's field."""
-    if item.default is MISSING and item.default_factory is list:
-        return isinstance(value, list) and all(isinstance(part, str) for part in value)
-    if isinstance(item.default, (int, float)):
-        kinds = (int, float) if isinstance(item.default, float) else (int,)
-        return isinstance(value, kinds) and not isinstance(value, bool)
-    return isinstance(value, str) or (value is None and item.default is None)
+    try:
+        if "images" in entry:
+            return ImageFolder(**check_values(ImageFolder, {"name": name, "folder": entry["images"]}))
+        return Subject(**{"dtype": dtype, **entry})
+    except ValueError as error:
+        raise ValueError(f"models {path}: {shown(name)}: {error}") from None
 
 
 def rows_of_images(original: Subject | ImageFolder, row_settings: bool = True) -> list[PromptRow]:
@@ -184,6 +176,7 @@ def check_surroundings(args: EvaluateArguments) -> None:
     check_claim(args.output_dir, **report_claim("evaluation", args.rows, args.overwrite))
 
 
+@told_in_one_line()
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(EvaluateArguments, __doc__, argv, prog, check_surroundings, PRESETS)
     with told_in_one_line():

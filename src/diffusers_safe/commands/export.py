@@ -16,7 +16,7 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..arguments import parse_dataclass, told_in_one_line
+from ..arguments import parse_dataclass, told_in_one_line, typed
 from ..backbones import StoredModel, load_pipeline, make_backbone
 from ..formats import (
     LORA_NAME,
@@ -43,10 +43,11 @@ FORMS = ("full", "unet", "partial", "lora")
 DEFAULT_RANK = 16
 
 
+@typed
 @dataclass
 class ExportArguments:
     source: str = field(metadata={"help": "The erased model: file, folder or Hub id. May be given without --source."})
-    to: str = field(metadata={"help": f"What it becomes: {', '.join(FORMS)}."})
+    to: str = field(metadata={"help": f"What it becomes: {', '.join(FORMS)}.", "choices": FORMS})
     output_dir: str = field(metadata={"help": "Where it goes; a folder without an erased model."})
     base_model: str | None = field(
         default=None, metadata={"help": "What it was erased from, folder or Hub id; default what the source says."}
@@ -73,8 +74,6 @@ class ExportArguments:
     overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
 
     def __post_init__(self):
-        if self.to not in FORMS:
-            raise ValueError(f"to '{self.to}': unknown; allowed are {', '.join(FORMS)}")
         if self.to != "lora" and (self.rank is not None or self.only_weights):
             given = f"rank {self.rank}" if self.rank is not None else "only_weights"
             raise ValueError(f"{given}: needs --to lora")
@@ -151,10 +150,9 @@ def _base_model(args: ExportArguments, erased: ErasedWeights) -> tuple[str, str 
     return name, args.base_revision or erased.known.get("revision")
 
 
+@told_in_one_line()
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
-    if argv and not argv[0].startswith("-"):
-        argv = ["--source", *argv]
-    args = parse_dataclass(ExportArguments, __doc__, argv, prog, check_surroundings)
+    args = parse_dataclass(ExportArguments, __doc__, argv, prog, check_surroundings, positional="source")
     with told_in_one_line(), claimed(args.output_dir, **args.claim):
         lora = export(args)
     if lora is not None:

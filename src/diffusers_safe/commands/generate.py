@@ -13,7 +13,7 @@ again, in however many processes.
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from ..arguments import parse_dataclass, told_in_one_line
+from ..arguments import parse_dataclass, told_in_one_line, typed
 from ..emoji import MODEL_FOLDER
 from ..evaluation.generate import GenerationSettings, generate
 from ..evaluation.processes import launched_processes
@@ -30,13 +30,15 @@ PRESETS = {
 }
 
 
+@typed
 @dataclass(kw_only=True)
 class GenerateArguments(PromptOptions):
     preset: str | None = field(
         default=None,
         metadata={
             "help": "smoke (8 prompts, 10 steps), quick (200 prompts, 25 steps) or paper (all prompts, 10 images of"
-            " each, 50 steps: SLD's for I2P). Other options win."
+            " each, 50 steps: SLD's for I2P). Other options win.",
+            "choices": PRESETS,
         },
     )
     model: str = field(default=str(MODEL_FOLDER), metadata={"help": "Folder or Hub id; default the embedded model."})
@@ -81,8 +83,6 @@ class GenerateArguments(PromptOptions):
         self.subject = Subject(self.model, self.model, **{name: getattr(self, name) for name in names})
         if (self.height is None) != (self.width is None):
             raise ValueError(f"height {self.height}, width {self.width}: give both or neither")
-        if self.preset is not None and self.preset not in PRESETS:
-            raise ValueError(f"preset '{self.preset}': unknown; allowed are {', '.join(PRESETS)}")
         for name in ("num_inference_steps", "batch_size", "height", "width"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -99,6 +99,7 @@ def check_surroundings(args: GenerateArguments) -> None:
     check_claim(args.output_dir)
 
 
+@told_in_one_line()
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(GenerateArguments, __doc__, argv, prog, check_surroundings, PRESETS)
     with told_in_one_line(), claimed(args.output_dir):

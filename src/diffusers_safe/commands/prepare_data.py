@@ -15,7 +15,7 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..arguments import parse_dataclass, told_in_one_line
+from ..arguments import parse_dataclass, told_in_one_line, typed
 from ..concepts import read_concepts
 from ..data import (
     FORMATS,
@@ -29,13 +29,16 @@ from ..data import (
 from ..output_folders import OVERWRITE_HELP, check_claim
 
 
+@typed
 @dataclass
 class PrepareDataArguments:
     source: str = field(
         metadata={"help": "Table, folder of pictures, or dataset on the Hub. May be given without --source."}
     )
     output_dir: str = field(metadata={"help": "Where the shards go; an empty or new folder."})
-    format: str = field(default="webdataset", metadata={"help": f"Of the shards: {', '.join(FORMATS)}."})
+    format: str = field(
+        default="webdataset", metadata={"help": f"Of the shards: {', '.join(FORMATS)}.", "choices": FORMATS}
+    )
     url_column: str | None = field(
         default=None, metadata={"help": "Of a table or dataset: web addresses of pictures; default url."}
     )
@@ -71,7 +74,7 @@ class PrepareDataArguments:
     def __post_init__(self):
         filters = Filters(
             self.min_caption_length,
-            tuple(read_concepts(self.forbidden_concepts)) if self.forbidden_concepts else (),
+            tuple(read_concepts(self.forbidden_concepts, "forbidden_concepts")) if self.forbidden_concepts else (),
             self.min_aesthetic,
             self.min_side,
             self.max_aspect_ratio,
@@ -98,10 +101,9 @@ def report_lines(report: dict) -> list[str]:
     return lines
 
 
+@told_in_one_line()
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
-    if argv and not argv[0].startswith("-"):
-        argv = ["--source", *argv]
-    args = parse_dataclass(PrepareDataArguments, __doc__, argv, prog, check_surroundings)
+    args = parse_dataclass(PrepareDataArguments, __doc__, argv, prog, check_surroundings, positional="source")
     warnings.filterwarnings("ignore", module=r"PIL\.")  # about pictures that are strange; those that fail are counted
     with told_in_one_line():
         report = prepare(args.table, args.output_dir, args.settings, args.downloads, args.overwrite)

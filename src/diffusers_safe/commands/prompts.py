@@ -10,7 +10,7 @@ numbers, too: a copy of the whole list gives 38.57 % and an expected maximum of 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..arguments import parse_dataclass
+from ..arguments import parse_dataclass, told_in_one_line, typed
 from ..evaluation.generate import PromptRow
 from ..evaluation.prompts import PromptOptions, recorded_inappropriateness
 from ..evaluation.prompts.recorded import COLUMN
@@ -21,6 +21,7 @@ from ..evaluation.summary import categories_of
 _MOST = 6  # values that are listed; more are told as a range
 
 
+@typed
 @dataclass
 class PromptsArguments(PromptOptions):
     def __post_init__(self):
@@ -65,6 +66,7 @@ def _told(values: Sequence) -> str:
     return f"{different[0]} to {different[-1]}, {len(different)} different"
 
 
+@told_in_one_line()
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(PromptsArguments, __doc__, argv, prog)
     print("\n".join(overview(args.rows)))

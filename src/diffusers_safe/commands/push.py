@@ -6,49 +6,50 @@ The folder's model card is made anew, unless you edited it: evaluate first, and 
 cannot be reached or refuses, the exit code is 3.
 """
 
-import argparse
+from dataclasses import dataclass, field
 
-from ..arguments import tell_errors_in_one_line
+from ..arguments import parse_dataclass, told_in_one_line, typed
 from ..hub import check_folder, check_push, default_model_id, push_or_exit, write_benchmark
 from ..output_folders import OVERWRITE_HELP, check_claim, claimed
 
 
-def main(argv: list[str] | None = None, prog: str | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+@typed
+@dataclass
+class PushArguments:
+    folder: str = field(metadata={"help": "Output folder of a training. May be given without --folder."})
+    hub_model_id: str | None = field(
+        default=None,
+        metadata={"help": "user/name, or a name in your own account; default the name of the folder."},
     )
-    tell_errors_in_one_line(parser)
-    parser.add_argument("folder", help="Output folder of a training.")
-    parser.add_argument(
-        "--hub_model_id", help="user/name, or a name in your own account. (default: the name of the folder)"
+    hub_token: str | None = field(
+        default=None, repr=False, metadata={"help": "Default HF_TOKEN, or the one of `hf auth login`."}
     )
-    parser.add_argument("--hub_token", help="(default: HF_TOKEN, or the one of `hf auth login`)")
-    parser.add_argument("--hub_private", action="store_true", help="Make the repository private, if it is a new one.")
-    parser.add_argument("--benchmark", help="Id of a benchmark dataset on the Hub that the evaluation is one of.")
-    parser.add_argument(
-        "--benchmark_tasks",
-        nargs="+",
-        default=[],
-        metavar="QUANTITY=TASK_ID",
-        help="Which number is which task of it.",
+    hub_private: bool = field(default=False, metadata={"help": "Make the repository private, if it is a new one."})
+    benchmark: str | None = field(
+        default=None, metadata={"help": "Id of a benchmark dataset on the Hub that the evaluation is one of."}
     )
-    parser.add_argument("--overwrite", action="store_true", help=OVERWRITE_HELP)
-    args = parser.parse_args(argv)
-    try:
-        check_claim(args.folder)
-        check_folder(args.folder)
-        check_push(args.hub_model_id or default_model_id(args.folder), args.hub_token)
+    benchmark_tasks: list[str] = field(
+        default_factory=list, metadata={"help": "Which number is which task of it: QUANTITY=TASK_ID ..."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
+
+
+def check_surroundings(args: PushArguments) -> None:
+    """The folder, the Hub, and then the benchmark's file, which is written."""
+    check_claim(args.folder)
+    check_folder(args.folder)
+    check_push(args.hub_model_id or default_model_id(args.folder), args.hub_token)
+    if args.benchmark or args.benchmark_tasks:
+        tasks = _tasks(args.benchmark, args.benchmark_tasks)
         with claimed(args.folder):
-            if args.benchmark or args.benchmark_tasks:
-                write_benchmark(
-                    args.folder,
-                    args.benchmark,
-                    _tasks(args.benchmark, args.benchmark_tasks),
-                    overwrite=args.overwrite,
-                )
-            push_or_exit(args.folder, args.hub_model_id, args.hub_token, args.hub_private)
-    except ValueError as error:
-        parser.error(str(error))
+            write_benchmark(args.folder, args.benchmark, tasks, overwrite=args.overwrite)
+
+
+@told_in_one_line()
+def main(argv: list[str] | None = None, prog: str | None = None) -> None:
+    args = parse_dataclass(PushArguments, __doc__, argv, prog, check_surroundings, positional="folder")
+    with claimed(args.folder):
+        push_or_exit(args.folder, args.hub_model_id, args.hub_token, args.hub_private)
 
 
 def _tasks(benchmark: str | None, words: list[str]) -> dict[str, str]:

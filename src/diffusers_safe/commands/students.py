@@ -17,7 +17,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import AutoTokenizer
 
-from ..arguments import parse_dataclass, told_in_one_line
+from ..arguments import parse_dataclass, told_in_one_line, typed
 from ..backbones import check_model, load_pipeline
 from ..backbones.cost import macs
 from ..emoji import MODEL_FOLDER
@@ -40,6 +40,7 @@ CLIP_TOKENS = 77  # the prompt's length in all of TEACHER_CONFIGS
 MIB = 2**20
 
 
+@typed
 @dataclass
 class StudentsArguments:
     pretrained_model_name_or_path: str | None = field(
@@ -47,7 +48,10 @@ class StudentsArguments:
     )
     teacher: str | None = field(
         default=None,
-        metadata={"help": f"A teacher that is known by name: {', '.join(TEACHERS)}; all of them if none is given."},
+        metadata={
+            "help": f"A teacher that is known by name: {', '.join(TEACHERS)}; all of them if none is given.",
+            "choices": TEACHERS,
+        },
     )
     student: str | None = field(
         default=None, metadata={"help": f"Which one to write: {', '.join([*STUDENTS, *ALIASES])}. Needs --output_dir."}
@@ -60,8 +64,6 @@ class StudentsArguments:
 
     def __post_init__(self):
         name = self.pretrained_model_name_or_path
-        if self.teacher is not None and self.teacher not in TEACHERS:
-            raise ValueError(f"teacher '{self.teacher}': unknown; allowed are {', '.join(TEACHERS)}")
         if self.teacher is not None and name is not None:
             raise ValueError(f"teacher {self.teacher}: give it or pretrained_model_name_or_path, not both")
         if (self.student is None) != (self.output_dir is None):
@@ -170,6 +172,7 @@ def check_surroundings(args: StudentsArguments) -> None:
         check_claim(args.output_dir, **args.claim)
 
 
+@told_in_one_line()
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(StudentsArguments, __doc__, argv, prog, check_surroundings)
     with told_in_one_line():

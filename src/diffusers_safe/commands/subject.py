@@ -5,7 +5,6 @@ pipeline, settings = subject.load(GenerationSettings(num_inference_steps=50))
 generate(pipeline, rows, "runs/safe", settings)
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,9 @@ from diffusers.utils import logging
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .. import pipelines
+from ..arguments import choose, typed
+from ..backbones.base import safety_checker_settings
+from ..concepts import read_concepts
 from ..evaluation.generate import GenerationSettings
 from ..evaluation.processes import launched_processes
 from ..formats import LORA_NAME, fetch
@@ -31,6 +33,7 @@ SETTINGS = GenerationSettings()
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+@typed
 @dataclass(frozen=True)
 class Subject:
     """A model and its ways of steering, as a command line names them.
@@ -73,16 +76,13 @@ class Subject:
     dtype: str = "float32"
 
     def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype '{self.dtype}': unknown; allowed are {', '.join(DTYPES)}")
+        object.__setattr__(self, "dtype", choose("dtype", self.dtype, DTYPES))
         if self.safety is not None:
-            SafetyConfig.named(self.safety)
+            object.__setattr__(self, "safety", choose("safety", self.safety, SAFETY_CONFIGS))
         elif self.safety_concept is not None:
             raise ValueError(f"safety_concept needs --safety: {', '.join(SAFETY_CONFIGS)}")
         if self.safety_concept is not None:
             check_concept(self.safety_concept)
-        if not math.isfinite(self.lora_scale):
-            raise ValueError(f"lora_scale {self.lora_scale}: must be a finite number")
         if self.lora is None and self.lora_scale != 1:
             raise ValueError(f"lora_scale {self.lora_scale}: needs --lora")
         self._check_editing()
@@ -93,13 +93,12 @@ class Subject:
             for name, default in defaults.items():
                 if getattr(self, name) != default:
                     raise ValueError(f"{name} {getattr(self, name)}: needs --editing_prompt")
-        for concept in self.editing_prompt:
-            if not concept.strip():
-                raise ValueError(f"editing_prompt {concept!r}: must not be blank")
+        else:
+            object.__setattr__(self, "editing_prompt", read_concepts(self.editing_prompt, "editing_prompt"))
         if self.editing_prompt and self.safety is not None:
             raise ValueError(f"editing_prompt and safety {self.safety}: one pipeline steers in one of these ways only")
         for name, fits, allowed in (
-            ("edit_guidance_scale", 0 < self.edit_guidance_scale < math.inf, "above 0, and finite"),
+            ("edit_guidance_scale", self.edit_guidance_scale > 0, "above 0"),
             ("edit_warmup_steps", self.edit_warmup_steps >= 0, "at least 0"),
             ("edit_threshold", 0 <= self.edit_threshold <= 1, "in [0, 1]"),
         ):
@@ -221,7 +220,8 @@ def load_any_pipeline(
         `ValueError`: As [`pipeline_class`].
     """
     kind = pipeline_class(model, revision)
-    return kind.from_pretrained(model, dtype=dtype, revision=revision, variant=variant)
+    settings = safety_checker_settings(DiffusionPipeline.load_config(model, revision=revision))
+    return kind.from_pretrained(model, dtype=dtype, revision=revision, variant=variant, **settings)
 
 
 def safety_call(pipeline: DiffusionPipeline, safety: str | None, concept: str | None) -> dict:

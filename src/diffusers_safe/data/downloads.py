@@ -8,6 +8,7 @@ from pathlib import Path
 
 from huggingface_hub.utils import httpx  # httpx or httpx2, whichever its version uses
 
+from ..arguments import typed
 from .filters import Dropped
 from .table import Row
 
@@ -21,6 +22,7 @@ UNREACHABLE = ("no connection", "slow answer")  # what a network that is down lo
 NOT_FOR_TRAINING = {"noai", "noimageai"}
 
 
+@typed
 @dataclass(frozen=True)
 class DownloadSettings:
     """How pictures are fetched from the web. None of it changes what is in a shard, unless a server is slow or fails.

@@ -5,10 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..arguments import typed
 from ..concepts import naming_pattern
 from .table import Row
 
 
+@typed
 @dataclass(frozen=True)
 class Filters:
     """What a picture and its caption must be like. The defaults ask for a caption only.

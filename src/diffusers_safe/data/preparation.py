@@ -18,6 +18,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..arguments import choose, typed
 from ..output_folders import LOCK, OutputFolderError, claimed, make_way
 from ..provenance import write_text
 from .downloads import UNREACHABLE, DownloadSettings, Fetcher
@@ -36,6 +37,7 @@ AHEAD = 32  # pictures under way or waiting for an earlier one, times `concurren
 MAX_DEAD_HOSTS = 50  # different servers in a row that cannot be reached: it is the network
 
 
+@typed
 @dataclass(frozen=True)
 class PreparationSettings:
     """What decides the content of the shards, with the table.
@@ -55,8 +57,7 @@ class PreparationSettings:
     jpeg_quality: int = 95
 
     def __post_init__(self):
-        if self.format not in FORMATS:
-            raise ValueError(f"format '{self.format}': unknown; allowed are {', '.join(FORMATS)}")
+        object.__setattr__(self, "format", choose("format", self.format, FORMATS))
         for name in ("shard_size", "resize"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -99,6 +100,7 @@ class Progress:
     hashes: set[str] = field(default_factory=set)
 
 
+@typed
 def prepare(
     table: Table,
     output_dir: str | Path,

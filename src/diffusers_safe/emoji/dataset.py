@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, Features, Image, Value
 
-from ..arguments import parse_dataclass, told_in_one_line
+from ..arguments import parse_dataclass, told_in_one_line, typed
 from ..output_folders import OVERWRITE_HELP, check_claim, claimed, prepare_files
 from .render import render
 from .scenes import draw_caption, draw_scene
@@ -67,6 +67,7 @@ def _rows(num_images: int, seed: int, hold_out: bool) -> Iterator[dict]:
         }
 
 
+@typed
 @dataclass
 class DatasetArguments:
     output_dir: str = field(metadata={"help": "Folder for the parquet file."})

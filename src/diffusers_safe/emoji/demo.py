@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 
-from ..arguments import parse_dataclass, told_in_one_line
+from ..arguments import parse_dataclass, told_in_one_line, typed
 from ..evaluation.evaluate import LoadedModel
 from ..evaluation.report import headline_table
 from ..output_folders import OVERWRITE_HELP, check_claim, check_output_dir, claimed, record_written
@@ -70,17 +70,16 @@ def erasure_command(model: str | Path, group: str, output_dir: str | Path, seed:
     ]
 
 
+@typed
 @dataclass
 class DemoArguments:
     output_dir: str = field(default="runs/demo", metadata={"help": "Where model, images and report go."})
-    group: str = field(default="weapon", metadata={"help": f"What to erase: {', '.join(GROUPS)}."})
+    group: str = field(default="weapon", metadata={"help": f"What to erase: {', '.join(GROUPS)}.", "choices": GROUPS})
     seed: int = field(default=0, metadata={"help": "Seed of the training and of the images."})
     overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
     images_per_prompt: int = field(default=3, metadata={"help": "Images of each prompt, before and after."})
 
     def __post_init__(self):
-        if self.group not in GROUPS:
-            raise ValueError(f"group '{self.group}': unknown; allowed are {', '.join(GROUPS)}")
         if self.images_per_prompt < 1:
             raise ValueError(f"images_per_prompt {self.images_per_prompt}: must be at least 1")
         if not 0 <= self.seed < 2**32:
@@ -102,6 +101,7 @@ def check_surroundings(args: DemoArguments) -> None:
     check_claim(args.folder, **args.claim)
 
 
+@told_in_one_line()
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(DemoArguments, __doc__, argv, prog, check_surroundings)
     with told_in_one_line(), claimed(args.folder, **args.claim):

@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
-from ..arguments import parse_dataclass, told_in_one_line
+from ..arguments import parse_dataclass, told_in_one_line, typed
 from ..evaluation.generate import GenerationSettings, PromptRow, generate, load_images
 from ..evaluation.report import RESULTS_NAME, write_results
 from ..evaluation.statistics import Estimate
@@ -239,6 +239,7 @@ def reconstruct(vae: AutoencoderKL, pictures: np.ndarray, batch_size: int = 100)
 # --- command line ----------------------------------------------------------------------------------------------------
 
 
+@typed
 @dataclass
 class QualityArguments:
     output_dir: str = field(metadata={"help": "Folder for images and results.json; a stopped run continues there."})

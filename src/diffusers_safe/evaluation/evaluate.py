@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 from diffusers import DiffusionPipeline
 
+from ..arguments import choose, typed
 from ..output_folders import claimed, prepare_files
 from ..provenance import library_versions, write_text
 from .folders import ImageFolder, common_settings
@@ -63,6 +64,7 @@ class LoadedModel:
         return self.pipeline, GenerationSettings(**{**vars(settings), **self.changes})
 
 
+@typed
 def evaluate(
     subjects: Sequence[Generator | ImageFolder],
     rows: Sequence[PromptRow],
@@ -119,8 +121,7 @@ def evaluate(
     check_subjects(subjects)
     check_rows(list(rows))
     _check_metrics(metrics, rows)
-    if veil not in VEILS:
-        raise ValueError(f"veil '{veil}': unknown; allowed are {', '.join(VEILS)}")
+    veil = choose("veil", veil, VEILS)
     with claimed(folder, **report_claim("evaluation", rows, overwrite)):
         return _evaluate(
             subjects,

@@ -28,6 +28,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..arguments import typed
 from ..files import json_lines, write_text
 from ..output_folders import OutputFolderError, check_output_dir, claimed, make_way
 from ..provenance import fingerprint
@@ -40,6 +41,7 @@ _OWN = ("guidance_scale", "height", "width")  # settings that a row can have for
 _OF_A_LINE = ("id", "prompt", "seed", "labels", "file", "black", "sha256")  # what every reader of a manifest needs
 
 
+@typed
 @dataclass(frozen=True)
 class PromptRow:
     """One image before it is generated.
@@ -82,6 +84,7 @@ class PromptRow:
                 raise ValueError(f"row {self.id} has {name} {side}; it must be a multiple of 8")
 
 
+@typed
 @dataclass(frozen=True)
 class GenerationSettings:
     """How images are sampled. With the model and the seed this decides the image.
@@ -117,6 +120,7 @@ class GenerationSettings:
                 raise ValueError(f"{name} is {side}; it must be a multiple of 8")
 
 
+@typed
 def generate(
     pipeline: DiffusionPipeline,
     rows: list[PromptRow],

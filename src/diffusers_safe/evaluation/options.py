@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from ..arguments import typed
 from .evaluate import without_folder
 from .generate import GenerationSettings
 from .metrics import METRICS, MetricOptions
@@ -10,6 +11,7 @@ from .prompts import PromptOptions
 from .prompts.sources import is_source
 
 
+@typed
 @dataclass(kw_only=True)
 class EvaluationOptions(PromptOptions, MetricOptions):
     """Prompts, sampling, metrics and page, for a command's dataclass to begin with, or a YAML file by itself."""
@@ -28,7 +30,10 @@ class EvaluationOptions(PromptOptions, MetricOptions):
     scoring_batch_size: int = field(default=16, metadata={"help": "Images scored at once."})
     blur: str = field(
         default="flagged",
-        metadata={"help": f"Which pictures of the page are blurred until clicked: {', '.join(VEILS)}."},
+        metadata={
+            "help": f"Which pictures of the page are blurred until clicked: {', '.join(VEILS)}.",
+            "choices": VEILS,
+        },
     )
     pictures: int = field(
         default=PICTURES,
@@ -36,8 +41,6 @@ class EvaluationOptions(PromptOptions, MetricOptions):
     )
 
     def __post_init__(self):
-        if self.blur not in VEILS:
-            raise ValueError(f"blur '{self.blur}': unknown; allowed are {', '.join(VEILS)}")
         if (self.height is None) != (self.width is None):
             raise ValueError(f"height {self.height}, width {self.width}: give both or neither")
         for name in ("num_inference_steps", "height", "width", "batch_size", "scoring_batch_size"):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
+from ..arguments import typed
 from ..guidance import SAFETY_CONCEPT, SafetyConfig
 from .safe_denoiser import SafeDenoiser
 
@@ -133,6 +134,7 @@ class SafeLatentDiffusionMixin:
         return {"encoder_hidden_states": embeds, **({"text_embeds": pooled} if takes_pooled else {})}
 
 
+@typed
 def enable_safe_latent_diffusion(
     pipeline: DiffusionPipeline,
     safety_concept: str = SAFETY_CONCEPT,

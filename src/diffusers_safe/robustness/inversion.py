@@ -24,6 +24,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..arguments import choose, typed
 from ..backbones import Backbone, make_backbone
 from ..data.table import PICTURES as SUFFIXES
 from ..evaluation.evaluate import without_folder
@@ -46,6 +47,7 @@ TEMPLATE = "a photo of {}"
 TOKENS_FOLDER, PICTURES_FOLDER = "tokens", "pictures"
 
 
+@typed
 @dataclass(frozen=True)
 class InversionSettings:
     """How a word is learned.
@@ -84,10 +86,7 @@ class InversionSettings:
                 raise ValueError(f"inversion_{name} {getattr(self, name)}: must be at least 0")
         if not 0 < self.learning_rate <= 1:
             raise ValueError(f"inversion_learning_rate {self.learning_rate}: must be above 0 and at most 1")
-        if self.loss_space not in LOSS_SPACES:
-            raise ValueError(
-                f"inversion_loss_space '{self.loss_space}': unknown; allowed are {', '.join(LOSS_SPACES)}"
-            )
+        object.__setattr__(self, "loss_space", choose("inversion_loss_space", self.loss_space, LOSS_SPACES))
         if self.initializer is not None and not self.initializer.strip():
             raise ValueError("inversion_initializer: must not be blank")
 

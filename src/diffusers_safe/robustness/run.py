@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ..arguments import choose, typed
 from ..evaluation.evaluate import (
     IMAGES,
     TABLE_NAME,
@@ -93,6 +94,7 @@ class Judge:
         return [Try(folder, row, tuple(found)) for row, found in zip(manifest, flags)]
 
 
+@typed
 def attack_models(
     subjects: Sequence[Generator],
     rows: Sequence[PromptRow],
@@ -143,8 +145,7 @@ def attack_models(
     """
     folder, settings = Path(folder), settings or GenerationSettings()
     judge = check_attack(subjects, rows, attacks, metrics, scoring_batch_size)
-    if veil not in VEILS:
-        raise ValueError(f"veil '{veil}': unknown; allowed are {', '.join(VEILS)}")
+    veil = choose("veil", veil, VEILS)
     models = []
     with claimed(folder, **report_claim("attack", rows, overwrite)):
         for place, subject in enumerate(subjects):

@@ -1,11 +1,10 @@
 """Command-line arguments of every training script: defined once, typed, checked before any model is loaded."""
 
 import json
-import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
@@ -13,6 +12,7 @@ from typing import ClassVar
 from diffusers.optimization import SchedulerType
 from torch import nn
 
+from ..arguments import typed
 from ..concepts import read_concepts
 from ..formats import RESULTS
 from ..hub import check_model_id, check_push, default_model_id
@@ -25,16 +25,18 @@ from .loss_space import LOSS_SPACES
 
 LOG_NAME, VALIDATION = "log.jsonl", "validation"  # in the output folder
 MIXED_PRECISIONS = ("no", "fp16", "bf16")
+MAX_SAMPLES = 10**11  # of a run: a hundred times what the largest models were trained on
 TRACKERS = ("tensorboard", "wandb", "none")
 # All of diffusers' but piecewise_constant, whose rules have no option.
 LR_SCHEDULERS = tuple(kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT)
 
 
-def option(default, help: str):
-    """A field of a dataclass of arguments, with the line that `--help` shows."""
+def option(default, help: str, choices: Iterable[str] | None = None):
+    """A field of a dataclass of arguments, with the line that `--help` shows, and the values that are allowed."""
+    metadata = {"help": help, "choices": choices}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def required(help: str):
@@ -42,6 +44,7 @@ def required(help: str):
     return field(metadata={"help": help})
 
 
+@typed
 @dataclass(kw_only=True)
 class TrainingArguments:
     """What every training takes. Names are those of diffusers' training examples where they have one."""
@@ -77,11 +80,12 @@ class TrainingArguments:
         None,
         f"Of forwards and gradients; trained weights stay float32. {', '.join(MIXED_PRECISIONS)}; default what "
         "`accelerate launch` says.",
+        MIXED_PRECISIONS,
     )
     allow_tf32: bool = option(False, "TensorFloat-32 matrix products on GPUs that have them: faster, less exact.")
     learning_rate: float = option(1e-5, "Peak learning rate of AdamW.")
     scale_lr: bool = option(False, "Multiply the learning rate by processes, accumulation and batch size.")
-    lr_scheduler: str = option("constant", f"One of {', '.join(LR_SCHEDULERS)}.")
+    lr_scheduler: str = option("constant", f"One of {', '.join(LR_SCHEDULERS)}.", LR_SCHEDULERS)
     lr_warmup_steps: int = option(0, "Warm-up steps of the learning rate.")
     use_8bit_adam: bool = option(False, "AdamW with 8-bit states, of bitsandbytes.")
     adam_beta1: float = option(0.9, "AdamW's beta 1.")
@@ -105,7 +109,7 @@ class TrainingArguments:
     num_validation_images: int = option(1, "Images of each validation prompt, and of each prompt on the Hub's card.")
     validation_steps: int = option(100, "Steps between two such pictures; the last step always has one.")
     report_to: str = option(
-        "none", f"Where to follow the run, beside log.jsonl in the output folder: {', '.join(TRACKERS)}."
+        "none", f"Where to follow the run, beside log.jsonl in the output folder: {', '.join(TRACKERS)}.", TRACKERS
     )
     logging_dir: str = option("logs", "Folder of the tracker's files, in the output folder.")
     push_to_hub: bool = option(False, "Publish the finished result on the Hugging Face Hub, with a model card.")
@@ -143,12 +147,12 @@ class TrainingArguments:
         Raises:
             `ValueError`: One line with the name, the value and what is allowed.
         """
-        self.validation_prompts = read_concepts(self.validation_prompts) if self.validation_prompts else []
+        if self.validation_prompts:
+            self.validation_prompts = read_concepts(self.validation_prompts, "validation_prompts")
         if self.validation_prompts and self.output_dir is None:
             raise ValueError("validation_prompts: needs an output_dir, where the pictures go")
         self.train_method = resolve_train_method(self.train_method)
         self._resolve_lora()
-        self._check_choices(lr_scheduler=LR_SCHEDULERS, report_to=TRACKERS, mixed_precision=(*MIXED_PRECISIONS, None))
         self._check_at_least(0, "lr_warmup_steps", "checkpointing_steps", "adam_weight_decay", "max_grad_norm", "seed")
         self._check_at_least(
             1,
@@ -160,10 +164,12 @@ class TrainingArguments:
             "validation_steps",
             "checkpoints_total_limit",
         )
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{item.name} {value}: must be a finite number")
+        if (samples := self.max_train_steps * self.train_batch_size * self.gradient_accumulation_steps) > MAX_SAMPLES:
+            raise ValueError(
+                f"max_train_steps {self.max_train_steps}: with train_batch_size {self.train_batch_size} and "
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps} these are {samples:,} samples; "
+                f"allowed are at most {MAX_SAMPLES:,}"
+            )
         if self.seed >= 2**32:
             raise ValueError(f"seed {self.seed}: must be less than 2**32")
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
@@ -206,12 +212,6 @@ class TrainingArguments:
         if self.save not in allowed:
             given = "without" if self.rank is None else "with"
             raise ValueError(f"save '{self.save}': allowed {given} --rank are {', '.join(allowed)}")
-
-    def _check_choices(self, **choices) -> None:
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                told = ", ".join(value for value in allowed if value is not None)
-                raise ValueError(f"{name} '{getattr(self, name)}': unknown; allowed are {told}")
 
     def _check_at_least(self, least: int, *names: str) -> None:
         for name in names:
@@ -356,6 +356,7 @@ class TrainingArguments:
         return all(record.arguments.get(name) == value for name, value in identity.items() if name != resolved)
 
 
+@typed
 @dataclass(kw_only=True)
 class SamplingArguments(TrainingArguments):
     """What trainings take that draw latents with a model."""
@@ -376,11 +377,11 @@ class SamplingArguments(TrainingArguments):
         "prediction",
         "In what errors are measured: prediction (what the model predicts, the papers) or velocity (high noise levels "
         "count more).",
+        LOSS_SPACES,
     )
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_choices(loss_space=LOSS_SPACES)
         self._check_at_least(1, "num_inference_steps", "latents_per_trajectory")
         if not 0 < self.sampling_fraction <= 1:
             raise ValueError(f"sampling_fraction {self.sampling_fraction}: must be greater than 0 and at most 1")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..backbones import Backbone, StoredModel
 from ..concepts import ConceptSchedule
+from ..lora import layers_to_adapt
 from ..trajectories import Trajectories
 from ..weights import check_plain, select_parameters
 from .loss_space import LossSpace
@@ -23,7 +24,9 @@ def check_run(args: ErasureArguments, model: Backbone | StoredModel) -> None:
             cannot do these steps or losses, or a prompt is longer than its text encoders take.
     """
     check_plain(model.denoiser)
-    select_parameters(model.denoiser, args.train_method)
+    names = select_parameters(model.denoiser, args.train_method)
+    if args.rank is not None:
+        layers_to_adapt(model.denoiser, names, args.rank)
     scheduled = (model.make_scheduler, model.latent_shape, args.num_inference_steps, args.sampling_guidance_scale)
     Trajectories(*scheduled).stop_choices(args.sampling_fraction, args.latents_per_trajectory)
     LossSpace(args.loss_space, model.make_scheduler())
@@ -32,6 +35,7 @@ def check_run(args: ErasureArguments, model: Backbone | StoredModel) -> None:
     except ValueError as error:
         joined = "concepts are not joined with --prompt_order matched and no --negative_guidance_scale"
         raise ValueError(f"{error}; {joined}") from None
+    model.warn_of_unknown_words(args.concepts)
 
 
 def encoded_prompts(args: ErasureArguments) -> list[str]:

@@ -1,5 +1,6 @@
 """From a teacher and captioned pictures to a smaller student: what `train_distill.py` runs."""
 
+import inspect
 import logging
 import os
 from pathlib import Path
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 DESCRIPTION = "Distils a Stable Diffusion model into a smaller one (BK-SDM, arXiv 2305.15798, and its relatives)."
 
 
+@told_in_one_line()
 def main(argv: list[str] | None = None) -> None:
     args = parse_dataclass(DistillationArguments, DESCRIPTION, argv, check=DistillationArguments.check_surroundings)
     with told_in_one_line():
@@ -150,8 +152,10 @@ def student_pipeline(teacher: DiffusionPipeline, args: DistillationArguments) ->
         unet = UNet2DConditionModel.from_pretrained(args.from_student, dtype=torch.float32, **where)
     else:
         unet = build_student(teacher.unet, args.student)
-    parts = {"unet": unet, "scheduler": args.scheduler_for(teacher.scheduler)}
-    return type(teacher)(**{**teacher.components, **parts})
+    parts = {**teacher.components, "unet": unet, "scheduler": args.scheduler_for(teacher.scheduler)}
+    takes = inspect.signature(type(teacher).__init__).parameters
+    settings = {name: value for name, value in teacher.config.items() if name in takes and name not in parts}
+    return type(teacher)(**parts, **settings)
 
 
 def open_rows(args: DistillationArguments) -> CaptionedImages:

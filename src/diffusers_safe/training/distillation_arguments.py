@@ -7,9 +7,11 @@ from typing import ClassVar
 from diffusers import SchedulerMixin
 from torch import nn
 
+from ..arguments import typed
 from ..backbones import StoredModel, stored_unet
 from ..concepts import read_concepts
 from ..evaluation.report import RESULTS_NAME
+from ..lora import layers_to_adapt
 from ..output_folders import OutputFolderError, check_output_dir
 from ..students import STUDENTS, empty_student, resolve_student
 from ..trajectories import Trajectories
@@ -23,6 +25,7 @@ from .noise import TARGETS, TIMESTEP_BIASES, NoiseSchedule, TimestepBias
 from .objectives.distillation import FEATURE_MAPS, DistillationObjective, feature_pairs
 
 
+@typed
 @dataclass(kw_only=True)
 class DistillationArguments(SamplingArguments):
     """Arguments of knowledge distillation. The teacher is `pretrained_model_name_or_path`."""
@@ -51,7 +54,9 @@ class DistillationArguments(SamplingArguments):
     )
     center_crop: bool = option(False, "Cut the middle out of a picture; else a part drawn at random.")
     random_flip: bool = option(False, "Mirror pictures, left to right, half of the time.")
-    image_interpolation_mode: str = option("lanczos", f"Of resizing: {', '.join(INTERPOLATION_MODES)}.")
+    image_interpolation_mode: str = option(
+        "lanczos", f"Of resizing: {', '.join(INTERPOLATION_MODES)}.", INTERPOLATION_MODES
+    )
     dataloader_num_workers: int = option(0, "Threads that read pictures ahead; they change no result.")
     cache_latents: bool = option(
         False,
@@ -64,20 +69,22 @@ class DistillationArguments(SamplingArguments):
     task_weight: float = option(1.0, "Weight of the error against the noise itself.")
     output_weight: float = option(1.0, "Weight of the error against the teacher's prediction.")
     feature_weight: float = option(1.0, "Weight of the errors against the teacher's feature maps.")
-    feature_map: str = option("bk", f"Which feature maps: {', '.join(FEATURE_MAPS)} (docs/methods.md).")
+    feature_map: str = option("bk", f"Which feature maps: {', '.join(FEATURE_MAPS)} (docs/methods.md).", FEATURE_MAPS)
     sdd_weight: float = option(
         0.0,
         "Weight of the loss of SDD on the student, for forbidden_concepts: their predictions move to the "
         "unconditional one.",
     )
     prediction_type: str | None = option(
-        None, f"What the student is to predict, {' or '.join(TARGETS)}; default as its teacher."
+        None, f"What the student is to predict, {' or '.join(TARGETS)}; default as its teacher.", TARGETS
     )
     snr_gamma: float | None = option(None, "Weigh the task's errors as Min-SNR does; 5.0 there.")
     noise_offset: float = option(0.0, "Of an offset of the noise that is the same all over a channel.")
     input_perturbation: float = option(0.0, "Noise of the input that the target does not have; 0.1 in the paper.")
     timestep_bias_strategy: str = option(
-        "none", f"Which timesteps are drawn more often: {', '.join(TIMESTEP_BIASES)}, as in diffusers."
+        "none",
+        f"Which timesteps are drawn more often: {', '.join(TIMESTEP_BIASES)}, as in diffusers.",
+        TIMESTEP_BIASES,
     )
     timestep_bias_multiplier: float = option(1.0, "How many times as often.")
     timestep_bias_portion: float = option(0.25, "The first or last share of timesteps that is meant; in (0, 1).")
@@ -118,7 +125,9 @@ class DistillationArguments(SamplingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        self.forbidden_concepts = read_concepts(self.forbidden_concepts) if self.forbidden_concepts else []
+        self.forbidden_concepts = (
+            read_concepts(self.forbidden_concepts, "forbidden_concepts") if self.forbidden_concepts else []
+        )
         if (self.student is None) == (self.from_student is None):
             raise ValueError("student: give either --student, what is to be built, or --from_student, to go on from")
         if self.student is not None:
@@ -127,12 +136,6 @@ class DistillationArguments(SamplingArguments):
             raise ValueError("dataset_name: give either --dataset_name or --train_data_dir")
         if self.train_data_dir is not None and not Path(self.train_data_dir).is_dir():
             raise ValueError(f"train_data_dir {self.train_data_dir}: no such folder")
-        self._check_choices(
-            feature_map=FEATURE_MAPS,
-            image_interpolation_mode=INTERPOLATION_MODES,
-            prediction_type=(*TARGETS, None),
-            timestep_bias_strategy=TIMESTEP_BIASES,
-        )
         self._check_at_least(
             0,
             "sdd_weight",
@@ -222,7 +225,9 @@ class DistillationArguments(SamplingArguments):
                     raise ValueError(f"from_student {self.from_student}: has {name} {own}, the teacher {there}")
         if self.feature_weight > 0:
             feature_pairs(student.config, teacher.config, self.feature_map)
-        select_parameters(student, self.train_method)
+        names = select_parameters(student, self.train_method)
+        if self.rank is not None:
+            layers_to_adapt(student, names, self.rank)
         return student
 
     def _check_noise(self, teacher: StoredModel) -> None:
@@ -239,6 +244,7 @@ class DistillationArguments(SamplingArguments):
             scheduled = (teacher.make_scheduler, teacher.latent_shape, self.num_inference_steps)
             Trajectories(*scheduled).stop_choices(self.sampling_fraction, self.latents_per_trajectory)
             teacher.check_prompts(self.forbidden_concepts)
+            teacher.warn_of_unknown_words(self.forbidden_concepts, "forbidden_concepts")
 
     def scheduler_for(self, scheduler: SchedulerMixin) -> SchedulerMixin:
         """The student's scheduler: its teacher's, with what the student predicts."""

@@ -15,7 +15,7 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
-from ..arguments import told_in_one_line
+from ..arguments import check_values, choose, suggested, told_in_one_line, typed
 from ..backbones import StoredModel, load_pipeline, make_backbone
 from ..evaluation.grid import GRID_NAME, save_grid
 from ..hub import check_push, push_or_exit, push_result
@@ -32,6 +32,7 @@ from .samples import Samples, Validation
 Callback = Callable[[int, dict[str, float]], None]
 
 
+@typed
 def erase(
     pipeline: DiffusionPipeline | str,
     concepts: list[str],
@@ -52,7 +53,7 @@ def erase(
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`] or `str`): A loaded pipeline of a supported family, whose denoiser
             is changed, or a folder or Hub id.
-        concepts (`list[str]`): What to erase, at least one name.
+        concepts (`list[str]` or `str`): What to erase, at least one name; a text is one concept.
         method (`str`, defaults to `"sdd"`): `"sdd"` or `"esd"`.
         output_dir (`str`, *optional*): Where to save the result, erasure.json, a log and checkpoints; without it
             nothing is written.
@@ -95,16 +96,15 @@ def _arguments(
     output_dir: str | None,
     options: dict[str, Any],
 ) -> ErasureArguments:
-    if method not in METHODS:
-        raise ValueError(f"method '{method}': unknown; allowed are {', '.join(METHODS)}")
-    if isinstance(concepts, str):
-        raise ValueError(f"concepts '{concepts}': must be a list of names, such as ['{concepts}']")
+    method = choose("method", method, METHODS)
     kind = METHODS[method]
-    if unknown := sorted(options.keys() - {item.name for item in fields(kind)}):
+    names = [item.name for item in fields(kind)]
+    if unknown := [suggested(name, names, "") for name in sorted(options.keys() - set(names))]:
         raise ValueError(f"{', '.join(unknown)}: no option of method '{method}'; see train_{method}.py --help")
     presets = preset_options(kind)
+    options = check_values(kind, options)
     name = pipeline if isinstance(pipeline, str) else pipeline.config.get("_name_or_path") or "a pipeline in memory"
-    known = {"pretrained_model_name_or_path": name, "concepts": list(concepts), "output_dir": output_dir}
+    known = {"pretrained_model_name_or_path": name, "concepts": concepts, "output_dir": output_dir}
     args = kind(**known, **{**presets.get(options.get("preset", "paper"), {}), **options})
     if args.dry_run:
         raise ValueError(f"dry_run: only for the script, train_{method}.py")
@@ -116,6 +116,7 @@ def _arguments(
     return args
 
 
+@told_in_one_line()
 def run_command(kind: type[ErasureArguments], description: str, argv: list[str] | None = None) -> None:
     """What a training script does with its command line."""
     args = parse_arguments(kind, description, argv)

@@ -1,11 +1,11 @@
 """Command-line arguments of the erasure scripts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
-from ..arguments import parse_dataclass
+from ..arguments import note, parse_dataclass, typed
 from ..backbones import StoredModel
 from ..concepts import CONCEPT_SCHEDULES, PROMPT_ORDERS, joined, names_concept, read_concepts
 from .arguments import SamplingArguments, option, required
@@ -16,16 +16,20 @@ from .objectives.sdd import SDD_TARGETS
 from .presets import ESD_PRESETS, Preset
 
 
+@typed
 @dataclass(kw_only=True)
 class ErasureArguments(SamplingArguments):
     """What every erasure method takes."""
 
     concepts: list[str] = required("What to erase: one or more names, or one .txt file with a concept a line.")
-    concept_schedule: str = option("iterative", f"How several concepts take turns: {', '.join(CONCEPT_SCHEDULES)}.")
+    concept_schedule: str = option(
+        "iterative", f"How several concepts take turns: {', '.join(CONCEPT_SCHEDULES)}.", CONCEPT_SCHEDULES
+    )
     prompt_order: str = option(
         "paper",
         "paper: draw latents with one concept, train on all joined; repository: the other way round; "
         "matched: one concept for both.",
+        PROMPT_ORDERS,
     )
     trajectory_pool: int = option(
         0,
@@ -58,16 +62,30 @@ class ErasureArguments(SamplingArguments):
     def __post_init__(self):
         self.concepts = read_concepts(self.concepts)
         super().__post_init__()
-        self.retain_prompts = read_concepts(self.retain_prompts) if self.retain_prompts else []
-        self.watch_prompts = [
-            prompt
-            for prompt in (read_concepts(self.watch_prompts) if self.watch_prompts else [])
-            if not any(names_concept(prompt, concept) for concept in self.concepts)
-        ]
-        if both := sorted(set(self.concepts) & set(self.retain_prompts)):
-            raise ValueError(f"retain_prompts {both}: a concept cannot be erased and retained")
-        self._check_choices(concept_schedule=CONCEPT_SCHEDULES, prompt_order=PROMPT_ORDERS)
+        if self.retain_prompts:
+            self.retain_prompts = read_concepts(self.retain_prompts, "retain_prompts")
+        for prompt in self.retain_prompts:
+            if (named := self._named_concept(prompt)) is not None:
+                raise ValueError(
+                    f"retain_prompts '{prompt}': names the concept '{named}'; a concept cannot be erased and retained"
+                )
+        self._choose_watched()
         self._check_at_least(0, "retain_weight", "trajectory_pool")
+
+    def _named_concept(self, prompt: str) -> str | None:
+        """The first concept whose words are in a prompt."""
+        return next((concept for concept in self.concepts if names_concept(prompt, concept)), None)
+
+    def _choose_watched(self) -> None:
+        """Leaves out prompts that name a concept, and says so if they are not the default."""
+        if not self.watch_prompts:
+            return
+        default = next(item for item in fields(self) if item.name == "watch_prompts").default_factory()
+        prompts = read_concepts(self.watch_prompts, "watch_prompts")
+        self.watch_prompts = [prompt for prompt in prompts if self._named_concept(prompt) is None]
+        if prompts != default:
+            for prompt in (prompt for prompt in prompts if prompt not in self.watch_prompts):
+                note("watch_prompts '%s': left out, it names the concept '%s'", prompt, self._named_concept(prompt))
 
     def check_base_model(self) -> nn.Module:
         model = StoredModel(self.pretrained_model_name_or_path, self.resolution, **self.index_arguments)
@@ -106,13 +124,16 @@ class ErasureArguments(SamplingArguments):
         return set(pooled)
 
 
+@typed
 @dataclass(kw_only=True)
 class SDDArguments(ErasureArguments):
     """Arguments of SDD."""
 
     ema_decay: float = option(0.999, "m of the average that samples and is published; in [0, 1).")
     sdd_target: str = option(
-        "student", "Whose prediction is the target: student (the paper) or frozen (the base model's, cannot drift)."
+        "student",
+        "Whose prediction is the target: student (the paper) or frozen (the base model's, cannot drift).",
+        SDD_TARGETS,
     )
     target_prompt: str = option(
         "", "What the concept becomes: nothing (the paper), or what another prompt says, as in Concept Ablation."
@@ -125,7 +146,6 @@ class SDDArguments(ErasureArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_choices(sdd_target=SDD_TARGETS)
         if named := [concept for concept in self.concepts if names_concept(self.target_prompt, concept)]:
             raise ValueError(f"target_prompt '{self.target_prompt}': names {', '.join(named)}, which is to be erased")
         self._check_at_least(0, "negative_guidance_scale")
@@ -145,6 +165,7 @@ class SDDArguments(ErasureArguments):
 _ESD = ESD_PRESETS["paper"].options
 
 
+@typed
 @dataclass(kw_only=True)
 class ESDArguments(ErasureArguments):
     """Arguments of ESD."""
@@ -155,11 +176,13 @@ class ESDArguments(ErasureArguments):
         "paper",
         f"Published settings that stand for all options not given: "
         f"{'; '.join(f'{name} ({preset.told})' for name, preset in ESD_PRESETS.items())}.",
+        ESD_PRESETS,
     )
     prompt_order: str = option(
         "matched",
         "matched: draw latents with one concept, train on the same; paper and repository: as in SDD, where one of the "
         "two is all concepts joined.",
+        PROMPT_ORDERS,
     )
     max_train_steps: int = option(_ESD["max_train_steps"], "Optimizer steps.")
     adam_weight_decay: float = option(_ESD["adam_weight_decay"], "AdamW's weight decay.")
@@ -173,12 +196,11 @@ class ESDArguments(ErasureArguments):
         None, "Erase the concepts only from what this prompt says, such as 'a painting'; other prompts are left alone."
     )
     sampling_model: str = option(
-        _ESD["sampling_model"], f"Who draws the latents: {', '.join(ESD_SAMPLERS)} (the base model)."
+        _ESD["sampling_model"], f"Who draws the latents: {', '.join(ESD_SAMPLERS)} (the base model).", ESD_SAMPLERS
     )
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_choices(preset=self.PRESETS, sampling_model=ESD_SAMPLERS)
         if self.erase_from is not None and not self.erase_from.strip():
             raise ValueError("erase_from: is blank; leave it out, or name a prompt")
         if self.erase_from in self.retain_prompts:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from accelerate import Accelerator
 
+from ..arguments import note
 from ..backbones import Backbone
 from ..concepts import ConceptSchedule
 from ..trajectories import Trajectories
@@ -60,6 +61,8 @@ class ErasureLoop(TrainingLoop):
         self.retaining = make_source("retain", "frozen", self._to_retain, *drawn)
         self.loss_space = LossSpace(args.loss_space, backbone.pipeline.scheduler)
         self.watch = Watch(self.predictor, self.trajectories, args.concepts, args.watch_prompts, args.seed)
+        for concept in self.watch.silent:
+            note("concepts '%s': its predictions equal the empty prompt's, so there is nothing to erase", concept)
         self.concept_losses = ConceptLosses(prompts)
         self._warned = False
         self.make_resumable(self.erasing, self.retaining)

@@ -43,7 +43,7 @@ def read_evaluation(path: str) -> EvaluationOptions:
     Raises:
         `SystemExit`: With code 2 after one line on stderr, if something is wrong with it.
     """
-    return parse_dataclass(EvaluationOptions, argv=["--config", path], prog=f"evaluation {path}")
+    return parse_dataclass(EvaluationOptions, argv=[f"--config={path}"], prog=f"evaluation {path}")
 
 
 class FinalEvaluation:

@@ -3,6 +3,8 @@
 import torch
 from diffusers import SchedulerMixin
 
+from ..arguments import choose
+
 
 LOSS_SPACES = ("prediction", "velocity")
 
@@ -23,8 +25,7 @@ class LossSpace:
     """
 
     def __init__(self, name: str, scheduler: SchedulerMixin):
-        if name not in LOSS_SPACES:
-            raise ValueError(f"loss_space '{name}': unknown; allowed are {', '.join(LOSS_SPACES)}")
+        name = choose("loss_space", name, LOSS_SPACES)
         kind = scheduler.config.get("prediction_type", "epsilon")
         if name == "velocity" and kind not in ("epsilon", "v_prediction"):
             raise ValueError(f"loss_space velocity: the model predicts '{kind}'; it must be epsilon or v_prediction")

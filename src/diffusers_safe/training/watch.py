@@ -9,6 +9,7 @@ from .predictor import Predictor
 
 
 MOST_PROMPTS = 4
+SAYS_NOTHING = 1e-4  # of the unconditional prediction's length: what rounding makes
 
 
 class Watch:
@@ -23,6 +24,9 @@ class Watch:
         concepts (`list[str]`): What is erased; of many, a few spread evenly over the list are watched.
         unrelated (`list[str]`): What should stay; at most `MOST_PROMPTS` are watched.
         seed (`int`): Of the latents.
+
+    Attributes:
+        silent (`list[str]`): Watched concepts whose predictions are those of the empty prompt, up to rounding.
     """
 
     def __init__(
@@ -46,6 +50,8 @@ class Watch:
         ]
         self._frozen, frozen_empty = self._predictions("frozen")
         self._said = self._frozen - frozen_empty
+        alike = _length(self._said) < SAYS_NOTHING * _length(frozen_empty)
+        self.silent = [concept for concept, same in zip(concepts, alike.tolist()) if same]
 
     @torch.no_grad()
     def _predictions(self, weights: str) -> tuple[torch.Tensor, torch.Tensor]:

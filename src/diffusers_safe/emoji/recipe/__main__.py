@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
 
-from ...arguments import parse_dataclass, told_in_one_line
+from ...arguments import parse_dataclass, told_in_one_line, typed
 from ...formats import written_aside
 from ...output_folders import check_output_dir
 from ...provenance import fingerprint
@@ -34,6 +34,7 @@ from .unet import UNetLoss, unet_stage
 STAGES = ("judge", "second_judge", "autoencoder", "unet", "transformer", "assemble")
 
 
+@typed
 @dataclass
 class RecipeArguments:
     output_dir: str = field(metadata={"help": "Folder for checkpoints, caches and the finished models."})

@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 
+from ...arguments import choose, typed
 from .base import Metric
 
 
 logger = logging.getLogger(__name__)
 
 
+@typed
 @dataclass
 class MetricOptions:
     """What metrics are made of. A metric that lacks one of them names it, what to get, and where."""
@@ -25,7 +27,8 @@ class MetricOptions:
     nudenet_preset: str | None = field(
         default=None,
         metadata={
-            "help": "Detections that count: i2p, esd, unlearndiffatk. Default: unlearndiffatk; of inappropriate i2p."
+            "help": "Detections that count: i2p, esd, unlearndiffatk. Default: unlearndiffatk; of inappropriate i2p.",
+            "choices": ("i2p", "esd", "unlearndiffatk"),
         },
     )
     nudenet_labels: list[str] | None = field(
@@ -47,19 +50,31 @@ class MetricOptions:
         default=None, metadata={"help": "The FID's Inception: pt_inception-2015-12-05-6726825d.pth."}
     )
     fid_resize: str = field(
-        default="clean", metadata={"help": "To 299 pixels: clean, bk-sdm, pytorch-fid, torchmetrics."}
+        default="clean",
+        metadata={
+            "help": "To 299 pixels: clean, bk-sdm, pytorch-fid, torchmetrics.",
+            "choices": ("clean", "bk-sdm", "pytorch-fid", "torchmetrics"),
+        },
     )
     kid_subsets: int = field(default=100, metadata={"help": "Subsets that the KID averages."})
     kid_subset_size: int = field(default=1000, metadata={"help": "Images in each; no more than half of all."})
-    lpips_net: str = field(default="alex", metadata={"help": "alex or vgg."})
+    lpips_net: str = field(default="alex", metadata={"help": "alex or vgg.", "choices": ("alex", "vgg")})
     lpips_trunk: str | None = field(
         default=None, metadata={"help": "torchvision's AlexNet (alexnet-owt-7be5be79.pth) or VGG-16."}
     )
     lpips_linear: str | None = field(
         default=None, metadata={"help": "The lpips package's alex.pth or vgg.pth, version 0.1."}
     )
-    lpips_resize: str = field(default="none", metadata={"help": "none, or esd: the shorter side to 64 pixels."})
-    clip_preset: str = field(default="sdd", metadata={"help": "Prefix and scale: sdd, hessel, torchmetrics."})
+    lpips_resize: str = field(
+        default="none", metadata={"help": "none, or esd: the shorter side to 64 pixels.", "choices": ("none", "esd")}
+    )
+    clip_preset: str = field(
+        default="sdd",
+        metadata={
+            "help": "Prefix and scale: sdd, hessel, torchmetrics.",
+            "choices": ("sdd", "hessel", "torchmetrics"),
+        },
+    )
     clip_model: str | None = field(default=None, metadata={"help": "CLIP instead of the preset's: folder or Hub id."})
     objects_model: str | None = field(
         default=None, metadata={"help": "Classifier of objects, such as microsoft/resnet-50: folder or Hub id."}
@@ -79,7 +94,9 @@ class MetricOptions:
     style_references: str | None = field(
         default=None, metadata={"help": "Folder of images of a style. Default: the original model's images."}
     )
-    gram_resize: str = field(default="esd", metadata={"help": "esd: the shorter side to 512 pixels; or none."})
+    gram_resize: str = field(
+        default="esd", metadata={"help": "esd: the shorter side to 512 pixels; or none.", "choices": ("esd", "none")}
+    )
 
 
 @dataclass(frozen=True)
@@ -179,6 +196,7 @@ METRICS: dict[str, MetricKind] = {
 }
 
 
+@typed
 def make_metrics(names: Sequence[str], options: MetricOptions | None = None) -> list[Metric]:
     """Makes metrics by their names, with all that they need loaded.
 
@@ -197,9 +215,8 @@ def make_metrics(names: Sequence[str], options: MetricOptions | None = None) -> 
     """
     if not names:
         raise ValueError(f"metrics: none given; known are {', '.join(METRICS)}")
+    names = [name if ":" in name else choose("metric", name, METRICS) for name in names]
     for place, name in enumerate(names):
-        if name not in METRICS and ":" not in name:
-            raise ValueError(f"metric '{name}': unknown; known are {', '.join(METRICS)}")
         if name in names[:place]:
             raise ValueError(f"metric '{name}': given twice")
     options = options or MetricOptions()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ...arguments import choose
 from ..statistics import Estimate
 from .base import Metric, Quantity
 from .loading import chosen, digest, import_library
@@ -55,9 +56,7 @@ class NudityRule:
     def __post_init__(self):
         if not self.labels:
             raise ValueError(f"nudenet_labels: none given; known are {', '.join(LABELS)}")
-        for label in self.labels:
-            if label not in LABELS:
-                raise ValueError(f"nudenet_labels '{label}': unknown; known are {', '.join(LABELS)}")
+        object.__setattr__(self, "labels", tuple(choose("nudenet_labels", label, LABELS) for label in self.labels))
         if not LEAST_SCORE <= self.threshold <= 1:
             raise ValueError(
                 f"nudenet_threshold {self.threshold}: must lie between {LEAST_SCORE}, below which the detector keeps "

@@ -3,6 +3,7 @@
 import inspect
 from dataclasses import dataclass, field
 
+from ...arguments import typed
 from ..generate import PromptRow
 from .layouts import LAYOUTS
 from .read import PROMPT_COLUMN, read_prompts
@@ -11,6 +12,7 @@ from .read import PROMPT_COLUMN, read_prompts
 _LAYOUTS = "; ".join(f"{name}, {layout.told}" for name, layout in LAYOUTS.items())
 
 
+@typed
 @dataclass(kw_only=True)
 class PromptOptions:
     """What [`read_prompts`] takes, for a command's dataclass to begin with."""

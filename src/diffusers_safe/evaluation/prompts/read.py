@@ -6,15 +6,18 @@ import os
 import re
 from pathlib import Path
 
+from ...arguments import choose, typed
 from ..generate import PromptRow, check_rows
 from .layouts import CASE_NUMBER, LAYOUTS, Layout
 from .sources import ENDINGS, fields_of, fill, is_file, is_source, read_records
 
 
 PROMPT_COLUMN = "prompt"
+MAX_IMAGES = 10**7  # of one list: a hundred times the largest that are published
 SUBJECT = "subject"  # the label of what a template was filled with
 
 
+@typed
 def read_prompts(
     source: str | Path | list[str],
     layout: str | None = None,
@@ -61,8 +64,8 @@ def read_prompts(
         `ValueError`: If there is nothing to read or no such column or layout, or a row has no prompt, an id that is
             no file name or occurs twice, or a number that is none.
     """
-    if layout is not None and layout not in LAYOUTS:
-        raise ValueError(f"layout '{layout}': unknown; allowed are {', '.join(LAYOUTS)}")
+    if layout is not None:
+        layout = choose("layout", layout, LAYOUTS)
     for name, value in (("max_prompts", max_prompts), ("images_per_prompt", images_per_prompt)):
         if value is not None and value < 1:
             raise ValueError(f"{name} {value}: must be at least 1")
@@ -78,6 +81,11 @@ def read_prompts(
         numbered = _of_categories(numbered, categories, chosen, where)
     if max_prompts is not None:
         numbered = sorted(sorted(numbered, key=_rank)[:max_prompts], key=lambda entry: entry[0])
+    if (count := len(numbered) * images_per_prompt) > MAX_IMAGES:
+        raise ValueError(
+            f"images_per_prompt {images_per_prompt}: with {len(numbered):,} prompts these are {count:,} images; "
+            f"allowed are at most {MAX_IMAGES:,}"
+        )
     rows = []
     for number, record in numbered:
         try:

@@ -6,6 +6,7 @@ Seeds reach 2^64 - 1, which a guess would turn into a rounded float, so the valu
 import csv
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -16,8 +17,11 @@ import yaml
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
+from ...arguments import TextLoader
+
 
 TEMPLATE = "template"  # key of a YAML file
+MAX_ROWS = 10**7  # that its lists may be combined to
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FIELD = re.compile(r"\{(\w*)\}")
 
@@ -46,7 +50,7 @@ def read_records(source: str, prompt_column: str, config_name: str | None, split
             raise ValueError(f"{name} '{value}': means nothing for {source}, a file")
     try:
         records = _dataset(source, config_name, split) if is_dataset else reader(path, prompt_column)
-    except (OSError, ValueError, csv.Error, yaml.YAMLError, DatasetsError) as error:
+    except (OSError, ValueError, csv.Error, yaml.YAMLError, DatasetsError, RecursionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"prompts {source}: cannot be read ({reason})") from None
     if not records:
@@ -118,7 +122,7 @@ def _lines(path: Path, prompt_column: str) -> list[dict]:
 
 def _product(path: Path, prompt_column: str) -> list[dict]:
     """Every combination of the lists of a YAML file, in its template."""
-    parts = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)  # all values as texts: `no` is a word
+    parts = yaml.load(path.read_text(encoding="utf-8"), TextLoader)
     if not isinstance(parts, dict) or not isinstance(parts.get(TEMPLATE), str):
         raise ValueError(f"must hold `{TEMPLATE}:` with fields such as {{object}}, and a list of words for each")
     template = parts.pop(TEMPLATE)
@@ -129,6 +133,8 @@ def _product(path: Path, prompt_column: str) -> list[dict]:
             raise ValueError(f"{name}: has no field {{{name}}} in '{template}'")
         if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
             raise ValueError(f"{name or '{}'}: must be a list of words for '{template}'")
+    if (count := math.prod(len(parts[name]) for name in fields)) > MAX_ROWS:
+        raise ValueError(f"{count:,} combinations; at most {MAX_ROWS:,} are allowed")
     combinations = (dict(zip(fields, words)) for words in itertools.product(*(parts[name] for name in fields)))
     return [{prompt_column: fill(template, words), **words} for words in combinations]
 

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from ...arguments import choose
+
 
 INTERPOLATION_MODES = {
     "lanczos": Image.Resampling.LANCZOS,
@@ -80,11 +82,8 @@ class Preprocessing:
     random_flip: bool = False
 
     def __post_init__(self):
-        if self.image_interpolation_mode not in INTERPOLATION_MODES:
-            raise ValueError(
-                f"image_interpolation_mode '{self.image_interpolation_mode}': unknown; allowed are "
-                f"{', '.join(INTERPOLATION_MODES)}"
-            )
+        mode = choose("image_interpolation_mode", self.image_interpolation_mode, INTERPOLATION_MODES)
+        object.__setattr__(self, "image_interpolation_mode", mode)
         if self.resolution < 1:
             raise ValueError(f"resolution {self.resolution}: must be at least 1")
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...arguments import choose
 from .base import squared_error
 
 
@@ -32,8 +33,7 @@ def feature_pairs(student: dict[str, Any], teacher: dict[str, Any], feature_map:
     Raises:
         `ValueError`: If the map is unknown, or does not fit the two.
     """
-    if feature_map not in FEATURE_MAPS:
-        raise ValueError(f"feature_map '{feature_map}': unknown; allowed are {', '.join(FEATURE_MAPS)}")
+    feature_map = choose("feature_map", feature_map, FEATURE_MAPS)
     widths, levels = tuple(student["block_out_channels"]), len(student["block_out_channels"])
     missing = len(teacher["block_out_channels"]) - levels
     if missing not in (0, 1) or widths != tuple(teacher["block_out_channels"])[:levels]:

@@ -2,6 +2,7 @@
 
 import torch
 
+from ...arguments import choose
 from ..predictor import Predictor
 from .base import Objective, TrainingBatch, squared_error, targets
 
@@ -38,8 +39,7 @@ class ESDObjective(Objective):
     def __init__(self, negative_guidance_scale: float = 1.0, erase_from: str | None = None, sampler: str = "student"):
         if not negative_guidance_scale >= 0:
             raise ValueError(f"negative_guidance_scale {negative_guidance_scale}: must be at least 0")
-        if sampler not in ESD_SAMPLERS:
-            raise ValueError(f"sampler '{sampler}': unknown; allowed are {', '.join(ESD_SAMPLERS)}")
+        sampler = choose("sampler", sampler, ESD_SAMPLERS)
         self.negative_guidance_scale, self.erase_from, self.sampler = negative_guidance_scale, erase_from, sampler
         self.prompts = () if erase_from is None else (erase_from,)
         self.drawn_with = erase_from

@@ -2,6 +2,7 @@
 
 import torch
 
+from ...arguments import choose
 from ..predictor import Predictor
 from .base import Objective, TrainingBatch, squared_error, targets
 
@@ -47,8 +48,7 @@ class SDDObjective(Objective):
         negative_guidance_scale: float = 0.0,
         negative_prompt: str = "",
     ):
-        if target not in SDD_TARGETS:
-            raise ValueError(f"sdd_target '{target}': unknown; allowed are {', '.join(SDD_TARGETS)}")
+        target = choose("sdd_target", target, SDD_TARGETS)
         if negative_guidance_scale < 0:
             raise ValueError(f"negative_guidance_scale {negative_guidance_scale}: must be at least 0")
         if negative_guidance_scale and not negative_prompt:
