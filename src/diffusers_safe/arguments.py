@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 
@@ -129,13 +130,17 @@ def tell_errors_in_one_line(parser: ArgumentParser) -> None:
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
     """Ends the program with one line and code 1 where the work meets bad input (`ValueError`), a file that cannot be
-    read or written (`OSError`) or numbers that have gone astray (`FloatingPointError`)."""
+    read or written (`OSError`, or safetensors' error of a full disk) or numbers that have gone astray
+    (`FloatingPointError`). An error may have an `exit_code` of its own."""
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
         logger.debug("where it happened:", exc_info=True)
         reason = str(error).strip().split("\n")[0]
-        raise SystemExit(f"error: {reason}") from None
+        if (code := getattr(error, "exit_code", None)) is None:
+            raise SystemExit(f"error: {reason}") from None
+        print(f"error: {reason}", file=sys.stderr)
+        raise SystemExit(code) from None
 
 
 def check_output_dir(folder: str | Path) -> None:

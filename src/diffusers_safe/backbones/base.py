@@ -10,6 +10,8 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .. import loading
+
 
 # What a denoiser needs to know of a prompt beside latents and timesteps: named tensors, the batch first.
 Conditioning = dict[str, torch.Tensor]
@@ -211,8 +213,12 @@ def check_lengths(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> Non
 
 
 def load_pipeline(name_or_path: str, **hub_arguments) -> DiffusionPipeline:
-    """Loads a supported pipeline in fp32, as training needs it. Make a [`StoredModel`] first for clear errors."""
-    return DiffusionPipeline.from_pretrained(name_or_path, dtype=torch.float32, **hub_arguments)
+    """Loads a pipeline in fp32, as training needs it.
+
+    Raises:
+        `ValueError`: If a component is missing or damaged.
+    """
+    return loading.load_pipeline(name_or_path, f"model '{name_or_path}'", dtype=torch.float32, **hub_arguments)
 
 
 def make_backbone(pipeline: DiffusionPipeline, resolution: int | None = None) -> Backbone:

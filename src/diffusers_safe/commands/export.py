@@ -85,7 +85,8 @@ def check_surroundings(args: ExportArguments) -> None:
     fetch(args.source, args.weight_name, only_records=True, **_revision(args))
     check_no_result(args.output_dir)
     if args.base_model is not None:
-        StoredModel(args.base_model, argument="base_model", **_of_base(args.base_revision))
+        stored = StoredModel(args.base_model, argument="base_model", **_of_base(args.base_revision))
+        stored.check_weights()
     check_writable(args.output_dir)
 
 

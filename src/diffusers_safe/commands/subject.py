@@ -6,6 +6,7 @@ generate(pipeline, rows, "runs/safe", settings)
 """
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from ..evaluation.processes import launched_processes
 from ..formats import LORA_NAME, fetch
 from ..formats.read import only_weight_file
 from ..guidance import SAFETY_CONCEPT, SAFETY_CONFIGS, SafetyConfig
+from ..loading import check_weights, load_pipeline, read_index
 from ..pipelines.safe_latent_diffusion import SafeLatentDiffusionMixin, check_concept
 
 
@@ -140,6 +142,7 @@ class Subject:
             `ValueError`: If there is no pipeline or LoRA, or one of a class that cannot be steered so.
         """
         pipeline_class(self.model, self.revision)
+        check_weights(self.model, f"model '{self.model}'", self.variant)
         if self.editing_prompt and (found := _class_name(self.model, self.revision)) not in _EDITED:
             raise ValueError(f"editing_prompt: works with {' and '.join(_EDITED)}; {self.model} is a {found}")
         if self.lora is not None:
@@ -201,14 +204,10 @@ def pipeline_class(model: str, revision: str | None = None) -> type[DiffusionPip
     return DiffusionPipeline
 
 
-def _class_name(model: str, revision: str | None) -> str | None:
-    if model.count("/") > 1 and not Path(model).is_dir():  # no Hub id has more than one
+def _class_name(model: str, revision: str | None) -> str:
+    if model.count("/") > 1 and not os.path.exists(model):  # no Hub id has more than one
         raise ValueError(f"model '{model}': no such folder")
-    try:
-        name = DiffusionPipeline.load_config(model, revision=revision).get("_class_name")
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model '{model}': no folder or Hub repository of a diffusers pipeline ({reason})") from None
+    name = read_index(model, f"model '{model}'", revision=revision)["_class_name"]
     return name[-1] if isinstance(name, list) else name
 
 
@@ -220,8 +219,9 @@ def load_any_pipeline(
     Raises:
         `ValueError`: As [`pipeline_class`].
     """
-    kind = pipeline_class(model, revision)
-    return kind.from_pretrained(model, dtype=dtype, revision=revision, variant=variant)
+    kind, given = pipeline_class(model, revision), {"revision": revision, "variant": variant}
+    given = {name: value for name, value in given.items() if value is not None}
+    return load_pipeline(model, f"model '{model}'", kind, dtype=dtype, **given)
 
 
 def safety_call(pipeline: DiffusionPipeline, safety: str | None, concept: str | None) -> dict:

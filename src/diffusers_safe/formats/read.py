@@ -12,6 +12,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..loading import load_model
 from ..provenance import FILE_NAME, UNKNOWN, Provenance, fingerprint
 from ..weights import TRAIN_METHODS, resolve_train_method
 from .folders import INDEX, UNET_FOLDER
@@ -210,16 +211,7 @@ def load_unet(name_or_path: str | Path, **options) -> UNet2DConditionModel:
     Raises:
         `ValueError`: If there is none, or its weights are not those of its config.
     """
-    try:
-        unet, info = UNet2DConditionModel.from_pretrained(
-            str(name_or_path), dtype=torch.float32, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{name_or_path}: no diffusers UNet ({str(error).strip().splitlines()[0]})") from None
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if odd := sorted(map(str, info[what])):
-            raise ValueError(f"{name_or_path}: the UNet's weights do not fit its config: {what} {odd[0]}")
-    return unet
+    return load_model(UNet2DConditionModel, name_or_path, torch.float32, **options)
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------

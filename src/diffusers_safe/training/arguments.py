@@ -12,6 +12,7 @@ from torch import nn
 from ..arguments import check_output_dir
 from ..concepts import read_concepts
 from ..hub import check_model_id, check_push, default_model_id
+from ..loading import check_weights
 from ..weights import TRAIN_METHODS, resolve_train_method
 from .checkpoints import checkpoint_step, list_checkpoints
 from .loss_space import LOSS_SPACES
@@ -266,12 +267,18 @@ class TrainingArguments:
             check_push(self.hub_model_id, self.hub_token)
         self.check_base_model()
         if not self.dry_run:
+            self.check_weights()
             self.check_output()
 
     def check_base_model(self) -> nn.Module:
         """The part of [`~TrainingArguments.check_surroundings`] about the model; returns the structure of the denoiser
         that trains, without weights."""
         raise NotImplementedError
+
+    def check_weights(self) -> None:
+        """The part of [`~TrainingArguments.check_surroundings`] about files of weights, which are not read yet."""
+        name = self.pretrained_model_name_or_path
+        check_weights(name, f"pretrained_model_name_or_path '{name}'", self.variant)
 
     def check_output(self) -> None:
         """The part of [`~TrainingArguments.check_surroundings`] about the output folder and what it holds."""

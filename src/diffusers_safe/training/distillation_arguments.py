@@ -9,6 +9,7 @@ from torch import nn
 
 from ..backbones import StoredModel, stored_unet
 from ..concepts import read_concepts
+from ..loading import find_variant
 from ..students import STUDENTS, empty_student, resolve_student
 from ..trajectories import Trajectories
 from ..weights import select_parameters
@@ -248,6 +249,11 @@ class DistillationArguments(SamplingArguments):
         """What `from_pretrained` takes beside `from_student`."""
         chosen = {"revision": self.student_revision, "variant": self.student_variant, "cache_dir": self.cache_dir}
         return {name: value for name, value in chosen.items() if value is not None}
+
+    def check_weights(self) -> None:
+        super().check_weights()
+        if self.from_student is not None and (folder := Path(self.from_student, "unet")).is_dir():
+            find_variant(folder, self.student_variant)
 
     def check_surroundings(self) -> None:
         if self.evaluation is not None:

@@ -74,6 +74,7 @@ def erase(
         accelerator = make_accelerator(args)
         if isinstance(pipeline, str):
             check_run(args, StoredModel(pipeline, args.resolution, **args.index_arguments))
+            args.check_weights()
         else:
             check_run(args, make_backbone(pipeline, args.resolution))
         if output_dir is not None:
