@@ -13,11 +13,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import diffusers
 import torch
 import transformers
-from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
+from diffusers import (
+    AutoencoderKL,
+    ConfigMixin,
+    DiffusionPipeline,
+    ModelMixin,
+    SchedulerMixin,
+    UNet2DConditionModel,
+)
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +40,7 @@ _WEIGHTS = re.compile(
     r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)(\.(?P<variant>[^.]+?))?(-\d{5}-of-\d{5}(\.(?P<old>[^.]+))?)?"
     r"\.(safetensors|bin)"
 )
+_CHECKED = (UNet2DConditionModel, AutoencoderKL)  # whose structure is built to compare files with it
 _SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _JSON_TYPES = {list: "list", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
@@ -46,6 +55,10 @@ class ModelError(ValueError):
 
 def reason(error: BaseException) -> str:
     """Why a file or a model cannot be read, in one line."""
+    cause = error
+    while (cause := cause.__cause__ or cause.__context__) is not None:  # diffusers' own words say less
+        if isinstance(cause, (SafetensorError, pickle.UnpicklingError)):
+            error = cause
     if isinstance(error, RecursionError):
         return "nested too deeply"
     if isinstance(error, SafetensorError):
@@ -59,7 +72,8 @@ def reason(error: BaseException) -> str:
         return f"not JSON ({error})"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f' ({str(error.filename)[-100:]})' if error.filename else ''}"
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]).split(" If you want")[0]
     named = "" if type(error) in (ValueError, OSError) and text else type(error).__name__
     return f"{named}{': ' if named and text else ''}{text[:300]}"
 
@@ -73,7 +87,7 @@ def naming(what: str, *kept: type[Exception]) -> Iterator[None]:
     except (ModelError, MemoryError, torch.OutOfMemoryError, *kept):
         raise
     except Exception as error:  # they raise errors of nearly all types for a damaged file
-        raise ModelError(f"{what}: {reason(error)}") from error
+        raise ModelError(f"{what}: {reason(error)}".replace(f" ({what})", "")) from error
 
 
 # --- configs ---------------------------------------------------------------------------------------------------------
@@ -101,8 +115,9 @@ def read_config(reader: type[ConfigMixin], name_or_path: str | Path, what: str, 
 
 
 def _as_object(value: Any, what: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ModelError(f"{what}: holds a JSON {_JSON_TYPES.get(type(value), 'value')}; an object is needed")
+    if not isinstance(value, dict) or not value:
+        held = _JSON_TYPES.get(type(value), "object without entries")
+        raise ModelError(f"{what}: holds a JSON {held}; an object with entries is needed")
     return value
 
 
@@ -138,6 +153,8 @@ def read_index(
     pipeline_class = getattr(diffusers, class_name, None)
     is_pipeline = isinstance(pipeline_class, type) and issubclass(pipeline_class, DiffusionPipeline)
     parts, optional = (), ()
+    if pipeline_class is not None and not is_pipeline:
+        raise ModelError(f"{what}: model_index.json: _class_name {class_name} is no pipeline of diffusers")
     if is_pipeline:
         parts, optional = pipeline_class._get_signature_keys(pipeline_class)[0], pipeline_class._optional_components
     for name, entry in index.items():
@@ -146,6 +163,9 @@ def read_index(
         is_pair = isinstance(entry, (list, tuple)) and len(entry) == 2
         if not is_pair or not (all(isinstance(part, str) for part in entry) or list(entry) == [None, None]):
             raise ModelError(f"{what}: model_index.json: {name} {str(entry)[:60]!r}: must be [library, class]")
+    scheduler = getattr(diffusers, str((index.get("scheduler") or [None])[-1]), SchedulerMixin)
+    if not (isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)):
+        raise ModelError(f"{what}: model_index.json: scheduler {index['scheduler'][-1]} is no scheduler")
     if lacking := sorted(name for name in parts if name not in optional and not (index.get(name) or [None])[0]):
         raise ModelError(f"{what}: model_index.json: has no {lacking[0]}; {class_name} needs one")
     return index
@@ -157,7 +177,7 @@ def components(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
     return {name: pair for name, pair in pairs.items() if not name.startswith("_") and pair[0] is not None}
 
 
-def _class_of(library: str, class_name: str) -> type | None:
+def _class_of(library: str, class_name: str, what: str) -> type | None:
     """The class of a component; `None` where the library is another than diffusers and transformers."""
     module = {"diffusers": diffusers, "transformers": transformers}.get(library)
     module = getattr(diffusers.pipelines, library, None) if module is None else module
@@ -166,14 +186,14 @@ def _class_of(library: str, class_name: str) -> type | None:
     kind = getattr(module, class_name, None)
     if not hasattr(kind, "from_pretrained"):
         version = getattr(module, "__version__", diffusers.__version__)
-        raise ModelError(f"{library} {version} has no class {class_name} that loads a component")
+        raise ModelError(f"{what}: {library} {version} has no class {class_name} that loads a component")
     return kind
 
 
 # --- files of weights ------------------------------------------------------------------------------------------------
 
 
-def check_weights(folder: str | Path, what: str, variant: str | None = None) -> None:
+def check_files(folder: str | Path, what: str, variant: str | None = None) -> None:
     """Looks at the files of a local pipeline before any weights are read: for each component its folder, config and
     weights, the headers of safetensors files, and that no shard is missing.
 
@@ -186,11 +206,18 @@ def check_weights(folder: str | Path, what: str, variant: str | None = None) -> 
     for part, (library, class_name) in components(read_index(folder, what)).items():
         label = f"{what}: {part}"
         with naming(label):
-            kind = _class_of(library, class_name)
+            kind = _class_of(library, class_name, label)
             place = _folder_of(folder, part)
-            if kind is not None and issubclass(kind, (ModelMixin, PreTrainedModel)):
-                read_json_object(place / "config.json")
+            if kind is None:
+                continue
+            for path in place.glob("*.json"):
+                read_json_object(path)
+            if issubclass(kind, _CHECKED):
+                _check_shapes(kind, place, find_variant(place, variant))
+            elif issubclass(kind, (ModelMixin, PreTrainedModel)):
                 find_variant(place, variant)
+            else:
+                check_tokenizer(kind.from_pretrained(place), label)
 
 
 def _folder_of(folder: Path, part: str) -> Path:
@@ -200,6 +227,15 @@ def _folder_of(folder: Path, part: str) -> Path:
     return place
 
 
+def _files(folder: Path) -> dict[str | None, list[Path]]:
+    """The files of weights in a component's folder, by their variant."""
+    found: dict[str | None, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if match := _WEIGHTS.fullmatch(path.name):
+            found.setdefault(match["variant"] or match["old"], []).append(path)
+    return found
+
+
 def find_variant(folder: Path, variant: str | None = None) -> str | None:
     """The variant of the weights in a component's folder that is loaded: the one that is asked for; where there is
     none of it, weights without a variant; and where all weights are of one variant, that one.
@@ -207,10 +243,7 @@ def find_variant(folder: Path, variant: str | None = None) -> str | None:
     Raises:
         [`ModelError`]: If there are no weights, none of the variants can be taken, or a file is damaged.
     """
-    found: dict[str | None, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        if match := _WEIGHTS.fullmatch(path.name):
-            found.setdefault(match["variant"] or match["old"], []).append(path)
+    found = _files(folder)
     if not found:
         held = ", ".join(sorted(path.name for path in folder.iterdir())[:4]) or "nothing"
         raise ModelError(f"{folder}: no weights (.safetensors or .bin) that diffusers knows by name; it holds {held}")
@@ -239,12 +272,47 @@ def find_variant(folder: Path, variant: str | None = None) -> str | None:
     return taken
 
 
+def _check_shapes(kind: type[ModelMixin], folder: Path, variant: str | None) -> None:
+    """Compares the headers of safetensors files with the config, on the meta device."""
+    config = read_json_object(folder / "config.json")
+    with naming(str(folder / "config.json")), torch.device("meta"):
+        model = kind.from_config(config)
+        if kind is UNet2DConditionModel:
+            _check_sample_size(config)
+    files = [path for path in _files(folder)[variant] if path.suffix == ".safetensors"]
+    if not files or "quantization_config" in config:
+        return
+    found: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        with naming(str(path)), safe_open(path, framework="pt") as file:
+            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    model._fix_state_dict_keys_on_load(found)  # old names of an autoencoder's attention
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    lacking, extra = expected.keys() - found, found.keys() - expected
+    for names, fault in ((lacking, "the weights lack"), (extra, "config.json has no place for")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ModelError(f"{folder}: {fault} {min(names)}{more}")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise ModelError(f"{folder}: {name} has shape {found[name]}, by config.json {shape}")
+
+
+def _check_sample_size(config: dict[str, Any]) -> None:
+    size = config.get("sample_size")
+    sizes = size if isinstance(size, list) and len(size) == 2 else [size]
+    if size is not None and not all(isinstance(side, int) and side > 0 for side in sizes):
+        raise ValueError(f"sample_size {size!r}: must be a whole number above 0, or a pair of them")
+
+
 def _check_header(path: Path, quantized: bool) -> None:
     with naming(str(path)):
         with open(path, "rb") as file:
             if not file.read(1):
                 raise ModelError(f"{path}: is empty")
-        if path.suffix == ".safetensors":
+        if path.suffix == ".bin":
+            torch.load(path, "meta", weights_only=True, mmap=is_zipfile(path))  # shapes; no values are read
+        else:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
                     kind = file.get_slice(name).get_dtype()
@@ -344,7 +412,7 @@ def load_pipeline(
         if name in options:
             continue
         with naming(f"{what}: {name}"):
-            part_class = _class_of(library, class_name)
+            part_class = _class_of(library, class_name, f"{what}: {name}")
             place = _folder_of(folder, name)
             if part_class is None:
                 continue  # diffusers' own business
@@ -353,7 +421,7 @@ def load_pipeline(
                 loaded[name] = load_model(part_class, place, own, options.get("variant"))
             else:
                 loaded[name] = part_class.from_pretrained(place)
-                check_tokenizer(loaded[name])
+                check_tokenizer(loaded[name], f"{what}: {name}")
     with naming(what):
         others = {name: value for name, value in options.items() if name not in (*HUB_ARGUMENTS, "variant")}
         pipeline = build(folder, **{**others, **loaded})
@@ -409,14 +477,14 @@ def check_finite(model: nn.Module, what: str) -> None:
             raise ModelError(f"{what}: {name} holds values that are not finite numbers")
 
 
-def check_tokenizer(component: Any) -> None:
+def check_tokenizer(component: Any, what: str) -> None:
     """
     Raises:
         [`ModelError`]: If it is a tokenizer of CLIP that does not say how long a prompt may be.
     """
     is_clip = isinstance(component, PreTrainedTokenizerBase) and "CLIP" in type(component).__name__
     if is_clip and not (isinstance(component.model_max_length, int) and component.model_max_length < _MOST_TOKENS):
-        raise ModelError("tokenizer_config.json does not say how many tokens a prompt may have (model_max_length)")
+        raise ModelError(f"{what}: tokenizer_config.json lacks model_max_length, how many tokens a prompt may have")
 
 
 @contextmanager

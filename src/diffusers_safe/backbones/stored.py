@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, SchedulerMixin, UNet2DConditionModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..loading import check_tokenizer, check_weights, naming, read_config, read_index
+from ..loading import check_files, check_tokenizer, naming, read_config, read_index
 from .base import check_lengths, find_family
 
 
@@ -52,13 +52,13 @@ class StoredModel:
         config = read_config(reader, self.name_or_path, f"{self._what}: {name}", subfolder=name, **self._hub)
         return {**config, "_class_name": class_name}
 
-    def check_weights(self, variant: str | None = None) -> None:
+    def check_files(self, variant: str | None = None) -> None:
         """Looks at the weight files of a folder; nothing of a Hub repository is downloaded.
 
         Raises:
             `ValueError`: If weights are missing or damaged.
         """
-        check_weights(self.name_or_path, self._what, variant)
+        check_files(self.name_or_path, self._what, variant)
 
     @cached_property
     def denoiser(self) -> nn.Module:
@@ -81,7 +81,7 @@ class StoredModel:
         for name in self.family.tokenizers:
             with naming(f"{self._what}: {name}"):
                 found.append(AutoTokenizer.from_pretrained(self.name_or_path, subfolder=name, **self._hub))
-                check_tokenizer(found[-1])
+                check_tokenizer(found[-1], f"{self._what}: {name}")
         return found
 
     def check_prompts(self, prompts: list[str]) -> None:

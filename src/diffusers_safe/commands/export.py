@@ -86,7 +86,7 @@ def check_surroundings(args: ExportArguments) -> None:
     check_no_result(args.output_dir)
     if args.base_model is not None:
         stored = StoredModel(args.base_model, argument="base_model", **_of_base(args.base_revision))
-        stored.check_weights()
+        stored.check_files()
     check_writable(args.output_dir)
 
 

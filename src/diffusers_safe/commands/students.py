@@ -21,7 +21,7 @@ from ..backbones import StoredModel, load_pipeline
 from ..backbones.cost import macs
 from ..emoji import MODEL_FOLDER
 from ..formats import check_no_result, save_model, written_aside
-from ..loading import check_weights
+from ..loading import check_files
 from ..students import (
     ALIASES,
     STUDENTS,
@@ -154,7 +154,7 @@ def check_surroundings(args: StudentsArguments) -> None:
     """The teacher's configs, and the output folder, which is created."""
     if args.student is not None:
         name = args.pretrained_model_name_or_path
-        check_weights(name, f"pretrained_model_name_or_path '{name}'", args.variant)
+        check_files(name, f"pretrained_model_name_or_path '{name}'", args.variant)
     for teacher in find_teachers(args):
         if args.student is not None:
             student_config(teacher.unet.config, args.student)

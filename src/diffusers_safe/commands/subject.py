@@ -24,7 +24,7 @@ from ..evaluation.processes import launched_processes
 from ..formats import LORA_NAME, fetch
 from ..formats.read import only_weight_file
 from ..guidance import SAFETY_CONCEPT, SAFETY_CONFIGS, SafetyConfig
-from ..loading import check_weights, load_pipeline, read_index
+from ..loading import ModelError, check_files, load_pipeline, read_index
 from ..pipelines.safe_latent_diffusion import SafeLatentDiffusionMixin, check_concept
 
 
@@ -142,7 +142,7 @@ class Subject:
             `ValueError`: If there is no pipeline or LoRA, or one of a class that cannot be steered so.
         """
         pipeline_class(self.model, self.revision)
-        check_weights(self.model, f"model '{self.model}'", self.variant)
+        check_files(self.model, f"model '{self.model}'", self.variant)
         if self.editing_prompt and (found := _class_name(self.model, self.revision)) not in _EDITED:
             raise ValueError(f"editing_prompt: works with {' and '.join(_EDITED)}; {self.model} is a {found}")
         if self.lora is not None:
@@ -173,6 +173,9 @@ class Subject:
             for component in pipeline.components.values():  # after weights and LoRA have met in fp32
                 if isinstance(component, torch.nn.Module):
                     torch.nn.Module.to(component, dtype)
+        config = getattr(getattr(pipeline, "unet", None), "config", {})
+        if settings.height is None and config.get("sample_size", 0) is None:
+            raise ModelError(f"model '{self.model}': unet: config.json has no sample_size; give --height and --width")
         pipeline, call = self._steer(pipeline)
         pipeline.to(launched_processes().device if device is None else device)
         negative_prompt = settings.negative_prompt if self.negative_prompt is None else self.negative_prompt

@@ -27,6 +27,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..loading import naming
 from ..provenance import fingerprint, write_text
 from .processes import alone_in, launched_processes
 
@@ -430,7 +431,8 @@ def _sample(pipeline: DiffusionPipeline, rows: list[PromptRow], settings: Genera
     if "negative_prompt" in arguments:
         arguments["negative_prompt"] = [settings.negative_prompt] * len(rows)
     generators = [torch.Generator("cpu").manual_seed(row.seed) for row in rows]
-    return pipeline([row.prompt for row in rows], generator=generators, output_type="pil", **arguments).images
+    with naming(f"{type(pipeline).__name__} of {pipeline.config.get('_name_or_path')}", ValueError):
+        return pipeline([row.prompt for row in rows], generator=generators, output_type="pil", **arguments).images
 
 
 def _save_png(folder: Path, name: str, image: Image.Image) -> dict:

@@ -12,7 +12,7 @@ from torch import nn
 from ..arguments import check_output_dir
 from ..concepts import read_concepts
 from ..hub import check_model_id, check_push, default_model_id
-from ..loading import check_weights
+from ..loading import check_files
 from ..weights import TRAIN_METHODS, resolve_train_method
 from .checkpoints import checkpoint_step, list_checkpoints
 from .loss_space import LOSS_SPACES
@@ -267,7 +267,7 @@ class TrainingArguments:
             check_push(self.hub_model_id, self.hub_token)
         self.check_base_model()
         if not self.dry_run:
-            self.check_weights()
+            self.check_files()
             self.check_output()
 
     def check_base_model(self) -> nn.Module:
@@ -275,10 +275,10 @@ class TrainingArguments:
         that trains, without weights."""
         raise NotImplementedError
 
-    def check_weights(self) -> None:
+    def check_files(self) -> None:
         """The part of [`~TrainingArguments.check_surroundings`] about files of weights, which are not read yet."""
         name = self.pretrained_model_name_or_path
-        check_weights(name, f"pretrained_model_name_or_path '{name}'", self.variant)
+        check_files(name, f"pretrained_model_name_or_path '{name}'", self.variant)
 
     def check_output(self) -> None:
         """The part of [`~TrainingArguments.check_surroundings`] about the output folder and what it holds."""

@@ -250,8 +250,8 @@ class DistillationArguments(SamplingArguments):
         chosen = {"revision": self.student_revision, "variant": self.student_variant, "cache_dir": self.cache_dir}
         return {name: value for name, value in chosen.items() if value is not None}
 
-    def check_weights(self) -> None:
-        super().check_weights()
+    def check_files(self) -> None:
+        super().check_files()
         if self.from_student is not None and (folder := Path(self.from_student, "unet")).is_dir():
             find_variant(folder, self.student_variant)
 
