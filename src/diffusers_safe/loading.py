@@ -9,7 +9,7 @@ import logging
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -124,8 +124,7 @@ def _as_object(value: Any, what: str) -> dict[str, Any]:
 def read_index(
     name_or_path: str | Path, what: str, kind: type[DiffusionPipeline] = DiffusionPipeline, **hub_arguments
 ) -> dict[str, Any]:
-    """The `model_index.json` of a pipeline, checked: its class is a name, its components are `[library, class]`, and
-    none is missing that its class needs.
+    """The `model_index.json` of a pipeline, checked: its class is a name, its components are `[library, class]`.
 
     Args:
         name_or_path (`str` or `Path`): Folder or Hub id.
@@ -152,11 +151,11 @@ def read_index(
         raise ModelError(f"{what}: model_index.json: _class_name {class_name!r}: must be the name of a pipeline class")
     pipeline_class = getattr(diffusers, class_name, None)
     is_pipeline = isinstance(pipeline_class, type) and issubclass(pipeline_class, DiffusionPipeline)
-    parts, optional = (), ()
+    parts = ()
     if pipeline_class is not None and not is_pipeline:
         raise ModelError(f"{what}: model_index.json: _class_name {class_name} is no pipeline of diffusers")
     if is_pipeline:
-        parts, optional = pipeline_class._get_signature_keys(pipeline_class)[0], pipeline_class._optional_components
+        parts = pipeline_class._get_signature_keys(pipeline_class)[0]
     for name, entry in index.items():
         if name.startswith("_") or not (name in parts or isinstance(entry, (list, tuple))):
             continue
@@ -166,9 +165,21 @@ def read_index(
     scheduler = getattr(diffusers, str((index.get("scheduler") or [None])[-1]), SchedulerMixin)
     if not (isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin)):
         raise ModelError(f"{what}: model_index.json: scheduler {index['scheduler'][-1]} is no scheduler")
-    if lacking := sorted(name for name in parts if name not in optional and not (index.get(name) or [None])[0]):
-        raise ModelError(f"{what}: model_index.json: has no {lacking[0]}; {class_name} needs one")
     return index
+
+
+def check_complete(index: dict[str, Any], what: str, passed: Collection[str] = ()) -> None:
+    """
+    Raises:
+        [`ModelError`]: If a component is missing that the pipeline's class needs, and that is not `passed` to it.
+    """
+    name = index["_class_name"]
+    kind = getattr(diffusers, name if isinstance(name, str) else name[-1], None)
+    if kind is None:
+        return
+    needed = {*kind._get_signature_keys(kind)[0]} - {*kind._optional_components, *passed}
+    if lacking := sorted(needed - components(index).keys()):
+        raise ModelError(f"{what}: model_index.json: has no {lacking[0]}; {kind.__name__} needs one")
 
 
 def components(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
@@ -202,8 +213,9 @@ def check_files(folder: str | Path, what: str, variant: str | None = None) -> No
     """
     if not os.path.isdir(folder):
         return  # on the Hub
-    folder = Path(folder)
-    for part, (library, class_name) in components(read_index(folder, what)).items():
+    folder, index = Path(folder), read_index(folder, what)
+    check_complete(index, what)
+    for part, (library, class_name) in components(index).items():
         label = f"{what}: {part}"
         with naming(label):
             kind = _class_of(library, class_name, label)
@@ -398,6 +410,7 @@ def load_pipeline(
     """
     build = build or kind.from_pretrained
     index = read_index(name_or_path, what, kind, **{name: options[name] for name in HUB_ARGUMENTS if name in options})
+    check_complete(index, what, options)
     names = components(index)
     if options.keys() - _OPTIONS - index.keys() - set(kind._get_signature_keys(kind)[1]):  # device_map, quantization
         with naming(what):

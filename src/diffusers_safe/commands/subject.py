@@ -22,9 +22,9 @@ from .. import pipelines
 from ..evaluation.generate import GenerationSettings
 from ..evaluation.processes import launched_processes
 from ..formats import LORA_NAME, fetch
-from ..formats.read import only_weight_file
+from ..formats.read import only_weight_file, read_lora
 from ..guidance import SAFETY_CONCEPT, SAFETY_CONFIGS, SafetyConfig
-from ..loading import ModelError, check_files, load_pipeline, read_index
+from ..loading import ModelError, check_files, load_pipeline, read_index, reason
 from ..pipelines.safe_latent_diffusion import SafeLatentDiffusionMixin, check_concept
 
 
@@ -255,8 +255,10 @@ def lora_file(source: str) -> Path:
     if path.is_dir():
         names = [entry.name for entry in path.iterdir() if entry.is_file()]
         path = path / (LORA_NAME if LORA_NAME in names else only_weight_file(names, source))
-    if path.suffix != ".safetensors":
-        raise ValueError(f"lora {path}: must be a .safetensors file")
+    try:
+        read_lora(path)
+    except ValueError as error:
+        raise ValueError(f"lora {error}") from None
     return path
 
 
@@ -269,17 +271,19 @@ def fuse_lora(pipeline: DiffusionPipeline, file: Path, scale: float) -> None:
     if not hasattr(pipeline, "load_lora_weights"):
         raise ValueError(f"lora {file}: {type(pipeline).__name__} takes none")
     try:
-        found = {"weight_name": file.name, "use_safetensors": True}
-        tensors = pipeline.lora_state_dict(file.parent, **found)
+        tensors, renamed = read_lora(file)
+        # diffusers reads a file itself for the metadata that it holds.
+        source, found = (tensors, {}) if renamed else (file.parent, {"weight_name": file.name})
+        tensors = pipeline.lora_state_dict(dict(tensors) if renamed else source, **found)
         tensors = tensors[0] if isinstance(tensors, tuple) else tensors
         held = sum(name.endswith(("lora_A.weight", "down.weight")) for name in tensors)
         if not held:
             raise ValueError("holds no pair of matrices")
         with _diffusers_in_silence():  # what it warns of is an error below
-            pipeline.load_lora_weights(file.parent, **found)
-    except (ValueError, RuntimeError, KeyError, OSError) as error:
-        reason = " ".join((str(error).strip() or type(error).__name__).split("\n\t")[:2])
-        raise ValueError(f"lora {file}: does not fit {type(pipeline).__name__} ({reason})") from None
+            pipeline.load_lora_weights(source, **found)
+    except Exception as error:  # diffusers and peft raise errors of many types
+        why = " ".join(reason(error).split("\n\t")[:2])
+        raise ModelError(f"lora {file}: does not fit {type(pipeline).__name__} ({why})") from error
     names = [name for name in pipeline._lora_loadable_modules if getattr(pipeline, name, None) is not None]
     fitting = {
         name: sum(isinstance(layer, BaseTunerLayer) for layer in getattr(pipeline, name).modules()) for name in names
