@@ -130,11 +130,13 @@ def tell_errors_in_one_line(parser: ArgumentParser) -> None:
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
     """Ends the program with one line and code 1 where the work meets bad input (`ValueError`), a file that cannot be
-    read or written (`OSError`, or safetensors' error of a full disk) or numbers that have gone astray
+    read or written (`OSError`, and what torch and safetensors make of a full disk) or numbers that have gone astray
     (`FloatingPointError`). An error may have an `exit_code` of its own."""
     try:
         yield
-    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # torch.save's for a full disk
+            raise
         logger.debug("where it happened:", exc_info=True)
         reason = str(error).strip().split("\n")[0]
         if (code := getattr(error, "exit_code", None)) is None:

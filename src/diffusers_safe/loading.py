@@ -66,16 +66,26 @@ def reason(error: BaseException) -> str:
     if isinstance(error, pickle.UnpicklingError):
         found = re.search(r"GLOBAL (\S+)", str(error))
         return f"refused, the pickle holds more than tensors ({found[1]})" if found else "not a file of torch.save"
+    if isinstance(error, EOFError):
+        return "ends too early"
     if isinstance(error, UnicodeDecodeError):
         return "not UTF-8 text"
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON ({error})"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f' ({str(error.filename)[-100:]})' if error.filename else ''}"
+    if "PytorchStreamReader" in str(error):
+        return "not a whole file of torch.save"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]).split(" If you want")[0]
     named = "" if type(error) in (ValueError, OSError) and text else type(error).__name__
     return f"{named}{': ' if named and text else ''}{text[:300]}"
+
+
+def shown(name: str | Path) -> str:
+    """A name or path as messages show it: what is very long is cut."""
+    text = str(name).replace("\0", "\\0")
+    return text if len(text) <= 500 else f"{text[:100]}...{text[-100:]}"
 
 
 @contextmanager
@@ -273,7 +283,7 @@ def find_variant(folder: Path, variant: str | None = None) -> str | None:
     files = [path for path in found[taken] if path.suffix == ".safetensors"]
     quantized = "quantization_config" in read_json_object(folder / "config.json")
     for path in files or found[taken]:
-        _check_header(path, quantized)
+        check_header(path, quantized)
     for path in folder.glob("*.index*.json"):
         shards = read_json_object(path).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
@@ -317,7 +327,12 @@ def _check_sample_size(config: dict[str, Any]) -> None:
         raise ValueError(f"sample_size {size!r}: must be a whole number above 0, or a pair of them")
 
 
-def _check_header(path: Path, quantized: bool) -> None:
+def check_header(path: Path, quantized: bool = True) -> None:
+    """Opens a file of weights, whose values may be integers where it is quantized; no values are read.
+
+    Raises:
+        [`ModelError`]: If it is damaged.
+    """
     with naming(str(path)):
         with open(path, "rb") as file:
             if not file.read(1):
@@ -365,14 +380,14 @@ def describe_weights(names: list[str]) -> str:
 
     if any(name.startswith("model.diffusion_model.") for name in names):
         return "a checkpoint of a whole model"
-    if any_name("string_to_param", "emb_params") or (names and set(names) <= {"clip_l", "clip_g"}):
+    if any_name("ip_adapter", "image_proj"):
+        return "an IP-Adapter"
+    if any_name("string_to_param", "emb_params") or (names and not any_name(".")):
         return "a textual inversion embedding"
     if any_name("hada_w1", "lokr_w", "oft_", "dora_scale", "lora_mid"):
         return "a LyCORIS file (LoHa, LoKr, DoRA or another relative of LoRA)"
     if any_name("lora"):
         return "a LoRA"
-    if any_name("ip_adapter", "image_proj."):
-        return "an IP-Adapter"
     if any_name("controlnet_cond_embedding", "zero_convs", "control_model."):
         return "a ControlNet"
     if any_name("text_model.encoder.layers", "transformer.resblocks"):

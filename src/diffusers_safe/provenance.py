@@ -4,14 +4,17 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import ClassVar
+from types import UnionType
+from typing import ClassVar, get_origin
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError
 from torch import nn
+
+from .loading import ModelError, read_json_object
 
 
 FILE_NAME = "erasure.json"
@@ -170,8 +173,9 @@ def erasure_of(model: str, **hub_arguments) -> dict | None:
             except (OSError, ValueError, HTTPError):  # no such file, or no Hub
                 continue
         if path.is_file():
-            record = json.loads(path.read_text(encoding="utf-8"))
-            return record if name == FILE_NAME else record.get("teacher_erasure")
+            if name == FILE_NAME:
+                return asdict(_load(Provenance, path, ""))
+            return _load(Distillation, path, "").teacher_erasure
     return None
 
 
@@ -179,9 +183,15 @@ def _load(kind: type, path: Path, otherwise: str):
     if not path.is_file():
         raise ValueError(f"{path}: no such file; {otherwise}")
     try:
-        return kind(**json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a record of ours ({error})") from None
+        record = kind(**read_json_object(path))
+    except TypeError as error:
+        raise ModelError(f"{path}: not a record of ours ({error})") from None
+    for item in fields(kind):
+        value = getattr(record, item.name)
+        allowed = item.type if isinstance(item.type, UnionType) else get_origin(item.type) or item.type
+        if not isinstance(value, allowed):
+            raise ModelError(f"{path}: not a record of ours ({item.name} is a {type(value).__name__})")
+    return record
 
 
 def write_text(path: Path, text: str) -> None:

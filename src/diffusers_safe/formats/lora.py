@@ -21,7 +21,7 @@ from ..loading import describe_weights, read_json_object
 
 logger = logging.getLogger(__name__)
 _PREFIX = "unet."
-_KOHYA = "lora_unet_"  # and the name of a layer, with _ for .
+KOHYA = "lora_unet_"  # and the name of a layer, with _ for .
 _PEFT = "base_model.model."
 _ADAPTER = re.compile(r"\.lora_([AB])\.[^.]+\.(?=weight|bias)")  # peft's names with the adapter's in them
 _ROOTS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.", "add_embedding.")
@@ -71,7 +71,7 @@ def plain_names(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, tor
 
 def by_module_names(differences: dict[str, torch.Tensor], denoiser: nn.Module) -> dict[str, torch.Tensor]:
     """Differences by the names of a denoiser's parameters, where kohya-ss' scripts have `_` for `.` in them."""
-    names = {f"{_KOHYA}{name.replace('.', '_')}.weight": f"{name}.weight" for name, _ in denoiser.named_modules()}
+    names = {f"{KOHYA}{name.replace('.', '_')}.weight": f"{name}.weight" for name, _ in denoiser.named_modules()}
     return {names.get(name, name): value for name, value in differences.items()}
 
 
@@ -91,7 +91,7 @@ def read_differences(
     """
     tensors = plain_names(tensors, folder)
     for name in tensors:
-        if not name.startswith((_PREFIX, _KOHYA)):
+        if not name.startswith((_PREFIX, KOHYA)):
             raise ValueError(f"{name}: changes another component than the UNet; an erasure that is read is the UNet's "
                              "alone (generate and evaluate take the whole LoRA, as --lora)")  # fmt: skip
     tensors = {name.removeprefix(_PREFIX): value.float() for name, value in tensors.items()}
@@ -139,7 +139,7 @@ def _check_plain(config: dict, what: str) -> None:
 
 
 def _kohya_factor(name: str) -> str:
-    if not name.startswith(_KOHYA):
+    if not name.startswith(KOHYA):
         return name
     return name.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.")
 

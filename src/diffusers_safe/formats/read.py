@@ -13,11 +13,11 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors import safe_open
 from torch import nn
 
-from ..loading import describe_weights, load_model, naming
+from ..loading import describe_weights, load_model, naming, shown
 from ..provenance import FILE_NAME, UNKNOWN, Provenance, fingerprint
 from ..weights import TRAIN_METHODS, find_train_method, resolve_train_method
 from .folders import INDEX, UNET_FOLDER
-from .lora import by_module_names, is_lora, plain_names, read_differences
+from .lora import KOHYA, by_module_names, is_lora, plain_names, read_differences
 from .write import LORA_NAME, PARTIAL_FORMAT, PARTIAL_NAME, known_facts
 
 
@@ -30,6 +30,7 @@ FORMATS = {
     "unet": "diffusers UNet, whole: a folder or a pickle; or a pickle of the weights of a train method",
     "lora": "LoRA of a UNet, by the names of diffusers, peft or kohya-ss",
 }
+_WRAPPERS = ("state_dict", "model_state_dict", "unet", "model")  # what Lightning and training loops put around it
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (".safetensors", *_PICKLES)
 _ESD_FORMAT = "erasing-esd-v2"
@@ -88,7 +89,8 @@ class ErasedWeights:
             weights = by_module_names(weights, denoiser)
         for name, value in weights.items():
             if name not in parameters:
-                raise self._error(f"the denoiser has no parameter {name}")
+                kohya = "; kohya-ss' names of SDXL are read by diffusers: load_lora_weights, then save_lora_weights"
+                raise self._error(f"the denoiser has no parameter {name}{kohya if name.startswith(KOHYA) else ''}")
             if parameters[name].shape != value.shape:
                 shapes = f"{tuple(value.shape)}, the denoiser's has {tuple(parameters[name].shape)}"
                 raise self._error(f"{name} has shape {shapes}")
@@ -184,7 +186,7 @@ def read_erased_weights(path: str | Path) -> ErasedWeights:
     if os.path.isdir(path):
         return _read_folder(path)
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file or folder")
+        raise ValueError(f"{shown(path)}: no such file or folder, or none that can be read")
     if path.suffix == ".safetensors":
         erased = _read_safetensors(path)
     elif path.suffix in _PICKLES:
@@ -363,8 +365,10 @@ def _esd_train_method(written: str) -> str:
 
 def _read_pickle(path: Path) -> ErasedWeights:
     state = _unpickle(path)
-    while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]  # what Lightning puts around it
+    while isinstance(state, dict) and (inner := [state[key] for key in _WRAPPERS if isinstance(state.get(key), dict)]):
+        state = inner[0]
+    if isinstance(state, dict) and "image_proj" in state:
+        raise ValueError(f"{path}: {describe_weights(list(state))}, and no erasure of a UNet")
     if isinstance(state, dict) and state and all(isinstance(part, dict) for part in state.values()):
         return ErasedWeights(_flat(state, path), "esd-alt", str(path), {"method": "esd"})
     return _from_tensors(_tensors(state, path), {}, path, "unet", {})
@@ -377,6 +381,8 @@ def _tensors(state: Any, path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path}: a {type(state).__name__}; weights by name are needed")
     if odd := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
         raise ValueError(f"{path}: {odd[0]} is a {type(state[odd[0]]).__name__}, not a tensor")
+    if odd := [name for name, value in state.items() if value.layout != torch.strided or value.is_quantized]:
+        raise ValueError(f"{path}: {odd[0]} is a sparse or quantized tensor; a plain one is needed")
     return state
 
 
