@@ -146,7 +146,7 @@ BROKEN = {
     "text loop": (instead(TEXT, symlink_loop), "model.safetensors: Too many levels of symbolic links"),
     "text pickle": (
         pickled(TEXT, "pytorch_model.bin"),
-        r"refused, the pickle holds more than tensors \(pos",
+        r"refused, the pickle holds more than tensors \(it na",
     ),
     "unet pickle": (pickled(UNET, "diffusion_pytorch_model.bin"), r"refused, the pickle holds more than tensors"),
     "text bin": (

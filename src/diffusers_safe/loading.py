@@ -65,9 +65,13 @@ def reason(error: BaseException) -> str:
         return f"not a whole safetensors file ({error})"
     if isinstance(error, pickle.UnpicklingError):
         found = re.search(r"GLOBAL (\S+)", str(error))
-        return f"refused, the pickle holds more than tensors ({found[1]})" if found else "not a file of torch.save"
+        return (
+            f"refused, the pickle holds more than tensors (it names {found[1]})"
+            if found
+            else "not a file of torch.save"
+        )
     if isinstance(error, EOFError):
-        return "ends too early"
+        return "not a file of torch.save (it ends too early)"
     if isinstance(error, UnicodeDecodeError):
         return "not UTF-8 text"
     if isinstance(error, json.JSONDecodeError):

@@ -142,11 +142,11 @@ class Subject:
             `ValueError`: If there is no pipeline or LoRA, or one of a class that cannot be steered so.
         """
         pipeline_class(self.model, self.revision)
-        check_files(self.model, f"model '{self.model}'", self.variant)
         if self.editing_prompt and (found := _class_name(self.model, self.revision)) not in _EDITED:
             raise ValueError(f"editing_prompt: works with {' and '.join(_EDITED)}; {self.model} is a {found}")
         if self.lora is not None:
             lora_file(self.lora)
+        check_files(self.model, f"model '{self.model}'", self.variant)
 
     def load(
         self, settings: GenerationSettings = SETTINGS, device: torch.device | str | None = None
