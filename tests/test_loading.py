@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -351,3 +353,30 @@ def test_a_pipeline_is_the_stock_one(tiny_model_folder):
 ])  # fmt: skip
 def test_what_a_file_holds_is_seen_in_its_names(names, what):
     assert describe_weights(names).startswith(what)
+
+
+# --- a full disk -----------------------------------------------------------------------------------------------------
+
+WRITE_LITTLE = """
+import resource, signal, sys
+from diffusers_safe.training.erasure import run_command
+from diffusers_safe.training.erasure_arguments import SDDArguments
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # bytes in a file
+run_command(SDDArguments, "", sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("checkpointing_steps", ["0", "1"])
+def test_a_full_disk_is_one_line(checkpointing_steps, tiny_model_folder, tmp_path):
+    """The result is written by safetensors, a checkpoint by torch.save."""
+    words = ["--pretrained_model_name_or_path", tiny_model_folder, "--concepts", "knife", "--max_train_steps", "1",
+             "--num_inference_steps", "2", "--output_dir", str(tmp_path / "out"),
+             "--checkpointing_steps", checkpointing_steps]  # fmt: skip
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-c", WRITE_LITTLE, *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: a file could not be written")
+    assert not (tmp_path / "out" / "unet").exists()

@@ -18,6 +18,7 @@ from transformers import HfArgumentParser
 
 
 logger = logging.getLogger(__name__)
+_TORCH_SAVE = ("PytorchStreamWriter", "inline_container")  # in its errors
 Arguments = TypeVar("Arguments")
 
 
@@ -135,10 +136,12 @@ def told_in_one_line() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, FloatingPointError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # torch.save's for a full disk
+        full_disk = isinstance(error, (RuntimeError, SafetensorError))  # not an OSError in torch.save and safetensors
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in _TORCH_SAVE):
             raise
         logger.debug("where it happened:", exc_info=True)
         reason = str(error).strip().split("\n")[0]
+        reason = f"a file could not be written, or read: is the disk full? ({reason})" if full_disk else reason
         if (code := getattr(error, "exit_code", None)) is None:
             raise SystemExit(f"error: {reason}") from None
         print(f"error: {reason}", file=sys.stderr)
