@@ -21,6 +21,7 @@ LAYERS = [
         "files",
         "guidance",
         "weights",
+        "loading",
         "lora",
         "output_folders",
         "provenance",

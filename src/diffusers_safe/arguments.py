@@ -24,7 +24,7 @@ from typing import Any, TextIO, TypeVar, Union, get_args, get_origin, get_type_h
 
 import yaml
 
-from .output_folders import OutputFolderError
+from .files import disk_errors
 
 
 logger = logging.getLogger(__name__)
@@ -481,22 +481,23 @@ def tell_errors_in_one_line(parser: ArgumentParser) -> None:
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
     """Ends the program with one line and code 1 where the work meets bad input (`ValueError`), a file that cannot be
-    read or written (`OSError`) or numbers that have gone astray (`FloatingPointError`), and with code 2 where the
-    output folder cannot be used; silently, as `cat` does, where the reader of its output has gone (`| head -1`)."""
+    read or written (`OSError`) or numbers that have gone astray (`FloatingPointError`); silently, as `cat` does, where
+    the reader of its output has gone (`| head -1`). An error may have an `exit_code` of its own."""
     try:
         try:
-            yield
+            with disk_errors("a file"):
+                yield
         finally:
             sys.stdout.flush()
-    except OutputFolderError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     except (ValueError, OSError, FloatingPointError) as error:
         if isinstance(error, BrokenPipeError) and not all(map(_has_reader, (sys.stdout, sys.stderr))):
             raise SystemExit(128 + signal.SIGPIPE) from None
         logger.debug("where it happened:", exc_info=True)
         reason = str(error).strip().split("\n")[0]
-        raise SystemExit(f"error: {reason}") from None
+        if (code := getattr(error, "exit_code", None)) is None:
+            raise SystemExit(f"error: {reason}") from None
+        print(f"error: {reason}", file=sys.stderr)
+        raise SystemExit(code) from None
 
 
 def _has_reader(stream: TextIO) -> bool:

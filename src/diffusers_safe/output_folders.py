@@ -48,7 +48,9 @@ class _Run:
 
 
 class OutputFolderError(ValueError):
-    """An output folder that cannot be used as it is asked for. Commands end with code 2."""
+    """An output folder that cannot be used as it is asked for."""
+
+    exit_code = 2
 
 
 # --- claiming --------------------------------------------------------------------------------------------------------

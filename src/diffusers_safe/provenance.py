@@ -4,16 +4,18 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import ClassVar
+from types import UnionType
+from typing import ClassVar, get_origin
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError
 from torch import nn
 
 from .files import write_text
+from .loading import ModelError, read_json_object
 
 
 FILE_NAME = "erasure.json"
@@ -176,8 +178,7 @@ def erasure_of(model: str, **hub_arguments) -> dict | None:
             except (OSError, ValueError, HTTPError):  # no such file, or no Hub
                 continue
         if path.is_file():
-            kind = Provenance if name == FILE_NAME else Distillation
-            record = kind.load(path.parent)
+            record = (Provenance if name == FILE_NAME else Distillation).load(path.parent)
             return asdict(record) if name == FILE_NAME else record.teacher_erasure
     return None
 
@@ -214,6 +215,12 @@ def _load(kind: type, path: Path, otherwise: str):
     if not path.is_file():
         raise ValueError(f"{path}: no such file; {otherwise}")
     try:
-        return kind(**json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a record of ours ({error})") from None
+        record = kind(**read_json_object(path))
+    except TypeError as error:
+        raise ModelError(f"{path}: not a record of ours ({error})") from None
+    for item in fields(kind):
+        value = getattr(record, item.name)
+        allowed = item.type if isinstance(item.type, UnionType) else get_origin(item.type) or item.type
+        if not isinstance(value, allowed):
+            raise ModelError(f"{path}: not a record of ours ({item.name} is a {type(value).__name__})")
+    return record

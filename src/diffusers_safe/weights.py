@@ -5,7 +5,7 @@ one denoiser in memory, and `TrainedWeights` swaps the values of the selected pa
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -123,6 +123,17 @@ def select_parameters(denoiser: nn.Module, train_method: str) -> list[str]:
             f"train_method '{train_method}' ({method.description}) selects no parameter of {type(denoiser).__name__}"
         )
     return names
+
+
+def find_train_method(denoiser: nn.Module, names: Collection[str]) -> str | None:
+    """The name of the train method that selects exactly these parameters, if one does."""
+    modules = dict(denoiser.named_modules())
+    for method_name, method in TRAIN_METHODS.items():
+        if not method.by_number or _numbered_as_sd(modules):
+            parameters = [name for name, _ in denoiser.named_parameters()]
+            if {name for name in parameters if method.selects(name, modules[name.rpartition(".")[0]])} == set(names):
+                return method_name
+    return None
 
 
 def check_plain(denoiser: nn.Module) -> None:

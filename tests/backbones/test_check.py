@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from diffusers_safe.backbones import StoredModel, check_model, make_backbone
+from diffusers_safe.backbones import StoredModel, make_backbone
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def refused(change, match, families, folders, tmp_path, family, resolution=None)
     path = tmp_path / "model" / "unet" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ValueError, match=match) as error:
-        check_model(str(tmp_path / "model"), resolution)
+        StoredModel(str(tmp_path / "model"), resolution)
     assert "\n" not in str(error.value)
 
 
@@ -91,7 +91,7 @@ def test_schedulers_of_flow_matching(scheduler, match, families, folders, tmp_pa
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     (model / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=match) as error:
-        check_model(str(model))
+        StoredModel(str(model))
     assert "\n" not in str(error.value)
 
 
@@ -100,7 +100,7 @@ def test_a_scheduler_that_does_not_say_what_is_predicted_means_noise(folders, tm
     model = shutil.copytree(folders / "sd", tmp_path / "model")
     path = model / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "prediction_type"}))
-    check_model(str(model))
+    StoredModel(str(model))
 
 
 @pytest.mark.parametrize("resolution, allowed", [(60, "56 or 64"), (4, "8 or 16"), (65, "64 or 72")])
@@ -117,7 +117,7 @@ def test_a_resolution_is_a_latent_shape(families, folders, family):
     pipeline.unet.register_to_config(sample_size=None)
     for resolution in (8, 40, 512):
         assert make_backbone(pipeline, resolution).latent_shape == (4, resolution // 8, resolution // 8)
-        check_model(str(folders / family), resolution)
+        StoredModel(str(folders / family), resolution)
 
 
 @pytest.mark.parametrize("family", ["sd", "xl"])
@@ -155,14 +155,14 @@ def test_a_stored_model_is_the_backbone_without_weights(families, folders, famil
 def test_a_model_without_a_tokenizer_is_told(folders, tmp_path):
     model = shutil.copytree(folders / "xl", tmp_path / "model")
     shutil.rmtree(model / "tokenizer_2")
-    with pytest.raises(ValueError, match="^pretrained_model_name_or_path '.*': no tokenizer_2") as error:
+    with pytest.raises(ValueError, match="^pretrained_model_name_or_path '.*': tokenizer_2: ") as error:
         StoredModel(str(model)).check_prompts(["knife"])
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("family", ["sd", "xl"])
 def test_check_model_gives_the_denoisers_structure_without_its_weights(families, folders, family):
-    skeleton = check_model(str(folders / family))
+    skeleton = StoredModel(str(folders / family)).denoiser
     shapes = {name: value.shape for name, value in families[family]().unet.named_parameters()}
     assert {name: value.shape for name, value in skeleton.named_parameters()} == shapes
     assert all(value.is_meta for value in skeleton.parameters())
@@ -182,6 +182,6 @@ def test_other_families_are_refused_by_name(class_name, tmp_path):
     Path(tmp_path, "model_index.json").write_text(json.dumps({"_class_name": class_name}))
     supported = "supported pipelines are StableDiffusionPipeline, StableDiffusionXLPipeline$"
     with pytest.raises(ValueError, match=f"^{class_name}: .*{supported}"):
-        check_model(str(tmp_path))
+        StoredModel(str(tmp_path))
     with pytest.raises(ValueError, match=f"^{class_name}: .*{supported}"):
         make_backbone(type(class_name, (), {})())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from diffusers_safe.backbones import StableDiffusionBackbone, check_model, make_backbone
+from diffusers_safe.backbones import StableDiffusionBackbone, StoredModel, make_backbone
 from diffusers_safe.training.objectives import SDDObjective, TrainingBatch
 from diffusers_safe.training.predictor import Predictor
 from diffusers_safe.trajectories import Trajectories
@@ -138,16 +138,16 @@ def test_another_pipeline_is_refused_by_name():
 
 
 def test_check_model(tiny_model_folder, tmp_path):
-    check_model(tiny_model_folder)
+    StoredModel(tiny_model_folder)
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "model_index.json").write_text("{")
     for path in (tmp_path / "nowhere", tmp_path / "empty", tmp_path / "broken"):
         with pytest.raises(ValueError) as error:
-            check_model(str(path))
+            StoredModel(str(path))
         assert str(path) in str(error.value) and "model_index.json" in str(error.value)
         assert "\n" not in str(error.value)
     (tmp_path / "flux").mkdir()
     (tmp_path / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(ValueError, match="FluxPipeline.*StableDiffusionPipeline"):
-        check_model(str(tmp_path / "flux"))
+        StoredModel(str(tmp_path / "flux"))

@@ -76,7 +76,7 @@ def test_no_share_of_a_lora_is_the_model(tiny_model_folder, make_tiny_pipeline, 
             r"([0-9]+) of its \1 layers have no place",
         ),
         (lambda name, value: {name: torch.cat([value, value], 1)}, "does not fit StableDiffusionPipeline"),
-        (lambda name, value: {"weight": value}, "holds no pair of matrices"),
+        (lambda name, value: {"weight": value}, "weights of an unknown kind, and no LoRA"),
     ],
 )
 def test_a_lora_that_does_not_fit_is_refused(tiny_model_folder, lora, tmp_path, change, message):
@@ -86,6 +86,37 @@ def test_a_lora_that_does_not_fit_is_refused(tiny_model_folder, lora, tmp_path, 
     save_file(changed, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=message) as error:
         Subject("other", tiny_model_folder, lora=str(tmp_path / "other.safetensors")).load(SETTINGS)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("prefix", ["unet.", "", "base_model.model."])
+def test_a_lora_by_other_names_is_the_same(tiny_model_folder, lora, tmp_path, prefix, suffix):
+    tensors = load_file(lora / "pytorch_lora_weights.safetensors")
+    renamed = {f"{prefix}{name.removeprefix('unet.')}": value for name, value in tensors.items()}
+    path = tmp_path / f"adapter_model{suffix}"
+    save_file(renamed, path) if suffix == ".safetensors" else torch.save(renamed, path)
+    plain = tmp_path / "plain.safetensors"
+    save_file(tensors, plain)
+    same, other = (Subject("lora", tiny_model_folder, lora=str(file)).load(SETTINGS)[0] for file in (plain, path))
+    assert pipeline_fingerprint(same) == pipeline_fingerprint(other)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage " * 99, "folder", "loop", "embedding"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pt"])
+def test_a_garbage_lora_is_found_before_weights_are_read(tiny_model_folder, tmp_path, content, suffix):
+    path = tmp_path / f"lora{suffix}"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "folder":
+        path.mkdir()
+    elif content == "loop":
+        path.symlink_to(path.name)
+    else:
+        save = save_file if suffix == ".safetensors" else torch.save
+        save({"emb_params": torch.zeros(1, 8)}, path)
+    with pytest.raises(ValueError, match=f"lora.*{suffix}|'{path}'") as error:
+        Subject("bad", tiny_model_folder, lora=str(path)).check()
     assert "\n" not in str(error.value)
 
 
@@ -123,7 +154,7 @@ def test_what_cannot_be_steered_so_is_told_before_weights_are_read(make_tiny_xl_
     make_tiny_xl_pipeline().save_config(tmp_path)
     with pytest.raises(ValueError, match="editing_prompt: works with StableDiffusionPipeline .* StableDiffusionXL"):
         Subject("xl", str(tmp_path), editing_prompt=["a gun"]).check()
-    with pytest.raises(ValueError, match="lora .*notes.txt: must be a .safetensors file|holds no erased weights"):
+    with pytest.raises(ValueError, match="lora .*notes.txt: not a file of torch.save|holds no erased weights"):
         (tmp_path / "notes.txt").write_text("none")
         Subject("xl", str(tmp_path), lora=str(tmp_path / "notes.txt")).check()
 

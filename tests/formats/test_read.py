@@ -1,5 +1,6 @@
 """Files of every kind give the same weights, and what does not fit changes nothing."""
 
+import json
 import os
 import pickle
 
@@ -8,7 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from diffusers_safe.formats import load_unet, read_erased_weights
+from diffusers_safe.formats import full_rank, load_unet, low_rank, read_erased_weights
 from diffusers_safe.provenance import Provenance, fingerprint
 from erasure_files import FORMS, make_erased, write_form
 
@@ -167,7 +168,7 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(tiny_pipeline, tmp_path)
 def test_files_that_are_nothing(tiny_pipeline, tmp_path):
     unet = tiny_pipeline.unet
     files = {
-        "empty.safetensors": "not a safetensors file",
+        "empty.safetensors": "not a whole safetensors file",
         "empty.pt": "not a file of torch.save",
         "text.ckpt": "not a file of torch.save|refused",
         "table.csv": "erased weights are in files ending in",
@@ -197,6 +198,7 @@ def test_files_that_are_nothing(tiny_pipeline, tmp_path):
         ({"format": "diffusers-safe-partial-9"}, "format 'diffusers-safe-partial-9'; allowed are"),
         ({"format": "erasing-esd-v2", "component": "transformer"}, "component 'transformer'"),
         ({"format": "diffusers-safe-partial-1", "concepts": "knife"}, "metadata concepts 'knife'"),
+        ({"format": "diffusers-safe-partial-1", "concepts": "[" * 100_000}, "metadata concepts"),
     ],
 )
 def test_metadata_that_is_not_understood_is_refused(tiny_pipeline, tmp_path, metadata, match):
@@ -230,6 +232,82 @@ def test_a_whole_pipeline_folder(make_tiny_pipeline, tmp_path):
     with pytest.raises(ValueError, match="nothing was erased"):
         read_erased_weights(tmp_path / "model" / "unet").changes(unet)
     refused(tmp_path / "model", make_tiny_pipeline(seed=3).unet, "made for base with fingerprint")
+
+
+@pytest.mark.parametrize(
+    ("name", "concepts", "erase_from", "train_method"),
+    [
+        ("esd-Van_Gogh-from-Van_Gogh-esdx", ["Van Gogh"], None, "xattn"),
+        ("esd-Van_Gogh-from-a_painting-esdxstrict", ["Van Gogh"], "a painting", "xattn-strict"),
+        ("esd-Spider-Man-from-a_man-esdu", ["Spider-Man"], "a man", "esd-u"),
+        ("esd-nudity-from-nudity-esdall", ["nudity"], None, "full"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_names_of_esds_files_are_read(tiny_pipeline, tmp_path, name, concepts, erase_from, train_method, suffix):
+    path, erased = tmp_path / f"{name}{suffix}", make_erased(tiny_pipeline.unet)
+    save_file(erased, path) if suffix == ".safetensors" else torch.save(erased, path)
+    known = read_erased_weights(path).known
+    assert known["concepts"] == concepts and known["train_method"] == train_method
+    assert known["arguments"] == ({} if erase_from is None else {"erase_from": erase_from})
+
+
+def test_metadata_of_esd_wins_over_the_name(tiny_pipeline, tmp_path):
+    path = tmp_path / "esd-a_b-from-c-esdu.safetensors"
+    metadata = {"format": "erasing-esd-v2", "train_method": "esd-x", "erase_concept": "a_b", "erase_from": "",
+                "guidance_scale": "3", "negative_guidance": "2"}  # fmt: skip
+    save_file(make_erased(tiny_pipeline.unet), path, metadata)
+    known = read_erased_weights(path).known
+    assert known["concepts"] == ["a_b"] and known["train_method"] == "xattn"
+    assert known["arguments"] == {"erase_from": "c", "guidance_scale": "3", "negative_guidance": "2"}
+
+
+@pytest.mark.parametrize("train_method", ["xattn", "selfattn", "noxattn", "full"])
+@pytest.mark.parametrize("wrap", [
+    lambda state: state,
+    lambda state: {"state_dict": state, "epoch": 3},
+    lambda state: {"unet": state},
+    lambda state: {"model": state, "optimizer": {"lr": 1}},
+    lambda state: {f"module.{name}": value for name, value in state.items()},
+    lambda state: {f"unet.{name}": value for name, value in state.items()},
+])  # fmt: skip
+def test_a_pickle_may_hold_what_a_train_method_trains(tiny_pipeline, tmp_path, train_method, wrap):
+    erased = make_erased(tiny_pipeline.unet, train_method)
+    torch.save(wrap(erased), tmp_path / "weights.pt")
+    values = read_erased_weights(tmp_path / "weights.pt").values(tiny_pipeline.unet)
+    assert values.keys() == erased.keys() and all(torch.equal(values[name], erased[name]) for name in erased)
+
+
+def test_a_pickle_of_some_other_weights_says_what_to_do(tiny_pipeline, tmp_path):
+    erased = dict(list(make_erased(tiny_pipeline.unet).items())[:5])
+    torch.save(erased, tmp_path / "some.pt")
+    refused(tmp_path / "some.pt", tiny_pipeline.unet, "holds 5 of the UNet's 684 parameters.*save it as .safetensors")
+    save_file(erased, tmp_path / "some.safetensors")
+    assert len(read_erased_weights(tmp_path / "some.safetensors").values(tiny_pipeline.unet)) == 5
+
+
+@pytest.mark.parametrize("state, match", [
+    ({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.zeros(1, 8)}}, "a textual inversion embedding"),
+    ({"<knife>": torch.zeros(8)}, "a textual inversion embedding, and no erasure of a UNet"),
+    ({"image_proj": {"proj.weight": torch.zeros(2)}, "ip_adapter": {"1.to_k_ip.weight": torch.zeros(2)}}, "an IP-Ad"),
+    ({"decoder.up_blocks.0.resnets.0.conv1.weight": torch.zeros(2)}, "weights of an autoencoder"),
+    ({"text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(2)}, "weights of a text encoder"),
+    ({"lora_unet_mid_block_x.hada_w1_a": torch.zeros(2)}, "a LyCORIS file"),
+    ({"lora_unet_x.lora_mid.weight": torch.zeros(2), "lora_unet_x.lora_up.weight": torch.zeros(2)}, "only plain LoRA"),
+    ({"conv_in.weight": torch.zeros(8, 4, 3, 3).to_sparse()}, "sparse or quantized"),
+])  # fmt: skip
+def test_files_of_other_kinds_are_named(tiny_pipeline, tmp_path, state, match):
+    torch.save(state, tmp_path / "other.pt")
+    refused(tmp_path / "other.pt", tiny_pipeline.unet, match)
+
+
+def test_paths_that_cannot_be_read(tiny_pipeline, tmp_path):
+    (tmp_path / "loop.pt").symlink_to("loop.pt")
+    torch.save(make_erased(tiny_pipeline.unet), tmp_path / "whole.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:-200])
+    refused(tmp_path / "loop.pt", tiny_pipeline.unet, "no such file or folder")
+    refused(tmp_path / f"{'a' * 5000}.pt", tiny_pipeline.unet, r"aaa\.\.\.aaa.*no such file or folder")
+    refused(tmp_path / "cut.pt", tiny_pipeline.unet, "cut.pt: not a whole file of torch.save")
 
 
 # --- LoRA ------------------------------------------------------------------------------------------------------------
@@ -293,7 +371,50 @@ def test_what_is_no_lora_of_a_unet_is_refused(tiny_pipeline, tmp_path, tensors, 
 
 
 def test_load_unet_makes_nothing_up(tmp_path, tiny_pipeline):
-    with pytest.raises(ValueError, match="no diffusers UNet"):
+    with pytest.raises(ValueError, match="config.json: No such file"):
         load_unet(tmp_path)
     tiny_pipeline.unet.save_pretrained(tmp_path)
     assert fingerprint(load_unet(tmp_path)) == fingerprint(tiny_pipeline.unet)
+
+
+def by_kohya(tensors):
+    """A LoRA by the names of kohya-ss' scripts, with their alphas."""
+    renamed = {}
+    for name, value in tensors.items():
+        layer, _, which = name.removeprefix("unet.").partition(".lora_")
+        layer = f"lora_unet_{layer.replace('.', '_')}"
+        renamed[f"{layer}.lora_{'down' if which[0] == 'A' else 'up'}.weight"] = value
+        renamed[f"{layer}.alpha"] = torch.tensor(float(value.shape[0 if which[0] == "A" else 1]))
+    return renamed
+
+
+@pytest.mark.parametrize("names", ["diffusers", "no prefix", "peft", "peft with adapter", "kohya"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_a_lora_is_read_by_the_names_of_each_program(tiny_pipeline, tmp_path, names, suffix):
+    unet = tiny_pipeline.unet
+    erased = make_erased(unet, "xattn-strict")
+    tensors = low_rank(unet, erased, full_rank(unet, erased)).tensors
+    if names != "diffusers":
+        tensors = {name.removeprefix("unet."): value for name, value in tensors.items()}
+    if "peft" in names:
+        adapter = ".default" if "adapter" in names else ""
+        tensors = {f"base_model.model.{name.removesuffix('.weight')}{adapter}.weight": value
+                   for name, value in tensors.items()}  # fmt: skip
+        ranks = {f"{name.removesuffix('.weight')}": min(value.shape) for name, value in erased.items()}
+        config = {"r": 1, "lora_alpha": 1, "alpha_pattern": {name: 2 * rank for name, rank in ranks.items()}}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    if names == "kohya":
+        tensors = by_kohya(tensors)
+    path = tmp_path / f"lora{suffix}"
+    save_file(tensors, path) if suffix == ".safetensors" else torch.save(tensors, path)
+    values, scale = read_erased_weights(path).values(unet), 2 if "peft" in names else 1
+    own = dict(unet.named_parameters())
+    assert values.keys() == erased.keys()
+    for name, value in values.items():
+        torch.testing.assert_close(value - own[name], scale * (erased[name] - own[name]), atol=1e-5, rtol=1e-4)
+
+
+def test_a_lora_that_also_changes_the_text_encoder_is_no_erasure(tiny_pipeline, tmp_path):
+    tensors = {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 32)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    refused(tmp_path / "lora.safetensors", tiny_pipeline.unet, "changes another component than the UNet.*--lora")

@@ -3,7 +3,7 @@
 from .base import Backbone, Conditioning, load_pipeline, make_backbone
 from .stable_diffusion import StableDiffusionBackbone
 from .stable_diffusion_xl import StableDiffusionXLBackbone
-from .stored import StoredModel, check_model, stored_unet
+from .stored import StoredModel, stored_unet
 
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "StableDiffusionBackbone",
     "StableDiffusionXLBackbone",
     "StoredModel",
-    "check_model",
     "load_pipeline",
     "make_backbone",
     "stored_unet",

@@ -11,6 +11,7 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .. import loading
 from ..arguments import note
 
 
@@ -250,17 +251,12 @@ def warn_of_unknown_words(concepts: list[str], tokenizers: list[PreTrainedTokeni
 
 
 def load_pipeline(name_or_path: str, **hub_arguments) -> DiffusionPipeline:
-    """Loads a supported pipeline in fp32, as training needs it. Make a [`StoredModel`] first for clear errors."""
-    where = {name: value for name, value in hub_arguments.items() if name != "variant"}
-    settings = safety_checker_settings(DiffusionPipeline.load_config(name_or_path, **where))
-    return DiffusionPipeline.from_pretrained(name_or_path, dtype=torch.float32, **settings, **hub_arguments)
+    """Loads a pipeline in fp32, as training needs it.
 
-
-def safety_checker_settings(index: dict[str, Any]) -> dict[str, bool]:
-    """What `from_pretrained` is given with a pipeline that has no safety checker, though its index asks for one:
-    diffusers warns that the user had disabled it."""
-    lacks_one = "safety_checker" in index and not any(index["safety_checker"] or ())
-    return {"requires_safety_checker": False} if lacks_one and index.get("requires_safety_checker") else {}
+    Raises:
+        `ValueError`: If a component is missing or damaged.
+    """
+    return loading.load_pipeline(name_or_path, f"model '{name_or_path}'", dtype=torch.float32, **hub_arguments)
 
 
 def make_backbone(pipeline: DiffusionPipeline, resolution: int | None = None) -> Backbone:

@@ -1,20 +1,16 @@
 """A model on disk or on the Hub before it is loaded: what its small files tell, and no weights are read in vain."""
 
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
+from diffusers import DDIMScheduler, SchedulerMixin, UNet2DConditionModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..loading import check_files, check_tokenizer, naming, read_config, read_index
 from .base import check_lengths, find_family, warn_of_unknown_words
-
-
-# Whose `load_config` reads a component's config: they differ in the name of the file.
-_READERS = {"index": DiffusionPipeline, "scheduler": DDIMScheduler}
 
 
 class StoredModel:
@@ -39,31 +35,36 @@ class StoredModel:
         **hub_arguments,
     ):
         self.name_or_path, self.resolution = name_or_path, resolution
-        self._argument, self._hub = argument, hub_arguments
+        self._hub = hub_arguments
         self.config = cache(self._config)
-        self._index = self._read("index")
-        class_name = self._index.get("_class_name", "a model_index.json without _class_name")
+        self._what = f"{argument} '{name_or_path}'"
+        self._index = read_index(name_or_path, self._what, **hub_arguments)
+        class_name = self._index["_class_name"]
         self.family = find_family(class_name if isinstance(class_name, str) else class_name[-1])
-        self.family.check(self.config, resolution)
+        with naming(self._what, ValueError):
+            self.family.check(self.config, resolution)
 
     def _config(self, name: str) -> dict[str, Any] | None:
         library, class_name = self._index.get(name, (None, None))
-        return None if library is None else {**self._read(name, subfolder=name), "_class_name": class_name}
+        if library is None:
+            return None
+        reader = DDIMScheduler if name == "scheduler" else UNet2DConditionModel
+        config = read_config(reader, self.name_or_path, f"{self._what}: {name}", subfolder=name, **self._hub)
+        return {**config, "_class_name": class_name}
 
-    def _read(self, name: str, **where) -> dict[str, Any]:
-        reader = _READERS.get(name, UNet2DConditionModel)
-        try:
-            return reader.load_config(self.name_or_path, **where, **self._hub)
-        except (OSError, ValueError) as error:
-            kind = "folder" if Path(self.name_or_path).exists() else "folder or Hub repository"
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{self._argument} '{self.name_or_path}': no {kind} of a diffusers pipeline "
-                             f"(a folder needs a model_index.json): {reason}") from None  # fmt: skip
+    def check_files(self, variant: str | None = None) -> None:
+        """Looks at the weight files of a folder; nothing of a Hub repository is downloaded.
+
+        Raises:
+            `ValueError`: If weights are missing or damaged.
+        """
+        check_files(self.name_or_path, self._what, variant)
 
     @cached_property
     def denoiser(self) -> nn.Module:
         """The denoiser's structure, on the meta device."""
-        return self.family.skeleton(self.config)
+        with naming(f"{self._what}: unet"):
+            return self.family.skeleton(self.config)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -78,11 +79,9 @@ class StoredModel:
         """
         found = []
         for name in self.family.tokenizers:
-            try:
+            with naming(f"{self._what}: {name}"):
                 found.append(AutoTokenizer.from_pretrained(self.name_or_path, subfolder=name, **self._hub))
-            except (OSError, ValueError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise ValueError(f"{self._argument} '{self.name_or_path}': no {name} ({reason})") from None
+                check_tokenizer(found[-1], f"{self._what}: {name}")
         return found
 
     def check_prompts(self, prompts: list[str]) -> None:
@@ -100,7 +99,8 @@ class StoredModel:
     def make_scheduler(self) -> SchedulerMixin:
         """A fresh scheduler."""
         config = self.config("scheduler")
-        return getattr(diffusers, config["_class_name"]).from_config(config)
+        with naming(f"{self._what}: scheduler"):
+            return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
 def stored_unet(name_or_path: str, argument: str, **hub_arguments) -> UNet2DConditionModel:
@@ -109,19 +109,7 @@ def stored_unet(name_or_path: str, argument: str, **hub_arguments) -> UNet2DCond
     Raises:
         `ValueError`: If there is none.
     """
-    try:
-        config = UNet2DConditionModel.load_config(name_or_path, subfolder="unet", **hub_arguments)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{argument} '{name_or_path}': no folder or Hub repository with a UNet ({reason})") from None
-    with torch.device("meta"):
+    what = f"{argument} '{name_or_path}': no folder or Hub repository with a UNet"
+    config = read_config(UNet2DConditionModel, name_or_path, what, subfolder="unet", **hub_arguments)
+    with naming(f"{argument} '{name_or_path}': unet"), torch.device("meta"):
         return UNet2DConditionModel.from_config(config)
-
-
-def check_model(name_or_path: str, resolution: int | None = None, **hub_arguments) -> nn.Module:
-    """The denoiser's structure of a [`StoredModel`], which is checked.
-
-    Raises:
-        `ValueError`: As [`StoredModel`].
-    """
-    return StoredModel(name_or_path, resolution, **hub_arguments).denoiser

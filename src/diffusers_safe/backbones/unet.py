@@ -12,12 +12,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import CLIPTextConfig, PreTrainedTokenizerBase
 
 from ..provenance import fingerprint
 from .base import Backbone, ComponentConfig, Conditioning
 
 
+UNET_TEXT_WIDTH = 1280  # diffusers' default
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")  # the first is meant where a config says nothing
 
 
@@ -39,6 +40,10 @@ class UNetBackbone(Backbone):
                 raise ValueError(f"{name}: this pipeline has none (as a refiner has no text_encoder); "
                                  f"{cls.pipeline_classes[0]} needs one to be trained")  # fmt: skip
         unet, vae = config("unet"), config("vae")
+        widths = [CLIPTextConfig.from_dict(config(name)).hidden_size for name in cls.text_encoders]
+        width = unet.get("cross_attention_dim", UNET_TEXT_WIDTH)
+        if unet.get("encoder_hid_dim_type") is None and width != sum(widths):
+            raise ValueError(f"unet cross_attention_dim {width}: must be {sum(widths)}, as the text encoders give")
         cls._check_inputs(unet, vae.get("latent_channels", 4))
         _check_scheduler(config("scheduler"))
         scale = vae_scale_factor(vae)

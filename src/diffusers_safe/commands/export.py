@@ -89,7 +89,8 @@ def check_surroundings(args: ExportArguments) -> None:
     """The source's place, the base model where it is given, and the output folder. Nothing is made yet."""
     fetch(args.source, args.weight_name, only_records=True, **_revision(args))
     if args.base_model is not None:
-        StoredModel(args.base_model, argument="base_model", **_of_base(args.base_revision))
+        stored = StoredModel(args.base_model, argument="base_model", **_of_base(args.base_revision))
+        stored.check_files()
     if os.path.realpath(args.output_dir) == os.path.realpath(args.source):
         raise ValueError(f"output_dir {args.output_dir}: is the source; give another")
     check_claim(args.output_dir, **args.claim)

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from transformers import AutoTokenizer
 
 from ..arguments import parse_dataclass, told_in_one_line, typed
-from ..backbones import check_model, load_pipeline
+from ..backbones import StoredModel, load_pipeline
 from ..backbones.cost import macs
 from ..emoji import MODEL_FOLDER
 from ..formats import RESULTS, save_model, written_aside
+from ..loading import check_files
 from ..output_folders import OVERWRITE_HELP, check_apart, check_claim, check_output_dir, claimed
 from ..students import (
     ALIASES,
@@ -111,9 +111,8 @@ def find_teachers(args: StudentsArguments) -> list[Teacher]:
 
 
 def _teacher_at(path: str, name: str, **hub_arguments) -> Teacher:
-    unet = check_model(path, **hub_arguments)
-    tokenizer = AutoTokenizer.from_pretrained(path, subfolder="tokenizer", **hub_arguments)
-    return Teacher(name, unet, tokenizer.model_max_length)
+    stored = StoredModel(path, **hub_arguments)
+    return Teacher(name, stored.denoiser, stored.tokenizers[0].model_max_length)
 
 
 def _published_teacher(name: str) -> Teacher:
@@ -160,6 +159,9 @@ def write_student(args: StudentsArguments) -> UNet2DConditionModel:
 
 def check_surroundings(args: StudentsArguments) -> None:
     """The teacher's configs, and the output folder, which is created."""
+    if args.student is not None:
+        name = args.pretrained_model_name_or_path
+        check_files(name, f"pretrained_model_name_or_path '{name}'", args.variant)
     for teacher in find_teachers(args):
         if args.student is not None:
             student_config(teacher.unet.config, args.student)

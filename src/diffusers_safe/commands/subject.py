@@ -5,6 +5,7 @@ pipeline, settings = subject.load(GenerationSettings(num_inference_steps=50))
 generate(pipeline, rows, "runs/safe", settings)
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,13 +19,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .. import pipelines
 from ..arguments import choose, typed
-from ..backbones.base import safety_checker_settings
 from ..concepts import read_concepts
 from ..evaluation.generate import GenerationSettings
 from ..evaluation.processes import launched_processes
 from ..formats import LORA_NAME, fetch
-from ..formats.read import only_weight_file
+from ..formats.read import only_weight_file, read_lora
 from ..guidance import SAFETY_CONCEPT, SAFETY_CONFIGS, SafetyConfig
+from ..loading import ModelError, check_files, load_pipeline, read_index, reason
 from ..pipelines.safe_latent_diffusion import SafeLatentDiffusionMixin, check_concept
 
 
@@ -143,6 +144,7 @@ class Subject:
             raise ValueError(f"editing_prompt: works with {' and '.join(_EDITED)}; {self.model} is a {found}")
         if self.lora is not None:
             lora_file(self.lora)
+        check_files(self.model, f"model '{self.model}'", self.variant)
 
     def load(
         self, settings: GenerationSettings = SETTINGS, device: torch.device | str | None = None
@@ -169,6 +171,9 @@ class Subject:
             for component in pipeline.components.values():  # after weights and LoRA have met in fp32
                 if isinstance(component, torch.nn.Module):
                     torch.nn.Module.to(component, dtype)
+        config = getattr(getattr(pipeline, "unet", None), "config", {})
+        if settings.height is None and config.get("sample_size", 0) is None:
+            raise ModelError(f"model '{self.model}': unet: config.json has no sample_size; give --height and --width")
         pipeline, call = self._steer(pipeline)
         pipeline.to(launched_processes().device if device is None else device)
         negative_prompt = settings.negative_prompt if self.negative_prompt is None else self.negative_prompt
@@ -200,14 +205,10 @@ def pipeline_class(model: str, revision: str | None = None) -> type[DiffusionPip
     return DiffusionPipeline
 
 
-def _class_name(model: str, revision: str | None) -> str | None:
-    if model.count("/") > 1 and not Path(model).is_dir():  # no Hub id has more than one
+def _class_name(model: str, revision: str | None) -> str:
+    if model.count("/") > 1 and not os.path.exists(model):  # no Hub id has more than one
         raise ValueError(f"model '{model}': no such folder")
-    try:
-        name = DiffusionPipeline.load_config(model, revision=revision).get("_class_name")
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model '{model}': no folder or Hub repository of a diffusers pipeline ({reason})") from None
+    name = read_index(model, f"model '{model}'", revision=revision)["_class_name"]
     return name[-1] if isinstance(name, list) else name
 
 
@@ -219,9 +220,9 @@ def load_any_pipeline(
     Raises:
         `ValueError`: As [`pipeline_class`].
     """
-    kind = pipeline_class(model, revision)
-    settings = safety_checker_settings(DiffusionPipeline.load_config(model, revision=revision))
-    return kind.from_pretrained(model, dtype=dtype, revision=revision, variant=variant, **settings)
+    kind, given = pipeline_class(model, revision), {"revision": revision, "variant": variant}
+    given = {name: value for name, value in given.items() if value is not None}
+    return load_pipeline(model, f"model '{model}'", kind, dtype=dtype, **given)
 
 
 def safety_call(pipeline: DiffusionPipeline, safety: str | None, concept: str | None) -> dict:
@@ -252,8 +253,10 @@ def lora_file(source: str) -> Path:
     if path.is_dir():
         names = [entry.name for entry in path.iterdir() if entry.is_file()]
         path = path / (LORA_NAME if LORA_NAME in names else only_weight_file(names, source))
-    if path.suffix != ".safetensors":
-        raise ValueError(f"lora {path}: must be a .safetensors file")
+    try:
+        read_lora(path)
+    except ValueError as error:
+        raise ValueError(f"lora {error}") from None
     return path
 
 
@@ -266,17 +269,19 @@ def fuse_lora(pipeline: DiffusionPipeline, file: Path, scale: float) -> None:
     if not hasattr(pipeline, "load_lora_weights"):
         raise ValueError(f"lora {file}: {type(pipeline).__name__} takes none")
     try:
-        found = {"weight_name": file.name, "use_safetensors": True}
-        tensors = pipeline.lora_state_dict(file.parent, **found)
+        tensors, renamed = read_lora(file)
+        # diffusers reads a file itself for the metadata that it holds.
+        source, found = (tensors, {}) if renamed else (file.parent, {"weight_name": file.name})
+        tensors = pipeline.lora_state_dict(dict(tensors) if renamed else source, **found)
         tensors = tensors[0] if isinstance(tensors, tuple) else tensors
         held = sum(name.endswith(("lora_A.weight", "down.weight")) for name in tensors)
         if not held:
             raise ValueError("holds no pair of matrices")
         with _diffusers_in_silence():  # what it warns of is an error below
-            pipeline.load_lora_weights(file.parent, **found)
-    except (ValueError, RuntimeError, KeyError, OSError) as error:
-        reason = " ".join((str(error).strip() or type(error).__name__).split("\n\t")[:2])
-        raise ValueError(f"lora {file}: does not fit {type(pipeline).__name__} ({reason})") from None
+            pipeline.load_lora_weights(source, **found)
+    except Exception as error:  # diffusers and peft raise errors of many types
+        why = " ".join(reason(error).split("\n\t")[:2])
+        raise ModelError(f"lora {file}: does not fit {type(pipeline).__name__} ({why})") from error
     names = [name for name in pipeline._lora_loadable_modules if getattr(pipeline, name, None) is not None]
     fitting = {
         name: sum(isinstance(layer, BaseTunerLayer) for layer in getattr(pipeline, name).modules()) for name in names

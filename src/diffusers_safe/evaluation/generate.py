@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from ..arguments import typed
 from ..files import json_lines, write_text
+from ..loading import naming
 from ..output_folders import OutputFolderError, check_output_dir, claimed, make_way
 from ..provenance import fingerprint
 from .processes import launched_processes
@@ -478,7 +479,8 @@ def _sample(pipeline: DiffusionPipeline, rows: list[PromptRow], settings: Genera
     if "negative_prompt" in arguments:
         arguments["negative_prompt"] = [settings.negative_prompt] * len(rows)
     generators = [torch.Generator("cpu").manual_seed(row.seed) for row in rows]
-    return pipeline([row.prompt for row in rows], generator=generators, output_type="pil", **arguments).images
+    with naming(f"{type(pipeline).__name__} of {pipeline.config.get('_name_or_path')}", ValueError):
+        return pipeline([row.prompt for row in rows], generator=generators, output_type="pil", **arguments).images
 
 
 def _save_png(folder: Path, name: str, image: Image.Image, announce: Callable[[dict], None] | None = None) -> dict:

@@ -12,13 +12,12 @@ from .folders import (
 )
 from .lora import LoRA, full_rank, low_rank
 from .read import FORMATS, ErasedWeights, assign, load_partial, load_unet, plain_parameters, read_erased_weights
-from .source import HUB_ARGUMENTS, fetch
+from .source import fetch
 from .write import LORA_NAME, PARTIAL_NAME, copy_with_facts, facts, save_lora, save_partial, save_whole
 
 
 __all__ = [
     "FORMATS",
-    "HUB_ARGUMENTS",
     "INDEX",
     "LORA_NAME",
     "MODEL_FOLDERS",

@@ -5,8 +5,10 @@ matrix, `(out, in * height * width)`), and, where it has one, `scale * b` to its
 """
 
 import json
+import logging
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
@@ -14,8 +16,17 @@ from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from ..loading import describe_weights, read_json_object
 
+
+logger = logging.getLogger(__name__)
 _PREFIX = "unet."
+KOHYA = "lora_unet_"  # and the name of a layer, with _ for .
+_PEFT = "base_model.model."
+_ADAPTER = re.compile(r"\.lora_([AB])\.[^.]+\.(?=weight|bias)")  # peft's names with the adapter's in them
+_ROOTS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.", "add_embedding.")
+_TEXT_ROOTS = ("text_model.", "encoder.layers.")
+_RELATIVES = ("hada_", "lokr_", "oft_", "dora_scale", "lora_mid", "lora_magnitude_vector")
 _LAYERS = (nn.Linear, nn.Conv2d)  # that a LoRA can change
 _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<which>A\.weight|B\.weight|B\.bias)")
 
@@ -24,20 +35,68 @@ def is_lora(names: list[str]) -> bool:
     return any(".lora" in name or "_lora" in name for name in names)
 
 
-def read_differences(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> dict[str, torch.Tensor]:
-    """What a diffusers LoRA adds to a UNet's parameters, by their names; fp32.
+def plain_names(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a LoRA by names that diffusers reads: peft's own files name neither the component nor the scale,
+    which is in an `adapter_config.json` in their folder and becomes part of the tensors.
+
+    Raises:
+        `ValueError`: If it is a relative of LoRA that changes weights in another way.
+    """
+    if any(part in name for name in tensors for part in _RELATIVES):
+        raise ValueError(f"{describe_weights(list(tensors))}: only plain LoRAs can be read")
+    renamed = {}
+    for name, value in tensors.items():
+        plain = _ADAPTER.sub(r".lora_\1.", name.removeprefix(_PEFT))
+        if plain.startswith(_ROOTS):
+            plain = f"{_PREFIX}{plain}"
+        elif plain.startswith(_TEXT_ROOTS):
+            plain = f"text_encoder.{plain}"
+        renamed[plain] = value
+    if not any(name.startswith(_PEFT) for name in tensors):
+        return renamed
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        logger.warning("no %s next to the LoRA: its alpha is not known, and is taken for its rank", path.name)
+        return renamed
+    config = read_json_object(path)
+    _check_plain(config, str(path))
+    ranks = {name: value.shape[0] for name, value in renamed.items() if ".lora_A." in name}
+    for name, rank in ranks.items():
+        layer = name.removeprefix(_PREFIX).partition(".lora_A.")[0]
+        other = name.replace(".lora_A.", ".lora_B.")
+        if other in renamed:
+            renamed[other] = renamed[other] * (_alpha(config, layer, rank) / rank)
+    return renamed
+
+
+def by_module_names(differences: dict[str, torch.Tensor], denoiser: nn.Module) -> dict[str, torch.Tensor]:
+    """Differences by the names of a denoiser's parameters, where kohya-ss' scripts have `_` for `.` in them."""
+    names = {f"{KOHYA}{name.replace('.', '_')}.weight": f"{name}.weight" for name, _ in denoiser.named_modules()}
+    return {names.get(name, name): value for name, value in differences.items()}
+
+
+def read_differences(
+    tensors: dict[str, torch.Tensor], metadata: dict[str, str], folder: Path = Path()
+) -> dict[str, torch.Tensor]:
+    """What a LoRA adds to a UNet's parameters, by their names; of kohya-ss' names see [`by_module_names`]; fp32.
 
     Args:
-        tensors (`dict[str, torch.Tensor]`): Of the file; peft's names (`lora_A`, `lora_B`) or diffusers' older ones.
+        tensors (`dict[str, torch.Tensor]`): Of the file; peft's names (`lora_A`, `lora_B`), diffusers' older ones, or
+            those of kohya-ss.
         metadata (`dict[str, str]`): Of the file; may hold diffusers' `lora_adapter_metadata`.
+        folder (`Path`, *optional*): Where the file is, for the `adapter_config.json` of peft.
 
     Raises:
         `ValueError`: If there is a weight of something else than the UNet, or anything but pairs of matrices.
     """
+    tensors = plain_names(tensors, folder)
     for name in tensors:
-        if not name.startswith(_PREFIX):
-            raise ValueError(f"{name}: a LoRA of another part than the UNet, or of another program, cannot be read")
+        if not name.startswith((_PREFIX, KOHYA)):
+            raise ValueError(f"{name}: changes another component than the UNet; an erasure that is read is the UNet's "
+                             "alone (generate and evaluate take the whole LoRA, as --lora)")  # fmt: skip
     tensors = {name.removeprefix(_PREFIX): value.float() for name, value in tensors.items()}
+    alphas = {name.removesuffix(".alpha"): value.item() for name, value in tensors.items() if name.endswith(".alpha")}
+    tensors = {_kohya_factor(name): value for name, value in tensors.items() if not name.endswith(".alpha")}
     if not any(".lora_A." in name for name in tensors):
         tensors = convert_unet_state_dict_to_peft(tensors)
     layers: dict[str, dict[str, torch.Tensor]] = {}
@@ -53,7 +112,7 @@ def read_differences(tensors: dict[str, torch.Tensor], metadata: dict[str, str])
         if down is None or up is None or down.ndim < 2 or up.ndim < 2 or down.shape[0] != up.shape[1]:
             shapes = ", ".join(f"{which} {tuple(value.shape)}" for which, value in factors.items())
             raise ValueError(f"{layer}: lora_A and lora_B do not make a pair ({shapes})")
-        scale = _alpha(config, layer, down.shape[0]) / down.shape[0]
+        scale = alphas.get(layer, _alpha(config, layer, down.shape[0])) / down.shape[0]
         product = up.flatten(1) @ down.flatten(1)
         differences[f"{layer}.weight"] = scale * product.reshape(up.shape[0], *down.shape[1:])
         if "B.bias" in factors:
@@ -68,11 +127,21 @@ def _adapter_config(metadata: dict[str, str]) -> dict:
         return {}
     try:
         config = {name.removeprefix(_PREFIX): value for name, value in json.loads(raw).items()}
-    except (json.JSONDecodeError, AttributeError):
+    except (json.JSONDecodeError, AttributeError, RecursionError):
         raise ValueError(f"metadata {LORA_ADAPTER_METADATA_KEY}: not a JSON object") from None
-    if odd := [name for name in ("use_dora", "use_rslora") if config.get(name)]:
-        raise ValueError(f"metadata {LORA_ADAPTER_METADATA_KEY}: {odd[0]} is not supported")
+    _check_plain(config, f"metadata {LORA_ADAPTER_METADATA_KEY}")
     return config
+
+
+def _check_plain(config: dict, what: str) -> None:
+    if odd := [name for name in ("use_dora", "use_rslora") if config.get(name)]:
+        raise ValueError(f"{what}: {odd[0]} is not supported")
+
+
+def _kohya_factor(name: str) -> str:
+    if not name.startswith(KOHYA):
+        return name
+    return name.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.")
 
 
 def _alpha(config: dict, layer: str, rank: int) -> float:

@@ -1,21 +1,23 @@
 """Reads every kind of file that an erasure comes in, strictly: what does not fit is an error, never a warning."""
 
-import pickle
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
+from ..loading import describe_weights, load_model, naming, shown
 from ..provenance import FILE_NAME, UNKNOWN, Provenance, fingerprint, located, stored_path
-from ..weights import TRAIN_METHODS, resolve_train_method
+from ..weights import TRAIN_METHODS, find_train_method, resolve_train_method
 from .folders import INDEX, UNET_FOLDER
-from .lora import is_lora, read_differences
+from .lora import KOHYA, by_module_names, is_lora, plain_names, read_differences
 from .write import LORA_NAME, PARTIAL_FORMAT, PARTIAL_NAME, known_facts
 
 
@@ -25,13 +27,15 @@ FORMATS = {
     "esd": "safetensors of ESD (2025): some weights of a diffusers UNet",
     "esd-alt": 'pickle of ESD\'s alt script: {"unet.<module>": {"weight", "bias"}}',
     "ldm": "CompVis checkpoint (.ckpt, .pt or .safetensors), whole",
-    "unet": "diffusers UNet, whole: a folder or a pickle",
-    "lora": "diffusers LoRA of a UNet",
+    "unet": "diffusers UNet, whole: a folder or a pickle; or a pickle of the weights of a train method",
+    "lora": "LoRA of a UNet, by the names of diffusers, peft or kohya-ss",
 }
+_WRAPPERS = ("state_dict", "model_state_dict", "unet", "model")  # what Lightning and training loops put around it
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (".safetensors", *_PICKLES)
 _ESD_FORMAT = "erasing-esd-v2"
 _ESD_NAME = re.compile(r"esd-(?P<concept>.+)-from-(?P<erase_from>.+)-(?P<method>[^-]+)")
+_ESD_ARGUMENTS = ("guidance", "guidance_scale", "negative_guidance", "num_inference_steps", "erase_from")
 _LDM_UNET = "model.diffusion_model."
 # The other parts of a CompVis checkpoint, which ESD does not train; the noise schedule's names have no dots.
 _LDM_OTHERS = ("first_stage_model.", "cond_stage_model.", "conditioner.", "model_ema.", "denoiser.")
@@ -78,17 +82,27 @@ class ErasedWeights:
         """All of it is checked before the first value is given; one at a time is on the denoiser's device."""
         self._check_base(denoiser)
         parameters = plain_parameters(denoiser)
-        weights = self._converted(denoiser) if self.format == "ldm" else self.weights
+        weights = self.weights
+        if self.format == "ldm":
+            weights = self._converted(denoiser)
+        elif self.format == "lora":
+            weights = by_module_names(weights, denoiser)
         for name, value in weights.items():
             if name not in parameters:
-                raise self._error(f"the denoiser has no parameter {name}")
+                kohya = "; kohya-ss' names of SDXL are read by diffusers: load_lora_weights, then save_lora_weights"
+                raise self._error(f"the denoiser has no parameter {name}{kohya if name.startswith(KOHYA) else ''}")
             if parameters[name].shape != value.shape:
                 shapes = f"{tuple(value.shape)}, the denoiser's has {tuple(parameters[name].shape)}"
                 raise self._error(f"{name} has shape {shapes}")
             if not (value.is_floating_point() and value.isfinite().all()):
                 raise self._error(f"{name} holds values that are not finite numbers")
-        if self.format in ("ldm", "unet") and (missing := [name for name in parameters if name not in weights]):
-            raise self._error(f"a whole UNet, but {len(missing)} parameters are missing, such as {missing[0]}")
+        missing = [name for name in parameters if name not in weights] if self.format in ("ldm", "unet") else []
+        if missing and not (self.format == "unet" and find_train_method(denoiser, weights.keys())):
+            held = f"holds {len(weights)} of the UNet's {len(parameters)} parameters, without {missing[0]}"
+            hint = "" if self.format == "ldm" else (
+                ": neither all nor those of a train method; if it is meant to be a part, save it as .safetensors"
+            )  # fmt: skip
+            raise self._error(held + hint)
         for name, value in weights.items():
             parameter, value = parameters[name], value.to(parameters[name].device)
             yield name, (parameter.float() + value if self.format == "lora" else value).to(parameter.dtype)
@@ -169,10 +183,10 @@ def read_erased_weights(path: str | Path) -> ErasedWeights:
         `ValueError`: If there is no erasure, or a pickle holds more than tensors.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _read_folder(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file or folder")
+    if not os.path.isfile(path):
+        raise ValueError(f"{shown(path)}: no such file or folder, or none that can be read")
     if path.suffix == ".safetensors":
         erased = _read_safetensors(path)
     elif path.suffix in _PICKLES:
@@ -210,16 +224,7 @@ def load_unet(name_or_path: str | Path, **options) -> UNet2DConditionModel:
     Raises:
         `ValueError`: If there is none, or its weights are not those of its config.
     """
-    try:
-        unet, info = UNet2DConditionModel.from_pretrained(
-            str(name_or_path), dtype=torch.float32, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{name_or_path}: no diffusers UNet ({str(error).strip().splitlines()[0]})") from None
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if odd := sorted(map(str, info[what])):
-            raise ValueError(f"{name_or_path}: the UNet's weights do not fit its config: {what} {odd[0]}")
-    return unet
+    return load_model(UNet2DConditionModel, name_or_path, torch.float32, **options)
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -268,11 +273,27 @@ def only_weight_file(names: list[str], where: str) -> str:
 
 
 def _open_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with naming(str(path)), safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+
+
+def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
+    """The tensors of a LoRA by names that diffusers reads, and whether they are others than in the file.
+
+    Raises:
+        `ValueError`: If it cannot be read, or is no LoRA.
+    """
+    if path.suffix == ".safetensors":
+        tensors, _ = _open_safetensors(path)
+    else:
+        tensors = _tensors(_unpickle(path), path)
+    if not is_lora(list(tensors)):
+        raise ValueError(f"{path}: {describe_weights(list(tensors))}, and no LoRA")
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file ({error})") from None
+        plain = plain_names(tensors, path.parent)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return plain, path.suffix != ".safetensors" or plain.keys() != tensors.keys()
 
 
 def _read_safetensors(path: Path) -> ErasedWeights:
@@ -286,21 +307,38 @@ def _read_safetensors(path: Path) -> ErasedWeights:
             known["base_model"] = located(known["base_model"], path.parent, known.get("arguments"))
         if written == PARTIAL_FORMAT:
             return ErasedWeights(tensors, "partial", str(path), known)
-        if is_lora(list(tensors)):
-            return ErasedWeights(read_differences(tensors, metadata), "lora", str(path), known)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    return _from_tensors(tensors, metadata, path, "esd", known)
+
+
+def _from_tensors(
+    tensors: dict[str, torch.Tensor], metadata: dict[str, str], path: Path, otherwise: str, known: dict
+) -> ErasedWeights:
+    """What the names in a file say that it is; `otherwise` a format of weights by a UNet's own names."""
+    if is_lora(list(tensors)):
+        try:
+            return ErasedWeights(read_differences(tensors, metadata, path.parent), "lora", str(path), known)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     if any(name.startswith(_LDM_UNET) for name in tensors):
         return ErasedWeights(_ldm_unet(tensors, path), "ldm", str(path))
-    return ErasedWeights(tensors, "esd", str(path), _esd_facts(path, metadata))
+    what = describe_weights(list(tensors))
+    if not what.endswith(("UNet", "unknown kind")):
+        raise ValueError(f"{path}: {what}, and no erasure of a UNet")
+    for prefix in ("module.", "_orig_mod.", "unet."):  # of wrappers, and of a whole pipeline
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return ErasedWeights(tensors, otherwise, str(path), _esd_facts(path, metadata))
 
 
 def _esd_facts(path: Path, metadata: dict[str, str]) -> dict:
     """What the metadata of an ESD file says and, where it says nothing, its name."""
     known: dict = {"method": "esd"}
     if match := _ESD_NAME.fullmatch(path.stem):
-        erase_from = {} if match["erase_from"] == match["concept"] else {"erase_from": match["erase_from"]}
-        known |= {"concepts": [match["concept"]], "train_method": match["method"], "arguments": erase_from}
+        concept, erase_from = (match[name].replace("_", " ") for name in ("concept", "erase_from"))  # as ESD does
+        arguments = {} if erase_from == concept else {"erase_from": erase_from}
+        known |= {"concepts": [concept], "train_method": match["method"], "arguments": arguments}
     if metadata.get("format") == _ESD_FORMAT:
         if (component := metadata.get("component", "unet")) != "unet":
             raise ValueError(f"{path}: component '{component}'; erased weights are read for the unet only")
@@ -308,7 +346,11 @@ def _esd_facts(path: Path, metadata: dict[str, str]) -> dict:
             known["base_model"] = metadata["base_model_id"]
         if metadata.get("train_method"):
             known["train_method"] = metadata["train_method"]
-        said = {name: metadata[name] for name in ("guidance", "negative_guidance") if name in metadata}
+        if concept := metadata.get("erase_concept"):
+            known["concepts"] = [concept]
+        said = {name: metadata[name] for name in _ESD_ARGUMENTS if metadata.get(name)}
+        if said.get("erase_from") in known.get("concepts", []):
+            del said["erase_from"]
         known["arguments"] = {**known.get("arguments", {}), **said}
     if "train_method" in known:
         known["train_method"] = _esd_train_method(known["train_method"])
@@ -325,29 +367,30 @@ def _esd_train_method(written: str) -> str:
 
 def _read_pickle(path: Path) -> ErasedWeights:
     state = _unpickle(path)
-    while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]  # what Lightning puts around it
+    while isinstance(state, dict) and (inner := [state[key] for key in _WRAPPERS if isinstance(state.get(key), dict)]):
+        state = inner[0]
+    if isinstance(state, dict) and "image_proj" in state:
+        raise ValueError(f"{path}: {describe_weights(list(state))}, and no erasure of a UNet")
+    if isinstance(state, dict) and state and all(isinstance(part, dict) for part in state.values()):
+        return ErasedWeights(_flat(state, path), "esd-alt", str(path), {"method": "esd"})
+    return _from_tensors(_tensors(state, path), {}, path, "unet", {})
+
+
+def _tensors(state: Any, path: Path) -> dict[str, torch.Tensor]:
+    if isinstance(state, dict) and "string_to_param" in state:
+        raise ValueError(f"{path}: {describe_weights(list(state))}, and no weights of a UNet")
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ValueError(f"{path}: a {type(state).__name__}; weights by name are needed")
-    if state and all(isinstance(part, dict) for part in state.values()):
-        return ErasedWeights(_flat(state, path), "esd-alt", str(path), {"method": "esd"})
     if odd := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
         raise ValueError(f"{path}: {odd[0]} is a {type(state[odd[0]]).__name__}, not a tensor")
-    if any(name.startswith(_LDM_UNET) for name in state):
-        return ErasedWeights(_ldm_unet(state, path), "ldm", str(path))
-    return ErasedWeights(state, "unet", str(path))
+    if odd := [name for name, value in state.items() if value.layout != torch.strided or value.is_quantized]:
+        raise ValueError(f"{path}: {odd[0]} is a sparse or quantized tensor; a plain one is needed")
+    return state
 
 
-def _unpickle(path: Path):
-    try:
+def _unpickle(path: Path) -> Any:
+    with naming(str(path)):
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it names {found[1]}" if found else str(error).strip().splitlines()[0]
-        raise ValueError(f"{path}: refused, the pickle holds more than tensors ({what})") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: not a file of torch.save ({reason})") from None
 
 
 def _flat(state: dict[str, dict], path: Path) -> dict[str, torch.Tensor]:

@@ -1,18 +1,18 @@
 """Where an erased model is: on this disk, or on the Hub."""
 
+import os
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from ..loading import reason
 from ..provenance import FILE_NAME
 from .folders import INDEX, UNET_FOLDER
 from .read import only_weight_file
 from .write import LORA_NAME, PARTIAL_NAME
 
 
-# What `from_pretrained` of diffusers takes and the Hub's client knows by the same name.
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 RECORDS = [INDEX, FILE_NAME]
 _UNET = [f"{UNET_FOLDER}/*.json", f"{UNET_FOLDER}/*.safetensors", "diffusion_pytorch_model*"]
 _ERASURES = [*RECORDS, PARTIAL_NAME, LORA_NAME, "config.json", *_UNET]
@@ -36,9 +36,9 @@ def fetch(source: str | Path, weight_name: str | None = None, only_records: bool
         `ValueError`: If there is nothing, or several files of other names.
     """
     path = Path(source)
-    if path.exists():
+    if os.path.exists(path):
         path = path / weight_name if weight_name else path
-        if not path.exists():
+        if not os.path.exists(path):
             raise ValueError(f"{path}: no such file")
         return path
     try:
@@ -51,7 +51,6 @@ def fetch(source: str | Path, weight_name: str | None = None, only_records: bool
         hub = {name: hub_arguments[name] for name in ("revision", "token") if name in hub_arguments}
         name = only_weight_file(list_repo_files(str(source), **hub), str(source))
         return Path(hf_hub_download(str(source), name, **hub_arguments))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
         named = f" with a file {weight_name}" if weight_name else ""
-        raise ValueError(f"'{source}': no such file, folder or Hub repository{named} ({reason})") from None
+        raise ValueError(f"'{source}': no such file, folder or Hub repository{named} ({reason(error)})") from None

@@ -90,7 +90,7 @@ def known_facts(metadata: dict[str, str]) -> dict:
         if name in metadata:
             try:
                 known[name] = json.loads(metadata[name])
-            except json.JSONDecodeError:
+            except (json.JSONDecodeError, RecursionError):
                 known[name] = None
             if not isinstance(known[name], kind):
                 raise ValueError(f"metadata {name} '{metadata[name][:60]}': must be JSON of another kind")

@@ -19,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..cards import CARD_NAME
 from ..evaluation.grid import GRID_NAME
 from ..formats import INDEX, LORA_NAME, MODEL_FOLDERS, PARTIAL_NAME, UNET_FOLDER, copy_with_facts
+from ..loading import check_files, check_header, read_json_object, reason
 from ..provenance import FILE_NAME, STUDENT_FILE, Distillation, Provenance, load_record, write_text
 from .base import Base
 
@@ -44,11 +45,16 @@ _PATHS = (
 def check_folder(folder: str | Path) -> None:
     """
     Raises:
-        `ValueError`: If the folder does not hold a finished erasure, or a student.
+        `ValueError`: If the folder does not hold a finished erasure, or a student, or a file of it is damaged.
     """
     record = load_record(folder)
-    if not any(fnmatch(name, "*.safetensors") for name in result_files(Path(folder))):
+    if (Path(folder) / INDEX).is_file():
+        check_files(folder, str(folder))
+    weights = [name for name in result_files(Path(folder)) if fnmatch(name, "*.safetensors")]
+    if not weights:
         raise ValueError(f"{folder}: holds {record.file_name}, but neither a pipeline nor erased weights")
+    for name in weights:
+        check_header(Path(folder) / name)
 
 
 def result_files(folder: Path) -> list[str]:
@@ -79,8 +85,9 @@ def _benchmark_files(folder: Path) -> list[Path]:
 def _parts(folder: Path) -> list[str]:
     """The folders of a pipeline's models, or that of the UNet where it was saved alone."""
     index = folder / INDEX
-    entries = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {UNET_FOLDER: []}
-    return [name for name, value in entries.items() if isinstance(value, list) and (folder / name).is_dir()]
+    entries = read_json_object(index) if index.is_file() else {UNET_FOLDER: []}
+    plain = [name for name, value in entries.items() if isinstance(value, list) and Path(name).name == name]
+    return [name for name in plain if (folder / name).is_dir()]
 
 
 def is_replaced(path: str) -> bool:
@@ -151,7 +158,7 @@ def _copied_without_paths(folder: Path, name: str, copy: Path, record: Provenanc
         return copy_with_facts(folder / name, copy, record)
     if name != INDEX and not name.endswith("config.json"):
         return False
-    config = json.loads((folder / name).read_text(encoding="utf-8"))
+    config = read_json_object(folder / name)
     if "_name_or_path" not in config:
         return False
     del config["_name_or_path"]
@@ -178,8 +185,8 @@ def read_results(path: Path) -> dict[str, Any]:
     """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as the results of an evaluation ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as the results of an evaluation ({reason(error)})") from None
     if not isinstance(results, dict) or not isinstance(results.get("protocol", {}), dict):
         raise ValueError(f"{path}: not the results of an evaluation")
     return results

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from ..cards import write_card
 from ..formats import (
-    HUB_ARGUMENTS,
     INDEX,
     UNET_FOLDER,
     ErasedWeights,
@@ -28,6 +27,7 @@ from ..formats import (
     written_aside,
 )
 from ..hub import erasure_card, find_base, published_record
+from ..loading import HUB_ARGUMENTS, load_pipeline, read_index
 from ..provenance import FILE_NAME, UNKNOWN, Provenance, fingerprint, stored_path
 from .repository import RepositoryMixin
 
@@ -102,7 +102,7 @@ class ErasedPipelineMixin(RepositoryMixin):
                 f"{source}: has no {FILE_NAME}, so nothing says that anything was erased; "
                 "give base_model if it is an erased model"
             )
-        pipeline = super().from_pretrained(source, **kwargs)
+        pipeline = load_pipeline(source, source, cls, super().from_pretrained, **kwargs)
         known = {} if record is None else vars(record)
         pipeline._base = _base_arguments(base_model, base_revision, known, kwargs)
         pipeline._erasure = record or Provenance(
@@ -120,7 +120,9 @@ class ErasedPipelineMixin(RepositoryMixin):
         dtypes = {**(dtype if isinstance(dtype, dict) else {}), "default": default, "unet": torch.float32}
         kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "variant")}
         options = {"dtype": dtypes, **base["hub"], **base["variant"]}
-        pipeline = super().from_pretrained(base["name"], **{**kwargs, **options})
+        pipeline = load_pipeline(
+            base["name"], f"base model '{base['name']}'", cls, super().from_pretrained, **{**kwargs, **options}
+        )
         changes, parameters = erased.changes(pipeline.unet), plain_parameters(pipeline.unet)
         pipeline._other_values = {name: parameters[name].detach().to("cpu", copy=True) for name in changes}
         own = erased.known.get("base_fingerprint") or fingerprint(pipeline.unet)
@@ -133,9 +135,7 @@ class ErasedPipelineMixin(RepositoryMixin):
     @classmethod
     def _check_index(cls, source: str, path: Path) -> None:
         stock = next(base.__name__ for base in cls.__mro__ if base.__module__.startswith("diffusers."))
-        if not (path / INDEX).is_file():
-            raise ValueError(f"{source}: no folder or Hub repository of a diffusers pipeline")
-        found = DiffusionPipeline.load_config(str(path)).get("_class_name")
+        found = read_index(path, source)["_class_name"]
         if found not in (stock, cls.__name__):
             raise ValueError(f"{source}: a pipeline of class {found}; {cls.__name__} takes {stock}")
 

@@ -16,6 +16,16 @@ from ..guidance import SAFETY_CONCEPT, SafetyConfig
 from .safe_denoiser import SafeDenoiser
 
 
+# Pipelines of diffusers that have all that is asked for below, and still cannot be steered: why.
+_REFUSED = {
+    "StableDiffusionPanoramaPipeline": "it calls its UNet once for each view, and warm-up and momentum count steps",
+    "LatentConsistencyModelPipeline": "its UNet takes the guidance scale as an input, there is no guidance to change",
+    "LatentConsistencyModelImg2ImgPipeline": "its UNet takes the guidance scale as an input, there is no guidance to "
+    "change",
+    "LEditsPPPipelineStableDiffusionXL": "its guidance is that of edits, not of a prompt",
+}
+
+
 class SafeLatentDiffusionMixin:
     """Steers the calls of a diffusers pipeline class; to be named before it among the bases."""
 
@@ -48,15 +58,16 @@ class SafeLatentDiffusionMixin:
             output = call(**arguments)
         if denoiser.changed_calls:
             return output, applied
-        scale = arguments.get("guidance_scale")
+        parameter = inspect.signature(call).parameters.get("guidance_scale")
+        scale = arguments.get("guidance_scale", None if parameter is None else parameter.default)
         if denoiser.guided_calls:
             reason = f"its warm-up of {config.sld_warmup_steps} is not shorter than the {denoiser.guided_calls} steps"
         elif not denoiser.calls:
             reason = "the denoiser was not called"
-        elif scale is not None and scale > 1:
+        elif isinstance(scale, (int, float)) and scale > 1:
             raise ValueError(
-                f"{type(self).__name__} made no use of classifier-free guidance, though guidance_scale is {scale}:"
-                " Safe Latent Diffusion cannot steer it"
+                f"{type(self).__name__} says that it does not guide (do_classifier_free_guidance), though"
+                f" guidance_scale is {scale}: it computes guidance in a way that Safe Latent Diffusion cannot steer"
             )
         else:
             reason = "classifier-free guidance was off (see guidance_scale)"
@@ -80,6 +91,7 @@ class SafeLatentDiffusionMixin:
     @property
     def components(self) -> dict[str, Any]:
         # What moves and offloads models during a call must see the real denoiser.
+        _warn_of_from_pipe(self)
         return {name: _real(component) for name, component in super().components.items()}
 
     @property
@@ -146,8 +158,8 @@ def enable_safe_latent_diffusion(
     calls then also take `safety_concept`, `safety_prompt_embeds` and the `sld_*` values of a [`SafetyConfig`], and its
     outputs have an attribute `applied_safety_concept`.
 
-    What is made from it does not inherit this: `save_pretrained` writes the stock pipeline, and `from_pipe` gives one.
-    Enable it again there. For Stable Diffusion itself and SDXL there are classes that keep it.
+    What is made from it does not inherit this: `save_pretrained` writes the stock pipeline, and `from_pipe` gives one,
+    with a warning. Enable it again there. For Stable Diffusion itself and SDXL there are classes that keep it.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]): Around a `UNet2DConditionModel`: Stable Diffusion 1, 2, XL, and
@@ -174,6 +186,8 @@ def enable_safe_latent_diffusion(
         raise ValueError(
             f"{stock.__name__} has no {' and no '.join(lacks)}: Safe Latent Diffusion does not support it"
         )
+    if why := next((_REFUSED[base.__name__] for base in stock.__mro__ if base.__name__ in _REFUSED), None):
+        raise ValueError(f"{stock.__name__}: Safe Latent Diffusion does not support it: {why}")
     config = SafetyConfig.named(config) if isinstance(config, str) else SafetyConfig(**config)
     pipeline._safety = config, check_concept(safety_concept)
     pipeline.__class__ = _steered_class(stock)
@@ -277,9 +291,24 @@ def _real(component: Any) -> Any:
     return component._denoiser if type(component) is SafeDenoiser else component
 
 
+def _warn_of_from_pipe(pipeline: SafeLatentDiffusionMixin) -> None:
+    """Warns where a stock `from_pipe` asks for the components: diffusers has no other hook, and what it makes of them
+    does not steer."""
+    frame = sys._getframe(2)  # who asked for `components`
+    if frame.f_code.co_name != "from_pipe" or not frame.f_globals["__name__"].startswith("diffusers."):
+        return
+    target = frame.f_locals.get("cls")
+    if not (isinstance(target, type) and issubclass(target, SafeLatentDiffusionMixin)):
+        name = getattr(target, "__name__", "the new pipeline")
+        _warn(
+            f"Safe Latent Diffusion of this {type(pipeline).__name__} is not passed on by {name}.from_pipe: call"
+            " enable_safe_latent_diffusion on the new pipeline, or use a class of diffusers_safe"
+        )
+
+
 def _warn(message: str) -> None:
     """Warns where the user called the pipeline."""
     level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in ("diffusers_safe", "torch"):
+    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in ("diffusers_safe", "diffusers", "torch"):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)

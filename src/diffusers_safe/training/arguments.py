@@ -16,6 +16,7 @@ from ..arguments import typed
 from ..concepts import read_concepts
 from ..formats import RESULTS
 from ..hub import check_model_id, check_push, default_model_id
+from ..loading import check_files
 from ..output_folders import OVERWRITE_HELP, OutputFolderError, check_apart, check_claim, check_output_dir, claimed
 from ..provenance import load_record
 from ..weights import TRAIN_METHODS, resolve_train_method
@@ -289,12 +290,18 @@ class TrainingArguments:
             check_push(self.hub_model_id, self.hub_token)
         self.check_base_model()
         if not self.dry_run:
+            self.check_files()
             self.check_output()
 
     def check_base_model(self) -> nn.Module:
         """The part of [`~TrainingArguments.check_surroundings`] about the model; returns the structure of the denoiser
         that trains, without weights."""
         raise NotImplementedError
+
+    def check_files(self) -> None:
+        """The part of [`~TrainingArguments.check_surroundings`] about files of weights, which are not read yet."""
+        name = self.pretrained_model_name_or_path
+        check_files(name, f"pretrained_model_name_or_path '{name}'", self.variant)
 
     def check_output(self) -> None:
         """The part of [`~TrainingArguments.check_surroundings`] about the output folder and what it holds."""

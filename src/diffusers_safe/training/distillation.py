@@ -5,10 +5,9 @@ import logging
 import os
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 
 from ..arguments import parse_dataclass, told_in_one_line
 from ..backbones import Backbone, StoredModel, load_pipeline, make_backbone
@@ -17,6 +16,7 @@ from ..concepts import names_concept
 from ..evaluation.evaluate import Generator, LoadedModel
 from ..evaluation.generate import GenerationSettings
 from ..evaluation.grid import GRID_NAME, save_grid
+from ..formats import load_unet
 from ..hub import push_or_exit
 from ..output_folders import record_written
 from ..provenance import Distillation, erasure_of, stored_path
@@ -148,8 +148,7 @@ def compared(pipeline: DiffusionPipeline, args: DistillationArguments) -> list[G
 def student_pipeline(teacher: DiffusionPipeline, args: DistillationArguments) -> DiffusionPipeline:
     """The teacher's pipeline around a student: built of its blocks, or the one to go on from."""
     if args.from_student is not None:
-        where = {"subfolder": "unet", **args.student_arguments}
-        unet = UNet2DConditionModel.from_pretrained(args.from_student, dtype=torch.float32, **where)
+        unet = load_unet(args.from_student, subfolder="unet", **args.student_arguments)
     else:
         unet = build_student(teacher.unet, args.student)
     parts = {**teacher.components, "unet": unet, "scheduler": args.scheduler_for(teacher.scheduler)}

@@ -11,6 +11,7 @@ from ..arguments import typed
 from ..backbones import StoredModel, stored_unet
 from ..concepts import read_concepts
 from ..evaluation.report import RESULTS_NAME
+from ..loading import find_variant
 from ..lora import layers_to_adapt
 from ..output_folders import OutputFolderError, check_output_dir
 from ..students import STUDENTS, empty_student, resolve_student
@@ -257,6 +258,11 @@ class DistillationArguments(SamplingArguments):
         """What `from_pretrained` takes beside `from_student`."""
         chosen = {"revision": self.student_revision, "variant": self.student_variant, "cache_dir": self.cache_dir}
         return {name: value for name, value in chosen.items() if value is not None}
+
+    def check_files(self) -> None:
+        super().check_files()
+        if self.from_student is not None and (folder := Path(self.from_student, "unet")).is_dir():
+            find_variant(folder, self.student_variant)
 
     def check_surroundings(self) -> None:
         if self.evaluation is not None:

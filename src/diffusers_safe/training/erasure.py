@@ -76,6 +76,7 @@ def erase(
         accelerator = make_accelerator(args)
         if isinstance(pipeline, str):
             check_run(args, StoredModel(pipeline, args.resolution, **args.index_arguments))
+            args.check_files()
         else:
             check_run(args, make_backbone(pipeline, args.resolution))
         if output_dir is not None:
