@@ -14,7 +14,7 @@ import diffusers_safe
 SOURCE = Path(diffusers_safe.__file__).parent
 # Each layer may import from those above it and from itself.
 LAYERS = [
-    {"arguments", "cards", "concepts", "guidance", "weights", "lora", "provenance", "students"},
+    {"arguments", "cards", "concepts", "guidance", "images", "weights", "lora", "provenance", "students"},
     {"backbones", "trajectories", "evaluation", "data"},
     {"formats"},
     {"hub"},

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from PIL import Image
-
+from ..images import UnreadableImage, open_rgb
 from .generate import MANIFEST, PromptRow, read_manifest
 
 
@@ -94,11 +93,11 @@ class ImageFolder:
         path = Path(self.folder) / file
         try:
             data = path.read_bytes()
-            with Image.open(path) as image:
-                black = image.convert("RGB").getbbox() is None
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise ValueError(f"{self.name}: {path} cannot be read as an image ({reason})") from None
+            black = open_rgb(path).getbbox() is None
+        except UnreadableImage as error:
+            raise ValueError(f"{self.name}: {error}") from None
+        except OSError as error:
+            raise ValueError(f"{self.name}: {path}: cannot be read ({error.strerror})") from None
         return {"black": black, "sha256": hashlib.sha256(data).hexdigest()}
 
 

@@ -27,6 +27,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..images import open_rgb, to_rgb
 from ..provenance import fingerprint, write_text
 from .processes import alone_in, launched_processes
 
@@ -206,7 +207,7 @@ def sample_images(
     rows = [PromptRow(str(i), prompt, seed) for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
     with _as_a_subject(pipeline, safety_checker):
         batches = [_sample(pipeline, rows[i : i + batch_size], settings) for i in range(0, len(rows), batch_size)]
-    return [image.convert("RGB") for batch in batches for image in batch]
+    return [to_rgb(image) for batch in batches for image in batch]
 
 
 def read_manifest(folder: str | Path) -> list[dict]:
@@ -248,8 +249,7 @@ def load_image(folder: str | Path, row: dict) -> Image.Image:
     if not _is_intact(path, row):
         state = "damaged or changed since it was generated" if path.is_file() else "no such file"
         raise ValueError(f"{path}: {state}; run the generation again, it makes only what is missing")
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    return open_rgb(path)
 
 
 def load_images(folder: str | Path, rows: list[dict]) -> np.ndarray:
@@ -435,7 +435,7 @@ def _sample(pipeline: DiffusionPipeline, rows: list[PromptRow], settings: Genera
 
 def _save_png(folder: Path, name: str, image: Image.Image) -> dict:
     """Writes a PNG that is either whole or absent; what the manifest has to say about it."""
-    image = image.convert("RGB")
+    image = to_rgb(image)
     png = io.BytesIO()
     image.save(png, format="PNG")
     partial = folder / f".{name}.partial"
