@@ -259,8 +259,7 @@ def test_what_i2p_records_of_itself(tmp_path):
     weights = np.diff(below, prepend=0)
     mean = (weights * by_prompt).sum()
     std = np.sqrt((weights * by_prompt**2).sum() - mean**2)
-    assert found["expected_maximum"] == pytest.approx(mean, abs=5 * std / 100)  # 10,000 draws
-    assert found["expected_maximum_std"] == pytest.approx(std, rel=0.1)
+    assert (found["expected_maximum"], found["expected_maximum_std"]) == pytest.approx((mean, std), abs=1e-9)
     with pytest.raises(ValueError, match="24 prompts"):
         recorded_inappropriateness(rows[:24])
     with pytest.raises(ValueError, match="has no label inappropriate_percentage"):
