@@ -1,7 +1,8 @@
 """The one way from any picture to 8-bit RGB. Every part of the package that opens a picture uses it.
 
 * The full range maps to the full range: 16-bit values are divided by 257. Files with 32 bits do not say how bright
-  white is, so it is the smallest of the usual values (1, 255, 65,535, 2^31 - 1) that no pixel exceeds; below 0 is black.
+  white is, so it is the smallest of the usual values (1, 255, 65,535, 2^31 - 1) that no pixel exceeds; below 0 is
+  black.
 * Transparency is laid on white.
 * A picture is turned upright as its EXIF tag says; of an animation the first frame is used.
 * Colour profiles are not applied.
@@ -91,7 +92,9 @@ def to_8_bits(image: Image.Image) -> Image.Image:
         white = 65_535
     else:
         most = values.max(initial=0)
-        white = next((white for white in (FLOAT_WHITES if image.mode == "F" else INTEGER_WHITES) if most <= white), most)
+        white = next(
+            (white for white in (FLOAT_WHITES if image.mode == "F" else INTEGER_WHITES) if most <= white), most
+        )
     gray = (255 * values.clip(0, white) / white).round().astype(np.uint8)
     transparent = image.info.get("transparency")  # the value of the pixels that are not there
     if isinstance(transparent, int):

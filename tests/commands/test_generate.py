@@ -75,6 +75,17 @@ def test_every_option_of_prompts_reaches_the_rows(tiny_model_folder, tmp_path):
     assert row["settings"]["guidance_scale"] == 3 and load_images(tmp_path / "ours", [row]).shape == (1, 64, 64, 3)
 
 
+def test_five_rows_of_a_prompt_are_five_different_images(tiny_model_folder, tmp_path, caplog):
+    """Of a published list that has the seeds, but not the other columns of a known layout."""
+    table = tmp_path / "five.csv"
+    table.write_text(
+        ",type,prompt,evaluation_seed\n" + "".join(f"{i},t,a cat,{i + 1}\n" for i in range(5)) + "5,t,,9\n"
+    )
+    rows = generate(tiny_model_folder, tmp_path / "images", "--prompts", str(table))
+    assert [row["seed"] for row in rows] == [1, 2, 3, 4, 5] and len({row["sha256"] for row in rows}) == 5
+    assert f"{table}: left out 1 row without a prompt (row 6)" in caplog.text
+
+
 @pytest.mark.parametrize(("preset", "steps", "images"), [("smoke", 10, 8), ("quick", 25, 12), ("paper", 50, 120)])
 def test_presets_are_defaults(tmp_path, preset, steps, images):
     table = tmp_path / "prompts.txt"
