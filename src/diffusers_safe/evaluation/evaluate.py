@@ -22,7 +22,7 @@ from diffusers import DiffusionPipeline
 
 from ..provenance import library_versions, write_text
 from .folders import ImageFolder, common_settings
-from .generate import GenerationSettings, PromptRow, check_rows, generate
+from .generate import GenerationSettings, PromptRow, check_rows, different_images, generate
 from .measured import Measured, measure, metric_results
 from .metrics.base import Metric
 from .page import write_report
@@ -253,6 +253,7 @@ def _protocol(
             **prompts,
             "different": len({row.prompt for row in rows}),
             "images": len(rows),
+            **({"repeated": repeated} if (repeated := len(rows) - different_images(rows)) else {}),
             "seeds": [min(row.seed for row in rows), max(row.seed for row in rows)],
             "sha256": hashlib.sha256(drawn.encode()).hexdigest(),
         },

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -299,6 +299,11 @@ def check_rows(rows: list[PromptRow]) -> None:
         if row.id in ids:
             raise ValueError(f"row id {row.id} occurs twice; ids must be different")
         ids.add(row.id)
+
+
+def different_images(rows: Sequence[PromptRow]) -> int:
+    """How many images the rows give: rows of one prompt, seed, guidance scale and size give the same one."""
+    return len({(row.prompt, row.seed, *(getattr(row, name) for name in _OWN)) for row in rows})
 
 
 def _settings_of(row: PromptRow, settings: GenerationSettings) -> GenerationSettings:
