@@ -125,9 +125,9 @@ def test_what_cannot_be_read_is_named(case, tmp_path):
     data, reason = UNREADABLE[case]
     path = tmp_path / "row_0.png"
     path.write_bytes(data)
-    with pytest.raises(UnreadableImage, match=f"row_0.png: cannot be read as an image .*{reason}"):
+    with pytest.raises(UnreadableImage, match=f"row_0.png cannot be read as an image .*{reason}"):
         open_rgb(path)
-    with pytest.raises(ValueError, match=f"theirs: .*row_0.png: cannot be read as an image .*{reason}"):
+    with pytest.raises(ValueError, match=f"theirs: .*row_0.png cannot be read as an image .*{reason}"):
         ImageFolder("theirs", tmp_path).find([PromptRow("row_0", "a ramp", 0)])
 
 

@@ -38,7 +38,7 @@ def open_rgb(source: str | PathLike | bytes) -> Image.Image:
         [`UnreadableImage`]: If it cannot be decoded; the message names the file.
     """
     in_memory = isinstance(source, bytes)
-    with reading_image("" if in_memory else f"{source}: cannot be read as an image"):
+    with reading_image("" if in_memory else f"{source} cannot be read as an image"):
         with Image.open(io.BytesIO(source) if in_memory else source) as image:
             return to_rgb(image)
 

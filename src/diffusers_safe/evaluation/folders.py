@@ -97,7 +97,7 @@ class ImageFolder:
         except UnreadableImage as error:
             raise ValueError(f"{self.name}: {error}") from None
         except OSError as error:
-            raise ValueError(f"{self.name}: {path}: cannot be read ({error.strerror})") from None
+            raise ValueError(f"{self.name}: {path} cannot be read ({error.strerror})") from None
         return {"black": black, "sha256": hashlib.sha256(data).hexdigest()}
 
 

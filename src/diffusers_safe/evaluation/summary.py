@@ -57,8 +57,8 @@ def evaluation_report(
     count, repeated = protocol["prompts"], _repeated(protocol["prompts"])
     return Report(
         title=title or (f"{names[-1]} beside {names[0]}" if len(names) == 2 else f"{len(names)} models, evaluated"),
-        summary=f"{', '.join(names)}: the same {count['images']} images of {count['different']} prompts{repeated}, drawn with"
-        " the same seeds.",
+        summary=f"{', '.join(names)}: the same {count['images']} images of {count['different']} prompts{repeated},"
+        " drawn with the same seeds.",
         models=names,
         headline=[_headline(metric, name, models, results) for metric in metrics for name in metric.whole(models)],
         sections=looks + measures if len(models) <= 2 else measures + looks,
