@@ -16,7 +16,7 @@ class ImageFolder:
 
     With a manifest of [`generate`], images are found by their ids, or by prompt and seed. Without one they are PNGs
     called `{id}.png`, which for prompt lists with case numbers is `{case_number}_{n}.png`, as ESD and its followers
-    have it.
+    have it. They are read as [`to_rgb`] describes.
 
     Attributes:
         name (`str`): What tables call it.
