@@ -40,6 +40,12 @@ NO_CAPTION = "without a caption"
 FORBIDDEN = "with a caption that names a forbidden concept"
 
 
+class DataError(ValueError):
+    """Training data that cannot be used; found before the training starts."""
+
+    exit_code = 2
+
+
 class _NoColumn(ValueError):
     """A column that is not there."""
 
@@ -280,13 +286,13 @@ def open_dataset(
     The other arguments are those of [`CaptionedImages`].
 
     Raises:
-        `ValueError`: If not exactly one source is given, it cannot be opened, a column is missing, it is empty, or a
-            file lies outside of the folder.
+        `DataError`: A `ValueError`: if not exactly one source is given, it cannot be opened, a column is missing, it
+            is empty, or a file lies outside of the folder.
     """
     sources = {"dataset_name": dataset_name, "train_data_dir": train_data_dir, "data_files": data_files}
     given = {name: value for name, value in sources.items() if value}
     if len(given) != 1:
-        raise ValueError(f"{', '.join(given or sources)}: give exactly one of {', '.join(sources)}")
+        raise DataError(f"{', '.join(given or sources)}: give exactly one of {', '.join(sources)}")
     ((option, source),) = given.items()
     settings = {"name": dataset_config_name, "split": split, "streaming": streaming, "cache_dir": cache_dir}
     try:
@@ -303,7 +309,7 @@ def open_dataset(
             reason += f"; the folder holds {described(files_in(Path(source)))}"
         if not isinstance(error, (OSError, ValueError)):
             reason = f"cannot be opened ({type(error).__name__}{reason and f': {reason}'})"
-        raise ValueError(f"{option} {source}: {reason}") from error
+        raise DataError(f"{option} {source}: {reason}") from error
 
 
 def _boundary(option: str, source: Any, cache_dir: str | None) -> Boundary | None:
