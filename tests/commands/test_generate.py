@@ -146,7 +146,7 @@ def test_killed_five_times_and_in_two_processes_the_files_are_the_same(tiny_mode
         (["--prompts", " "], "prompts, row 1: prompt ' ': must be a text that is not blank"),
         (["--prompts", "none.csv"], "none.csv: cannot be read"),
         (["--prompts", "a", "b.CSV"], "b.CSV: a file must be the only one"),
-        (["--prompts", "{twice}"], "occurs twice"),
+        (["--prompts", "{blank}"], "blank.csv: no row has a text in the column 'prompt'"),
         (["--prompts", "{no_prompt}"], "no_prompt.csv: no column 'prompt', only text, seed"),
         (["--prompts", "{bad_seed}"], "bad_seed.csv, row 1: seed 'seven' is no whole number"),
         (["--prompts", "{weak_row}", "--safety", "max"], "guidance_scale 1.0: with --safety max it must be above 1"),
@@ -177,7 +177,7 @@ def test_killed_five_times_and_in_two_processes_the_files_are_the_same(tiny_mode
     ],
 )
 def test_bad_input_is_one_line_before_any_work(tmp_path, capsys, options, message):
-    files = {"no_prompt": "text,seed\na,1\n", "bad_seed": "prompt,seed\na,seven\n", "twice": "id,prompt\nx,a\nx,b\n"}
+    files = {"no_prompt": "text,seed\na,1\n", "bad_seed": "prompt,seed\na,seven\n", "blank": "id,prompt\nx,\ny,NaN\n"}
     files["weak_row"] = "prompt,guidance_scale\na,5\nb,1\n"
     files["unclosed"] = 'prompt,seed\n"a cat,1\na dog,2\n'
     files["endless"] = f"prompt\n{'a' * 200_000}\n"

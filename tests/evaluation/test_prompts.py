@@ -293,6 +293,9 @@ def test_case_numbers_repeat_and_begin_with_zeros(tmp_path, caplog):
     table = write(tmp_path / "p.csv", header + "0017,a,1,7\n17,b,2,7\n0003,c,3,7\n17,d,4,7\n")
     rows = read_prompts(table, images_per_prompt=2)
     assert [row.id for row in rows] == ["17_0", "17_1", "17-2_0", "17-2_1", "3_0", "3_1", "17-3_0", "17-3_1"]
+    assert messages(caplog) == [
+        f"{table}: 2 rows with the case_number of an earlier row; the images of row 2 are named '17-2', and so on"
+    ]
     assert [row.id for row in read_prompts(table, max_prompts=2)] == ["17_0", "17-3_0"]  # as in the whole list
     taken = write(tmp_path / "taken.csv", header + "a,a,1,7\na,b,2,7\na-2,c,3,7\n")
     assert [row.id for row in read_prompts(taken)] == ["a_0", "a-3_0", "a-2_0"]

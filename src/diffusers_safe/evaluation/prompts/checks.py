@@ -30,6 +30,16 @@ def _is_blank(prompt: object) -> bool:
     return prompt is None or (isinstance(prompt, float) and math.isnan(prompt))
 
 
+def report_renamed(where: str, column: str | None, renamed: Sequence[tuple[int, str]]) -> None:
+    """Says which rows are not called what their column says, because an earlier row is."""
+    if renamed:
+        number, name = renamed[0]
+        _report(
+            f"{where}: {_count(renamed, 'row')} with the {column} of an earlier row; the images of row {number} are"
+            f" named '{name}'" + (", and so on" if len(renamed) > 1 else "")
+        )
+
+
 def report_unused(
     where: str, records: Sequence[dict], columns: Sequence[str], settings: dict[str, list[str]], row_settings: bool
 ) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..generate import PromptRow, check_rows
-from .checks import report_missing_seeds, report_repeated, report_unused, with_prompts
+from .checks import report_missing_seeds, report_renamed, report_repeated, report_unused, with_prompts
 from .columns import find_column, given, number_in, setting_columns, text_of
 from .layouts import CASE_NUMBER, CATEGORIES, LAYOUTS, NUMBERS, Layout, column_key, is_index
 from .sources import ENDINGS, fields_of, fill, is_file, is_source, read_records
@@ -81,7 +81,8 @@ def read_prompts(
     prompt_column = _prompt_column(prompt_column, where, columns)
     layout_columns = _layout(layout, where, columns).names
     settings = setting_columns(columns)
-    names = _names(records, next(filter(None, (find_column(name, columns) for name in layout_columns)), None))
+    names_column = next(filter(None, (find_column(name, columns) for name in layout_columns)), None)
+    names = _names(records, names_column, where)
     report_unused(where, records, columns, settings, row_settings)
     numbered = list(enumerate(records))
     if where != TEXTS:
@@ -148,7 +149,7 @@ def _layout(name: str | None, where: str, columns: Sequence[str]) -> Layout:
     return LAYOUTS[name]
 
 
-def _names(records: Sequence[dict], column: str | None) -> list[str | None]:
+def _names(records: Sequence[dict], column: str | None, where: str) -> list[str | None]:
     """What the rows are called by a column. The second row of a name gets `"-2"`. Case numbers are read as `pandas`
     does, without leading zeros, because other programs name their images so."""
     names = [None if (value := given(record, column)) is None else text_of(value) for record in records]
@@ -156,7 +157,7 @@ def _names(records: Sequence[dict], column: str | None) -> list[str | None]:
         names = [name and name.removesuffix(".0") for name in names]
         if all(name.isdecimal() for name in names if name):
             names = [name and str(int(name)) for name in names]
-    taken, counts = set(names), Counter()
+    taken, counts, renamed = set(names), Counter(), []
     for number, name in enumerate(names):
         counts[name] += 1
         if name is not None and counts[name] > 1:
@@ -164,6 +165,8 @@ def _names(records: Sequence[dict], column: str | None) -> list[str | None]:
                 counts[name] += 1
             names[number] = f"{name}-{counts[name]}"
             taken.add(names[number])
+            renamed.append((number + 1, names[number]))
+    report_renamed(where, column, renamed)
     return names
 
 
