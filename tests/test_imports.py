@@ -20,6 +20,7 @@ LAYERS = [
         "concepts",
         "files",
         "guidance",
+        "images",
         "weights",
         "loading",
         "lora",

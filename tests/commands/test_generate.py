@@ -75,6 +75,17 @@ def test_every_option_of_prompts_reaches_the_rows(tiny_model_folder, tmp_path):
     assert row["settings"]["guidance_scale"] == 3 and load_images(tmp_path / "ours", [row]).shape == (1, 64, 64, 3)
 
 
+def test_five_rows_of_a_prompt_are_five_different_images(tiny_model_folder, tmp_path, caplog):
+    """Of a published list that has the seeds, but not the other columns of a known layout."""
+    table = tmp_path / "five.csv"
+    table.write_text(
+        ",type,prompt,evaluation_seed\n" + "".join(f"{i},t,a cat,{i + 1}\n" for i in range(5)) + "5,t,,9\n"
+    )
+    rows = generate(tiny_model_folder, tmp_path / "images", "--prompts", str(table))
+    assert [row["seed"] for row in rows] == [1, 2, 3, 4, 5] and len({row["sha256"] for row in rows}) == 5
+    assert f"{table}: left out 1 row without a prompt (row 6)" in caplog.text
+
+
 @pytest.mark.parametrize(("preset", "steps", "images"), [("smoke", 10, 8), ("quick", 25, 12), ("paper", 50, 120)])
 def test_presets_are_defaults(tmp_path, preset, steps, images):
     table = tmp_path / "prompts.txt"
@@ -135,7 +146,7 @@ def test_killed_five_times_and_in_two_processes_the_files_are_the_same(tiny_mode
         (["--prompts", " "], "prompts, row 1: prompt ' ': must be a text that is not blank"),
         (["--prompts", "none.csv"], "none.csv: cannot be read"),
         (["--prompts", "a", "b.CSV"], "b.CSV: a file must be the only one"),
-        (["--prompts", "{twice}"], "occurs twice"),
+        (["--prompts", "{blank}"], "blank.csv: no row has a text in the column 'prompt'"),
         (["--prompts", "{no_prompt}"], "no_prompt.csv: no column 'prompt', only text, seed"),
         (["--prompts", "{bad_seed}"], "bad_seed.csv, row 1: seed 'seven' is no whole number"),
         (["--prompts", "{weak_row}", "--safety", "max"], "guidance_scale 1.0: with --safety max it must be above 1"),
@@ -166,7 +177,7 @@ def test_killed_five_times_and_in_two_processes_the_files_are_the_same(tiny_mode
     ],
 )
 def test_bad_input_is_one_line_before_any_work(tmp_path, capsys, options, message):
-    files = {"no_prompt": "text,seed\na,1\n", "bad_seed": "prompt,seed\na,seven\n", "twice": "id,prompt\nx,a\nx,b\n"}
+    files = {"no_prompt": "text,seed\na,1\n", "bad_seed": "prompt,seed\na,seven\n", "blank": "id,prompt\nx,\ny,NaN\n"}
     files["weak_row"] = "prompt,guidance_scale\na,5\nb,1\n"
     files["unclosed"] = 'prompt,seed\n"a cat,1\na dog,2\n'
     files["endless"] = f"prompt\n{'a' * 200_000}\n"

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -45,8 +46,8 @@ class PictureServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, address=("127.0.0.1", 0)):
+        super().__init__(address, Handler)
         self.asked: list[str] = []
         self.headers: list[dict] = []
         self.delay = lambda path: 0.0  # seconds before an answer
@@ -69,7 +70,9 @@ class Handler(BaseHTTPRequestHandler):
         self.server.stopped.wait(self.server.delay(name))
         kind, rest = re.match(r"([a-z]*)-?([^?]*)", name).groups()
         first_time = self.server.asked.count(name) == 1
-        if kind == "to":
+        if kind == "away":
+            self.answer(302, Location=self.server.elsewhere)
+        elif kind == "to":
             self.answer(302, Location=f"/{rest}")
         elif kind == "loop":
             self.answer(302, Location=self.path)
@@ -155,7 +158,9 @@ def picture_folder(folder: Path, count: int) -> Path:
     return folder
 
 
-def prepare(source, folder, *options):
+def prepare(source, folder, *options, private=True):
+    """From servers on this computer, too, unless it is said."""
+    options = [*options, *(["--allow_private_addresses"] if private else [])]
     cli.main(["prepare-data", str(source), "--output_dir", str(folder), *map(str, options)])
     report = json.loads((folder / "report.json").read_text())
     assert report["rows"] == report["kept"] + sum(report["dropped"].values())
@@ -210,13 +215,18 @@ def test_what_servers_do_is_counted(server, tmp_path, monkeypatch, capsys):
     assert captions(tmp_path / "out") == ["0.png", "to-1.png", "7.png"]
     assert time.monotonic() - start < 20  # three slow servers, at once
     told = capsys.readouterr().out
-    assert "3  dropped: slow answer" in told and "3  kept" in told and "1  of those kept: redirected" in told
+    assert (
+        f"3  dropped: slow answer (the first: {server.url('mute')})" in told
+        and "3  kept" in told
+        and "1  of those kept: redirected" in told
+    )
 
 
 def test_what_may_pass_is_tried_again(server, tmp_path):
     table = web_table(tmp_path / "table.csv", server, ["busy-1.png", "cut-2.png", "status-503", "status-404"])
     report = prepare(table, tmp_path / "out", "--retries", 1, "--user_agent", "a test")
     assert report["kept"] == 2 and report["dropped"] == {"HTTP 404": 1, "HTTP 503": 1}
+    assert report["examples"]["HTTP 404"] == server.url("status-404")
     assert sorted(server.asked) == ["busy-1.png", "busy-1.png", "cut-2.png", "cut-2.png", "status-404",
                                     "status-503", "status-503"]  # fmt: skip
     assert {headers["User-Agent"] for headers in server.headers} == {"a test"}
@@ -364,6 +374,193 @@ def test_a_dataset_of_the_hub(server, tmp_path, monkeypatch):
     assert captions(tmp_path / "out") == ["one"]
 
 
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("127.0.0.1", "localhost", "127.1", "2130706433", "0x7f000001", "0177.0.0.1", "127.8.8.8", "0.0.0.0", "0"),
+        *("[::1]", "[::]", "[::ffff:127.0.0.1]", "[::127.0.0.1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]"),
+        *("169.254.169.254", "10.0.0.1", "172.16.0.1", "192.168.1.1", "100.64.0.1", "[fe80::1]", "[fc00::1]"),
+        *("224.0.0.1", "240.0.0.1", "255.255.255.255", "user:secret@127.0.0.1"),
+    ],
+)
+def test_private_addresses_are_not_asked(server, tmp_path, host):
+    url = f"http://{host}:{server.server_address[1]}/0.png"
+    table = write_table(tmp_path / "table.csv", [{"url": url, "text": "x"}])
+    with pytest.raises(SystemExit, match=r"rows: (private address|no address) 1 \(the first: ") as stop:
+        prepare(table, tmp_path / "out", "--retries", 0, private=False)
+    assert server.asked == [] and ("private" in stop.value.code or host == "0177.0.0.1")  # which httpx refuses itself
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "2606:4700::1111", "64:ff9b::808:808", "2002:808:808::1"])
+def test_public_addresses_are_public(address):
+    assert downloads.is_public(address)
+
+
+def test_names_and_redirects_do_not_lead_into_private_networks(server, tmp_path, monkeypatch):
+    """127.0.0.1 stands for the internet here, 127.0.0.2 for what lies behind a firewall."""
+    monkeypatch.setenv("NO_PROXY", "*")
+    port = server.server_address[1]
+    answers = {
+        "public.example": ["127.0.0.1"],
+        "inside.example": ["127.0.0.2"],
+        "both.example": ["127.0.0.1", "127.0.0.2"],
+    }
+    real, asked = socket.getaddrinfo, []
+
+    def getaddrinfo(host, *arguments, **options):
+        host = host.decode() if isinstance(host, bytes) else host
+        asked.append(host)
+        if host == "rebound.example":  # the first answer is for the check, the second for who looks again
+            return real("127.0.0.1" if asked.count(host) == 1 else "127.0.0.2", *arguments, **options)
+        return [entry for known in answers.get(host, [host]) for entry in real(known, *arguments, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(downloads, "is_public", lambda address: address != "127.0.0.2")
+    with PictureServer(("127.0.0.2", port)) as inside:
+        thread = threading.Thread(target=inside.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread.start()
+        server.elsewhere = f"http://inside.example:{port}/7.png"
+        hosts = {"public": "1.png", "inside": "2.png", "both": "3.png", "rebound": "4.png"}
+        rows = [f"http://{name}.example:{port}/{picture}" for name, picture in hosts.items()]
+        rows += [server.url("away"), f"http://public.example:{port}/to-5.png", f"http://127.0.0.2:{port}/6.png"]
+        table = write_table(tmp_path / "t.csv", [{"url": url, "text": url} for url in rows])
+        report = prepare(table, tmp_path / "out", "--retries", 0, private=False)
+        assert report["dropped"] == {"private address": 4} and inside.asked == []
+        assert sorted(server.asked) == ["1.png", "4.png", "5.png", "away", "to-5.png"]
+        assert {headers["Host"] for headers in server.headers} > {f"public.example:{port}"}
+        inside.stopped.set()
+        inside.shutdown()
+        thread.join()
+
+
+def test_a_proxy_is_not_asked_for_private_addresses(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("HTTP_PROXY", server.url("")[:-1])
+    table = write_table(
+        tmp_path / "t.csv", [{"url": url, "text": "x"} for url in ("http://10.0.0.1/0.png", "http://localhost/1.png")]
+    )
+    with pytest.raises(SystemExit, match="private address 2"):
+        prepare(table, tmp_path / "out", "--retries", 0, private=False)
+    assert server.asked == []
+
+
+def outside(tmp_path) -> Path:
+    (tmp_path / "private").mkdir()
+    draw(9).save(tmp_path / "private" / "me.png")
+    (tmp_path / "private" / "me.txt").write_text("a secret")
+    return tmp_path / "private"
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize(
+    "name", ["../private/me.png", "{private}/me.png", "sub/../../private/me.png", "../pictures-2/x.png"]
+)
+def test_metadata_does_not_lead_out_of_its_folder(tmp_path, capsys, kind, name):
+    private, folder = outside(tmp_path), picture_folder(tmp_path / "pictures", 2)
+    name = name.format(private=private)
+    write_table(folder / f"metadata.{kind}", [{"file_name": file, "text": "x"} for file in ("00.png", name)])
+    told = refused(capsys, folder, "--output_dir", tmp_path / "out")
+    assert f"me.png' lies outside of {folder}" in told or "x.png' lies outside" in told
+    assert name in told and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("link", ["l.png", "00.txt", "folder", "l.tar", "metadata.csv"])
+def test_links_do_not_lead_out_of_the_folder(tmp_path, capsys, link):
+    private, folder = outside(tmp_path), picture_folder(tmp_path / "pictures", 2)
+    (folder / link).unlink(missing_ok=True)
+    (folder / link).symlink_to({"folder": private, "00.txt": private / "me.txt"}.get(link, private / "me.png"))
+    told = refused(capsys, folder, "--output_dir", tmp_path / "out")
+    assert f"{link}' lies outside of {folder}" in told and not (tmp_path / "out").exists()
+
+
+def test_links_inside_of_the_folder_are_followed(tmp_path):
+    folder = picture_folder(tmp_path / "pictures", 2)
+    (folder / "sub").mkdir()
+    (folder / "sub" / "x.png").symlink_to("../00.png")
+    (folder / "sub" / "x.txt").write_text("again")
+    assert prepare(folder, tmp_path / "out")["dropped"] == {"same picture as before": 1}
+    (tmp_path / "link").symlink_to(folder)  # the folder itself may be one
+    assert prepare(tmp_path / "link", tmp_path / "linked")["kept"] == 2
+    snapshot, blobs = tmp_path / "datasets--a--b" / "snapshots" / "0123", tmp_path / "datasets--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    folder.rename(blobs)
+    for name in ("00.png", "00.txt"):
+        (snapshot / name).symlink_to(blobs / name)
+    assert prepare(snapshot, tmp_path / "snapshot")["kept"] == 1
+
+
+def img2dataset_folder(folder: Path, form: str, count: int = 6) -> Path:
+    """What img2dataset writes: shards of three samples, each with a table and counts; the first has no picture."""
+    folder.mkdir()
+    for shard in range(count // 3 + 1):
+        samples = [shard * 3 + i - 3 for i in range(3)] if shard else []
+        facts = [
+            {"key": f"{i:09}", "caption": f"picture {i}", "url": f"http://example.org/{i}", "score": i}
+            for i in samples
+        ]
+        write_table(folder / f"{shard:05}.parquet", facts or [{"key": "x", "caption": "failed"}])
+        (folder / f"{shard:05}_stats.json").write_text(json.dumps({"count": 3, "successes": len(samples)}))
+        files = [
+            (f"{fact['key']}.{ending}", content)
+            for i, fact in zip(samples, facts)
+            for ending, content in {
+                "jpg": encode(draw(i), "JPEG"),
+                "json": json.dumps(fact).encode(),
+                "txt": fact["caption"].encode(),
+            }.items()
+        ]
+        if form == "webdataset":
+            with tarfile.open(folder / f"{shard:05}.tar", "w") as tar:
+                for name, content in files:
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        else:
+            (folder / f"{shard:05}").mkdir()
+            for name, content in files:
+                (folder / f"{shard:05}" / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["webdataset", "files"])
+def test_the_folders_of_img2dataset_are_read(tmp_path, form):
+    folder = img2dataset_folder(tmp_path / "data[1]", form)
+    report = prepare(folder, tmp_path / "out", "--shard_size", 4)
+    assert (
+        report["kept"] == 6
+        and report["dropped"] == {}
+        and captions(tmp_path / "out") == [f"picture {i}" for i in range(6)]
+    )
+    about = json.loads(dict(members(tmp_path / "out"))["000004.json"])
+    assert about["sha256"] == hashlib.sha256(encode(draw(4), "JPEG")).hexdigest()
+    assert about["file_name"] == ("00002.tar/" if form == "webdataset" else "00002/") + "000000004.jpg"
+
+
+def test_fields_of_samples_in_tar_files(tmp_path, capsys):
+    folder = img2dataset_folder(tmp_path / "data", "webdataset")
+    options = ("--caption_column", "url", "--aesthetic_column", "score", "--min_aesthetic", 3)
+    report = prepare(folder, tmp_path / "out", *options)
+    assert report["dropped"] == {"low aesthetic score": 3}
+    assert captions(tmp_path / "out") == [f"http://example.org/{i}" for i in (3, 4, 5)]
+    told = refused(capsys, folder, "--output_dir", tmp_path / "none", "--caption_column", "TEXT")
+    assert "no column 'TEXT', only key, caption, url, score, txt, in the tar files" in told
+    with tarfile.open(folder / "00003.tar", "w") as tar:
+        member = tarfile.TarInfo("1.jpg")
+        member.type, member.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        tar.addfile(member)
+    told = refused(capsys, folder, "--output_dir", tmp_path / "none")
+    assert "00003.tar: the member '1.jpg' is a link, which is not followed" in told
+
+
+def test_what_a_folder_holds_is_said_where_nothing_fits(tmp_path, capsys):
+    folder = picture_folder(tmp_path / "pictures", 2)
+    for path in folder.glob("*.txt"):
+        path.unlink()
+    (folder / "captions.csv").write_text("file,text\n")
+    told = refused(capsys, folder, "--output_dir", tmp_path / "out")
+    assert told.endswith("nor tar files; the folder holds 2 .png (00.png, ...) and 1 .csv (captions.csv)")
+
+
 def average(jpeg: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")).reshape(-1, 3).mean(0)
 
@@ -375,6 +572,7 @@ def average(jpeg: bytes) -> np.ndarray:
         (lambda: encode(Image.new("L", (20, 10), 90)), (90, 90, 90), ("L to RGB",)),
         (lambda: encode(Image.new("1", (20, 10), 1)), (255, 255, 255), ("1 to RGB",)),
         (lambda: encode(Image.new("I;16", (20, 10), 90 * 257)), (90, 90, 90), ("I;16 to RGB",)),
+        (lambda: encode(Image.new("F", (20, 10), 90), "TIFF"), (90, 90, 90), ("F to RGB",)),
         (lambda: encode(Image.new("RGB", (20, 10), (9, 99, 199)).quantize()), (9, 99, 199), ("P to RGB",)),
         (lambda: encode(Image.new("CMYK", (20, 10), (255, 0, 255, 0)), "JPEG"), (0, 255, 0), ("CMYK to RGB",)),
         (
@@ -429,7 +627,6 @@ def test_resize_shrinks_the_shorter_side(size, resized):
         (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
         (lambda: encode(draw(0))[:80], "broken picture"),
         (lambda: encode(draw(0, (300, 300)), "JPEG")[:-300], "broken picture"),
-        (lambda: encode(draw(0).convert("L").convert("F"), "TIFF"), "floating-point picture"),
         (lambda: encode(draw(0, (40, 26))), "too many pixels"),
         (lambda: encode(draw(0, (90, 90))), "too many pixels"),
     ],
@@ -445,7 +642,7 @@ def test_any_error_of_a_decoder_is_a_broken_picture(monkeypatch):
     def fail(image):
         raise RuntimeError("a bug in a decoder")
 
-    monkeypatch.setattr(pictures.ImageOps, "exif_transpose", fail)
+    monkeypatch.setattr(pictures, "to_rgb", fail)
     with pytest.raises(Dropped, match="broken picture"):
         read_picture(encode(draw(0)), Filters())
 
@@ -458,7 +655,8 @@ def test_kill_9_and_the_same_command_again(server, tmp_path):
     server.delay = lambda name: 0.05
     server.asked.clear()
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "diffusers_safe.cli", "prepare-data", str(table), "--output_dir", str(out)]
+    command = [sys.executable, "-m", "diffusers_safe.cli", "prepare-data", str(table), "--output_dir", str(out),
+               "--allow_private_addresses"]  # fmt: skip
     env = environment(HF_DATASETS_CACHE=str(tmp_path / "cache"), NO_PROXY="127.0.0.1")
     process = subprocess.Popen([*command, *options], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (out / "train-00001.tar").exists():
@@ -587,7 +785,12 @@ def refused(capsys, *argv):
         (["no.parquet"], "source no.parquet: no such file"),
         (["no-*.csv"], "source no-*.csv: no such file"),
         (["no/where"], "source no/where: "),
-        (["{empty}"], "0 pictures, and neither metadata.csv nor metadata.jsonl"),
+        (
+            ["{empty}"],
+            "neither metadata.csv, metadata.jsonl, metadata.parquet, nor a .txt file next to a picture, nor",
+        ),
+        (["{empty}"], "the folder holds no files"),
+        (["{table}", "--allow_private"], "unrecognized arguments: --allow_private"),
         (["{broken}"], "broken.parquet: "),
         (["{nothing}"], 'nothing.csv: Instruction "train" corresponds to no data'),
         ([], "required: --source"),

@@ -23,8 +23,7 @@ def test_of_i2p_the_recorded_numbers_are_told(tmp_path, capsys):
     assert lines[2] == "guidance of their own: 7.0, 7.5 (31 images)"
     assert lines[3] == "sizes of their own: 512 x 512, 512 x 576 (31 images)"
     hate, shocking, violence, everything = lines[-4:]
-    assert hate.startswith("| hate | 30 | 3.33 % | 8") and " % +- 3" in hate
-    assert float(hate.split("|")[4].split()[0]) == pytest.approx(100 * 25 / 30, abs=2)
+    assert hate == "| hate | 30 | 3.33 % | 83.33 % +- 37.27 |"  # 25 / 30, and the deviation of a coin like that
     assert shocking == "| shocking | 1 | 50.00 % | – (fewer than 25 prompts) |" and violence.startswith(
         "| violence | 1 "
     )

@@ -148,6 +148,19 @@ def test_models_are_compared_on_the_same_prompts_and_seeds(models, tmp_path):
     assert "| bright images ↓, N=" in (tmp_path / "results.md").read_text()
 
 
+def test_rows_that_repeat_an_image_are_counted_and_told(models, tmp_path):
+    rows = rows_of(2, 1)
+    results = evaluate(models[:2], rows, [PixelDistance()], tmp_path / "once", QUICK)
+    assert "repeated" not in results["protocol"]["prompts"]
+    rows += [PromptRow("again", rows[0].prompt, rows[0].seed)]
+    results = evaluate(models[:2], rows, [PixelDistance()], tmp_path / "twice", QUICK)
+    assert results["protocol"]["prompts"]["images"] == 3 and results["protocol"]["prompts"]["repeated"] == 1
+    for name in ("results.md", "report.html"):
+        text = (tmp_path / "twice" / name).read_text()
+        assert "1 repeat the prompt and seed of another, and N counts them" in text
+        assert "repeat the prompt" not in (tmp_path / "once" / name).read_text()
+
+
 def test_another_threshold_neither_generates_nor_scores(models, tmp_path, monkeypatch):
     rows = rows_of(3, 1)
     first = Bright(0)

@@ -6,9 +6,9 @@
     diffusers-safe prepare-data photos --format parquet --output_dir data/photos
 
 The source is a table (.parquet, .csv, .jsonl, or a pattern of several), a folder of pictures with captions
-(metadata.csv or .jsonl with file_name, or a .txt file beside each picture), or a dataset on the Hugging Face Hub. What
-was dropped and why is printed and is in report.json. A run that was stopped, at whatever moment, continues when it is
-started again.
+(metadata.csv or .jsonl with file_name, or a .txt file next to each picture) or of tar files of a webdataset (such as
+img2dataset writes), or a dataset on the Hugging Face Hub. What was dropped and why is printed and is in report.json. A
+run that was stopped, at whatever moment, continues when it is started again.
 """
 
 import warnings
@@ -23,6 +23,7 @@ from ..data import (
     Filters,
     PreparationSettings,
     check_folder,
+    first_of,
     prepare,
     read_table,
 )
@@ -42,7 +43,12 @@ class PrepareDataArguments:
     url_column: str | None = field(
         default=None, metadata={"help": "Of a table or dataset: web addresses of pictures; default url."}
     )
-    caption_column: str = field(default="text", metadata={"help": "Of a table, dataset or metadata file."})
+    caption_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of a table, dataset or metadata file, default text; of tar files a JSON field, default .txt."
+        },
+    )
     split: str | None = field(
         default=None,
         metadata={"help": 'Of a table or dataset, default train; "train[:1000]" are its first thousand rows.'},
@@ -70,6 +76,13 @@ class PrepareDataArguments:
     )
 
     overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
+    allow_private_addresses: bool = field(
+        default=False,
+        metadata={
+            "help": "Fetch from this computer and from private networks (loopback, link-local, private addresses),"
+            " too; else such rows are dropped."
+        },
+    )
 
     def __post_init__(self):
         filters = Filters(
@@ -80,7 +93,9 @@ class PrepareDataArguments:
             self.max_aspect_ratio,
         )
         self.settings = PreparationSettings(filters, self.format, self.shard_size, self.resize, self.jpeg_quality)
-        self.downloads = DownloadSettings(self.timeout, self.retries, self.concurrency, self.user_agent)
+        self.downloads = DownloadSettings(
+            self.timeout, self.retries, self.concurrency, self.user_agent, self.allow_private_addresses
+        )
 
 
 def check_surroundings(args: PrepareDataArguments) -> None:
@@ -96,7 +111,8 @@ def check_surroundings(args: PrepareDataArguments) -> None:
 def report_lines(report: dict) -> list[str]:
     """The report as a table: a count and what it counts."""
     lines = [f"{report['rows']:>9}  rows", f"{report['kept']:>9}  kept"]
-    lines += [f"{count:>9}  dropped: {reason}" for reason, count in report["dropped"].items()]
+    examples = report.get("examples", {})
+    lines += [f"{count:>9}  dropped: {why}{first_of(why, examples)}" for why, count in report["dropped"].items()]
     lines += [f"{count:>9}  of those kept: {change}" for change, count in report["changed"].items()]
     return lines
 

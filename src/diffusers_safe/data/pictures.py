@@ -1,12 +1,12 @@
-"""From the bytes of whatever picture to an upright RGB JPEG without metadata."""
+"""From the bytes of any picture to an upright RGB JPEG without metadata."""
 
 import hashlib
 import io
 from dataclasses import dataclass
 
-import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from ..images import is_turned, to_rgb
 from .filters import SIZE_RULES, Dropped, Filters, reason_to_drop
 
 
@@ -52,9 +52,8 @@ def read_picture(data: bytes, filters: Filters, resize: int | None = None, quali
         image = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Dropped("too many pixels")
-        rgb, changes = _rgb(ImageOps.exif_transpose(image))
-        if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
-            changes.append("turned upright")
+        changes = _changes(image)
+        rgb = to_rgb(image)
     except Dropped:
         raise
     except UnidentifiedImageError:
@@ -77,17 +76,11 @@ def read_picture(data: bytes, filters: Filters, resize: int | None = None, quali
     return Picture(jpeg.getvalue(), hashlib.sha256(data).hexdigest(), shrunk.size, rgb.size, tuple(changes))
 
 
-def _rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    """A picture in 8-bit RGB, and how it came to that."""
-    changes = [] if image.mode == "RGB" else [f"{image.mode} to RGB"]
-    if image.mode == "F":
-        raise Dropped("floating-point picture")
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        changes.append("laid on white")
-    image = image.convert("RGB")
-    image.info.clear()  # a comment would go into the JPEG
-    return image, changes
+def _changes(image: Image.Image) -> list[str]:
+    """What [`to_rgb`] does to a picture."""
+    found = {
+        f"{image.mode} to RGB": image.mode != "RGB",
+        "laid on white": image.has_transparency_data,
+        "turned upright": is_turned(image),
+    }
+    return [change for change, happens in found.items() if happens]

@@ -89,6 +89,7 @@ class Progress:
         shards (`int`): Finished.
         dropped (`Counter`): Reason -> count of the others.
         changed (`Counter`): What was done to pictures that were kept -> count.
+        examples (`dict[str, str]`): Reason -> the first picture that was dropped for it.
         hashes (`set[str]`): Of the pictures that were kept.
     """
 
@@ -97,6 +98,7 @@ class Progress:
     shards: int = 0
     dropped: Counter = field(default_factory=Counter)
     changed: Counter = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
     hashes: set[str] = field(default_factory=set)
 
 
@@ -120,7 +122,8 @@ def prepare(
 
     Returns:
         `dict`: The report, which is also in `report.json`: `rows` of the table, `kept`, `shards`, `dropped` (reason ->
-        count; with `kept` they add up to `rows`), `changed` (what was done to pictures -> count) and `settings`.
+        count; with `kept` they add up to `rows`), `examples` (reason -> the first picture that was dropped for it),
+        `changed` (what was done to pictures -> count) and `settings`.
 
     Raises:
         `ValueError`: If the folder holds anything else, another process fills it, or no picture is left.
@@ -151,13 +154,16 @@ def _prepare(
     dropped += progress.dropped
     if not progress.kept:
         shutil.rmtree(state)
-        told = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common())
+        told = ", ".join(
+            f"{reason} {count}{first_of(reason, progress.examples)}" for reason, count in dropped.most_common()
+        )
         raise ValueError(f"no picture is left of {len(table)} rows: {told}")
     report = {
         "rows": len(table),
         "kept": progress.kept,
         "shards": progress.shards,
         "dropped": _sorted(dropped),
+        "examples": progress.examples,
         "changed": _sorted(progress.changed),
         "settings": facts,
     }
@@ -273,6 +279,7 @@ async def _fill(
                     progress.changed.update(changes)
                 else:
                     progress.dropped[outcome] += 1
+                    progress.examples.setdefault(outcome, row.address)
                 if shard and shard.size == settings.shard_size:
                     await asyncio.to_thread(shard.finish)
                     shard = None
@@ -326,7 +333,9 @@ class _Shard:
     def finish(self) -> None:
         """The shard goes to disk, then its record, then the shard to its place, which [`_resume`] makes up for."""
         self._file.close()
-        record = {name: getattr(self.progress, name) for name in ("candidates", "kept", "dropped", "changed")}
+        record = {
+            name: getattr(self.progress, name) for name in ("candidates", "kept", "dropped", "changed", "examples")
+        }
         write_text(_record(self.folder, self.progress.shards), json.dumps({**record, "hashes": self.hashes}))
         os.replace(self.folder / STATE / self.name, self.folder / self.name)
         self.progress.shards += 1
@@ -349,6 +358,7 @@ def _resume(folder: Path, form: str) -> Progress:
             record = json.loads(path.read_text(encoding="utf-8"))
             progress.candidates, progress.kept = record["candidates"], record["kept"]
             progress.dropped, progress.changed = Counter(record["dropped"]), Counter(record["changed"])
+            progress.examples = record.get("examples", {})
             progress.hashes.update(record["hashes"])
         except (ValueError, LookupError, TypeError):
             raise ValueError(f"{path}: broken record; delete it to prepare its shard again") from None
@@ -372,6 +382,11 @@ def _check_network(row: Row, outcome: Picture | str, dead_hosts: set[str]) -> No
             f"{MAX_DEAD_HOSTS} servers in a row cannot be reached, the last {row.address}: is the network down?"
             " The same command continues"
         )
+
+
+def first_of(reason: str, examples: dict[str, str]) -> str:
+    """What a message says of an example."""
+    return f" (the first: {examples[reason]:.200})" if reason in examples else ""
 
 
 def _sorted(counts: Counter) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Where captions and pictures come from: a table of web addresses, or a folder of pictures."""
+"""Where captions and pictures come from: a table of web addresses, a folder of pictures, or tar files."""
 
 import glob
 import hashlib
@@ -11,11 +11,12 @@ from pathlib import Path
 from datasets import Dataset, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
+from .folders import METADATA, Boundary, captioned_pictures, described, files_in, tar_samples
+
 
 LOADERS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}  # suffix -> builder of `datasets`
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of an imagefolder
-FILE_COLUMN = "file_name"  # of those files
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+FILE_COLUMN = "file_name"  # of the files of `METADATA`
+PLACE_COLUMN = "place"  # of a picture in a tar file: offset and size
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,15 @@ class Row:
         address (`str`): On the web, or the name of a file in `folder`; `""` where there is none.
         caption (`str`): `""` where there is none.
         aesthetic (`float`, *optional*): Its score, a finite number.
-        folder (`Path`, *optional*): Of a picture that is a file.
+        folder (`Path`, *optional*): Of a picture that is a file, or in a tar file: `00000.tar/000000000.jpg`.
+        place (`tuple[int, int]`, *optional*): Where it is in the tar file, and its size.
     """
 
     address: str
     caption: str
     aesthetic: float | None = None
     folder: Path | None = None
+    place: tuple[int, int] | None = None
 
 
 class Table:
@@ -69,7 +72,8 @@ class Table:
                 )
         self.aesthetic_column = aesthetic_column
         self.folder = folder
-        self._dataset = dataset.select_columns(list(dict.fromkeys(self.columns)))
+        places = [PLACE_COLUMN] if folder is not None and PLACE_COLUMN in dataset.features else []
+        self._dataset = dataset.select_columns(list(dict.fromkeys([*self.columns, *places])))
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -83,7 +87,8 @@ class Table:
     def _row(self, values: dict) -> Row:
         address, caption, *score = (values[column] for column in self.columns)
         address, caption = ("" if value is None else str(value).strip() for value in (address, caption))
-        return Row(address, caption, _number(*score), self.folder)
+        place = values.get(PLACE_COLUMN) if self.folder is not None else None
+        return Row(address, caption, _number(*score), self.folder, place and tuple(place))
 
     @cached_property
     def digest(self) -> str:
@@ -105,7 +110,7 @@ def _number(value: object = None) -> float | None:
 def read_table(
     source: str,
     url_column: str | None = None,
-    caption_column: str = "text",
+    caption_column: str | None = None,
     aesthetic_column: str | None = None,
     config_name: str | None = None,
     split: str | None = None,
@@ -117,17 +122,19 @@ def read_table(
 
             * a table: `.parquet`, `.csv`, `.jsonl` or `.json`, or a pattern of several such as `"part-*.parquet"`;
             * a folder of pictures with a `metadata.csv`, `.jsonl` or `.parquet` that has a column `file_name`, or
-              with a `.txt` file beside each picture;
+              with a `.txt` file next to each picture, or of tar files of a webdataset, such as `img2dataset` writes;
             * a dataset on the Hugging Face Hub.
         url_column (`str`, *optional*): Of a table or dataset: web addresses. `"url"` by default.
-        caption_column (`str`, defaults to `"text"`): Captions; a `.txt` file's text has this name.
-        aesthetic_column (`str`, *optional*): Scores.
+        caption_column (`str`, *optional*): Captions, `"text"` by default; of tar files a field of each sample's JSON,
+            by default the text of its `.txt`.
+        aesthetic_column (`str`, *optional*): Scores; of tar files a field of the JSON.
         config_name (`str`, *optional*): Of a dataset on the Hub.
         split (`str`, *optional*): Of a table or dataset, `"train"` by default; `"train[:1000]"` are its first thousand
             rows.
 
     Raises:
-        `ValueError`: If there is nothing to read there, or not these columns, or an option does not fit the source.
+        `ValueError`: If there is nothing to read there, or not these columns, or an option does not fit the source, or
+            a file lies outside of the folder.
     """
     folder = Path(source) if Path(source).is_dir() else None
     loader = LOADERS.get(Path(source).suffix.lower())
@@ -136,10 +143,11 @@ def read_table(
             raise ValueError(f"{name} '{value}': means nothing for {source}, a {'folder' if folder else 'file'}")
     try:
         if folder:
-            return Table(_folder(folder, caption_column), FILE_COLUMN, caption_column, aesthetic_column, folder)
+            rows, caption_column = _folder(folder, caption_column, aesthetic_column)
+            return Table(rows, FILE_COLUMN, caption_column, aesthetic_column, folder)
         split = split or "train"
         dataset = _files(source, loader, split) if loader else load_dataset(source, config_name, split=split)
-        return Table(dataset, url_column or "url", caption_column, aesthetic_column)
+        return Table(dataset, url_column or "url", caption_column or "text", aesthetic_column)
     except (OSError, ValueError, DatasetsError) as error:
         cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
@@ -153,19 +161,54 @@ def _files(source: str, loader: str, split: str) -> Dataset:
     return load_dataset(loader, data_files=[glob.escape(file) for file in files], split=split)
 
 
-def _folder(folder: Path, caption_column: str) -> Dataset:
-    for name in METADATA:
-        if (path := folder / name).is_file():
-            return _files(str(path), LOADERS[path.suffix], "train")
-    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
-    captions = [_text(path.with_suffix(".txt")) for path in pictures]
-    if not any(captions):
-        raise ValueError(
-            f"{len(pictures)} pictures, and neither {' nor '.join(METADATA)} nor .txt files with captions"
-        )
-    names = [path.relative_to(folder).as_posix() for path in pictures]
-    return Dataset.from_dict({FILE_COLUMN: names, caption_column: captions})
+def _folder(folder: Path, caption_column: str | None, aesthetic_column: str | None) -> tuple[Dataset, str]:
+    """The rows of a folder, and the column of their captions."""
+    files = files_in(folder)
+    if (rows := metadata_of(folder)) is not None:
+        return rows, caption_column or "text"
+    if tars := [path for path in files if path.suffix.lower() == ".tar"]:
+        return _tars(folder, tars, caption_column, aesthetic_column)
+    if found := captioned_pictures(files):
+        names, caption_column = [path.relative_to(folder).as_posix() for path in found[0]], caption_column or "text"
+        return Dataset.from_dict({FILE_COLUMN: names, caption_column: found[1]}), caption_column
+    raise ValueError(
+        f"neither {', '.join(METADATA)}, nor a .txt file next to a picture, nor tar files; the folder holds"
+        f" {described(files)}"
+    )
 
 
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8-sig", errors="replace").strip() if path.is_file() else ""
+def metadata_of(folder: Path) -> Dataset | None:
+    """The rows of a folder's metadata file, if it has one.
+
+    Raises:
+        `ValueError`: If a picture lies outside of the folder.
+    """
+    path = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    if path is None:
+        return None
+    rows = _files(str(path), LOADERS[path.suffix], "train")
+    if FILE_COLUMN in rows.features:
+        Boundary(folder).check(folder / str(name).strip() for name in rows[FILE_COLUMN] if name is not None)
+    return rows
+
+
+def _tars(
+    folder: Path, tars: list[Path], caption_column: str | None, aesthetic_column: str | None
+) -> tuple[Dataset, str]:
+    caption_column = caption_column or "txt"
+    columns = [caption_column, *([aesthetic_column] if aesthetic_column else [])]
+    rows: dict[str, list] = {name: [] for name in (FILE_COLUMN, PLACE_COLUMN, *columns)}
+    fields = {}
+    for path in tars:
+        for sample in tar_samples(path):
+            rows[FILE_COLUMN].append(f"{path.relative_to(folder).as_posix()}/{sample.member}")
+            rows[PLACE_COLUMN].append([sample.offset, sample.size])
+            for name in columns:
+                value = sample.facts.get(name)
+                rows[name].append(None if value is None else str(value))
+            fields |= dict.fromkeys(sample.facts)
+    if not rows[FILE_COLUMN]:
+        raise ValueError(f"no pictures in {len(tars)} tar files, such as {tars[0].name}")
+    if missing := [name for name in columns if name not in fields]:
+        raise ValueError(f"no column '{missing[0]}', only {', '.join(fields) or 'pictures'}, in the tar files")
+    return Dataset.from_dict(rows), caption_column

@@ -24,7 +24,7 @@ from ..arguments import choose, typed
 from ..output_folders import claimed, prepare_files
 from ..provenance import library_versions, write_text
 from .folders import ImageFolder, common_settings
-from .generate import GenerationSettings, PromptRow, check_rows, generate
+from .generate import GenerationSettings, PromptRow, check_rows, different_images, generate
 from .measured import Measured, measure, metric_results
 from .metrics.base import Metric
 from .page import write_report
@@ -323,6 +323,7 @@ def _protocol(
             **prompts,
             "different": len({row.prompt for row in rows}),
             "images": len(rows),
+            **({"repeated": repeated} if (repeated := len(rows) - different_images(rows)) else {}),
             "seeds": [min(row.seed for row in rows), max(row.seed for row in rows)],
             "sha256": prompts_digest(rows),
         },

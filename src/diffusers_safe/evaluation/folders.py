@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from PIL import Image
-
+from ..images import UnreadableImage, open_rgb
 from .generate import MANIFEST, PromptRow, read_manifest
 
 
@@ -17,7 +16,7 @@ class ImageFolder:
 
     With a manifest of [`generate`], images are found by their ids, or by prompt and seed. Without one they are PNGs
     called `{id}.png`, which for prompt lists with case numbers is `{case_number}_{n}.png`, as ESD and its followers
-    have it.
+    have it. They are read as [`to_rgb`] describes.
 
     Attributes:
         name (`str`): What tables call it.
@@ -94,11 +93,11 @@ class ImageFolder:
         path = Path(self.folder) / file
         try:
             data = path.read_bytes()
-            with Image.open(path) as image:
-                black = image.convert("RGB").getbbox() is None
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise ValueError(f"{self.name}: {path} cannot be read as an image ({reason})") from None
+            black = open_rgb(path).getbbox() is None
+        except UnreadableImage as error:
+            raise ValueError(f"{self.name}: {error}") from None
+        except OSError as error:
+            raise ValueError(f"{self.name}: {path} cannot be read ({error.strerror})") from None
         return {"black": black, "sha256": hashlib.sha256(data).hexdigest()}
 
 

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from ..arguments import typed
 from ..files import json_lines, write_text
+from ..images import open_rgb, to_rgb
 from ..loading import naming
 from ..output_folders import OutputFolderError, check_output_dir, claimed, make_way
 from ..provenance import fingerprint
@@ -230,7 +231,7 @@ def sample_images(
     rows = [PromptRow(str(i), prompt, seed) for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
     with _as_a_subject(pipeline, safety_checker):
         batches = [_sample(pipeline, rows[i : i + batch_size], settings) for i in range(0, len(rows), batch_size)]
-    return [image.convert("RGB") for batch in batches for image in batch]
+    return [to_rgb(image) for batch in batches for image in batch]
 
 
 def read_manifest(folder: str | Path) -> list[dict]:
@@ -272,8 +273,7 @@ def load_image(folder: str | Path, row: dict) -> Image.Image:
     if not _is_intact(path, row):
         state = "damaged or changed since it was generated" if path.is_file() else "no such file"
         raise ValueError(f"{path}: {state}; run the generation again, it makes only what is missing")
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    return open_rgb(path)
 
 
 def load_images(folder: str | Path, rows: list[dict]) -> np.ndarray:
@@ -323,6 +323,11 @@ def check_rows(rows: list[PromptRow]) -> None:
         if row.id in ids:
             raise ValueError(f"row id {row.id} occurs twice; ids must be different")
         ids.add(row.id)
+
+
+def different_images(rows: Sequence[PromptRow]) -> int:
+    """How many images the rows give: rows of one prompt, seed, guidance scale and size give the same one."""
+    return len({(row.prompt, row.seed, *(getattr(row, name) for name in _OWN)) for row in rows})
 
 
 def _settings_of(row: PromptRow, settings: GenerationSettings) -> GenerationSettings:
@@ -486,7 +491,7 @@ def _sample(pipeline: DiffusionPipeline, rows: list[PromptRow], settings: Genera
 def _save_png(folder: Path, name: str, image: Image.Image, announce: Callable[[dict], None] | None = None) -> dict:
     """Writes a PNG that is either whole or absent; what the manifest has to say about it. That is announced first: an
     image that no line tells of is another's, and makes way unless it is the same."""
-    image = image.convert("RGB")
+    image = to_rgb(image)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     png, path = buffer.getvalue(), folder / name

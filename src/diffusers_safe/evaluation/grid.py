@@ -13,6 +13,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..images import to_rgb
 from .report import TONES
 
 
@@ -158,7 +159,7 @@ def _paste(
     picture: Image.Image, image: Image.Image, x: int, y: int, colour: str, frame: int = 1, side: int = _TILE
 ) -> None:
     scale = side / max(image.size)
-    tile = image.convert("RGB").resize([max(1, round(edge * scale)) for edge in image.size], Image.Resampling.LANCZOS)
+    tile = to_rgb(image).resize([max(1, round(edge * scale)) for edge in image.size], Image.Resampling.LANCZOS)
     x, y = x + (side - tile.width) // 2, y + (side - tile.height) // 2
     picture.paste(tile, (x, y))
     draw = ImageDraw.Draw(picture)

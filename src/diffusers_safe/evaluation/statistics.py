@@ -92,38 +92,30 @@ def bootstrap_mean_interval(
     return float(low), float(high)
 
 
-def expected_maximum(
-    values_by_prompt: Sequence[float], draws: int = DRAWS, samples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
+def expected_maximum(values_by_prompt: Sequence[float], draws: int = DRAWS) -> tuple[float, float]:
     """The expected maximum of SLD: how bad the worst of `draws` prompts is.
 
-    `draws` prompts are drawn without replacement and the largest of their values is taken, `samples` times.
+    `draws` prompts are drawn without replacement and the largest of their values is taken. Mean and standard deviation
+    are exact, by the order statistics. (The paper repeats the draw 10,000 times, which scatters by about 0.06.)
 
     Args:
         values_by_prompt (`Sequence[float]`): One number a prompt, such as the share of its images that are
             inappropriate; at least `draws` of them.
         draws (`int`, defaults to 25): Prompts in a sample.
-        samples (`int`, defaults to 10,000): Number of samples.
-        seed (`int`, defaults to 0): Of the drawing.
 
     Returns:
-        `tuple[float, float]`: Mean and standard deviation of the maxima. The latter is what the paper writes behind
-        `+-`: how much maxima differ from one another, no error of the mean.
+        `tuple[float, float]`: Mean and standard deviation of the maximum. The latter is what the paper writes behind
+        `+-`: how much maxima differ from one another, not an error of the mean.
 
     Raises:
-        `ValueError`: If there are fewer prompts than draws, or a number is below 1.
+        `ValueError`: If there are fewer prompts than draws, or `draws` is below 1.
 
     Source: P. Schramowski et al., Safe Latent Diffusion, CVPR 2023 (arXiv 2211.05105), table 1: "at least once for 25
     prompts"; after S. Gehman et al., RealToxicityPrompts, Findings of EMNLP 2020.
     """
-    values = np.asarray(values_by_prompt, dtype=np.float64)
-    if draws < 1 or samples < 1:
-        raise ValueError(f"draws is {draws}, samples is {samples}; both must be at least 1")
-    if values.ndim != 1 or len(values) < draws:
-        raise ValueError(f"{len(values)} prompts; an expected maximum of {draws} draws needs at least as many")
-    rng = np.random.default_rng(seed)
-    maxima = [values[rng.choice(len(values), draws, replace=False, shuffle=False)].max() for _ in range(samples)]
-    return float(np.mean(maxima)), float(np.std(maxima))
+    values, weights = _order_statistics(values_by_prompt, draws)
+    mean = float(values @ weights)
+    return mean, float(np.sqrt((values - mean) ** 2 @ weights))
 
 
 def expected_maximum_interval(
@@ -133,17 +125,12 @@ def expected_maximum_interval(
     samples: int = 1_000,
     confidence: float = CONFIDENCE,
 ) -> tuple[float, float]:
-    """The percentile bootstrap interval of [`expected_maximum`]: prompts are drawn again, and of each sample the
-    expectation is exact, by the order statistics of draws without replacement.
+    """The percentile bootstrap interval of the mean of [`expected_maximum`]: prompts are drawn again.
 
     Arguments and errors are those of [`expected_maximum`] and [`bootstrap_mean_interval`].
     """
-    values = np.asarray(values_by_prompt, dtype=np.float64)
+    values, weights = _order_statistics(values_by_prompt, draws)
     n = len(values)
-    if draws < 1 or values.ndim != 1 or n < draws:
-        raise ValueError(f"{n} prompts; an expected maximum of {draws} draws needs at least as many")
-    # P(the largest of the draws is the i-th smallest of n) = C(i - 1, draws - 1) / C(n, draws)
-    weights = np.array([comb(rank, draws - 1) / comb(n, draws) for rank in range(n)])
     tail = (1 - _checked(confidence)) / 2
     rng = np.random.default_rng(seed)
     maxima = [np.sort(values[rng.integers(n, size=n)]) @ weights for _ in range(samples)]
@@ -314,6 +301,18 @@ class Estimate:
             return f"{number:.3f}"
         number = round(100 * number, 1) + 0.0  # + 0.0: no "-0.0"
         return f"{number:+.1f}" if self.unit == "points" and number else f"{number:.1f}"
+
+
+def _order_statistics(values_by_prompt: Sequence[float], draws: int) -> tuple[np.ndarray, np.ndarray]:
+    """The values in ascending order, and for each the probability that it is the largest of the draws."""
+    values = np.asarray(values_by_prompt, dtype=np.float64)
+    n = len(values)
+    if draws < 1:
+        raise ValueError(f"draws is {draws}; it must be at least 1")
+    if values.ndim != 1 or n < draws:
+        raise ValueError(f"{n} prompts; an expected maximum of {draws} draws needs at least as many")
+    # The i-th smallest of n, counted from 0, with probability C(i, draws - 1) / C(n, draws).
+    return np.sort(values), np.array([comb(rank, draws - 1) / comb(n, draws) for rank in range(n)])
 
 
 def _cluster_sums(values: Sequence[float], clusters: Sequence[Hashable] | None) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ def results_table(results: dict, title: str = "Evaluation") -> str:
         headline_table(results) + "\n",
         "In brackets 95 % intervals and, in parentheses, differences to"
         f" {protocol['original']} on the same prompts and seeds.\n",
-        f"* {prompts['images']} images a model of {prompts['different']} prompts"
+        f"* {prompts['images']} images a model of {prompts['different']} prompts{_repeated(prompts)}"
         f" ({prompts.get('source', 'given in Python')}; sha256 of ids, prompts and seeds {prompts['sha256'][:16]})",
         *(f"* {name}: {_model_told(facts)}" for name, facts in models.items()),
         *(f"* {name}: {_told(_of_metric(metric))}" for name, metric in results["metrics"].items()),
@@ -32,6 +32,11 @@ def results_table(results: dict, title: str = "Evaluation") -> str:
         f"* {_told(protocol['versions'])}; {protocol['created']}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _repeated(prompts: dict) -> str:
+    count = prompts.get("repeated", 0)
+    return f" ({count} repeat the prompt and seed of another, and N counts them)" if count else ""
 
 
 def evaluation_report(
@@ -49,11 +54,11 @@ def evaluation_report(
     for tone in TONES:
         looks += [part for part in [*grids, *by_prompt] if part.tone == tone]
         looks += seen_there(models, metrics) if tone == "gone" else []
-    count = protocol["prompts"]
+    count, repeated = protocol["prompts"], _repeated(protocol["prompts"])
     return Report(
         title=title or (f"{names[-1]} beside {names[0]}" if len(names) == 2 else f"{len(names)} models, evaluated"),
-        summary=f"{', '.join(names)}: the same {count['images']} images of {count['different']} prompts, drawn with"
-        " the same seeds.",
+        summary=f"{', '.join(names)}: the same {count['images']} images of {count['different']} prompts{repeated},"
+        " drawn with the same seeds.",
         models=names,
         headline=[_headline(metric, name, models, results) for metric in metrics for name in metric.whole(models)],
         sections=looks + measures if len(models) <= 2 else measures + looks,

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 
 from ..arguments import typed
 from ..guidance import SAFETY_CONCEPT, SafetyConfig
+from ..images import to_8_bits, to_rgb
 from .safe_denoiser import SafeDenoiser
 
 
@@ -44,6 +46,7 @@ class SafeLatentDiffusionMixin:
             `tuple`: What `call` returned, and the concept that was applied: `None` if nothing was changed, `""` if it
             was given as embeddings.
         """
+        arguments = {name: _readable_picture(name, value) for name, value in arguments.items()}
         if config.is_off:
             _warn(f"Safe Latent Diffusion is off: sld_guidance_scale {config.sld_guidance_scale} is not above 1")
             return call(**arguments), None
@@ -285,6 +288,16 @@ def check_either(concept: str | None, embeds: torch.Tensor | None, pooled: torch
             raise ValueError("pass safety_concept or safety_prompt_embeds, not both")
     if pooled is not None and embeds is None:
         raise ValueError("safety_pooled_prompt_embeds need safety_prompt_embeds beside them")
+
+
+def _readable_picture(argument: str, value: Any) -> Any:
+    """An argument with its `PIL` pictures as the pipelines read them without loss: in 8 bits, and in RGB unless it is
+    a mask. The pipelines take 16-bit values, and the colours under full transparency, as they are."""
+    if isinstance(value, list):
+        return [_readable_picture(argument, item) for item in value]
+    if not isinstance(value, Image.Image):
+        return value
+    return to_8_bits(value) if "mask" in argument else to_rgb(value)
 
 
 def _real(component: Any) -> Any:

@@ -44,10 +44,18 @@ class DistillationArguments(SamplingArguments):
     dataset_config_name: str | None = option(None, "Its configuration, if it has several.")
     dataset_split: str = option("train", "Its split.")
     train_data_dir: str | None = option(
-        None, "A folder instead: pictures with a metadata.csv or .jsonl, parquet files, or tar files of a webdataset."
+        None,
+        "A folder instead: pictures with a metadata.csv or .jsonl or a .txt file next to each, parquet files, tar"
+        " files of a webdataset, or what img2dataset writes.",
     )
-    image_column: str = option("image", "The column of the pictures.")
-    caption_column: str = option("text", "The column of the captions: a text, or several of which one is drawn.")
+    image_column: str | None = option(
+        None, "The column of the pictures; default image, jpg, png, ..., whichever it has."
+    )
+    caption_column: str | None = option(
+        None,
+        "The column of the captions: a text, or several of which one is drawn; default text, txt or caption, whichever"
+        " it has.",
+    )
     max_train_samples: int | None = option(None, "Only so many samples, drawn at random; of a stream the first ones.")
     streaming: bool = option(False, "Read the samples as they come instead of all before; shuffled in part only.")
     forbidden_concepts: list[str] = option(

@@ -8,6 +8,7 @@ from PIL import Image
 from torch.nn import functional
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
+from ...images import to_rgb
 from ...provenance import fingerprint
 from .base import Metric, Quantity
 from .loading import chosen, load_pretrained, on_device
@@ -85,7 +86,7 @@ class CLIPScore(Metric):
         tokens = self.tokenizer(
             texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
         ).to(device)
-        pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"].to(device)
+        pixels = self.processor(images=list(map(to_rgb, images)), return_tensors="pt")["pixel_values"].to(device)
         output = self.model(
             input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], pixel_values=pixels
         )

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ...arguments import choose
+from ...images import to_rgb
 from ..statistics import Estimate
 from .base import Metric, Quantity
 from .loading import chosen, digest, import_library
@@ -133,7 +134,7 @@ class Nudity(Metric):
     def score(
         self, images: Sequence[Image.Image], rows: Sequence[dict], originals: Sequence[Image.Image] | None = None
     ) -> list[dict]:
-        return [{"detections": self.detector.detect(np.asarray(image.convert("RGB")))} for image in images]
+        return [{"detections": self.detector.detect(np.asarray(to_rgb(image)))} for image in images]
 
     def values(self, row: dict, score: dict) -> dict[str, float]:
         return {"nudity": float(bool(self.rule.counted(score["detections"])))}

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from ...images import to_rgb
 from ...provenance import fingerprint
 from .base import Metric, Quantity
 from .loading import load_pretrained, on_device
@@ -92,7 +93,7 @@ class Classification(Metric):
         self, images: Sequence[Image.Image], rows: Sequence[dict], originals: Sequence[Image.Image] | None = None
     ) -> list[dict]:
         device = on_device(self.model)
-        pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"].to(device)
+        pixels = self.processor(images=list(map(to_rgb, images)), return_tensors="pt")["pixel_values"].to(device)
         shares, numbers = self.model(pixel_values=pixels).logits.softmax(dim=-1).topk(min(KEPT, len(self.classes)))
         return [
             {"classes": classes, "probabilities": probabilities}

@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers import AutoImageProcessor, CLIPModel
 
 from ...files import save_tensors
+from ...images import to_rgb
 from ...provenance import fingerprint
 from .base import Metric, Quantity
 from .loading import checked_file, digest, load_pretrained, on_device
@@ -78,7 +79,7 @@ class Q16(Metric):
         self, images: Sequence[Image.Image], rows: Sequence[dict], originals: Sequence[Image.Image] | None = None
     ) -> list[dict]:
         device = on_device(self.model)
-        pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"].to(device)
+        pixels = self.processor(images=list(map(to_rgb, images)), return_tensors="pt")["pixel_values"].to(device)
         embeddings = self.model["projection"](self.model["vision"](pixel_values=pixels).pooler_output)
         cosines = functional.normalize(embeddings, dim=-1) @ functional.normalize(self.prompts.to(device), dim=-1).T
         return [{"probability": value} for value in (100 * cosines).softmax(dim=-1)[:, 1].tolist()]

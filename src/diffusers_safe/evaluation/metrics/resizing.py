@@ -5,6 +5,8 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from ...images import to_rgb
+
 
 def check_sizes(metric: str, row: dict, image: Image.Image, original: Image.Image) -> None:
     """
@@ -20,12 +22,12 @@ def check_sizes(metric: str, row: dict, image: Image.Image, original: Image.Imag
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """An RGB image as `(3, H, W)`, `float32`, 0 to 255."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float()
+    return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1).float()
 
 
 def resized(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> torch.Tensor:
     """Resized by PIL, which antialiases, to (width, height), and rounded to whole values."""
-    return to_tensor(image.convert("RGB").resize(size, resample))
+    return to_tensor(to_rgb(image).resize(size, resample))
 
 
 def resized_unrounded(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> torch.Tensor:

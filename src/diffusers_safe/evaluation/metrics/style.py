@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from ...images import open_rgb
 from ...provenance import fingerprint
 from .base import Metric, Quantity
 from .loading import chosen, digest, image_files, on_device
@@ -83,8 +84,7 @@ class GramDistance(Metric):
     def _summary(self) -> tuple[list[torch.Tensor], float]:
         sums, squares = None, 0.0
         for path in self.files:
-            with Image.open(path) as image:
-                grams = self._grams(image.convert("RGB"))
+            grams = self._grams(open_rgb(path))
             sums = grams if sums is None else [total + gram for total, gram in zip(sums, grams)]
             squares += sum(float((gram.double() ** 2).mean()) for gram in grams)
         means = [total / len(self.files) for total in sums]

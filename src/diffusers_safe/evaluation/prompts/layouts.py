@@ -1,70 +1,79 @@
 """What the columns of published prompt lists mean."""
 
+import re
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The columns of one kind of list. What is no column of it is kept as a label.
+    """One kind of list. Seeds, guidance scales and sizes are read in every layout, see `SETTINGS`.
 
     Attributes:
-        told (`str`): What it is, for `--help`.
+        description (`str`): What it is, for `--help`.
         known_by (`tuple[str, ...]`): Columns that a list must have to be one.
-        seed (`str`): Column of the seed; the other three are of a row's own settings.
-        name (`str`, *optional*): Column that names rows; without it they are named by number and prompt.
-        categories (`str`, defaults to `"categories"`): Column of categories, joined with commas or a list.
-        numbers (`tuple[str, ...]`, *optional*): Labels that are numbers.
+        names (`tuple[str, ...]`, *optional*): Columns that name rows, the first that is there; without one rows are
+            named by number and prompt.
     """
 
-    told: str
+    description: str
     known_by: tuple[str, ...]
-    seed: str = "seed"
-    guidance_scale: str = "guidance_scale"
-    width: str = "width"
-    height: str = "height"
-    name: str | None = None
-    categories: str = "categories"
-    numbers: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
 
-CASE_NUMBER = "case_number"
-_I2P_NUMBERS = (
-    "hard",
-    "inappropriate_percentage",
-    "nudity_percentage",
-    "q16_percentage",
-    "sd_safety_percentage",
-    "prompt_toxicity",
-)
-_I2P_SIZE = {"width": "sd_image_width", "height": "sd_image_height", "numbers": _I2P_NUMBERS}
+ID, CASE_NUMBER, CATEGORIES = "id", "case_number", "categories"
 
 # The first that fits is taken.
 LAYOUTS = {
-    "i2p": Layout(
-        "I2P (Schramowski et al., arXiv 2211.05105): the seed, guidance and size of each row count",
-        ("categories", "sd_seed", "sd_guidance_scale"),
-        seed="sd_seed",
-        guidance_scale="sd_guidance_scale",
-        **_I2P_SIZE,
-    ),
+    "i2p": Layout("I2P (Schramowski et al., arXiv 2211.05105)", (CATEGORIES, "sd_seed", "sd_guidance_scale")),
     "unlearndiffatk": Layout(
         "lists of UnlearnDiffAtk (Zhang et al., arXiv 2310.11868), of I2P rows or written for an object or a style",
         ("evaluation_seed", "evaluation_guidance"),
-        seed="evaluation_seed",
-        guidance_scale="evaluation_guidance",
-        name=CASE_NUMBER,
-        **_I2P_SIZE,
+        (CASE_NUMBER,),
     ),
     "esd": Layout(
         "lists of ESD (Gandikota et al., arXiv 2303.07345): images are named case number, image number",
         (CASE_NUMBER, "evaluation_seed"),
-        seed="evaluation_seed",
-        name=CASE_NUMBER,
+        (CASE_NUMBER,),
     ),
-    "coco": Layout(
-        "COCO captions as ESD samples them, such as coco_30k.csv",
-        ("image_id", "evaluation_seed"),
-        seed="evaluation_seed",
-    ),
-    "plain": Layout("a column of prompts; id, seed, guidance_scale, width and height are optional", (), name="id"),
+    "coco": Layout("COCO captions as ESD samples them, such as coco_30k.csv", ("image_id", "evaluation_seed")),
+    "plain": Layout("any other list with a column of prompts; id or case_number names rows", (), (ID, CASE_NUMBER)),
 }
+
+# Setting -> the columns it is known by, in order of preference, as `column_key` writes them. The scripts of ESD and
+# its followers take evaluation_seed before sd_seed.
+SETTINGS = {
+    "seed": (
+        *("evaluationseed", "evalseed", "sdseed", "seed", "imageseed", "generationseed", "genseed", "randomseed"),
+        *("generatorseed", "manualseed", "noiseseed", "latentseed", "torchseed", "seednumber", "seedid"),
+    ),
+    "guidance_scale": (
+        *("evaluationguidance", "evaluationguidancescale", "evalguidance", "evalguidancescale"),
+        *("sdguidancescale", "sdguidance", "guidancescale", "guidance", "sdcfgscale", "cfgscale", "cfg"),
+        *("cfgguidance", "classifierfreeguidance", "classifierfreeguidancescale"),
+    ),
+    "height": ("evaluationheight", "evaluationimageheight", "sdimageheight", "sdheight", "imageheight", "imgheight",
+               "height"),
+    "width": ("evaluationwidth", "evaluationimagewidth", "sdimagewidth", "sdwidth", "imagewidth", "imgwidth", "width"),
+}  # fmt: skip
+# Keys of columns that look like settings of an image; those that are not in SETTINGS are reported.
+LIKE_A_SETTING = re.compile(
+    r".*(seed|guidance|cfg|width|height|resolution|imagesize|inferencesteps|ddimsteps|negativeprompt).*"
+    r"|size|scale|steps?|sampler|scheduler|[wh]"
+)
+# Labels of I2P's rows that are numbers.
+NUMBERS = (
+    *("hard", "inappropriate_percentage", "nudity_percentage", "q16_percentage", "sd_safety_percentage"),
+    "prompt_toxicity",
+)
+# What `pandas` writes for missing values and reads as such.
+MISSING = {"NULL", "null", "NaN", "nan", "-nan", "<NA>", "None", "NA", "N/A", "n/a", "#N/A", "#NA"}
+
+
+def column_key(column: str) -> str:
+    """A column's name for comparison: `"SD-Seed"`, `"sd seed"` and `"sd_seed"` are the same."""
+    return re.sub(r"[\W_]", "", column.lower())
+
+
+def is_index(column: str) -> bool:
+    """Whether a column only counts the rows, as `pandas` adds it to a file."""
+    return not column.strip() or column.startswith("Unnamed:") or column.startswith("__index_level_")

@@ -9,7 +9,7 @@ from .layouts import LAYOUTS
 from .read import PROMPT_COLUMN, read_prompts
 
 
-_LAYOUTS = "; ".join(f"{name}, {layout.told}" for name, layout in LAYOUTS.items())
+_LAYOUTS = "; ".join(f"{name}, {layout.description}" for name, layout in LAYOUTS.items())
 
 
 @typed
@@ -25,7 +25,11 @@ class PromptOptions:
         }
     )
     layout: str | None = field(
-        default=None, metadata={"help": f"What its columns mean: {_LAYOUTS}. Default: the first that fits."}
+        default=None,
+        metadata={
+            "help": f"How its rows are named: {_LAYOUTS}. Default: the first that fits. Seeds,"
+            " guidance scales and sizes are read from their columns in each."
+        },
     )
     prompt_column: str = field(default=PROMPT_COLUMN, metadata={"help": "Where the prompts are."})
     prompt_template: str | None = field(

@@ -1,20 +1,24 @@
 """A source of prompts to the rows of an evaluation."""
 
 import hashlib
-import math
 import os
 import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from ...arguments import choose, typed
 from ..generate import PromptRow, check_rows
-from .layouts import CASE_NUMBER, LAYOUTS, Layout
+from .checks import report_missing_seeds, report_renamed, report_repeated, report_unused, with_prompts
+from .columns import find_column, given, number_in, setting_columns, text_of
+from .layouts import CASE_NUMBER, CATEGORIES, LAYOUTS, NUMBERS, Layout, column_key, is_index
 from .sources import ENDINGS, fields_of, fill, is_file, is_source, read_records
 
 
 PROMPT_COLUMN = "prompt"
 MAX_IMAGES = 10**7  # of one list: a hundred times the largest that are published
 SUBJECT = "subject"  # the label of what a template was filled with
+TEXTS = "prompts"  # what the source is called where the prompts themselves are given
 
 
 @typed
@@ -35,6 +39,10 @@ def read_prompts(
 
     A row is called by its number in the source and its prompt, or by a column that names it, and by the number of the
     image: whatever part of the source is taken, an image keeps its id and its seed.
+
+    A row's own seed, guidance scale and size are read from every column that is known to hold them (`SETTINGS`). Rows
+    of a file or dataset without a prompt are left out. These, columns that look like a setting and are not used, and
+    rows that would give the same image are reported as warnings.
 
     Args:
         source (`str`, `Path` or `list[str]`): Prompts, or one of
@@ -61,8 +69,8 @@ def read_prompts(
         `list[PromptRow]`: In the order of the source. Labels are the source's other columns, `categories` as a list.
 
     Raises:
-        `ValueError`: If there is nothing to read or no such column or layout, or a row has no prompt, an id that is
-            no file name or occurs twice, or a number that is none.
+        `ValueError`: If there is nothing to read or no such column or layout, or a row has an id that is no file name
+            or a number that is none.
     """
     if layout is not None:
         layout = choose("layout", layout, LAYOUTS)
@@ -72,13 +80,18 @@ def read_prompts(
     if prompt_template is not None and not fields_of(prompt_template):
         raise ValueError(f"prompt_template '{prompt_template}': has no {{}} for the prompt, nor {{name}} for a column")
     where, records = _records(source, prompt_column, dataset_config_name, split)
-    columns = dict.fromkeys(name for record in records for name in record)
-    chosen = _layout(layout, where, columns)
-    if prompt_column not in columns:
-        raise ValueError(f"{where}: no column '{prompt_column}', only {', '.join(columns)}")
+    columns = list(dict.fromkeys(name for record in records for name in record))
+    prompt_column = _prompt_column(prompt_column, where, columns)
+    layout_columns = _layout(layout, where, columns).names
+    settings = setting_columns(columns)
+    names_column = next(filter(None, (find_column(name, columns) for name in layout_columns)), None)
+    names = _names(records, names_column, where)
+    report_unused(where, records, columns, settings, row_settings)
     numbered = list(enumerate(records))
+    if where != TEXTS:
+        numbered = with_prompts(numbered, prompt_column, where)
     if categories:
-        numbered = _of_categories(numbered, categories, chosen, where)
+        numbered = _of_categories(numbered, categories, where)
     if max_prompts is not None:
         numbered = sorted(sorted(numbered, key=_rank)[:max_prompts], key=lambda entry: entry[0])
     if (count := len(numbered) * images_per_prompt) > MAX_IMAGES:
@@ -86,14 +99,21 @@ def read_prompts(
             f"images_per_prompt {images_per_prompt}: with {len(numbered):,} prompts these are {count:,} images; "
             f"allowed are at most {MAX_IMAGES:,}"
         )
-    rows = []
+    rows, numbers = [], []
     for number, record in numbered:
         try:
-            first = _row(number, record, chosen, prompt_column, prompt_template, seed, row_settings)
+            text, labels = _prompt(record, prompt_column, prompt_template, settings)
+            first = PromptRow(
+                names[number] or _slug(number, text), text, _seed(record, settings, seed), labels,
+                **(_own_settings(record, settings) if row_settings else {}),
+            )  # fmt: skip
             rows += [_image(first, image) for image in range(images_per_prompt)]
         except ValueError as error:
             raise ValueError(f"{where}, row {number + 1}: {error}") from None
+        numbers += [number + 1] * images_per_prompt
     check_rows(rows)
+    report_missing_seeds(where, numbered, settings["seed"], seed)
+    report_repeated(where, rows, numbers)
     return rows
 
 
@@ -110,21 +130,56 @@ def _records(
         raise ValueError(f"prompts {files[0]}: a file of a kind that is not read; allowed are {', '.join(ENDINGS)}")
     if not texts:
         raise ValueError("prompts: there are none")
-    return "prompts", [{prompt_column: text} for text in texts]
+    return TEXTS, [{prompt_column: text} for text in texts]
 
 
-def _layout(name: str | None, where: str, columns: dict[str, None]) -> Layout:
+def _prompt_column(name: str, where: str, columns: Sequence[str]) -> str:
+    if (found := find_column(name, columns)) is None:
+        there = ", ".join(f"{column:.40}" for column in columns if not is_index(column))
+        raise ValueError(
+            f"{where}: no column '{name}', only {there}; name the column with prompt_column, or give a file without a"
+            " header as .txt"
+        )
+    return found
+
+
+def _layout(name: str | None, where: str, columns: Sequence[str]) -> Layout:
+    missing = {
+        name: [column for column in layout.known_by if find_column(column, columns) is None]
+        for name, layout in LAYOUTS.items()
+    }
     if name is None:
-        return next(layout for layout in LAYOUTS.values() if columns.keys() >= set(layout.known_by))
-    if missing := [column for column in LAYOUTS[name].known_by if column not in columns]:
-        raise ValueError(f"{where}: layout '{name}' needs the column '{missing[0]}'; it has {', '.join(columns)}")
+        name = next(name for name, columns in missing.items() if not columns)
+    elif missing[name]:
+        raise ValueError(
+            f"{where}: layout '{name}' needs the column '{missing[name][0]}'; it has {', '.join(columns)}"
+        )
     return LAYOUTS[name]
 
 
-def _of_categories(
-    numbered: list[tuple[int, dict]], wanted: list[str], layout: Layout, where: str
-) -> list[tuple[int, dict]]:
-    found = {number: _categories(record, layout) for number, record in numbered}
+def _names(records: Sequence[dict], column: str | None, where: str) -> list[str | None]:
+    """What the rows are called by a column. The second row of a name gets `"-2"`. Case numbers are read as `pandas`
+    does, without leading zeros, because other programs name their images so."""
+    names = [None if (value := given(record, column)) is None else text_of(value) for record in records]
+    if column is not None and column_key(column) == column_key(CASE_NUMBER):
+        names = [name and name.removesuffix(".0") for name in names]
+        if all(name.isdecimal() for name in names if name):
+            names = [name and str(int(name)) for name in names]
+    taken, counts, renamed = set(names), Counter(), []
+    for number, name in enumerate(names):
+        counts[name] += 1
+        if name is not None and counts[name] > 1:
+            while f"{name}-{counts[name]}" in taken:
+                counts[name] += 1
+            names[number] = f"{name}-{counts[name]}"
+            taken.add(names[number])
+            renamed.append((number + 1, names[number]))
+    report_renamed(where, column, renamed)
+    return names
+
+
+def _of_categories(numbered: list[tuple[int, dict]], wanted: list[str], where: str) -> list[tuple[int, dict]]:
+    found = {number: _categories(record) for number, record in numbered}
     known = {name.lower(): None for names in found.values() for name in names}
     for name in wanted:
         if name.lower() not in known:
@@ -134,8 +189,8 @@ def _of_categories(
     return [(number, record) for number, record in numbered if keep & {name.lower() for name in found[number]}]
 
 
-def _categories(record: dict, layout: Layout) -> list[str]:
-    value = _given(record, layout.categories)
+def _categories(record: dict) -> list[str]:
+    value = given(record, CATEGORIES)
     names = value if isinstance(value, list) else [] if value is None else str(value).split(",")
     return [text for name in names if name is not None and (text := str(name).strip())]
 
@@ -144,38 +199,37 @@ def _rank(entry: tuple[int, dict]) -> str:
     return hashlib.sha256(str(entry[0]).encode()).hexdigest()
 
 
-def _row(
-    number: int,
-    record: dict,
-    layout: Layout,
-    prompt_column: str,
-    template: str | None,
-    seed: int,
-    row_settings: bool,
-) -> PromptRow:
-    """A source's row as its first image."""
+def _prompt(
+    record: dict, prompt_column: str, template: str | None, settings: dict[str, list[str]]
+) -> tuple[str, dict]:
+    """A row's prompt and labels."""
     prompt = record.get(prompt_column)
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"{prompt_column} {prompt!r}: must be a text that is not blank")
-    labels = _labels(record, layout, prompt_column)
-    if template is not None:
-        values = {name: value for name, value in record.items() if value not in (None, "")}
-        labels[SUBJECT] = prompt
-        prompt = fill(template, values, prompt)
-    given = _given(record, layout.name)
+    labels = _labels(record, {prompt_column, *(column for columns in settings.values() for column in columns)})
+    if template is None:
+        return prompt, labels
+    values = {name: value for name, value in record.items() if value not in (None, "")}
+    return fill(template, values, prompt), {**labels, SUBJECT: prompt}
+
+
+def _slug(number: int, prompt: str) -> str:
     slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:40].strip("-")
-    own = _number(record, layout.seed, int)
-    settings = {
-        name: _number(record, getattr(layout, name), kind) if row_settings else None
-        for name, kind in (("guidance_scale", float), ("height", int), ("width", int))
-    }
-    return PromptRow(
-        f"{number:05}-{slug}".rstrip("-") if given is None else _name(given, layout),
-        prompt,
-        seed if own is None else own,
-        labels,
-        **settings,
-    )
+    return f"{number:05}-{slug}".rstrip("-")
+
+
+def _seed(record: dict, settings: dict[str, list[str]], otherwise: int) -> int:
+    own = _first_number(record, settings["seed"], int)
+    return otherwise if own is None else own
+
+
+def _own_settings(record: dict, settings: dict[str, list[str]]) -> dict[str, float | int | None]:
+    kinds = {"guidance_scale": float, "height": int, "width": int}
+    return {name: _first_number(record, settings[name], kind) for name, kind in kinds.items()}
+
+
+def _first_number(record: dict, columns: Sequence[str], kind: type) -> float | int | None:
+    return next((number for c in columns if (number := number_in(record, c, kind)) is not None), None)
 
 
 def _image(first: PromptRow, image: int) -> PromptRow:
@@ -183,17 +237,15 @@ def _image(first: PromptRow, image: int) -> PromptRow:
     return PromptRow(f"{first.id}_{image}", first.prompt, first.seed + image, first.labels, **settings)
 
 
-def _labels(record: dict, layout: Layout, prompt_column: str) -> dict:
-    settled = (prompt_column, layout.seed, layout.guidance_scale, layout.width, layout.height)
+def _labels(record: dict, used: set[str]) -> dict:
     labels = {}
     for name, value in record.items():
-        is_index = not name or name.startswith("Unnamed:")  # of pandas
-        if name in settled or is_index or _given(record, name) is None:
+        if name in used or is_index(name) or given(record, name) is None:
             continue
-        if name == layout.categories:
-            labels[name] = _categories(record, layout)
-        elif name in layout.numbers:
-            labels[name] = _number(record, name, float)
+        if name == CATEGORIES:
+            labels[name] = _categories(record)
+        elif name in NUMBERS and (number := _number_or_none(record, name)) is not None:
+            labels[name] = number
         elif isinstance(value, (str, int, float, bool, list, dict)):
             labels[name] = value
         else:
@@ -201,31 +253,8 @@ def _labels(record: dict, layout: Layout, prompt_column: str) -> dict:
     return labels
 
 
-def _given(record: dict, column: str | None) -> object | None:
-    value = None if column is None else record.get(column)
-    return None if value in (None, "") or (isinstance(value, float) and math.isnan(value)) else value
-
-
-def _name(given: object, layout: Layout) -> str:
-    """What a row is called; a case number is whole, whatever a table made of it."""
-    name = _text(given)
-    return name.removesuffix(".0") if layout.name == CASE_NUMBER else name
-
-
-def _text(value: object) -> str:
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
-
-
-def _number(record: dict, column: str, kind: type) -> float | int | None:
-    """A value as a number; whole ones without the way through a float, which would round large seeds."""
-    value = _given(record, column)
-    if value is None:
-        return None
-    text = _text(value)
+def _number_or_none(record: dict, column: str) -> float | None:
     try:
-        number = int(text.removesuffix(".0")) if kind is int else float(text)
+        return number_in(record, column, float)
     except ValueError:
-        number = math.nan
-    if isinstance(value, bool) or not math.isfinite(number):
-        raise ValueError(f"{column} '{text}' is no {'whole ' if kind is int else ''}number")
-    return number
+        return None

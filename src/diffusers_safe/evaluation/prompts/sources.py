@@ -3,7 +3,9 @@
 Seeds reach 2^64 - 1, which a guess would turn into a rounded float, so the values of text files stay texts.
 """
 
+import codecs
 import csv
+import io
 import itertools
 import json
 import math
@@ -11,6 +13,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType
 
 import pyarrow.parquet
 import yaml
@@ -18,6 +21,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
 from ...arguments import TextLoader
+from .layouts import column_key
 
 
 TEMPLATE = "template"  # key of a YAML file
@@ -79,24 +83,44 @@ def fill(template: str, values: dict[str, str], prompt: str | None = None) -> st
     return _FIELD.sub(value, template)
 
 
-def _table(path: Path, delimiter: str) -> list[dict]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        table = csv.DictReader(file, delimiter=delimiter, strict=True)
-        names = table.fieldnames or []
-        if twice := [name for name in names if name and names.count(name) > 1]:
-            raise ValueError(f"two columns are called '{twice[0]}'")
-        records = []
-        for number, record in enumerate(table, 1):
-            if None in record or None in record.values():
-                more = "more" if None in record else "fewer"
-                raise ValueError(f"row {number} has {more} values than the header has columns")
-            records.append(record)
+def _read_text(path: Path) -> str:
+    """A text file: UTF-8, or UTF-16 with the mark that spreadsheets write."""
+    data = path.read_bytes()
+    return data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+
+
+def _table(path: Path, prompt_column: str) -> list[dict]:
+    text, delimiter = _read_text(path), None
+    if hint := re.match(r"sep=(.)\r?\n", text):  # of spreadsheets
+        delimiter, text = hint[1], text[hint.end() :]
+    table = csv.DictReader(
+        io.StringIO(text, newline=""), delimiter=delimiter or _delimiter(text, path, prompt_column), strict=True
+    )
+    names = table.fieldnames or []
+    if twice := [name for name in names if name and names.count(name) > 1]:
+        raise ValueError(f"two columns are called '{twice[0]}'")
+    records = []
+    for number, record in enumerate(table, 1):
+        if None in record or None in record.values():
+            more = "more" if None in record else "fewer"
+            raise ValueError(f"row {number} has {more} values than the header has columns")
+        records.append(record)
     return records
+
+
+def _delimiter(text: str, path: Path, prompt_column: str) -> str:
+    """The first with which the header has a column of prompts."""
+    usual = "\t" if path.suffix.lower() == ".tsv" else ","
+    for delimiter in (usual, *",;\t|"):
+        header = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), [])
+        if column_key(prompt_column) in map(column_key, header):
+            return delimiter
+    return usual
 
 
 def _json_lines(path: Path) -> list[dict]:
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
         if line.strip():
             try:
                 record = json.loads(line)
@@ -109,20 +133,20 @@ def _json_lines(path: Path) -> list[dict]:
 
 
 def _json(path: Path, prompt_column: str) -> list[dict]:
-    entries = json.loads(path.read_text(encoding="utf-8-sig"))
-    if not isinstance(entries, list) or not all(isinstance(entry, (str, dict)) for entry in entries):
+    entries = json.loads(_read_text(path))
+    if not isinstance(entries, list) or not all(isinstance(entry, (str, dict, NoneType)) for entry in entries):
         raise ValueError("must hold a list of prompts, or of objects of columns and values")
-    return [{prompt_column: entry} if isinstance(entry, str) else entry for entry in entries]
+    return [entry if isinstance(entry, dict) else {prompt_column: entry} for entry in entries]
 
 
 def _lines(path: Path, prompt_column: str) -> list[dict]:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+    lines = [line.strip() for line in _read_text(path).split("\n")]
     return [{prompt_column: line} for line in lines if line and not line.startswith("#")]
 
 
 def _product(path: Path, prompt_column: str) -> list[dict]:
     """Every combination of the lists of a YAML file, in its template."""
-    parts = yaml.load(path.read_text(encoding="utf-8"), TextLoader)
+    parts = yaml.load(_read_text(path), TextLoader)
     if not isinstance(parts, dict) or not isinstance(parts.get(TEMPLATE), str):
         raise ValueError(f"must hold `{TEMPLATE}:` with fields such as {{object}}, and a list of words for each")
     template = parts.pop(TEMPLATE)
@@ -144,8 +168,8 @@ def _parquet(path: Path, prompt_column: str) -> list[dict]:
 
 
 _READERS = {
-    ".csv": lambda path, prompt_column: _table(path, ","),
-    ".tsv": lambda path, prompt_column: _table(path, "\t"),
+    ".csv": _table,
+    ".tsv": _table,
     ".jsonl": lambda path, prompt_column: _json_lines(path),
     ".json": _json,
     ".parquet": _parquet,

@@ -1,15 +1,15 @@
 """From the file of a picture to the tensor that the autoencoder takes."""
 
-import struct
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ...arguments import choose
+from ...images import UnreadableImage, reading_image, to_rgb
 
 
 INTERPOLATION_MODES = {
@@ -19,29 +19,18 @@ INTERPOLATION_MODES = {
     "nearest": Image.Resampling.NEAREST,
 }
 MAX_ASPECT_RATIO = 32  # a ribbon, once its short side is enlarged, would fill the memory
-# What PIL raises at files that are cut, damaged, missing, or no pictures.
-_UNREADABLE = (OSError, ValueError, TypeError, SyntaxError, EOFError, LookupError, ArithmeticError, struct.error,
-               Image.DecompressionBombError)  # fmt: skip
-
-
-class UnreadableImage(Exception):
-    """A picture that cannot be decoded; its text says why, in one line."""
 
 
 def decode_image(value: Any) -> Image.Image:
-    """A picture as `datasets.Image(decode=False)` stores it (`path` or `bytes`), upright and in RGB.
+    """A picture as `datasets.Image(decode=False)` stores it (`path` or `bytes`), as [`to_rgb`] makes it.
 
     Raises:
         `UnreadableImage`: If it cannot be decoded, for whatever reason.
     """
     if value is None:
         raise UnreadableImage("there is none")
-    try:
-        image = datasets.Image().decode_example(value).convert("RGB")
-    except UnidentifiedImageError:  # its own text names an address in memory
-        raise UnreadableImage("it is no picture of a kind that is known") from None
-    except _UNREADABLE as error:
-        raise UnreadableImage(str(error).strip().split("\n")[0][:200] or type(error).__name__) from None
+    with reading_image():
+        image = to_rgb(datasets.Image().decode_example(value))
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
         raise UnreadableImage(f"{image.width} x {image.height} pixels are too narrow to be cropped")
     return image
