@@ -155,7 +155,7 @@ def test_a_teacher_that_goes_on_from_itself_has_nothing_to_learn_from_its_teache
     loop = make_loop(tiny_model_folder, pictures, tmp_path, **changes)
     loop.student.eval()
     terms = loop.batch_terms(0, range(4))
-    assert terms["output"] == terms["feature"] == 0 < terms["task"]
+    assert max(terms["output"], terms["feature"]) < 1e-9 < terms["task"] / 100
 
 
 def test_a_term_without_a_gradient_is_told(on_cpu, tiny_model_folder, pictures, tmp_path):
@@ -211,7 +211,8 @@ def test_the_end_compares_student_and_teacher_and_what_the_teacher_was(distil, t
     results = json.loads((tmp_path / "out" / "evaluation" / "results.json").read_text())
     assert list(results["models"]) == ["teacher before its erasure", "teacher", "student"]
     moved = results["metrics"]["pixel_distance"]["estimates"]
-    assert moved["teacher"]["pixel_distance"]["value"] == 0 < moved["student"]["pixel_distance"]["value"]
+    teacher, student = (moved[name]["pixel_distance"]["value"] for name in ("teacher", "student"))
+    assert teacher < 1e-4 < student / 10
     assert "| student |" in capsys.readouterr().out
 
 
