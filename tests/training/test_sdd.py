@@ -20,7 +20,7 @@ from diffusers_safe.provenance import Provenance, fingerprint
 from diffusers_safe.training.erasure_loop import ErasureLoop
 from diffusers_safe.training.sdd import main
 from diffusers_safe.weights import select_parameters
-from scripts import LAUNCH, ROOT, environment, in_two_processes, log_rows, run, succeed, words_of
+from scripts import LAUNCH, ROOT, accelerate_on_cpu, environment, in_two_processes, log_rows, run, succeed, words_of
 
 
 SCRIPT = str(ROOT / "train_sdd.py")
@@ -197,9 +197,10 @@ LORA = {"rank": 4, "train_method": "esd-u", "learning_rate": 1e-2}
 
 @pytest.fixture(scope="module")
 def lora_erased(tiny_model_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lora")
-    succeed([*LAUNCH, SCRIPT, *options(tiny_model_folder, folder / "out", **LORA)], folder)
-    return folder / "out"
+    folder = tmp_path_factory.mktemp("lora") / "out"
+    with accelerate_on_cpu():
+        main(options(tiny_model_folder, folder, **LORA))
+    return folder
 
 
 def test_a_lora_and_its_fused_pipeline_draw_the_same_picture(lora_erased, tiny_model_folder):
