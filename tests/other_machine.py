@@ -2,8 +2,9 @@
 
 On a real one, which tests fail is luck: it depends on the CPU's paths through a matrix product and on the length of a
 file's header, which decides how the weights lie in memory. Here the last bits of every linear layer and convolution
-follow from the alignment of the weights, the size of the batch and the number of threads, and safetensors files have
-headers of other lengths. So a test that wants equal bits where only closeness is promised fails on every machine.
+follow from the alignment of the weights, the size of the batch and the number of threads, safetensors files have
+headers of other lengths, and gradients that are zero up to rounding are zero. So a test that wants equal bits where
+only closeness is promised, or wants such weights to move, fails on every machine.
 """
 
 import json
@@ -19,6 +20,7 @@ from torch.nn import functional
 def install() -> None:
     for name in ("linear", "conv2d"):
         setattr(functional, name, _rounded_otherwise(getattr(functional, name)))
+    functional.scaled_dot_product_attention = _exact_for_one_key(functional.scaled_dot_product_attention)
     safetensors.torch.serialize_file = _with_another_header(safetensors.torch.serialize_file)
 
 
@@ -29,6 +31,15 @@ def _rounded_otherwise(operation):
             return result
         place = (weight.data_ptr() % 64, inputs.numel(), torch.get_num_threads())
         return result * (1 + zlib.crc32(repr(place).encode()) % 4 * torch.finfo(result.dtype).eps)
+
+    return other
+
+
+def _exact_for_one_key(attention):
+    def other(query, key, value, *args, **kwargs):
+        if query.shape == key.shape == value.shape and key.shape[-2] == 1:
+            return value + 0 * (query + key)  # the softmax of one number is 1, whatever it is
+        return attention(query, key, value, *args, **kwargs)
 
     return other
 
