@@ -5,9 +5,10 @@ PYTHON ?= python3
 TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
+MACHINES := MKL_CBWR=COMPATIBLE MKL_CBWR=AVX2 ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 OTHER_MACHINE=1
 CODE := src tests benchmarks setup.py train_sdd.py train_esd.py train_distill.py
 
-.PHONY: demo test test-slow benchmark-erasure quality style setup clean
+.PHONY: demo test test-portable test-slow benchmark-erasure quality style setup clean
 
 setup: $(VENV)/.installed
 
@@ -20,8 +21,14 @@ $(VENV)/.installed: setup.py constraints.txt
 demo: setup
 	$(BIN)/diffusers-safe demo
 
+test: export OMP_NUM_THREADS ?= 1
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# The tests as other machines would run them, some minutes for each: other paths through matrix products, two threads,
+# and arithmetic that depends on all it may depend on (tests/other_machine.py). One alone: MKL_CBWR=AVX2 make test
+test-portable: setup
+	set -e; for machine in $(MACHINES); do echo "$$machine"; env $$machine $(MAKE) --no-print-directory test; done
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -21,6 +21,12 @@ from diffusers_safe.emoji.architecture import MAX_TOKENS, build_scheduler, build
 from scripts import accelerate_on_cpu
 
 
+if os.environ.get("OTHER_MACHINE"):
+    import other_machine
+
+    other_machine.install()
+
+
 def build_tiny_pipeline(seed: int = 0) -> StableDiffusionPipeline:
     """A Stable Diffusion pipeline with random weights, 0.5 M parameters, latents 4 x 8 x 8, pictures of 64 x 64."""
     with torch.random.fork_rng(devices=[]):

@@ -35,9 +35,9 @@ def accelerate_on_cpu():
 def environment(**changes):
     paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     return {
+        "OMP_NUM_THREADS": "1",
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         **changes,
     }

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from safetensors import safe_open
 from torch import nn
 
+from closeness import ROUNDING, difference
 from diffusers_safe.formats import LORA_NAME, save_lora
 from diffusers_safe.lora import LoRAWeights, adapted_layers, fused
 from diffusers_safe.provenance import Provenance, fingerprint
@@ -104,9 +105,10 @@ def test_the_teacher_is_the_base_while_the_student_is_adapted(tiny_pipeline):
             pass
         with pytest.raises(KeyError), weights.use("frozen"):
             raise KeyError
-        assert torch.equal(predict(unet), student)
-    assert torch.equal(predictions["frozen"], base) and torch.equal(predictions["student"], student)
-    assert not torch.equal(predictions["ema"], base) and not torch.equal(predictions["ema"], student)
+        assert difference(predict(unet), student) < ROUNDING
+    assert difference(predictions["frozen"], base) < ROUNDING
+    assert difference(predictions["student"], student) < ROUNDING
+    assert min(difference(predictions["ema"], other) for other in (base, student)) > 10 * ROUNDING
     state = {name.replace(".base_layer.", "."): value for name, value in unet.state_dict().items()}
     assert all(torch.equal(state[name], value) for name, value in before.items())
     assert all(value.requires_grad for value in weights.student.values())
@@ -239,7 +241,7 @@ def test_fused_is_a_plain_pipeline_and_the_adapted_one_stays(saved, tiny_pipelin
     base, plain = tiny_pipeline.unet.state_dict(), loaded.unet.state_dict()
     assert base.keys() == plain.keys()
     assert {name for name in base if not torch.equal(base[name], plain[name])} == changed
-    assert (draw(pipeline) == expected).all() and len(adapted_layers(pipeline.unet)) == len(changed)
+    assert close(draw(pipeline), expected) and len(adapted_layers(pipeline.unet)) == len(changed)
 
 
 @torch.no_grad()
@@ -272,11 +274,11 @@ def test_stable_diffusion_xl(tmp_path):
     pipeline, stock = build(), build()
     base = draw_xl(pipeline)
     weights = adapt(pipeline.unet, "full", alpha=1.5)
-    assert torch.equal(draw_xl(pipeline), base)
+    assert difference(draw_xl(pipeline), base) < ROUNDING
     move(weights)
     erased = draw_xl(pipeline)
     with weights.use("frozen"):
-        assert torch.equal(draw_xl(pipeline), base)
+        assert difference(draw_xl(pipeline), base) < ROUNDING
     save_lora(pipeline, Provenance("xl", "", ["x"], "sdd", "full", {}), tmp_path / LORA_NAME)
     stock.load_lora_weights(tmp_path)
     assert close(draw_xl(stock), erased) and close(draw_xl(fused(pipeline)), erased) and not close(base, erased)

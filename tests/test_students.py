@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from torch import nn
 
+from closeness import ROUNDING, difference
 from diffusers_safe import erase
 from diffusers_safe.backbones import make_backbone
 from diffusers_safe.emoji import MODEL_FOLDER
@@ -214,17 +215,17 @@ def test_a_student_computes_what_the_teacher_without_those_modules_computes(tiny
     teacher = tiny(kind)
     before = predict(teacher)
     student = build_student(teacher, kind)
-    assert torch.equal(predict(student), predict(take_out(teacher, kind)))
+    assert difference(predict(student), predict(take_out(teacher, kind))) < ROUNDING
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.zero_()
-    assert torch.equal(predict(teacher), before)  # copies
+    assert torch.equal(predict(teacher), before)  # the student's weights are copies
 
 
 @pytest.mark.parametrize("kind", BK)
 def test_heads_by_level_and_another_text_width(make_tiny_sd_2_pipeline, kind):
     teacher = make_tiny_sd_2_pipeline().unet
-    assert torch.equal(predict(build_student(teacher, kind)), predict(take_out(teacher, kind)))
+    assert difference(predict(build_student(teacher, kind)), predict(take_out(teacher, kind))) < ROUNDING
 
 
 @pytest.mark.parametrize("kind", STUDENTS)
@@ -233,7 +234,9 @@ def test_a_student_reloads_as_a_stock_model(tiny, tmp_path, kind):
     student.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["_class_name"] == "UNet2DConditionModel" and "_name_or_path" not in config
-    assert torch.equal(predict(UNet2DConditionModel.from_pretrained(tmp_path)), predict(student))
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path)
+    assert difference(predict(loaded), predict(student)) < ROUNDING
+    assert all(torch.equal(value, student.get_parameter(name)) for name, value in loaded.named_parameters())
 
 
 @pytest.mark.parametrize("kind", STUDENTS)
@@ -282,7 +285,7 @@ def test_a_pair_that_was_kept_computes_as_in_the_teacher(tiny):
         for unet, i, j in ((student, block, place), (teacher, own_block, own_place)):
             level = getattr(unet, f"{side}_blocks")[i]
             outputs.append(level.attentions[j](level.resnets[j](inputs, temb), text).sample)
-        assert torch.equal(*outputs)
+        assert difference(*outputs) < ROUNDING
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -412,7 +415,7 @@ def test_a_student_can_be_erased(pipelines, on_cpu, kind, changes):
     before = predict(pipeline.unet)
     quick = {"max_train_steps": 2, "num_inference_steps": 2, "learning_rate": 1e-2, "watch_prompts": []}
     erase(pipeline, ["knife"], "esd", progress_bar=False, **quick, **changes)
-    assert not torch.equal(predict(pipeline.unet), before)
+    assert difference(predict(pipeline.unet), before) > 10 * ROUNDING
 
 
 @pytest.mark.parametrize("kind", STUDENTS)

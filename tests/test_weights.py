@@ -2,6 +2,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from closeness import ROUNDING, difference
 from diffusers_safe.weights import TRAIN_METHODS, TrainedWeights, select_parameters
 
 
@@ -126,7 +127,7 @@ def test_swapping_changes_predictions_and_comes_back(tiny_pipeline):
             parameter.add_(0.1 * torch.randn_like(parameter))
         student = unet(*inputs).sample
         with weights.use("frozen"):
-            assert torch.equal(unet(*inputs).sample, base)
+            assert difference(unet(*inputs).sample, base) < ROUNDING
             with pytest.raises(RuntimeError, match="'frozen' are in use"), weights.use("ema"):
                 pass
         with weights.use("student"):
@@ -134,7 +135,7 @@ def test_swapping_changes_predictions_and_comes_back(tiny_pipeline):
         with pytest.raises(KeyError), weights.use("frozen"):
             raise KeyError
         assert torch.equal(unet(*inputs).sample, student)
-    assert not torch.equal(student, base)
+    assert difference(student, base) > 10 * ROUNDING
 
 
 def test_ema_formula():

@@ -27,8 +27,8 @@ class LoRAWeights(TrainedWeights):
     """Student and EMA are adapters on the selected layers; the frozen teacher is the denoiser with adapters off.
 
     Every linear and convolution layer whose weight is selected gets an adapter; selected biases and norms stay as they
-    are. `B` is 0 at first, so the student is the base model, bit for bit, until the first step. Beside the adapters
-    nothing is copied: `frozen` holds the base model's own tensors.
+    are. `B` is 0 at first, so the student computes exactly what the base model does until the first step. Only the
+    adapters take memory: `frozen` holds the base model's own tensors.
 
     Args:
         denoiser (`nn.Module`): A diffusers model without adapters; fp32.

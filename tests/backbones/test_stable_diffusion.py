@@ -113,7 +113,7 @@ def test_sdd_learns_from_a_concept_and_nothing_from_the_empty_prompt(pipeline, b
     weights = TrainedWeights(backbone.denoiser, select_parameters(backbone.denoiser, "xattn"), ema_decay=0.9)
     predictor = Predictor(backbone, weights, ["knife"])
     nothing = SDDObjective().loss(predictor, TrainingBatch(*batch, ["", ""]))
-    assert nothing.tolist() == [0.0, 0.0]
+    assert nothing.max() < 1e-9
     loss = SDDObjective().loss(predictor, TrainingBatch(*batch, ["knife", "knife"]))
     loss.mean().backward()
     gradients = {name: parameter.grad for name, parameter in weights.student.items()}

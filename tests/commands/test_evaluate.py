@@ -63,7 +63,7 @@ def test_a_model_draws_as_the_images_of_the_original_were_drawn(tiny_model_folde
     cli.main(["generate", *model, "--prompts", str(table), "--output_dir", str(tmp_path / "a")])
     models = ("--models", f"original={tmp_path / 'a'}", f"b={tiny_model_folder}")
     results = evaluate(tmp_path / "out", *models, "--num_inference_steps", "2", *QUICK[-2:])
-    assert results["metrics"]["pixel_distance"]["estimates"]["b"]["pixel_distance"]["value"] == 0
+    assert results["metrics"]["pixel_distance"]["estimates"]["b"]["pixel_distance"]["value"] < 1e-4  # rounding
     with pytest.raises(SystemExit, match="24 x 16"):
         evaluate(tmp_path / "third", *models, *QUICK, "--row_settings", "false")
 

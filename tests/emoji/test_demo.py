@@ -24,7 +24,7 @@ def test_the_demo_erases_weapons_and_keeps_the_rest(tmp_path, capsys):
     results = json.loads((tmp_path / "weapon-0" / "evaluation" / "results.json").read_text())
     found = results["metrics"]["emoji_recognition"]
     before, after = (found["estimates"][side]["concept"] for side in ("before", "after"))
-    assert before["value"] > 0.9 and after["value"] < 0.05
+    assert before["value"] > 0.9 and after["value"] < 0.1  # 0 of 24 here, 1 of 24 on another CPU, 2 with another seed
     assert found["differences"]["after"]["others"]["estimate"]["value"] > -0.05
     out = capsys.readouterr().out
     assert "weapon recognised" in out and (tmp_path / "weapon-0" / "evaluation" / "report.html").as_uri() in out

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from closeness import ROUNDING, difference
 from diffusers_safe.backbones import make_backbone
 from diffusers_safe.robustness import InversionSettings, inversion
 from diffusers_safe.robustness.inversion import TOKEN, learn_token
@@ -88,9 +89,9 @@ def test_only_the_embedding_moves_and_stock_diffusers_loads_it(pipeline, picture
     apart = encoded(pipeline, ["a cat"])
     load(pipeline, path)
     theirs = encoded(pipeline)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert torch.equal(apart["encoder_hidden_states"][0], theirs["encoder_hidden_states"][0])
-    assert not torch.equal(theirs["encoder_hidden_states"][1], theirs["encoder_hidden_states"][0])
+    assert all(difference(ours[name], theirs[name]) < ROUNDING for name in ours)
+    plain, learned = theirs["encoder_hidden_states"][:2]
+    assert difference(apart["encoder_hidden_states"][0], plain) < ROUNDING < difference(learned, plain) / 10
 
 
 def test_what_is_trained_with_is_what_the_saved_file_gives(tiny_pipeline, pictures, tmp_path):
@@ -100,7 +101,7 @@ def test_what_is_trained_with_is_what_the_saved_file_gives(tiny_pipeline, pictur
     with added_token(tiny_pipeline, token, vectors):
         images = tiny_pipeline(PROMPTS[1], num_inference_steps=1, height=16, width=16, output_type="np").images
         drawing = encoded(tiny_pipeline)
-    assert torch.equal(training["encoder_hidden_states"], drawing["encoder_hidden_states"])
+    assert difference(training["encoder_hidden_states"], drawing["encoder_hidden_states"]) < ROUNDING
     assert training["encoder_hidden_states"].requires_grad and images.shape == (1, 16, 16, 3)
 
 

@@ -18,7 +18,7 @@ from diffusers_safe.training import distillation
 from diffusers_safe.training.distillation import make_latents, open_rows, student_pipeline
 from diffusers_safe.training.distillation_arguments import DistillationArguments
 from diffusers_safe.training.distillation_loop import DistillationLoop
-from scripts import LAUNCH, ROOT, in_two_processes, log_rows, run, succeed, words_of
+from scripts import ROOT, in_two_processes, log_rows, run, succeed, words_of
 
 
 SCRIPT = str(ROOT / "train_distill.py")
@@ -72,7 +72,8 @@ def same(first, second):
 
 def test_the_command_makes_a_stock_pipeline_of_fewer_blocks(tiny_model_folder, pictures, tmp_path):
     words = words_of(settings(tiny_model_folder, pictures, "out", cache_latents=True, random_flip=True))
-    told = succeed([*LAUNCH, SCRIPT, *words, "--validation_prompts", "a cat", "--use_ema"], tmp_path)
+    command = [sys.executable, SCRIPT, *words, "--validation_prompts", "a cat", "--use_ema"]
+    told = succeed(command, tmp_path, ACCELERATE_USE_CPU="true")
     out = tmp_path / "out"
     student = StableDiffusionPipeline.from_pretrained(out)
     assert student.unet.config.mid_block_type is None and student.unet.config.layers_per_block == 1
@@ -155,7 +156,7 @@ def test_a_teacher_that_goes_on_from_itself_has_nothing_to_learn_from_its_teache
     loop = make_loop(tiny_model_folder, pictures, tmp_path, **changes)
     loop.student.eval()
     terms = loop.batch_terms(0, range(4))
-    assert terms["output"] == terms["feature"] == 0 < terms["task"]
+    assert max(terms["output"], terms["feature"]) < 1e-9 < terms["task"] / 100
 
 
 def test_a_term_without_a_gradient_is_told(on_cpu, tiny_model_folder, pictures, tmp_path):
@@ -211,7 +212,8 @@ def test_the_end_compares_student_and_teacher_and_what_the_teacher_was(distil, t
     results = json.loads((tmp_path / "out" / "evaluation" / "results.json").read_text())
     assert list(results["models"]) == ["teacher before its erasure", "teacher", "student"]
     moved = results["metrics"]["pixel_distance"]["estimates"]
-    assert moved["teacher"]["pixel_distance"]["value"] == 0 < moved["student"]["pixel_distance"]["value"]
+    teacher, student = (moved[name]["pixel_distance"]["value"] for name in ("teacher", "student"))
+    assert teacher < 1e-4 < student / 10
     assert "| student |" in capsys.readouterr().out
 
 

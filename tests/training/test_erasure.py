@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+from closeness import ROUNDING, difference, trained
 from diffusers_safe import erase
 from diffusers_safe.provenance import fingerprint
 from diffusers_safe.training.erasure_arguments import METHODS
@@ -29,8 +30,8 @@ def test_the_selected_weights_of_the_pipeline_change_and_no_others(
     )
     assert result is tiny_pipeline and not result.unet.training
     before = make_tiny_pipeline().unet.state_dict()
-    changed = {name for name, value in result.unet.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == set(select_parameters(result.unet, "xattn"))
+    selected = set(select_parameters(result.unet, "xattn"))
+    assert trained(before, result.unet.state_dict(), selected) == selected
     assert [number for number, _ in steps] == [1, 2]
     assert {"erase", "concept_left", "drift"} <= steps[-1][1].keys()
 
@@ -73,7 +74,7 @@ def test_calls_with_other_precisions_follow_each_other_and_leave_a_plain_denoise
         plain = make_tiny_pipeline().unet
         plain.load_state_dict(pipeline.unet.state_dict())
         with torch.no_grad():
-            assert torch.equal(pipeline.unet(*inputs).sample, plain(*inputs).sample)
+            assert difference(pipeline.unet(*inputs).sample, plain(*inputs).sample) < ROUNDING
         assert "forward" not in vars(pipeline.unet)
 
 

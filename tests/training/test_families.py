@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
+from closeness import ROUNDING, difference, trained
 from diffusers_safe.formats import PARTIAL_NAME, load_partial
 from diffusers_safe.provenance import Provenance
 from diffusers_safe.training.generators import sample_generator
@@ -108,7 +109,7 @@ def test_the_result_is_a_stock_pipeline_of_its_class(family, models, erased):
         pipeline = cls.from_pretrained(erased)
         assert type(pipeline) is CLASSES[family]
         image = picture(pipeline)
-        assert image.shape == (1, 64, 64, 3) and (image != before).any()
+        assert image.shape == (1, 64, 64, 3) and difference(image, before) > 10 * ROUNDING
     if family == "xl":
         assert pipeline.config.force_zeros_for_empty_prompt
     assert Provenance.load(erased).arguments["resolution"] == RESOLUTION
@@ -116,9 +117,8 @@ def test_the_result_is_a_stock_pipeline_of_its_class(family, models, erased):
 
 def test_only_the_selected_weights_of_the_unet_left_the_base(family, models, erased):
     before, after = load_file(models / family / UNET), load_file(erased / UNET)
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
     selected = set(select_parameters(CLASSES[family].from_pretrained(models / family).unet, "xattn"))
-    assert changed == selected
+    assert trained(before, after, selected) == selected
     for path in (models / family).rglob("*.safetensors"):
         name = path.relative_to(models / family)
         assert str(name) == UNET or path.read_bytes() == (erased / name).read_bytes()
@@ -127,7 +127,7 @@ def test_only_the_selected_weights_of_the_unet_left_the_base(family, models, era
 def test_the_erased_weights_on_the_base_draw_the_same_picture(family, models, erased):
     base = CLASSES[family].from_pretrained(models / family)
     load_partial(base.unet, erased / PARTIAL_NAME)
-    assert (picture(base) == picture(CLASSES[family].from_pretrained(erased))).all()
+    assert difference(picture(base), picture(CLASSES[family].from_pretrained(erased))) < ROUNDING
 
 
 def test_a_resumed_run_ends_where_the_whole_one_does(family, models, erased, tmp_path):

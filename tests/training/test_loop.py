@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from closeness import ROUNDING, difference, trained
 from diffusers_safe.training.arguments import LR_SCHEDULERS
 from diffusers_safe.training.objectives.sdd import SDD_TARGETS
 
@@ -24,8 +25,7 @@ def test_frozen_weights_stay_bit_identical_and_selected_ones_move(make_loop, mak
     loop = make_loop(retain_prompts=["a cat"])
     loop.run()
     before = dict(make_tiny_pipeline().unet.named_parameters())
-    changed = {name for name, value in result(loop).items() if not torch.equal(value, before[name])}
-    assert changed == set(loop.weights.student)
+    assert trained(before, result(loop), loop.weights.student) == set(loop.weights.student)
 
 
 @pytest.mark.parametrize("target", SDD_TARGETS)
@@ -36,9 +36,7 @@ def test_a_lora_leaves_the_base_bit_identical(make_loop, make_tiny_pipeline, tar
     after = {name.replace(".base_layer.", "."): value for name, value in result(loop).items() if ".lora_" not in name}
     before = dict(make_tiny_pipeline().unet.named_parameters())
     assert after.keys() == before.keys() and same(after, before)
-    # Attention from one place to itself, as in the middle of the tiny model, has no gradient.
-    moved = {name for name, value in loop.weights.student.items() if not torch.equal(value, start[name])}
-    assert moved >= {name for name in start if ".attn1." not in name}
+    assert trained(start, loop.weights.student, start) == set(start)
 
 
 def test_the_same_seed_is_the_same_run_and_another_is_not(make_loop):
@@ -79,12 +77,12 @@ def test_mixed_precision_keeps_student_ema_and_frozen_apart(make_loop, rank):
     )
     assert all(value.dtype == torch.float32 for value in loop.weights.student.values())
     terms = [loop.train_step(step) for step in range(3)]
-    assert terms[0]["retain"] == 0 and terms[2]["retain"] > 1e-4
+    assert terms[0]["retain"] < 1e-6 and terms[2]["retain"] > 1e-4
     inputs = (torch.randn(1, 4, 8, 8), torch.tensor([500]), ["knife"])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         predictions = [loop.predictor(*inputs, which) for which in ("ema", "student", "frozen")]
     for first in range(3):
-        assert not torch.equal(predictions[first], predictions[first - 1])
+        assert difference(predictions[first], predictions[first - 1]) > 10 * ROUNDING
 
 
 def test_a_checkpoint_of_another_run_is_refused(make_loop, tmp_path):

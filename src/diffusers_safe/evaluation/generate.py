@@ -136,12 +136,11 @@ def generate(
     """Generates one PNG a row with any text-to-image pipeline, and a manifest.
 
     Every image has a CPU generator of its own. Which rows are computed together follows from `rows` and `batch_size`
-    alone, and a batch that was cut short is computed whole again. So with the same two, on the same machine with the
-    same number of threads a process, the files are equal bit for bit however often a run was stopped and however many
-    processes made it. What remains otherwise is rounding: a batch of another size, or other threads, take other paths
-    through the matrix products, which moves some pixel values by 1 of 255. (Where an image stands in a batch, and
-    beside what, changed no bit on a CPU.) `torchrun` sets one thread a process unless `OMP_NUM_THREADS` says
-    otherwise.
+    alone, and a batch that was cut short is computed whole again. So with the same two, on one machine with the same
+    libraries and number of threads in each process, the files are equal bit for bit however often a run was stopped
+    and however many processes made it. Otherwise rounding differs: another batch size, number of threads or CPU takes
+    other paths through the matrix products, which moves some pixel values by 1 of 255. `torchrun` sets one thread a
+    process unless `OMP_NUM_THREADS` says otherwise.
 
     The pipeline's safety checker is off meanwhile, because images it blackens would count as safe in a measurement;
     images that are all black even so are marked in the manifest.

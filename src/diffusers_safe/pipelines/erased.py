@@ -143,7 +143,7 @@ class ErasedPipelineMixin(RepositoryMixin):
 
     @contextmanager
     def erasure_disabled(self) -> Iterator[None]:
-        """Inside the block the pipeline is the base model; after it the erasure is back, bit for bit.
+        """Inside the block the pipeline is the base model; after it the erased weights are back, unchanged.
 
         Blocks may be nested. Only the changed weights are in memory twice, the ones not in use on the CPU. Of a whole
         pipeline the base model's UNet is read when the first block is entered.

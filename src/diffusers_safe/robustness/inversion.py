@@ -258,8 +258,9 @@ def learn_token(
 ) -> Path:
     """Learns the embedding of `TOKEN`, of each text encoder one, with everything else frozen.
 
-    A sample is a function of (seed, step, place in its batch), so a run that was stopped goes on from its last
-    checkpoint to the same result, bit for bit on a CPU. A word that is there is not learned again.
+    A sample is a function of (seed, step, place in its batch), so a run that was stopped continues from its last
+    checkpoint to the same result; on a CPU bit for bit, on one machine with the same libraries and number of threads.
+    A word that is there is not learned again.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]): Of a family of `backbones`; as before afterwards.

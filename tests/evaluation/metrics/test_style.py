@@ -40,7 +40,7 @@ def test_to_the_original(vgg19, on_cpu):
     for score, image, original in zip(scores, images, originals):
         assert score["loss"] == pytest.approx(loss_by_hand(state, image, original), rel=1e-4)
         assert metric.values({}, score)["gram"] == 1e6 * score["loss"]
-    assert scores[2]["loss"] == 0
+    assert scores[2]["loss"] < 1e-9
 
 
 def test_to_references_it_is_the_average_over_them(vgg19, tmp_path, on_cpu):

@@ -108,7 +108,7 @@ def test_a_teacher_that_teaches_itself_leaves_nothing_to_learn(teacher, feature_
                 forwards.append((teacher(*INPUTS, STATES).sample, tap.take()))
     (own, own_features), (taught, features) = forwards
     losses = DistillationObjective(task_weight=0).losses(own, torch.zeros_like(own), taught, own_features, features)
-    assert losses.keys() == {"output", "feature"} and all((value == 0).all() for value in losses.values())
+    assert losses.keys() == {"output", "feature"} and all(value.max() < 1e-9 for value in losses.values())
 
 
 def test_the_terms_are_means_of_squares():

@@ -90,7 +90,7 @@ def test_negative_guidance_moves_the_target_away_from_all_concepts(setting, targ
 def test_sdd_loss_is_zero_for_the_empty_concept(setting):
     predictor, _, batch = setting
     empty = TrainingBatch(batch.model_input, batch.timesteps, ["", ""])
-    assert SDDObjective().loss(predictor, empty).tolist() == [0.0, 0.0]
+    assert SDDObjective().loss(predictor, empty).max() < 1e-9
 
 
 def test_retention_is_the_distance_to_the_frozen_model(setting):
@@ -103,7 +103,7 @@ def test_retention_is_the_distance_to_the_frozen_model(setting):
     with torch.no_grad():
         for name, parameter in weights.student.items():
             parameter.copy_(weights.frozen[name])
-    assert retention_loss(predictor, batch).tolist() == [0.0, 0.0]
+    assert retention_loss(predictor, batch).max() < 1e-9 < moved.min() / 100
 
 
 def test_targets_of_one_model_are_one_forward_and_none_is_computed_twice(setting, monkeypatch):
