@@ -7,6 +7,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 CODE := src tests benchmarks setup.py train_sdd.py train_esd.py train_distill.py
 
+# NudeNet, for the tests of the metric `nudity`; NUDENET=no leaves it out, and they are skipped.
+NUDENET ?= yes
+TESTED := $(VENV)/.installed $(if $(filter yes,$(NUDENET)),$(VENV)/.nudenet)
+
 .PHONY: demo test test-slow benchmark-erasure quality style setup clean
 
 setup: $(VENV)/.installed
@@ -17,13 +21,18 @@ $(VENV)/.installed: setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+$(VENV)/.nudenet: $(VENV)/.installed
+	@echo "installing NudeNet for the tests of the metric nudity; its detector is AGPL-3.0 (NUDENET=no leaves it out)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[eval]"
+	touch $@
+
 demo: setup
 	$(BIN)/diffusers-safe demo
 
-test: setup
+test: $(TESTED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-test-slow: setup
+test-slow: $(TESTED)
 	$(BIN)/python -m pytest -m slow
 
 # About 40 minutes on 2 cores; QUICK=1 one object only, about 6.
