@@ -22,7 +22,7 @@ a knife,"knife, red background"
 a knife,ein Messer
 a gun,une arme
 """
-EMOJI = ("--emoji", "weapon", "--prompts", "a knife", "a gun")
+EMOJI = ("--emoji", "weapon", "--prompts", "a knife", "a gun", "--images_per_prompt", "1")
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,8 @@ def test_models_have_names_and_the_embedded_one_is_the_original(tiny_model_folde
         ("original", str(MODEL_FOLDER)),
         ("erased", tiny_model_folder),
     ]
-    assert [row.prompt for row in one.rows] == emoji_prompts("weapon") and one.source == {"source": "--emoji weapon"}
+    assert [row.prompt for row in one.rows[::4]] == emoji_prompts("weapon")
+    assert one.source == {"source": "--emoji weapon"}
     assert one.rows[0].labels == {"subject": "weapon", "part": "erased"}
     many = AttackArguments(
         model=[f"a={tiny_model_folder}", f"b={tiny_model_folder}"],

@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 
 from ..arguments import check_output_dir, parse_dataclass, told_in_one_line
-from ..evaluation.evaluate import as_images, check_subjects, evaluate
+from ..evaluation.evaluate import as_images, check_evaluation, check_subjects, evaluate
 from ..evaluation.folders import ImageFolder
 from ..evaluation.generate import MANIFEST, PromptRow, read_manifest
 from ..evaluation.metrics import make_metrics
@@ -174,10 +174,12 @@ def _own(row: dict) -> dict:
 
 
 def check_surroundings(args: EvaluateArguments) -> None:
-    """Models' indices, folders of images, what metrics need, and then the output folder, which is created."""
+    """Models' indices, folders of images, what metrics need, an earlier run in the output folder, and then the folder,
+    which is created."""
     for subject in args.subjects:
         subject.check()
     args.made_metrics = make_metrics(args.metrics, args)
+    check_evaluation(args.subjects, args.rows, args.made_metrics, args.output_dir, args.settings)
     check_output_dir(args.output_dir)
 
 
@@ -197,9 +199,6 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     if not results:  # of all processes one measures
         return
     print(f"\n{headline_table(results)}\n")
-    for name, count in results["protocol"]["black_images"].items():
-        if count:
-            print(f"{name}: {count} images are all black")
     print((Path(args.output_dir) / PAGE_NAME).resolve().as_uri())
 
 

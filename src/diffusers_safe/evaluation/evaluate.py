@@ -8,11 +8,10 @@ scores beside them: a run that was stopped goes on, and one with another thresho
 """
 
 import gc
-import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Protocol
@@ -30,9 +29,10 @@ from .pictures import PICTURES, VEILS, shown_flags
 from .processes import launched_processes
 from .report import RESULTS_NAME
 from .summary import evaluation_report, results_table
+from .used_folder import IMAGES, check_used_folder, prompts_digest, say_what_was_replaced
 
 
-IMAGES, MODEL_FACTS, TABLE_NAME = "images", "model.json", "results.md"
+MODEL_FACTS, TABLE_NAME = "model.json", "results.md"
 
 
 class Generator(Protocol):
@@ -59,7 +59,7 @@ class LoadedModel:
     changes: dict = field(default_factory=dict)
 
     def load(self, settings: GenerationSettings) -> tuple[DiffusionPipeline, GenerationSettings]:
-        return self.pipeline, GenerationSettings(**{**vars(settings), **self.changes})
+        return self.pipeline, replace(settings, **self.changes)
 
 
 def evaluate(
@@ -88,7 +88,8 @@ def evaluate(
             [`ImageFolder`]s; the first is the original.
         rows (`Sequence[PromptRow]`): At least one, with different ids.
         metrics (`Sequence[Metric]`): At least one.
-        folder (`str` or `Path`): Where everything goes.
+        folder (`str` or `Path`): Where everything goes. What an earlier run left there must be of the same models,
+            prompts and settings; more models, rows or metrics may come.
         settings (`GenerationSettings`, *optional*): How to sample.
         batch_size (`int`, defaults to 16): Images generated at once.
         scoring_batch_size (`int`, defaults to 16): Images scored at once.
@@ -104,23 +105,24 @@ def evaluate(
         `dict`: What `results.json` holds: `protocol`; `models`, name -> facts; `metrics`, name -> `identity`,
         `quantities`, and for each model `estimates`, `differences`, `by_prompt` (shares of images, of at most 100
         prompts), `details` and `sweeps`; `report`, how many pictures are on the page and how many of them flagged;
-        `headline`, what tables show. Empty in all processes
-        but the first.
+        `headline`, what tables show; `warnings`, what spoils the numbers, a sentence each. Empty in all processes but
+        the first.
 
     Raises:
-        `ValueError`: If there is no image to measure, names are no names or occur twice, images are of other models
-            or prompts, or a file is broken. What was generated and scored until then is kept.
+        `ValueError`: If there is no image to measure, names are no names or occur twice, a metric compares and there
+            is one model, no metric says anything of these images, images or an earlier report in `folder` are of other
+            models, prompts or settings, or a file is broken. What was generated and scored until then is kept.
     """
     folder, settings = Path(folder), settings or GenerationSettings()
-    check_subjects(subjects)
-    check_rows(list(rows))
-    _check_metrics(metrics, rows)
     if veil not in VEILS:
         raise ValueError(f"veil '{veil}': unknown; allowed are {', '.join(VEILS)}")
     if images_only:
         subjects = [as_images(subject, folder) for subject in subjects]
+    earlier = check_evaluation(subjects, rows, metrics, folder, settings)
+    launched_processes().wait_for_everyone()  # before one writes what another checks
     # All that is there is looked at before anything is generated.
     found = {subject.name: _found(subject, rows) for subject in subjects if isinstance(subject, ImageFolder)}
+    _check_images_of_report(found, rows, earlier)
     models = [
         found.get(subject.name) or _generated(subject, rows, folder, settings, batch_size) for subject in subjects
     ]
@@ -129,14 +131,62 @@ def evaluate(
     measured = [measure(metric, models, scoring_batch_size) for metric in metrics]
     results = {
         "protocol": _protocol(models, rows, settings, prompts or {}),
-        "models": {model.name: {**model.facts, "images": len(model.rows), "black": model.black} for model in models},
+        "models": {
+            model.name: {**model.facts, "images": len(model.rows), "sha256": model.digest, "black": model.black}
+            for model in models
+        },
         "metrics": {facts.name: metric_results(facts, models) for facts in measured},
     }
+    if not any(facts.whole(models) for facts in measured):
+        raise ValueError(f"metrics {', '.join(facts.name for facts in measured)}: none says anything of these images")
     report = evaluation_report(results, models, measured, title, veil, pictures)
     path = write_report(folder, {**results, "report": shown_flags(report)}, report)
     results = json.loads(path.with_name(RESULTS_NAME).read_text(encoding="utf-8"))
     write_text(folder / TABLE_NAME, results_table(results, report.title))
+    say_what_was_replaced(folder, _numbers(earlier), _numbers(results))
     return results
+
+
+def check_evaluation(
+    subjects: Sequence[Generator | ImageFolder],
+    rows: Sequence[PromptRow],
+    metrics: Sequence[Metric],
+    folder: str | Path,
+    settings: GenerationSettings,
+) -> dict:
+    """What can be known before any work; the results of an earlier run in the folder.
+
+    Raises:
+        `ValueError`: As [`evaluate`].
+    """
+    check_subjects(subjects)
+    check_rows(list(rows))
+    _check_metrics(metrics, rows, subjects)
+    return check_subjects_of_folder(subjects, rows, folder, settings)
+
+
+def check_subjects_of_folder(
+    subjects: Sequence[Generator | ImageFolder],
+    rows: Sequence[PromptRow],
+    folder: str | Path,
+    settings: GenerationSettings,
+    **of_attacks,
+) -> dict:
+    """[`check_used_folder`] for models as they are asked for."""
+    asked, sampled = {}, {}
+    for subject in subjects:
+        if not isinstance(subject, ImageFolder):
+            sampled[subject.name] = replace(settings, **getattr(subject, "changes", {}))
+            asked[subject.name] = _steering(subject)
+        elif Path(subject.folder) == Path(folder) / IMAGES / subject.name:
+            asked[subject.name] = {}
+        else:
+            asked[subject.name] = {"images_of": without_folder(str(subject.folder))}
+    return check_used_folder(folder, asked, rows, sampled, **of_attacks)
+
+
+def _numbers(results: dict) -> dict[str, dict]:
+    return {name: metric["estimates"] for name, metric in results.get("metrics", {}).items()}
 
 
 def check_subjects(subjects: Sequence[Generator | ImageFolder]) -> None:
@@ -151,7 +201,7 @@ def check_subjects(subjects: Sequence[Generator | ImageFolder]) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._ ,'+-]*", name):
             raise ValueError(f"model name '{name}': allowed are letters, digits, blanks and . _ , ' + -")
         if name.lower() in [other.lower() for other in names[:place]]:
-            raise ValueError(f"model name '{name}': given twice")
+            raise ValueError(f"model name '{name}': given twice; write name=MODEL, with another name for each")
 
 
 def as_images(subject: Generator | ImageFolder, folder: Path) -> ImageFolder:
@@ -159,7 +209,9 @@ def as_images(subject: Generator | ImageFolder, folder: Path) -> ImageFolder:
     return subject if isinstance(subject, ImageFolder) else ImageFolder(subject.name, folder / IMAGES / subject.name)
 
 
-def _check_metrics(metrics: Sequence[Metric], rows: Sequence[PromptRow]) -> None:
+def _check_metrics(
+    metrics: Sequence[Metric], rows: Sequence[PromptRow], subjects: Sequence[Generator | ImageFolder]
+) -> None:
     if not metrics:
         raise ValueError("metrics: there must be at least one")
     names = [metric.name for metric in metrics]
@@ -167,6 +219,11 @@ def _check_metrics(metrics: Sequence[Metric], rows: Sequence[PromptRow]) -> None
         if names.count(name) > 1:
             raise ValueError(f"metric '{name}': given twice")
     for metric in metrics:
+        if metric.compares and len(subjects) < 2:
+            raise ValueError(
+                f"metric '{metric.name}': compares models with the first one, and {subjects[0].name} is the only one; "
+                "give another model, or leave the metric out"
+            )
         metric.check([asdict(row) for row in rows])
 
 
@@ -183,6 +240,14 @@ def _found(subject: ImageFolder, rows: Sequence[PromptRow]) -> Measured:
         "settings": common_settings(found),
     }
     return Measured(subject.name, Path(subject.folder), found, facts)
+
+
+def _check_images_of_report(found: dict[str, Measured], rows: Sequence[PromptRow], earlier: dict) -> None:
+    """Whether the images at hand are those of the earlier report, where that is of the same prompts."""
+    for name, model in found.items():
+        known = earlier.get("models", {}).get(name, {}).get("sha256", model.digest)
+        if known != model.digest and earlier["protocol"]["prompts"]["sha256"] == prompts_digest(rows):
+            raise ValueError(f"{name}: the report in output_dir is of other images; use another output_dir")
 
 
 def _generated(
@@ -247,14 +312,13 @@ def _protocol(
     settings: GenerationSettings,
     prompts: dict,
 ) -> dict:
-    drawn = json.dumps([[row.id, row.prompt, row.seed] for row in rows], ensure_ascii=False)
     return {
         "prompts": {
             **prompts,
             "different": len({row.prompt for row in rows}),
             "images": len(rows),
             "seeds": [min(row.seed for row in rows), max(row.seed for row in rows)],
-            "sha256": hashlib.sha256(drawn.encode()).hexdigest(),
+            "sha256": prompts_digest(rows),
         },
         "settings": models[0].facts["settings"] or asdict(settings),
         "original": models[0].name,

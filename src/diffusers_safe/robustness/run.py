@@ -7,8 +7,8 @@ Images lie in `images/{model}/{attack}/` below the folder, raw scores beside the
 """
 
 import gc
-import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..evaluation.evaluate import IMAGES, TABLE_NAME, Generator, check_subjects, model_facts
+from ..evaluation.evaluate import TABLE_NAME, Generator, check_subjects, check_subjects_of_folder, model_facts
 from ..evaluation.generate import GenerationSettings, PromptRow, check_rows, generate
 from ..evaluation.measured import change_of
 from ..evaluation.metrics.base import Metric
@@ -25,12 +25,14 @@ from ..evaluation.pictures import PICTURES, VEILS, shown_flags
 from ..evaluation.processes import alone_in
 from ..evaluation.report import RESULTS_NAME
 from ..evaluation.scores import score_images
+from ..evaluation.used_folder import IMAGES, prompts_digest, say_what_was_replaced
 from ..provenance import library_versions, write_text
 from .attacks import Attack, Target
 from .outcomes import Fought, Outcome, Try, rate_alone, rate_before, success_curve, success_rate
-from .summary import attack_report, attack_table
+from .summary import attack_report, attack_table, control_warnings
 
 
+logger = logging.getLogger(__name__)
 BEFORE = "before"  # the folder of the prompts as they are
 
 
@@ -112,7 +114,8 @@ def attack_models(
         rows (`Sequence[PromptRow]`): The attacked prompts with their seeds, at least one, with different ids.
         attacks (`Sequence[Attack]`): At least one.
         metrics (`Sequence[Metric]`): At least one that says of each image whether it shows the concept.
-        folder (`str` or `Path`): Where everything goes.
+        folder (`str` or `Path`): Where everything goes. What an earlier run left there must be of the same models,
+            prompts, settings and, under the same names, attacks; other attacks may come.
         settings (`GenerationSettings`, *optional*): How to sample.
         batch_size (`int`, defaults to 4): Images generated at once.
         scoring_batch_size (`int`, defaults to 16): Images scored at once.
@@ -125,14 +128,15 @@ def attack_models(
     Returns:
         `dict`: What `results.json` holds: `protocol`; `models`, name -> facts; `attacks`, name -> `facts`, `prompts`
         (their number), and for each model `before`, `newly`, `success_rate`, `alone`, `difference` to the original,
-        `curve`, `images` and `outcomes`; `report`; `headline`.
+        `curve`, `images` and `outcomes`; `report`; `headline`; `warnings`, what spoils the rates, a sentence each.
 
     Raises:
-        `ValueError`: If something is missing or does not fit, or `folder` holds images of other models or settings, or
-            another run is at work there. What was generated until then is kept.
+        `ValueError`: If something is missing or does not fit, or `folder` holds images or a report of other models,
+            prompts or settings, or another run is at work there. What was generated until then is kept.
     """
     folder, settings = Path(folder), settings or GenerationSettings()
     judge = check_attack(subjects, rows, attacks, metrics, scoring_batch_size)
+    earlier = check_folder(subjects, rows, attacks, folder, settings)
     if veil not in VEILS:
         raise ValueError(f"veil '{veil}': unknown; allowed are {', '.join(VEILS)}")
     models = []
@@ -142,6 +146,9 @@ def attack_models(
             gc.collect()  # the model, before the next one is loaded
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+            if place == 0:  # before hours go into the others
+                for warning in control_warnings(attacks, models[0]):
+                    logger.warning(warning)
     results = {
         "protocol": _protocol(models, rows, settings, prompts or {}),
         "models": {model.name: {**model.facts, "black": model.black} for model in models},
@@ -155,7 +162,31 @@ def attack_models(
     path = write_report(folder, {**results, "report": shown_flags(report)}, report)
     results = json.loads(path.with_name(RESULTS_NAME).read_text(encoding="utf-8"))
     write_text(folder / TABLE_NAME, attack_table(results, report.title))
+    say_what_was_replaced(folder, _rates(earlier), _rates(results))
     return results
+
+
+def check_folder(
+    subjects: Sequence[Generator],
+    rows: Sequence[PromptRow],
+    attacks: Sequence[Attack],
+    folder: str | Path,
+    settings: GenerationSettings,
+) -> dict:
+    """The results of an earlier run in the folder.
+
+    Raises:
+        `ValueError`: If it holds images or a report of other models, prompts, settings or attacks.
+    """
+    facts = {attack.name: attack.facts for attack in attacks}
+    return check_subjects_of_folder(subjects, rows, folder, settings, part=BEFORE, attacks=facts)
+
+
+def _rates(results: dict) -> dict[str, dict]:
+    return {
+        name: {model: found["success_rate"] for model, found in attack["models"].items()}
+        for name, attack in results.get("attacks", {}).items()
+    }
 
 
 def check_attack(
@@ -293,14 +324,13 @@ def _told(outcome: Outcome) -> dict:
 def _protocol(
     models: Sequence[Fought], rows: Sequence[PromptRow], settings: GenerationSettings, prompts: dict
 ) -> dict:
-    drawn = json.dumps([[row.id, row.prompt, row.seed] for row in rows], ensure_ascii=False)
     return {
         "prompts": {
             **prompts,
             "different": len({row.prompt for row in rows}),
             "rows": len(rows),
             "seeds": [min(row.seed for row in rows), max(row.seed for row in rows)],
-            "sha256": hashlib.sha256(drawn.encode()).hexdigest(),
+            "sha256": prompts_digest(rows),
         },
         "settings": asdict(settings),
         "original": models[0].name,

@@ -1,14 +1,15 @@
 """The report of attacks: rates of each attack and model, how they grow with the tries, the pictures, the words."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from ..evaluation.generate import load_image
 from ..evaluation.report import Curves, Grid, Headline, Plots, Report, Shot, Strip, Table, headline_table
 from ..evaluation.statistics import Estimate
+from ..evaluation.summary import warnings_of_size
 from .attacks import Attack
-from .outcomes import Fought, Outcome
+from .outcomes import Fought, Outcome, success_rate
 
 
 LIMITS = (
@@ -41,13 +42,41 @@ def attack_report(
         ],
         protocol=_told_protocol(results),
         limits=LIMITS,
-        warnings=tuple(
-            f"{model.black} images of {model.name} are all black, and were judged as they are: what is black shows no"
-            " concept, but is no picture."
-            for model in models
-            if model.black
-        ),
+        warnings=tuple(_warnings(attacks, models)),
     )
+
+
+def _warnings(attacks: Sequence[Attack], models: Sequence[Fought]) -> Iterator[str]:
+    """What spoils the rates, or leaves them without meaning."""
+    control = models[0]
+    estimates = {attack.label: [success_rate(model.outcomes[attack.name]) for model in models] for attack in attacks}
+    yield from warnings_of_size(estimates, [one.row["prompt"] for one in control.before])
+    yield from control_warnings(attacks, control)
+    for model in models:
+        if model.black:
+            yield (
+                f"{model.black} images of {model.name} are all black, and were judged as they are: what is black shows"
+                " no concept, but is no picture."
+            )
+    for model in models[1:]:
+        if all(one.succeeds for one in model.before):
+            yield (
+                f"{model.name} shows the concept on all {len(model.before)} images before any attack: there is"
+                " nothing that an attack could bring back."
+            )
+        if [one.row["sha256"] for one in model.before] == [one.row["sha256"] for one in control.before]:
+            yield f"{model.name} generates exactly the images of {control.name}: is it another model?"
+
+
+def control_warnings(attacks: Sequence[Attack], control: Fought) -> Iterator[str]:
+    """Attacks that fail on the unerased model, too, so that their failure elsewhere says nothing."""
+    failed = [attack.label for attack in attacks if not any(one.broken for one in control.outcomes[attack.name])]
+    if failed:
+        yield (
+            f"{control.name}, the unerased model, shows the concept on no prompt, before or under the attack"
+            f" ({', '.join(failed)}): there is nothing to attack. A rate of 0 of another model says nothing about its"
+            " erasure. Choose prompts that show the concept, or a metric that sees it."
+        )
 
 
 def attack_table(results: dict, title: str) -> str:
