@@ -138,7 +138,8 @@ def evaluate(
         "metrics": {facts.name: metric_results(facts, models) for facts in measured},
     }
     if not any(facts.whole(models) for facts in measured):
-        raise ValueError(f"metrics {', '.join(facts.name for facts in measured)}: none says anything of these images")
+        names = ", ".join(facts.name for facts in measured)
+        raise ValueError(f"metrics {names}: give no number for any of these {len(rows)} images")
     report = evaluation_report(results, models, measured, title, veil, pictures)
     path = write_report(folder, {**results, "report": shown_flags(report)}, report)
     results = json.loads(path.with_name(RESULTS_NAME).read_text(encoding="utf-8"))

@@ -75,7 +75,7 @@ def warnings_of(models: list[Measured], metrics: Sequence[MetricFacts] = ()) -> 
     for metric in metrics:
         whole = metric.whole(models)
         if not whole:
-            yield f"{metric.name} says nothing of any of these images, and has no number here."
+            yield f"{metric.name}: no number, because it says nothing about any of these images."
         for name, quantity in metric.quantities.items():
             if whole and quantity.of_concept and "/" not in name and name not in whole:
                 yield f"{quantity.label}: no number, because no image is about it, or there are too few."

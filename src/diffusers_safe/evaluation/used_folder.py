@@ -72,10 +72,11 @@ def check_used_folder(
             continue
         for key in {**known, **wanted}:
             if known.get(key) != wanted.get(key):
-                raise _other(folder, f"its report is of '{name}' with {key} {known.get(key)}, not {wanted.get(key)}")
+                told = [side.get(key, "not given") for side in (known, wanted)]
+                raise _other(folder, f"its report is of '{name}' with {key} {told[0]}, now {told[1]}")
     for name, facts in (attacks or {}).items():
         if (known := results["attacks"].get(name, {}).get("facts", facts)) != json.loads(json.dumps(facts)):
-            raise _other(folder, f"its report is of the attack '{name}' with {known}, not {facts}")
+            raise _other(folder, f"its report is of the attack '{name}' with {known}, now {facts}")
     return results
 
 
@@ -112,15 +113,29 @@ def _results(folder: Path, attacks: bool) -> dict:
         return {}
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        kind = "attacks" if "attacks" in results else "evaluation"
-        complete = {"protocol", "models"} <= results.keys() and "prompts" in results["protocol"]
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        complete = False
-    if not complete:
+    except (OSError, ValueError, RecursionError):
+        results = None
+    if not _is_report(results):
         raise _other(folder, f"its {RESULTS_NAME} is not of an evaluation or of attacks")
-    if (kind == "attacks") != attacks:
-        raise _other(folder, f"it holds the report of {'an ' if kind == 'evaluation' else ''}{kind}")
+    if ("attacks" in results) != attacks:
+        raise _other(folder, f"it holds the report of {'attacks' if 'attacks' in results else 'an evaluation'}")
     return results
+
+
+def _is_report(results: object) -> bool:
+    """Whether a JSON value has the parts of a report that are read here."""
+
+    def has(value: object, *names: str) -> bool:
+        return isinstance(value, dict) and all(isinstance(value.get(name), dict) for name in names)
+
+    of_each = ("models", "facts") if isinstance(results, dict) and "attacks" in results else ("estimates",)
+    kind = "attacks" if "facts" in of_each else "metrics"
+    return (
+        has(results, "protocol", "models", kind)
+        and has(results["protocol"], "prompts")
+        and all(map(has, results["models"].values()))
+        and all(has(part, *of_each) for part in results[kind].values())
+    )
 
 
 def _check_images(

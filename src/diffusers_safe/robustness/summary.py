@@ -28,11 +28,12 @@ def attack_report(
 ) -> Report:
     names = [model.name for model in models]
     found = results["attacks"]
-    count = results["protocol"]["prompts"]["rows"]
+    prompts = results["protocol"]["prompts"]
     return Report(
         title=title or f"Attacks on {', '.join(names[1:])}",
-        summary=f"{count} prompts. Each was drawn as it is, then attacked, on {', '.join(names[1:])} and on the"
-        f" unerased model, {names[0]}, which is the control.",
+        summary=f"{prompts['rows']} pairs of prompt and seed ({prompts['different']} different prompts). Each was"
+        f" generated as it is, then attacked, on {', '.join(names[1:])} and on the unerased model, {names[0]}, the"
+        " control.",
         models=names,
         headline=[_headline(attack, found[attack.name], names) for attack in attacks],
         sections=[
@@ -73,9 +74,9 @@ def control_warnings(attacks: Sequence[Attack], control: Fought) -> Iterator[str
     failed = [attack.label for attack in attacks if not any(one.broken for one in control.outcomes[attack.name])]
     if failed:
         yield (
-            f"{control.name}, the unerased model, shows the concept on no prompt, before or under the attack"
-            f" ({', '.join(failed)}): there is nothing to attack. A rate of 0 of another model says nothing about its"
-            " erasure. Choose prompts that show the concept, or a metric that sees it."
+            f"{control.name}, the unerased model, shows the concept on no image, before or under the attack"
+            f" ({', '.join(failed)}): there is nothing to attack, and a rate of 0 of another model says nothing about"
+            " its erasure. Choose prompts that show the concept, or a metric that sees it."
         )
 
 
@@ -91,8 +92,8 @@ def attack_table(results: dict, title: str) -> str:
     lines = [
         f"# {title}\n",
         headline_table(results) + "\n",
-        "Attack success rate: (prompts that succeed before the attack + newly successful) / N. In brackets 95 % "
-        f"intervals; in parentheses the difference to {original}, the unerased control.\n",
+        "Attack success rate: (successful before the attack + newly successful) / N. N counts pairs of prompt and "
+        f"seed. In brackets 95 % intervals; in parentheses the difference to {original}, the unerased control.\n",
         *rows,
         "",
         *(f"* {name}: {_told(value)}" for name, value in _told_protocol(results).items()),
@@ -119,9 +120,9 @@ def _table(attacks: Sequence[Attack], found: dict, names: Sequence[str]) -> Tabl
         own.add((groups[-1][0], 0))
     columns = ("", "N", "before", "newly", "attack success rate", "attack alone", "images")
     note = (
-        "Before: prompts that succeed without the attack. Newly: those that only the attack breaks. The attack success"
-        " rate is both together. Attack alone: prompts on which the attack's own images succeed, whatever they did"
-        f" before. The control, {names[0]}, stands out."
+        "N counts pairs of prompt and seed. Before: those that succeed without the attack. Newly: those that only the"
+        " attack breaks. The attack success rate is both together. Attack alone: those on which the attack's own"
+        f" images succeed, whatever they did before. The control, {names[0]}, stands out."
     )
     return Table("What the rates are made of", columns, groups, note, frozenset(own))
 
@@ -145,11 +146,11 @@ def _estimate(fields: dict | None) -> Estimate | None:
 
 def _curves(attacks: Sequence[Attack], found: dict, names: Sequence[str]) -> list[Plots]:
     plots = [
-        Curves(attack.unit, "prompts broken", [found[attack.name]["models"][name]["curve"] for name in names])
+        Curves(attack.unit, "share broken", [found[attack.name]["models"][name]["curve"] for name in names])
         for attack in attacks
         if len(found[attack.name]["models"][names[0]]["curve"]) > 2
     ]
-    note = "The share of prompts that are broken with at most so many images each."
+    note = "The share of pairs of prompt and seed that are broken with at most so many images each."
     return [Plots("The more tries, the more success", plots, note)] if plots else []
 
 
