@@ -8,6 +8,10 @@ BIN := $(VENV)/bin
 MACHINES := MKL_CBWR=COMPATIBLE MKL_CBWR=AVX2 ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 OTHER_MACHINE=1
 CODE := src tests benchmarks setup.py train_sdd.py train_esd.py train_distill.py
 
+# NudeNet, for the tests of the metric `nudity`; NUDENET=no leaves it out, and they are skipped.
+NUDENET ?= yes
+TESTED := $(VENV)/.installed $(if $(filter yes,$(NUDENET)),$(VENV)/.nudenet)
+
 .PHONY: demo test test-portable test-slow benchmark-erasure quality style setup clean
 
 setup: $(VENV)/.installed
@@ -18,11 +22,16 @@ $(VENV)/.installed: setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+$(VENV)/.nudenet: $(VENV)/.installed
+	@echo "installing NudeNet for the tests of the metric nudity; its detector is AGPL-3.0 (NUDENET=no leaves it out)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[eval]"
+	touch $@
+
 demo: setup
 	$(BIN)/diffusers-safe demo
 
 test: export OMP_NUM_THREADS ?= 1
-test: setup
+test: $(TESTED)
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # The tests as other machines would run them, some minutes for each: other paths through matrix products, two threads,
@@ -30,7 +39,7 @@ test: setup
 test-portable: setup
 	set -e; for machine in $(MACHINES); do echo "$$machine"; env $$machine $(MAKE) --no-print-directory test; done
 
-test-slow: setup
+test-slow: $(TESTED)
 	$(BIN)/python -m pytest -m slow
 
 # About 40 minutes on 2 cores; QUICK=1 one object only, about 6.

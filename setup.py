@@ -41,7 +41,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        # NudeNet's detector is AGPL-3.0. The other metrics need no more than the package itself.
+        # For the metric `nudity` alone. NudeNet's detector is AGPL-3.0, so `dev` leaves it out.
         "eval": ["nudenet>=3.4.2,<3.5"],
         "app": ["gradio>=5"],
         "dev": [
@@ -51,7 +51,6 @@ setup(
             "ruff>=0.14",
             "tensorboard>=2.18",
             "scipy>=1.11",
-            "nudenet>=3.4.2,<3.5",
             "torchmetrics>=1.9,<2",
             "scikit-image>=0.24",
         ],

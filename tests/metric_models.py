@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, ResNetConfig, ResNetForImageClassification
@@ -15,6 +16,11 @@ from diffusers_safe.evaluation.metrics.trunks import Trunk
 
 
 WIDTH = 24  # of a tiny CLIP's embeddings
+
+
+def nudenet():
+    """The module of NudeNet's detector, which the extra `dev` leaves out; the test is skipped without it."""
+    return pytest.importorskip("nudenet.nudenet", reason="NudeNet (AGPL-3.0) is not installed: pip install '.[eval]'")
 
 
 def pictures(count: int, size: tuple[int, int] = (32, 32), seed: int = 0) -> list[Image.Image]:

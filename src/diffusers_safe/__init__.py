@@ -2,8 +2,17 @@
 
 import importlib
 import logging
+import os
 
 
+# Usage reports that libraries send to their makers unless these are set before they are imported; docs/architecture.md
+# says which. A value that the user has set stays.
+for _name, _value in (
+    ("ORT_DISABLE_TELEMETRY", "1"),
+    ("HF_UPDATE_DOWNLOAD_COUNTS", "0"),
+    ("HF_HUB_DISABLE_TELEMETRY", "1"),
+):
+    os.environ.setdefault(_name, _value)
 # transformers tells of every image processor that it takes pillow in torchvision's place, which nothing here needs.
 logging.getLogger("transformers.utils.import_utils").addFilter(
     lambda record: "requires torchvision (not installed); falling back" not in record.getMessage()

@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 
 from diffusers_safe import cli
+from diffusers_safe.arguments import parse_dataclass
 from diffusers_safe.commands import attack as command
 from diffusers_safe.commands.attack import AttackArguments, emoji_labels, emoji_metric, emoji_prompts
+from diffusers_safe.commands.subject import Subject
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.robustness import ConceptInversion, Paraphrases, SeedSearch
 
@@ -22,7 +24,7 @@ a knife,"knife, red background"
 a knife,ein Messer
 a gun,une arme
 """
-EMOJI = ("--emoji", "weapon", "--prompts", "a knife", "a gun")
+EMOJI = ("--emoji", "weapon", "--prompts", "a knife", "a gun", "--images_per_prompt", "1")
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +94,8 @@ def test_models_have_names_and_the_embedded_one_is_the_original(tiny_model_folde
         ("original", str(MODEL_FOLDER)),
         ("erased", tiny_model_folder),
     ]
-    assert [row.prompt for row in one.rows] == emoji_prompts("weapon") and one.source == {"source": "--emoji weapon"}
+    assert [row.prompt for row in one.rows[::4]] == emoji_prompts("weapon")
+    assert one.source == {"source": "--emoji weapon"}
     assert one.rows[0].labels == {"subject": "weapon", "part": "erased"}
     many = AttackArguments(
         model=[f"a={tiny_model_folder}", f"b={tiny_model_folder}"],
@@ -189,3 +192,41 @@ def test_several_processes_are_refused(tiny_model_folder, tmp_path, capsys, monk
     with pytest.raises(SystemExit):
         cli.main(["attack", "--model", tiny_model_folder, *EMOJI, "--attacks", "seeds", "--output_dir", str(tmp_path)])
     assert "2 processes: attacks run in one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        (["--emoji", "knife"], 20),
+        (["--emoji", "weapon"], 20),
+        (["--emoji", "weapon", "--prompts", "a knife", "a gun", "a bomb"], 21),
+        (["--emoji", "weapon", "--prompts", *(f"a knife {i}" for i in range(30))], 30),
+        (["--emoji", "weapon", "--images_per_prompt", "2"], 10),
+        (["--emoji", "weapon", "--attacks", "inversion", "--concept", "knife"], 20),
+        (["--emoji", "weapon", "--attacks", "seeds", "inversion", "--concept", "knife"], 100),
+    ],
+)
+def test_an_attack_has_at_least_20_pairs_of_prompt_and_seed(tiny_model_folder, options, count):
+    attacks = [] if "--attacks" in options else ["--attacks", "seeds"]
+    args = parse_dataclass(AttackArguments, argv=["--model", tiny_model_folder, *attacks, *options])
+    assert len(args.rows) == count == len({(row.prompt, row.seed) for row in args.rows})
+
+
+def test_a_used_folder_is_refused_before_any_work(tiny_model_folder, other_folder, tmp_path, capsys, monkeypatch):
+    words = ["attack", "--original", tiny_model_folder, *EMOJI, *QUICK, "--attacks", "seeds", "--num_seeds", "2",
+             "--output_dir", str(tmp_path)]  # fmt: skip
+    cli.main([*words, "--model", other_folder])
+    told = capsys.readouterr().out
+    assert "* Warning: Fewer than 20 images" in told and "* Warning: Only 2" not in told
+    monkeypatch.setattr(Subject, "load", None)
+    for changes, message in (
+        (["--model", other_folder, "--seed", "3"], "it holds images of other prompts or seeds"),
+        (["--model", other_folder, "--num_inference_steps", "2"], "have num_inference_steps 1, not 2"),
+        (["--model", f"b={other_folder}"], "its report has a model 'erased', which is not among these"),
+        (["--model", other_folder, "--num_seeds", "3"], "attack 'seeds' with {'seeds': 2}, now {'seeds': 3}"),
+        (["--model", tiny_model_folder], "its report is of 'erased' with model"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*words, *changes])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and message in error and error.count("\n") == 1, error

@@ -88,7 +88,9 @@ def test_models_are_read_from_words(tiny_model_folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--models", "a={model}", "a={other}", *PROMPTS], "model name 'a': given twice"),
+        (["--models", "a={model}", "a={other}", *PROMPTS], "model name 'a': given twice; write name=MODEL"),
+        (["--models", "{model}", "{other}", *PROMPTS], "given twice; write name=MODEL, with another name for each"),
+        (["--models", "a={model}", *PROMPTS], "metric 'pixel_distance': compares models with the first one, and a is"),
         (["--models", "={model}", *PROMPTS], "write name=PATH"),
         (["--models", "a=nowhere/at-all-here", *PROMPTS], "no folder or Hub repository of a diffusers pipeline"),
         (["--models", "a={empty}", *PROMPTS], "holds no model, no manifest.jsonl and no PNG"),
@@ -156,6 +158,30 @@ def test_a_broken_image_is_one_line_and_what_is_there_stays(tiny_model_folder, t
         evaluate(tmp_path, *models, *PROMPTS, *QUICK, "--images_only")
     assert str(stop.value).startswith(f"error: b: {png} cannot be read as an image") and "\n" not in str(stop.value)
     assert (tmp_path / "results.json").read_bytes() == results
+
+
+def test_a_used_folder_is_refused_before_any_work(tiny_model_folder, tmp_path, capsys, monkeypatch):
+    models = ("--models", f"original={tiny_model_folder}", f"b={tiny_model_folder}")
+    evaluate(tmp_path, *models, *PROMPTS, *QUICK)
+    assert "* Warning: Fewer than 20 images" in capsys.readouterr().out
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(Subject, "load", None)
+    for changes, message in (
+        (
+            (*models, "--prompts", "a dog", *QUICK),
+            "it holds images of other prompts or seeds, such as 00000-a-knife_0",
+        ),
+        ((*models, *PROMPTS, "--seed", "1", *QUICK), "it holds images of other prompts or seeds"),
+        ((*models, *PROMPTS, *QUICK, "--num_inference_steps", "3"), "have num_inference_steps 2, not 3"),
+        ((*models[:2], f"c={tiny_model_folder}", *PROMPTS, *QUICK), "its report has a model 'b', which is not among"),
+        ((models[0], models[2], models[1], *PROMPTS, *QUICK), "its report compares with 'original', not with 'b'"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            evaluate(tmp_path, *changes)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1
+        assert f"error: output_dir {tmp_path}: " in error and message in error
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.slow

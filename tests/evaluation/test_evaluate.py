@@ -215,7 +215,7 @@ def test_black_images_are_counted_and_told(make_tiny_pipeline, models, tmp_path)
     results = evaluate([models[0], LoadedModel("dark", black)], rows_of(2, 1), [Bright(0)], tmp_path, QUICK)
     assert results["protocol"]["black_images"] == {"original": 0, "dark": 2}
     assert "2 of 2 images of dark are all black" in (tmp_path / "report.html").read_text()
-    assert "dark 2" in (tmp_path / "results.md").read_text()
+    assert "* Warning: 2 of 2 images of dark are all black" in (tmp_path / "results.md").read_text()
 
 
 @pytest.mark.parametrize(("veil", "expected"), [("all", 6), ("none", 0), ("flagged", 0)])
@@ -274,6 +274,73 @@ def test_an_interval_may_draw_images_where_there_are_no_other_prompts(halves):
     assert metric["quantities"]["concept"]["drawn"] == "images" and "As told." in halves[1]
     with pytest.raises(ValueError, match="a: drawn 'seeds' is not allowed"):
         Quantity("a", drawn="seeds")
+
+
+# --- numbers without meaning -----------------------------------------------------------------------------------------
+
+
+class Seen(Metric):
+    """A share of what a script says of a row, and another of which it says nothing."""
+
+    name = "seen"
+    quantities = {
+        "seen": Quantity("concept seen", "%", "lower", of_concept=True),
+        "never": Quantity("another concept", "%", "lower", of_concept=True),
+    }
+
+    def __init__(self, values):
+        super().__init__()
+        self.script = values
+
+    def identity(self):
+        return {"metric": self.name}
+
+    def score(self, images, rows, originals=None):
+        return [{}] * len(images)
+
+    def values(self, row, score):
+        return self.script(row)
+
+
+def test_a_metric_that_compares_needs_another_model(models, tmp_path):
+    for metrics in ([PixelDistance()], [Bright(0), PixelDistance()]):
+        with pytest.raises(
+            ValueError, match="metric 'pixel_distance': compares .*, and original is the only one; give"
+        ):
+            evaluate([Unloadable("original")], rows_of(2, 1), metrics, tmp_path / "out", QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_metric_that_says_nothing_of_these_images_makes_no_empty_table(models, tmp_path):
+    with pytest.raises(ValueError, match="metrics seen: give no number for any of these 2 images"):
+        evaluate(models[:2], rows_of(2, 1), [Seen(lambda row: {})], tmp_path, QUICK)
+    assert not (tmp_path / "results.json").exists()
+    results = evaluate(models[:2], rows_of(2, 1), [Seen(lambda row: {}), Bright(0)], tmp_path, QUICK)
+    assert "seen: no number, because it says nothing about any of these images." in results["warnings"]
+
+
+FEW = "Fewer than 20 images of a model"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "images", "seen", "expected"),
+    [
+        (7, 3, 1.0, []),
+        (7, 3, 0.0, ["concept seen: 0 of 21 images of original. There is nothing to erase"]),
+        (1, 1, 1.0, [f"{FEW} (N=1): these numbers prove little. A rate of 0 in 1 may be one of 79 %."]),
+        (1, 20, 1.0, ["All images are of one prompt, so the numbers say nothing about other prompts."]),
+        (5, 4, 1.0, ["Only 5 different prompts: intervals over prompts are rough"]),
+        (10, 1, 1.0, [f"{FEW} (N=10)"]),
+    ],
+)
+def test_numbers_without_meaning_are_commented(models, tmp_path, prompts, images, seen, expected):
+    metric = Seen(lambda row: {"seen": seen})
+    results = evaluate(models[:2], rows_of(prompts, images), [metric], tmp_path, QUICK)
+    *told, last = sorted(results["warnings"], key=lambda text: text.startswith("another concept"))
+    assert last == "another concept: no number, because no image is about it, or there are too few."
+    assert len(told) == len(expected) and all(map(str.startswith, told, expected)), told
+    table, page = (tmp_path / "results.md").read_text(), (tmp_path / "report.html").read_text()
+    assert all(f"* Warning: {text}" in table and text in page for text in expected)
 
 
 # --- folders of images -----------------------------------------------------------------------------------------------
@@ -340,7 +407,7 @@ def test_a_folder_that_cannot_hold_scores_is_told_first(tmp_path, monkeypatch):
     Image.new("RGB", (8, 8)).save(tmp_path / "0_0.png")
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere but on read-only disks
     with pytest.raises(ValueError, match="theirs: .* cannot be written, and scores are kept there"):
-        evaluate([ImageFolder("theirs", tmp_path)], rows_of(1, 1), [PixelDistance()], tmp_path / "out")
+        evaluate([ImageFolder("theirs", tmp_path)], rows_of(1, 1), [Bright(0)], tmp_path / "out")
 
 
 def test_images_of_other_prompts_or_several_models_are_refused(models, tmp_path):

@@ -170,3 +170,19 @@ def test_of_a_single_prompt_images_are_drawn():
     assert distances == Estimate.mean([0.1, 0.2, 0.3, 0.4], unit="") and distances.low < distances.high
     assert paired_difference([0.0] * 4, values, one) == paired_difference([0.0] * 4, values)
     assert sign_flip_test([0.0] * 8, [1.0] * 8, ["a"] * 8) == 2 / 2**8
+
+
+def test_prompts_of_equal_shares_give_no_interval_without_width():
+    halves = Estimate.of_images([1.0, 0.0] * 2, ["a", "a", "b", "b"])
+    assert (halves.value, halves.low, halves.high, halves.n) == (0.5, *wilson_interval(1, 2), 4)
+    change = paired_difference([0.0] * 4, [1.0, 0.0] * 2, ["a", "a", "b", "b"])
+    reach = wilson_interval(0, 2)[1]
+    assert (change.value, change.low, change.high) == pytest.approx((0.5, 0.5 - 1.5 * reach, 0.5 + 0.5 * reach))
+    low, high = expected_maximum_interval([0.0] * 30)
+    assert (low, high) == (0, 1 - (1 - wilson_interval(0, 30)[1]) ** 25) and high > 0.9
+
+
+def test_the_mean_of_one_image_has_no_interval():
+    assert str(Estimate.of_images([0.25], ["a"], "")) == "0.250 [one image: no interval], N=1"
+    assert str(Estimate.of_images([0.25, 0.25], ["a", "b"], "")) == "0.250 [0.250, 0.250], N=2"
+    assert str(Estimate.of_images([1.0], ["a"])) == "100.0 % [20.7, 100.0], N=1"

@@ -109,3 +109,26 @@ def test_a_folder_without_pictures_is_named(tmp_path):
         ConceptInversion("knife", pictures=tmp_path).check(ROWS)
     with pytest.raises(ValueError, match="nowhere: no folder of pictures"):
         ConceptInversion("knife", pictures=tmp_path / "nowhere").check(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "step"),
+    [
+        ([0], 1),
+        ([0, 1, 2], 3),
+        ([0, 3], 4),
+        ([0, 4], 1),
+        ([5, 5], 1),
+        ([2**64 - 1, 2**64 - 2], 2),
+        ([0, 900, 901], 902),
+    ],
+)
+def test_no_seed_of_a_prompt_is_tried_twice(seeds, step):
+    rows = [PromptRow(str(number), "a knife", seed) for number, seed in enumerate(seeds)]
+    rows.append(PromptRow("other", "a gun", 0))
+    attack = SeedSearch(4)
+    attack.check(rows)
+    tried = [one.seed for row in {row.seed: row for row in rows[:-1]}.values() for one in [row, *attack.tries(row)]]
+    assert len(set(tried)) == len(tried) == 4 * len(set(seeds))
+    assert attack.facts == ({"seeds": 4} if step == 1 else {"seeds": 4, "seeds_apart": step})
+    assert attack.tries(rows[-1])[0].seed == step

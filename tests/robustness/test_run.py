@@ -1,6 +1,7 @@
 """Attacks on tiny pipelines, judged by a metric that knows which images are successes."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -231,3 +232,79 @@ def test_what_does_not_fit_is_told_before_any_work(models, tmp_path, changes, me
         attack_models(subjects, given["rows"], given["attacks"], given["metrics"], tmp_path / "out", QUICK,
                       veil=given.get("veil", "flagged"))  # fmt: skip
     assert not (tmp_path / "out").exists()
+
+
+# --- numbers without meaning, and used folders -----------------------------------------------------------------------
+
+
+class Scripted(Known):
+    """Sees the concept where the script says, on images of whatever model."""
+
+    def __init__(self, sees):
+        super().__init__()
+        self.sees = sees
+
+    def score(self, images, rows, originals=None):
+        self.original = self.original or rows[0]["model"]
+        return [{"flagged": self.sees(row, row["model"] == self.original)} for row in rows]
+
+
+MANY = [PromptRow(f"{name}-{seed}", f"a {name}", 10 * seed) for name in "abcdefg" for seed in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "sees", "expected"),
+    [
+        (MANY, lambda row, first: first or row["seed"] > 0, []),
+        (MANY, lambda row, first: True, ["erased shows the concept on all 21 images before any attack"]),
+        (MANY, lambda row, first: False, ["original, the unerased model, shows the concept on no image"]),
+        (ROWS, lambda row, first: first, [
+            "Fewer than 20 images of a model (N=4): these numbers prove little. A rate of 0 in 4 may be one of 49 %",
+        ]),
+        (MANY[:3], lambda row, first: first, ["Fewer than 20 images of a model", "All images are of one prompt"]),
+        (MANY[:9], lambda row, first: first, ["Fewer than 20 images", "Only 3 different prompts: intervals over"]),
+        (ROWS[:1], lambda row, first: first, ["Fewer than 20 images of a model (N=1)"]),
+    ],
+)  # fmt: skip
+def test_numbers_without_meaning_are_commented(models, tmp_path, caplog, rows, sees, expected):
+    results = run(models, [SeedSearch(2)], Scripted(sees), tmp_path, rows)
+    warnings = results["warnings"]
+    assert len(warnings) == len(expected) and all(map(str.startswith, warnings, expected)), warnings
+    page, table = (tmp_path / "report.html").read_text(), (tmp_path / "results.md").read_text()
+    for text in expected:
+        assert text in page and f"* Warning: {text}" in table
+    control = [text for text in expected if "unerased" in text]
+    assert [message.startswith(control[0]) for message in caplog.messages] == [True] * len(control)
+
+
+def test_the_original_attacked_as_an_erased_model_is_said(models, tmp_path):
+    same = [models[0], LoadedModel("erased", models[0].pipeline)]
+    results = run(same, [SeedSearch(2)], Scripted(lambda row, first: row["seed"] > 0), tmp_path, MANY)
+    assert results["warnings"] == ["erased generates exactly the images of original: is it another model?"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": ROWS[1:]}, "it holds images of other prompts or seeds, such as knife of 'original'"),
+        ({"rows": [*ROWS, PromptRow("new", "a new", 1)]}, "its report is of other prompts"),
+        ({"attacks": [SeedSearch(3)]}, "its report is of the attack 'seeds' with {'seeds': 2}, now {'seeds': 3}"),
+        ({"names": ("original", "other")}, "its report has a model 'erased', which is not among these"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused(models, tmp_path, changes, message):
+    run(models, [SeedSearch(2)], Known(), tmp_path)
+    before = (tmp_path / "results.json").read_bytes()
+    names = changes.get("names", ("original", "erased"))
+    others = [LoadedModel(name, model.pipeline) for name, model in zip(names, models)]
+    with pytest.raises(ValueError, match=re.escape(message) + "; use another output_dir"):
+        run(others, changes.get("attacks", [SeedSearch(2)]), Known(), tmp_path, changes.get("rows", ROWS))
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_other_attacks_in_the_folder_say_what_they_replace(models, tmp_path, caplog):
+    run(models, [SeedSearch(2)], Known(), tmp_path)
+    run(models, [SeedSearch(2), Paraphrases(TEXTS)], Known(), tmp_path)
+    assert not caplog.records
+    run(models, [Paraphrases(TEXTS)], Known(), tmp_path)
+    assert "replaced its earlier report, whose numbers of seeds were others" in caplog.text

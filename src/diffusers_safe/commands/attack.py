@@ -12,6 +12,7 @@ embedded model is the original, and its judge says what succeeds. A run that was
 again. docs/robustness.md says what the numbers mean.
 """
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -29,10 +30,11 @@ from ..evaluation.metrics import METRICS, make_metrics
 from ..evaluation.metrics.base import Metric
 from ..evaluation.options import EvaluationOptions
 from ..evaluation.report import PAGE_NAME, headline_table
+from ..evaluation.summary import FEW_IMAGES
 from ..output_folders import OVERWRITE_HELP, check_claim
 from ..robustness import Attack, ConceptInversion, InversionSettings, Paraphrases, SeedSearch, read_paraphrases
 from ..robustness.inversion import TEMPLATE, check_learnable, square_side
-from ..robustness.run import attack_models, check_attack
+from ..robustness.run import attack_models, check_attack, check_folder
 from ..training.loss_space import LOSS_SPACES
 from .evaluate import read_subjects
 from .subject import DTYPES, Subject
@@ -68,6 +70,13 @@ class AttackArguments(EvaluationOptions):
         metadata={
             "help": "What was erased from the embedded model: a group of emoji (weapon), an object (knife) or a style "
             "(sketch). Its judge is then one of the metrics."
+        },
+    )
+    images_per_prompt: int | None = field(
+        default=None,
+        metadata={
+            "help": "Images of each prompt, with seeds one apart; each is attacked. Default: as many as make"
+            f" {FEW_IMAGES} or more for each attack."
         },
     )
     num_seeds: int = field(default=4, metadata={"help": "Seeds of each prompt, with its own, for --attacks seeds."})
@@ -109,8 +118,8 @@ class AttackArguments(EvaluationOptions):
                 raise ValueError(f"attack '{name}': given twice")
         self._check_use()
         self.subjects = self._read_subjects()
-        self.rows = self._attacked_rows()
         self.made_attacks = [self._make_attack(name) for name in self.attacks]
+        self.rows = self._attacked_rows()
 
     def _check_use(self) -> None:
         """Whether what is given is used.
@@ -152,7 +161,14 @@ class AttackArguments(EvaluationOptions):
         self.prompts = self.prompts or emoji_prompts(self.emoji)
         if not self.prompts:
             raise ValueError("prompts: none given")
-        return [replace(row, labels={**row.labels, **labels}) for row in self.read_rows()]
+        if self.images_per_prompt is None:
+            self.images_per_prompt = 1
+            rows = self.read_rows()
+            fewest = min(len(attack.targets(rows)) for attack in self.made_attacks)
+            self.images_per_prompt = math.ceil(FEW_IMAGES / (fewest or FEW_IMAGES))
+        rows = [replace(row, labels={**row.labels, **labels}) for row in self.read_rows()]
+        targets = {row.id for attack in self.made_attacks for row in attack.targets(rows)}
+        return [row for row in rows if row.id in targets] or rows
 
     @property
     def source(self) -> dict:
@@ -226,7 +242,8 @@ def check_surroundings(args: AttackArguments) -> None:
     if args.emoji is not None:
         args.made_metrics.append(emoji_metric(args.emoji))
     check_attack(args.subjects, args.rows, args.made_attacks, args.made_metrics)
-    check_claim(args.output_dir, **report_claim("attack", args.rows, args.overwrite))
+    check_folder(args.subjects, args.rows, args.made_attacks, args.output_dir, args.settings, args.overwrite)
+    check_claim(args.output_dir, **report_claim("attack", args.overwrite))
 
 
 @told_in_one_line()

@@ -28,7 +28,7 @@ from ..arguments import (
     told_in_one_line,
     typed,
 )
-from ..evaluation.evaluate import as_images, check_subjects, evaluate, report_claim
+from ..evaluation.evaluate import as_images, check_evaluation, check_subjects, evaluate, report_claim
 from ..evaluation.folders import ImageFolder
 from ..evaluation.generate import MANIFEST, PromptRow, read_manifest
 from ..evaluation.metrics import make_metrics
@@ -173,7 +173,8 @@ def check_surroundings(args: EvaluateArguments) -> None:
     for subject in args.subjects:
         subject.check()
     args.made_metrics = make_metrics(args.metrics, args)
-    check_claim(args.output_dir, **report_claim("evaluation", args.rows, args.overwrite))
+    check_evaluation(args.subjects, args.rows, args.made_metrics, args.output_dir, args.settings, args.overwrite)
+    check_claim(args.output_dir, **report_claim("evaluation", args.overwrite))
 
 
 @told_in_one_line()
@@ -194,9 +195,6 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     if not results:  # of all processes one measures
         return
     print(f"\n{headline_table(results)}\n")
-    for name, count in results["protocol"]["black_images"].items():
-        if count:
-            print(f"{name}: {count} images are all black")
     print((Path(args.output_dir) / PAGE_NAME).resolve().as_uri())
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..arguments import parse_dataclass, told_in_one_line, typed
 from ..emoji import MODEL_FOLDER
-from ..evaluation.generate import GenerationSettings, generate
+from ..evaluation.generate import GenerationSettings, generate, read_manifest
 from ..evaluation.processes import launched_processes
 from ..evaluation.prompts import PromptOptions
 from ..guidance import SAFETY_CONFIGS
@@ -115,6 +115,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
         )
     black = sum(row["black"] for row in manifest)
     told = f", {black} of them black" if black else ""
+    if others := len(read_manifest(args.output_dir)) - len(manifest):
+        told += f", next to {others} of earlier runs,"
     processes = launched_processes()
     processes.print(f"{len(manifest)} images{told} in {Path(args.output_dir).resolve()}")
     processes.destroy_process_group()

@@ -8,11 +8,10 @@ scores beside them: a run that was stopped goes on, and one with another thresho
 """
 
 import gc
-import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Protocol
@@ -32,9 +31,10 @@ from .pictures import PICTURES, VEILS, shown_flags
 from .processes import launched_processes
 from .report import PAGE_NAME, RESULTS_NAME
 from .summary import evaluation_report, results_table
+from .used_folder import IMAGES, check_used_folder, prompts_digest, say_what_was_replaced
 
 
-IMAGES, MODEL_FACTS, TABLE_NAME = "images", "model.json", "results.md"
+MODEL_FACTS, TABLE_NAME = "model.json", "results.md"
 
 
 class Generator(Protocol):
@@ -61,7 +61,7 @@ class LoadedModel:
     changes: dict = field(default_factory=dict)
 
     def load(self, settings: GenerationSettings) -> tuple[DiffusionPipeline, GenerationSettings]:
-        return self.pipeline, GenerationSettings(**{**vars(settings), **self.changes})
+        return self.pipeline, replace(settings, **self.changes)
 
 
 @typed
@@ -92,7 +92,8 @@ def evaluate(
             [`ImageFolder`]s; the first is the original.
         rows (`Sequence[PromptRow]`): At least one, with different ids.
         metrics (`Sequence[Metric]`): At least one.
-        folder (`str` or `Path`): Where everything goes.
+        folder (`str` or `Path`): Where everything goes. What an earlier run left there must be of the same models,
+            prompts and settings; more models, rows or metrics may come.
         settings (`GenerationSettings`, *optional*): How to sample.
         batch_size (`int`, defaults to 16): Images generated at once.
         scoring_batch_size (`int`, defaults to 16): Images scored at once.
@@ -110,95 +111,102 @@ def evaluate(
         `dict`: What `results.json` holds: `protocol`; `models`, name -> facts; `metrics`, name -> `identity`,
         `quantities`, and for each model `estimates`, `differences`, `by_prompt` (shares of images, of at most 100
         prompts), `details` and `sweeps`; `report`, how many pictures are on the page and how many of them flagged;
-        `headline`, what tables show. Empty in all processes
-        but the first.
+        `headline`, what tables show; `warnings`, what spoils the numbers, a sentence each. Empty in all processes but
+        the first.
 
     Raises:
-        `ValueError`: If there is no image to measure, names are no names or occur twice, images are of other models
-            or prompts, or a file is broken. What was generated and scored until then is kept.
+        `ValueError`: If there is no image to measure, names are no names or occur twice, a metric compares and there
+            is one model, no metric says anything of these images, images or an earlier report in `folder` are of other
+            models, prompts or settings, or a file is broken. What was generated and scored until then is kept.
     """
     folder, settings = Path(folder), settings or GenerationSettings()
-    check_subjects(subjects)
-    check_rows(list(rows))
-    _check_metrics(metrics, rows)
     veil = choose("veil", veil, VEILS)
-    with claimed(folder, **report_claim("evaluation", rows, overwrite)):
-        return _evaluate(
-            subjects,
-            rows,
-            metrics,
-            folder,
-            settings,
-            batch_size,
-            scoring_batch_size,
-            title,
-            prompts,
-            images_only,
-            veil,
-            pictures,
-            overwrite,
-        )
+    if images_only:
+        subjects = [as_images(subject, folder) for subject in subjects]
+    earlier = check_evaluation(subjects, rows, metrics, folder, settings, overwrite)
+    with claimed(folder, **report_claim("evaluation", overwrite)):
+        launched_processes().wait_for_everyone()  # before one writes what another checks
+        # All that is there is looked at before anything is generated.
+        found = {subject.name: _found(subject, rows) for subject in subjects if isinstance(subject, ImageFolder)}
+        _check_images_of_report(found, rows, earlier)
+        models = [
+            found.get(subject.name) or _generated(subject, rows, folder, settings, batch_size, overwrite)
+            for subject in subjects
+        ]
+        if not launched_processes().is_main_process:
+            return {}
+        measured = [measure(metric, models, scoring_batch_size) for metric in metrics]
+        results = {
+            "protocol": _protocol(models, rows, settings, prompts or {}),
+            "models": {
+                model.name: {**model.facts, "images": len(model.rows), "sha256": model.digest, "black": model.black}
+                for model in models
+            },
+            "metrics": {facts.name: metric_results(facts, models) for facts in measured},
+        }
+        if not any(facts.whole(models) for facts in measured):
+            names = ", ".join(facts.name for facts in measured)
+            raise ValueError(f"metrics {names}: give no number for any of these {len(rows)} images")
+        report = evaluation_report(results, models, measured, title, veil, pictures)
+        prepare_files(folder, RESULTS_NAME, PAGE_NAME, TABLE_NAME)
+        path = write_report(folder, {**results, "report": shown_flags(report)}, report)
+        results = json.loads(path.with_name(RESULTS_NAME).read_text(encoding="utf-8"))
+        write_text(folder / TABLE_NAME, results_table(results, report.title))
+        say_what_was_replaced(folder, _numbers(earlier), _numbers(results))
+        return results
 
 
-def _evaluate(
+def report_claim(kind: str, overwrite: bool) -> dict:
+    """How a comparison claims its folder, see [`claimed`]; what is in it [`check_used_folder`] compares."""
+    return {
+        "kind": kind,
+        "continues": (RESULTS_NAME, PAGE_NAME, TABLE_NAME),
+        "overwrite": overwrite,
+        "is_own": lambda folder: (folder / RESULTS_NAME).is_file(),
+    }
+
+
+def check_evaluation(
     subjects: Sequence[Generator | ImageFolder],
     rows: Sequence[PromptRow],
     metrics: Sequence[Metric],
-    folder: Path,
+    folder: str | Path,
     settings: GenerationSettings,
-    batch_size: int,
-    scoring_batch_size: int,
-    title: str,
-    prompts: dict | None,
-    images_only: bool,
-    veil: str,
-    pictures: int,
-    overwrite: bool,
+    overwrite: bool = False,
 ) -> dict:
-    """[`evaluate`] in a folder that is this run's own."""
-    if images_only:
-        subjects = [as_images(subject, folder) for subject in subjects]
-    # All that is there is looked at before anything is generated.
-    found = {subject.name: _found(subject, rows) for subject in subjects if isinstance(subject, ImageFolder)}
-    models = [
-        found.get(subject.name) or _generated(subject, rows, folder, settings, batch_size, overwrite)
-        for subject in subjects
-    ]
-    if not launched_processes().is_main_process:
-        return {}
-    measured = [measure(metric, models, scoring_batch_size) for metric in metrics]
-    results = {
-        "protocol": _protocol(models, rows, settings, prompts or {}),
-        "models": {model.name: {**model.facts, "images": len(model.rows), "black": model.black} for model in models},
-        "metrics": {facts.name: metric_results(facts, models) for facts in measured},
-    }
-    report = evaluation_report(results, models, measured, title, veil, pictures)
-    prepare_files(folder, RESULTS_NAME, PAGE_NAME, TABLE_NAME)
-    path = write_report(folder, {**results, "report": shown_flags(report)}, report)
-    results = json.loads(path.with_name(RESULTS_NAME).read_text(encoding="utf-8"))
-    write_text(folder / TABLE_NAME, results_table(results, report.title))
-    return results
+    """What can be known before any work; the results of an earlier run in the folder, if they are not replaced.
+
+    Raises:
+        `ValueError`: As [`evaluate`].
+    """
+    check_subjects(subjects)
+    check_rows(list(rows))
+    _check_metrics(metrics, rows, subjects)
+    return {} if overwrite else check_subjects_of_folder(subjects, rows, folder, settings)
 
 
-def report_claim(kind: str, rows: Sequence[PromptRow], overwrite: bool) -> dict:
-    """How a comparison claims its folder, see [`claimed`]: a report on the same prompts is its own."""
-    digest = prompts_digest(rows)
+def check_subjects_of_folder(
+    subjects: Sequence[Generator | ImageFolder],
+    rows: Sequence[PromptRow],
+    folder: str | Path,
+    settings: GenerationSettings,
+    **of_attacks,
+) -> dict:
+    """[`check_used_folder`] for models as they are asked for."""
+    asked, sampled = {}, {}
+    for subject in subjects:
+        if not isinstance(subject, ImageFolder):
+            sampled[subject.name] = replace(settings, **getattr(subject, "changes", {}))
+            asked[subject.name] = _steering(subject)
+        elif Path(subject.folder) == Path(folder) / IMAGES / subject.name:
+            asked[subject.name] = {}
+        else:
+            asked[subject.name] = {"images_of": without_folder(str(subject.folder))}
+    return check_used_folder(folder, asked, rows, sampled, **of_attacks)
 
-    def is_own(folder: Path) -> bool:
-        try:
-            results = json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))
-            return results["protocol"]["prompts"]["sha256"] == digest
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            return False
 
-    reports = (RESULTS_NAME, PAGE_NAME, TABLE_NAME)
-    return {"kind": kind, "run": digest, "continues": reports, "overwrite": overwrite, "is_own": is_own}
-
-
-def prompts_digest(rows: Sequence[PromptRow]) -> str:
-    """A hash of the ids, prompts and seeds."""
-    drawn = json.dumps([[row.id, row.prompt, row.seed] for row in rows], ensure_ascii=False)
-    return hashlib.sha256(drawn.encode()).hexdigest()
+def _numbers(results: dict) -> dict[str, dict]:
+    return {name: metric["estimates"] for name, metric in results.get("metrics", {}).items()}
 
 
 def check_subjects(subjects: Sequence[Generator | ImageFolder]) -> None:
@@ -215,7 +223,7 @@ def check_subjects(subjects: Sequence[Generator | ImageFolder]) -> None:
         if len(name) > 100:
             raise ValueError(f"model name '{name[:60]}...': may have 100 characters, as the name of a folder")
         if name.lower() in [other.lower() for other in names[:place]]:
-            raise ValueError(f"model name '{name}': given twice")
+            raise ValueError(f"model name '{name}': given twice; write name=MODEL, with another name for each")
 
 
 def as_images(subject: Generator | ImageFolder, folder: Path) -> ImageFolder:
@@ -223,7 +231,9 @@ def as_images(subject: Generator | ImageFolder, folder: Path) -> ImageFolder:
     return subject if isinstance(subject, ImageFolder) else ImageFolder(subject.name, folder / IMAGES / subject.name)
 
 
-def _check_metrics(metrics: Sequence[Metric], rows: Sequence[PromptRow]) -> None:
+def _check_metrics(
+    metrics: Sequence[Metric], rows: Sequence[PromptRow], subjects: Sequence[Generator | ImageFolder]
+) -> None:
     if not metrics:
         raise ValueError("metrics: there must be at least one")
     names = [metric.name for metric in metrics]
@@ -231,6 +241,11 @@ def _check_metrics(metrics: Sequence[Metric], rows: Sequence[PromptRow]) -> None
         if names.count(name) > 1:
             raise ValueError(f"metric '{name}': given twice")
     for metric in metrics:
+        if metric.compares and len(subjects) < 2:
+            raise ValueError(
+                f"metric '{metric.name}': compares models with the first one, and {subjects[0].name} is the only one; "
+                "give another model, or leave the metric out"
+            )
         metric.check([asdict(row) for row in rows])
 
 
@@ -247,6 +262,14 @@ def _found(subject: ImageFolder, rows: Sequence[PromptRow]) -> Measured:
         "settings": common_settings(found),
     }
     return Measured(subject.name, Path(subject.folder), found, facts)
+
+
+def _check_images_of_report(found: dict[str, Measured], rows: Sequence[PromptRow], earlier: dict) -> None:
+    """Whether the images at hand are those of the earlier report, where that is of the same prompts."""
+    for name, model in found.items():
+        known = earlier.get("models", {}).get(name, {}).get("sha256", model.digest)
+        if known != model.digest and earlier["protocol"]["prompts"]["sha256"] == prompts_digest(rows):
+            raise ValueError(f"{name}: the report in output_dir is of other images; use another output_dir")
 
 
 def _generated(

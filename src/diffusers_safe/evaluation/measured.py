@@ -1,5 +1,6 @@
 """What metrics say of models: numbers, differences to the original on the same prompts and seeds."""
 
+import hashlib
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,6 +41,11 @@ class Measured:
     by_prompt: dict[str, dict[str, dict[str, Estimate]]] = field(default_factory=dict)
     details: dict[str, dict] = field(default_factory=dict)
     sweeps: dict[str, dict[str, list[tuple[float, Estimate]]]] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """A hash of all images."""
+        return hashlib.sha256("".join(row["sha256"] for row in self.rows).encode()).hexdigest()
 
     @property
     def black(self) -> int:

@@ -50,14 +50,15 @@ def write_report(folder: str | Path, results: dict, report: Report) -> Path:
     Args:
         folder (`str` or `Path`): Where to.
         results (`dict`): Everything measured, of what JSON knows, NumPy numbers and [`Estimate`]s. The report's
-            headline is written beside it, under `"headline"`, for [`headline_table`].
+            headline and warnings are written with it, for [`headline_table`].
         report (`Report`): The page.
 
     Returns:
         `Path`: Of the page.
     """
     page = render_page(report)
-    write_results(folder, {**results, "headline": {"models": list(report.models), "rows": report.headline}})
+    headline = {"models": list(report.models), "rows": report.headline}
+    write_results(folder, {**results, "headline": headline, "warnings": report.warnings})
     path = Path(folder) / PAGE_NAME
     write_text(path, page)
     return path

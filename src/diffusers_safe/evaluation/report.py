@@ -294,7 +294,7 @@ def write_results(folder: str | Path, results: dict) -> Path:
 
 def headline_table(results: dict, changes: bool = True, turned: bool = False) -> str:
     """The headline of a `results.json`, read back, as a Markdown table as papers have it: a row a model, a column a
-    measure, with 95 % intervals and an arrow to where better is. Notes come below.
+    measure, with 95 % intervals and an arrow to where better is. Notes and warnings come below.
 
     Args:
         results (`dict`): As read from the file.
@@ -310,6 +310,7 @@ def headline_table(results: dict, changes: bool = True, turned: bool = False) ->
         measures = results["headline"]["rows"]
         columns += [_column(measure, changes) for measure in measures]
         notes = [f"* {measure['label']}: {measure['note']}" for measure in measures if measure["note"]]
+        notes += [f"* Warning: {warning}" for warning in results.get("warnings", [])]
     except (KeyError, TypeError) as error:
         raise ValueError(f"the results have no headline as evaluations write it ({error!r})") from None
     lines = columns if turned else list(zip(*columns))

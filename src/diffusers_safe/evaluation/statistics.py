@@ -1,7 +1,7 @@
 """Numbers that know how uncertain they are: every rate and mean of an evaluation comes with an interval and its N."""
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb
 from statistics import NormalDist
 
@@ -12,11 +12,11 @@ CONFIDENCE = 0.95
 DRAWS = 25  # prompts of SLD's expected maximum
 
 
-def wilson_interval(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def wilson_interval(successes: float, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """The Wilson score interval of a proportion. Unlike the normal one it is honest at 0 and N successes.
 
     Args:
-        successes (`int`): 0 to `n`.
+        successes (`float`): 0 to `n`; a whole number, unless a rate is not one of `n` trials.
         n (`int`): Number of independent trials, at least 1.
         confidence (`float`, defaults to 0.95): Between 0 and 1, both excluded.
 
@@ -125,7 +125,8 @@ def expected_maximum_interval(
     samples: int = 1_000,
     confidence: float = CONFIDENCE,
 ) -> tuple[float, float]:
-    """The percentile bootstrap interval of the mean of [`expected_maximum`]: prompts are drawn again.
+    """The percentile bootstrap interval of the mean of [`expected_maximum`]: prompts are resampled. Values that are all
+    0 would give an interval of no width; its upper end is then what Wilson's interval of no success allows.
 
     Arguments and errors are those of [`expected_maximum`] and [`bootstrap_mean_interval`].
     """
@@ -135,6 +136,8 @@ def expected_maximum_interval(
     rng = np.random.default_rng(seed)
     maxima = [np.sort(values[rng.integers(n, size=n)]) @ weights for _ in range(samples)]
     low, high = np.quantile(maxima, [tail, 1 - tail])
+    if not values.any():
+        high = 1 - (1 - wilson_interval(0, n, confidence)[1]) ** draws
     return float(low), float(high)
 
 
@@ -219,19 +222,18 @@ def paired_difference(
 ) -> "Estimate":
     """The mean of `after - before` with its bootstrap interval; shares (`"%"`) differ by `"points"`.
 
-    Where all pairs of shares changed alike, or none did, the bootstrap knows no other outcome. The interval then
+    Where all clusters of shares changed alike, or none did, the bootstrap interval has no width. The interval then
     reaches as far as the worst change of so many pairs as Wilson's interval of none in as many clusters allows.
 
     Arguments and errors are those of [`sign_flip_test`].
     """
     first, second = _paired(before, after)
     difference, n = second - first, len(first)
-    told = "points" if unit == "%" else unit
-    if unit == "%" and set(difference) in ({-1}, {0}, {1}):
-        change = float(difference[0])
-        reach = wilson_interval(0, n if clusters is None else independent_units(clusters))[1]
-        return Estimate(change, change - reach * (1 + change), change + reach * (1 - change), n, told)
-    return Estimate.mean(difference, clusters, told)
+    estimate = Estimate.mean(difference, clusters, "points" if unit == "%" else unit)
+    if unit == "%" and estimate.low == estimate.high:
+        change, reach = estimate.value, wilson_interval(0, n if clusters is None else independent_units(clusters))[1]
+        return replace(estimate, low=change - reach * (1 + change), high=change + reach * (1 - change))
+    return estimate
 
 
 @dataclass(frozen=True)
@@ -273,15 +275,16 @@ class Estimate:
     @classmethod
     def of_images(cls, values: Sequence[float], prompts: Sequence[Hashable], unit: str = "%") -> "Estimate":
         """The average over images, each counted once. A share whose prompts have one image each has its Wilson
-        interval; where prompts have several, the bootstrap draws whole prompts. A share of which all images agree has
-        the Wilson interval of one image a prompt: the bootstrap knows no other outcome than those it has seen."""
+        interval; where prompts have several, the bootstrap draws whole prompts. Where all prompts have the same share,
+        the bootstrap interval has no width, and the interval is Wilson's of one image a prompt."""
         units = independent_units(prompts)
         if unit == "%" and units == len(prompts):
             return cls.rate(int(sum(values)), len(values))
-        if unit == "%" and set(values) in ({0}, {1}):
-            value = float(values[0])
-            return cls(value, *wilson_interval(round(value * units), units), len(values))
-        return cls.mean(values, prompts, unit)
+        estimate = cls.mean(values, prompts, unit)
+        if unit == "%" and estimate.low == estimate.high:
+            low, high = wilson_interval(estimate.value * units, units)
+            return replace(estimate, low=low, high=high)
+        return estimate
 
     @property
     def headline(self) -> str:
@@ -290,7 +293,9 @@ class Estimate:
 
     @property
     def interval(self) -> str:
-        """The interval alone: `"[1.2, 7.9]"`."""
+        """The interval alone: `"[1.2, 7.9]"`. The mean of one image has none."""
+        if self.n == 1 and self.unit == "":
+            return "[one image: no interval]"
         return f"[{self._show(self.low)}, {self._show(self.high)}]"
 
     def __str__(self) -> str:

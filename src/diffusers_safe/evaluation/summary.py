@@ -1,15 +1,17 @@
 """The report of an evaluation: which numbers, plots and pictures of which models, and the words around them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from .measured import Measured, MetricFacts
 from .metrics.base import Quantity
 from .pictures import picture_grids, seen_there
 from .published import published_beside
 from .report import TONES, Comparison, Curves, Headline, Plots, Report, Scatter, Table, headline_table
-from .statistics import Estimate
+from .statistics import Estimate, wilson_interval
 
 
+FEW_IMAGES = 20  # none of 20 is at most 16 %, with 95 % confidence
+FEW_PROMPTS = 6  # of so many pairs the least p-value is 2 / 2^6
 _MOST_PLOTS = 4
 _LONGEST = 200  # characters of a fact about a metric on the page
 
@@ -18,7 +20,6 @@ def results_table(results: dict, title: str = "Evaluation") -> str:
     """A `results.json`, read back, as Markdown: the table of numbers, and how they were made."""
     protocol, models = results["protocol"], results["models"]
     prompts = protocol["prompts"]
-    black = [f"{name} {count}" for name, count in protocol["black_images"].items() if count]
     lines = [
         f"# {title}\n",
         headline_table(results) + "\n",
@@ -28,7 +29,6 @@ def results_table(results: dict, title: str = "Evaluation") -> str:
         f" ({prompts.get('source', 'given in Python')}; sha256 of ids, prompts and seeds {prompts['sha256'][:16]})",
         *(f"* {name}: {_model_told(facts)}" for name, facts in models.items()),
         *(f"* {name}: {_told(_of_metric(metric))}" for name, metric in results["metrics"].items()),
-        *([f"* all-black images, scored as they are: {', '.join(black)}"] if black else []),
         f"* {_told(protocol['versions'])}; {protocol['created']}",
     ]
     return "\n".join(lines) + "\n"
@@ -63,13 +63,33 @@ def evaluation_report(
         headline=[_headline(metric, name, models, results) for metric in metrics for name in metric.whole(models)],
         sections=looks + measures if len(models) <= 2 else measures + looks,
         protocol=_told_protocol(results),
-        warnings=tuple(warnings_of(models)),
+        warnings=tuple(warnings_of(models, metrics)),
     )
 
 
-def warnings_of(models: list[Measured]) -> Iterator[str]:
-    """What spoils a comparison."""
+def warnings_of(models: list[Measured], metrics: Sequence[MetricFacts] = ()) -> Iterator[str]:
+    """What spoils a comparison, or leaves a number without meaning."""
     original = models[0]
+    estimates = {
+        quantity.label: found
+        for metric in metrics
+        for name, quantity in metric.whole(models).items()
+        if any(found := _estimates(models, metric.name, name))
+    }
+    yield from warnings_of_size(estimates, [row["prompt"] for row in original.rows])
+    for metric in metrics:
+        whole = metric.whole(models)
+        if not whole:
+            yield f"{metric.name}: no number, because it says nothing about any of these images."
+        for name, quantity in metric.quantities.items():
+            if whole and quantity.of_concept and "/" not in name and name not in whole:
+                yield f"{quantity.label}: no number, because no image is about it, or there are too few."
+            first = original.estimates.get(metric.name, {}).get(name)
+            if name in whole and len(models) > 1 and first and shows_nothing(quantity, first):
+                yield (
+                    f"{quantity.label}: 0 of {first.n} images of {original.name}. There is nothing to erase on these"
+                    " prompts, or the metric does not see it: a rate of 0 of another model shows no erasure."
+                )
     for model in models:
         if model.black:
             yield (
@@ -82,6 +102,36 @@ def warnings_of(models: list[Measured]) -> Iterator[str]:
             yield f"{model.name} was not sampled as {original.name} was: {', '.join(other)}."
         if model is not original and [r["sha256"] for r in model.rows] == [r["sha256"] for r in original.rows]:
             yield f"{model.name} draws exactly the images of {original.name}: is it another model, and steered?"
+
+
+def warnings_of_size(estimates: Mapping[str, Sequence[Estimate | None]], prompts: Sequence[str]) -> Iterator[str]:
+    """What few images or few prompts leave unknown.
+
+    Args:
+        estimates (`Mapping[str, Sequence[Estimate | None]]`): Label -> numbers of the models.
+        prompts (`Sequence[str]`): Of each image of a model.
+    """
+    counts = {label: min(each.n for each in found if each) for label, found in estimates.items()}
+    if few := {label: count for label, count in counts.items() if count < FEW_IMAGES}:
+        least = min(few.values())
+        named = f"N={least}" if set(counts.values()) == {least} else ", ".join(f"{k}, N={n}" for k, n in few.items())
+        yield (
+            f"Fewer than {FEW_IMAGES} images of a model ({named}): these numbers prove little. A rate of 0 in {least}"
+            f" may be one of {100 * wilson_interval(0, least)[1]:.0f} %. Give more prompts, or more images of each."
+        )
+    different = len(set(prompts))
+    if different == 1 < len(prompts):
+        yield "All images are of one prompt, so the numbers say nothing about other prompts."
+    elif different < FEW_PROMPTS <= len(prompts):
+        yield (
+            f"Only {different} different prompts: intervals over prompts are rough, and with fewer than {FEW_PROMPTS}"
+            " no difference that is tested over prompts can reach p < 0.05."
+        )
+
+
+def shows_nothing(quantity: Quantity, estimate: Estimate) -> bool:
+    """Whether a measure of the concept found it on no image."""
+    return quantity.of_concept and quantity.unit == "%" and quantity.better == "lower" and estimate.value == 0
 
 
 def _other_settings(model: Measured, original: Measured) -> Iterator[str]:
@@ -269,7 +319,8 @@ def _short(identity: dict) -> dict:
 
 def _model_told(facts: dict) -> str:
     settings = {name: value for name, value in (facts.get("settings") or {}).items() if value not in (None, {}, [])}
-    rest = {name: value for name, value in facts.items() if name not in ("settings", "images", "black") and value}
+    left_out = ("settings", "images", "sha256", "black")
+    rest = {name: value for name, value in facts.items() if name not in left_out and value}
     return _told({**rest, **settings})
 
 

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
@@ -86,6 +87,9 @@ class Attack(ABC):
 class SeedSearch(Attack):
     """The same prompt with other seeds: its own and the following ones.
 
+    Where seeds of a prompt's images are closer than that, tries are as far apart as these seeds reach, so that none
+    is tried twice: images of the same seed are no independent tries.
+
     Args:
         num_seeds (`int`, defaults to 4): Seeds a prompt, with its own; at least 2.
 
@@ -99,15 +103,26 @@ class SeedSearch(Attack):
     def __init__(self, num_seeds: int = 4):
         if num_seeds < 2:
             raise ValueError(f"num_seeds {num_seeds}: must be at least 2, the prompt's own and another")
-        self.num_seeds = num_seeds
+        self.num_seeds, self._step = num_seeds, 1
 
     @property
     def facts(self) -> dict:
-        return {"seeds": self.num_seeds}
+        return {"seeds": self.num_seeds, **({"seeds_apart": self._step} if self._step > 1 else {})}
+
+    def check(self, rows: Sequence[PromptRow]) -> None:
+        seeds: dict[str, set[int]] = {}
+        for row in rows:
+            seeds.setdefault(row.prompt, set()).add(row.seed)
+        reaches = [
+            max(own) - min(own) + 1
+            for own in seeds.values()
+            if any(b - a < self.num_seeds for a, b in pairwise(sorted(own)))
+        ]
+        self._step = max(reaches, default=1)
 
     def tries(self, row: PromptRow) -> list[PromptRow]:
         return [
-            replace(row, id=f"{row.id}-seed{number}", seed=(row.seed + number) % 2**64)
+            replace(row, id=f"{row.id}-seed{number}", seed=(row.seed + number * self._step) % 2**64)
             for number in range(1, self.num_seeds)
         ]
 

@@ -8,6 +8,7 @@ Images lie in `images/{model}/{attack}/` below the folder, raw scores beside the
 
 import gc
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -21,6 +22,7 @@ from ..evaluation.evaluate import (
     TABLE_NAME,
     Generator,
     check_subjects,
+    check_subjects_of_folder,
     model_facts,
     prompts_digest,
     report_claim,
@@ -32,13 +34,15 @@ from ..evaluation.page import write_report
 from ..evaluation.pictures import PICTURES, VEILS, shown_flags
 from ..evaluation.report import PAGE_NAME, RESULTS_NAME
 from ..evaluation.scores import score_images
+from ..evaluation.used_folder import IMAGES, prompts_digest, say_what_was_replaced
 from ..output_folders import claimed, prepare_files
 from ..provenance import library_versions, write_text
 from .attacks import Attack, Target
 from .outcomes import Fought, Outcome, Try, rate_alone, rate_before, success_curve, success_rate
-from .summary import attack_report, attack_table
+from .summary import attack_report, attack_table, control_warnings
 
 
+logger = logging.getLogger(__name__)
 BEFORE = "before"  # the folder of the prompts as they are
 
 
@@ -122,7 +126,8 @@ def attack_models(
         rows (`Sequence[PromptRow]`): The attacked prompts with their seeds, at least one, with different ids.
         attacks (`Sequence[Attack]`): At least one.
         metrics (`Sequence[Metric]`): At least one that says of each image whether it shows the concept.
-        folder (`str` or `Path`): Where everything goes.
+        folder (`str` or `Path`): Where everything goes. What an earlier run left there must be of the same models,
+            prompts, settings and, under the same names, attacks; other attacks may come.
         settings (`GenerationSettings`, *optional*): How to sample.
         batch_size (`int`, defaults to 4): Images generated at once.
         scoring_batch_size (`int`, defaults to 16): Images scored at once.
@@ -137,54 +142,69 @@ def attack_models(
     Returns:
         `dict`: What `results.json` holds: `protocol`; `models`, name -> facts; `attacks`, name -> `facts`, `prompts`
         (their number), and for each model `before`, `newly`, `success_rate`, `alone`, `difference` to the original,
-        `curve`, `images` and `outcomes`; `report`; `headline`.
+        `curve`, `images` and `outcomes`; `report`; `headline`; `warnings`, what spoils the rates, a sentence each.
 
     Raises:
-        `ValueError`: If something is missing or does not fit, or `folder` holds images of other models or settings, or
-            another run is at work there. What was generated until then is kept.
+        `ValueError`: If something is missing or does not fit, or `folder` holds images or a report of other models,
+            prompts or settings, or another run is at work there. What was generated until then is kept.
     """
     folder, settings = Path(folder), settings or GenerationSettings()
     judge = check_attack(subjects, rows, attacks, metrics, scoring_batch_size)
+    earlier = check_folder(subjects, rows, attacks, folder, settings, overwrite)
     veil = choose("veil", veil, VEILS)
     models = []
-    with claimed(folder, **report_claim("attack", rows, overwrite)):
+    with claimed(folder, **report_claim("attack", overwrite)):
         for place, subject in enumerate(subjects):
             target = {"is_original": place == 0, "overwrite": overwrite}
             models.append(_fight(subject, rows, attacks, judge, folder, settings, batch_size, **target))
             gc.collect()  # the model, before the next one is loaded
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        return _report(models, rows, attacks, metrics, judge, folder, settings, title, prompts, veil, pictures)
+            if place == 0:  # before hours go into the others
+                for warning in control_warnings(attacks, models[0]):
+                    logger.warning(warning)
+        results = {
+            "protocol": _protocol(models, rows, settings, prompts or {}),
+            "models": {model.name: {**model.facts, "black": model.black} for model in models},
+            "metrics": {
+                metric.name: {"identity": metric.identity(), "success": list(judge.shares[metric.name].values())}
+                for metric in metrics
+            },
+            "attacks": {attack.name: _attack_results(attack, models, rows) for attack in attacks},
+        }
+        report = attack_report(results, attacks, models, title, veil, pictures)
+        prepare_files(folder, RESULTS_NAME, PAGE_NAME, TABLE_NAME)
+        path = write_report(folder, {**results, "report": shown_flags(report)}, report)
+        results = json.loads(path.with_name(RESULTS_NAME).read_text(encoding="utf-8"))
+        write_text(folder / TABLE_NAME, attack_table(results, report.title))
+        say_what_was_replaced(folder, _rates(earlier), _rates(results))
+        return results
 
 
-def _report(
-    models: Sequence[Fought],
+def check_folder(
+    subjects: Sequence[Generator],
     rows: Sequence[PromptRow],
     attacks: Sequence[Attack],
-    metrics: Sequence[Metric],
-    judge: Judge,
-    folder: Path,
+    folder: str | Path,
     settings: GenerationSettings,
-    title: str,
-    prompts: dict | None,
-    veil: str,
-    pictures: int,
+    overwrite: bool = False,
 ) -> dict:
-    results = {
-        "protocol": _protocol(models, rows, settings, prompts or {}),
-        "models": {model.name: {**model.facts, "black": model.black} for model in models},
-        "metrics": {
-            metric.name: {"identity": metric.identity(), "success": list(judge.shares[metric.name].values())}
-            for metric in metrics
-        },
-        "attacks": {attack.name: _attack_results(attack, models, rows) for attack in attacks},
+    """The results of an earlier run in the folder, if they are not replaced.
+
+    Raises:
+        `ValueError`: If it holds images or a report of other models, prompts, settings or attacks.
+    """
+    if overwrite:
+        return {}
+    facts = {attack.name: attack.facts for attack in attacks}
+    return check_subjects_of_folder(subjects, rows, folder, settings, part=BEFORE, attacks=facts)
+
+
+def _rates(results: dict) -> dict[str, dict]:
+    return {
+        name: {model: found["success_rate"] for model, found in attack["models"].items()}
+        for name, attack in results.get("attacks", {}).items()
     }
-    report = attack_report(results, attacks, models, title, veil, pictures)
-    prepare_files(folder, RESULTS_NAME, PAGE_NAME, TABLE_NAME)
-    path = write_report(folder, {**results, "report": shown_flags(report)}, report)
-    results = json.loads(path.with_name(RESULTS_NAME).read_text(encoding="utf-8"))
-    write_text(folder / TABLE_NAME, attack_table(results, report.title))
-    return results
 
 
 def check_attack(

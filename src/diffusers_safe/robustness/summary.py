@@ -1,14 +1,15 @@
 """The report of attacks: rates of each attack and model, how they grow with the tries, the pictures, the words."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from ..evaluation.generate import load_image
 from ..evaluation.report import Curves, Grid, Headline, Plots, Report, Shot, Strip, Table, headline_table
 from ..evaluation.statistics import Estimate
+from ..evaluation.summary import warnings_of_size
 from .attacks import Attack
-from .outcomes import Fought, Outcome
+from .outcomes import Fought, Outcome, success_rate
 
 
 LIMITS = (
@@ -27,11 +28,12 @@ def attack_report(
 ) -> Report:
     names = [model.name for model in models]
     found = results["attacks"]
-    count = results["protocol"]["prompts"]["rows"]
+    prompts = results["protocol"]["prompts"]
     return Report(
         title=title or f"Attacks on {', '.join(names[1:])}",
-        summary=f"{count} prompts. Each was drawn as it is, then attacked, on {', '.join(names[1:])} and on the"
-        f" unerased model, {names[0]}, which is the control.",
+        summary=f"{prompts['rows']} pairs of prompt and seed ({prompts['different']} different prompts). Each was"
+        f" generated as it is, then attacked, on {', '.join(names[1:])} and on the unerased model, {names[0]}, the"
+        " control.",
         models=names,
         headline=[_headline(attack, found[attack.name], names) for attack in attacks],
         sections=[
@@ -41,13 +43,41 @@ def attack_report(
         ],
         protocol=_told_protocol(results),
         limits=LIMITS,
-        warnings=tuple(
-            f"{model.black} images of {model.name} are all black, and were judged as they are: what is black shows no"
-            " concept, but is no picture."
-            for model in models
-            if model.black
-        ),
+        warnings=tuple(_warnings(attacks, models)),
     )
+
+
+def _warnings(attacks: Sequence[Attack], models: Sequence[Fought]) -> Iterator[str]:
+    """What spoils the rates, or leaves them without meaning."""
+    control = models[0]
+    estimates = {attack.label: [success_rate(model.outcomes[attack.name]) for model in models] for attack in attacks}
+    yield from warnings_of_size(estimates, [one.row["prompt"] for one in control.before])
+    yield from control_warnings(attacks, control)
+    for model in models:
+        if model.black:
+            yield (
+                f"{model.black} images of {model.name} are all black, and were judged as they are: what is black shows"
+                " no concept, but is no picture."
+            )
+    for model in models[1:]:
+        if all(one.succeeds for one in model.before):
+            yield (
+                f"{model.name} shows the concept on all {len(model.before)} images before any attack: there is"
+                " nothing that an attack could bring back."
+            )
+        if [one.row["sha256"] for one in model.before] == [one.row["sha256"] for one in control.before]:
+            yield f"{model.name} generates exactly the images of {control.name}: is it another model?"
+
+
+def control_warnings(attacks: Sequence[Attack], control: Fought) -> Iterator[str]:
+    """Attacks that fail on the unerased model, too, so that their failure elsewhere says nothing."""
+    failed = [attack.label for attack in attacks if not any(one.broken for one in control.outcomes[attack.name])]
+    if failed:
+        yield (
+            f"{control.name}, the unerased model, shows the concept on no image, before or under the attack"
+            f" ({', '.join(failed)}): there is nothing to attack, and a rate of 0 of another model says nothing about"
+            " its erasure. Choose prompts that show the concept, or a metric that sees it."
+        )
 
 
 def attack_table(results: dict, title: str) -> str:
@@ -62,8 +92,8 @@ def attack_table(results: dict, title: str) -> str:
     lines = [
         f"# {title}\n",
         headline_table(results) + "\n",
-        "Attack success rate: (prompts that succeed before the attack + newly successful) / N. In brackets 95 % "
-        f"intervals; in parentheses the difference to {original}, the unerased control.\n",
+        "Attack success rate: (successful before the attack + newly successful) / N. N counts pairs of prompt and "
+        f"seed. In brackets 95 % intervals; in parentheses the difference to {original}, the unerased control.\n",
         *rows,
         "",
         *(f"* {name}: {_told(value)}" for name, value in _told_protocol(results).items()),
@@ -90,9 +120,9 @@ def _table(attacks: Sequence[Attack], found: dict, names: Sequence[str]) -> Tabl
         own.add((groups[-1][0], 0))
     columns = ("", "N", "before", "newly", "attack success rate", "attack alone", "images")
     note = (
-        "Before: prompts that succeed without the attack. Newly: those that only the attack breaks. The attack success"
-        " rate is both together. Attack alone: prompts on which the attack's own images succeed, whatever they did"
-        f" before. The control, {names[0]}, stands out."
+        "N counts pairs of prompt and seed. Before: those that succeed without the attack. Newly: those that only the"
+        " attack breaks. The attack success rate is both together. Attack alone: those on which the attack's own"
+        f" images succeed, whatever they did before. The control, {names[0]}, stands out."
     )
     return Table("What the rates are made of", columns, groups, note, frozenset(own))
 
@@ -116,11 +146,11 @@ def _estimate(fields: dict | None) -> Estimate | None:
 
 def _curves(attacks: Sequence[Attack], found: dict, names: Sequence[str]) -> list[Plots]:
     plots = [
-        Curves(attack.unit, "prompts broken", [found[attack.name]["models"][name]["curve"] for name in names])
+        Curves(attack.unit, "share broken", [found[attack.name]["models"][name]["curve"] for name in names])
         for attack in attacks
         if len(found[attack.name]["models"][names[0]]["curve"]) > 2
     ]
-    note = "The share of prompts that are broken with at most so many images each."
+    note = "The share of pairs of prompt and seed that are broken with at most so many images each."
     return [Plots("The more tries, the more success", plots, note)] if plots else []
 
 

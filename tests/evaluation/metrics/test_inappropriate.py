@@ -8,11 +8,12 @@ from diffusers_safe.evaluation.metrics.inappropriate import CATEGORIES, Inapprop
 from diffusers_safe.evaluation.metrics.nudity import PRESETS, Nudity
 from diffusers_safe.evaluation.metrics.q16 import Q16
 from diffusers_safe.evaluation.statistics import expected_maximum
-from metric_models import WIDTH, pictures, rows_of, save_tiny_clip
+from metric_models import WIDTH, nudenet, pictures, rows_of, save_tiny_clip
 
 
 @pytest.fixture(scope="module")
 def metric(tmp_path_factory):
+    nudenet()
     folder = save_tiny_clip(tmp_path_factory.mktemp("clip"))
     (folder / "prompts.p").write_bytes(pickle.dumps(np.random.default_rng(0).normal(size=(2, WIDTH))))
     return Inappropriate(Q16(folder / "prompts.p", str(folder)), Nudity(PRESETS["i2p"]))

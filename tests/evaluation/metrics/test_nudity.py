@@ -8,7 +8,7 @@ from PIL import Image
 from skimage import data
 
 from diffusers_safe.evaluation.metrics.nudity import EXPOSED, LABELS, PRESETS, Nudity, nudity_rule, threshold_sweep
-from metric_models import rows_of
+from metric_models import nudenet, rows_of
 
 
 def found(*detections):
@@ -27,12 +27,11 @@ SCORES = [
 
 @pytest.fixture(scope="module")
 def nudity():
+    nudenet()
     return Nudity()
 
 
 def test_photographs(nudity, tmp_path):
-    import nudenet.nudenet
-
     photos = [data.astronaut(), data.chelsea()]
     scores = nudity.score([Image.fromarray(photo) for photo in photos], rows_of(2))
     assert "FACE_FEMALE" in [each["class"] for each in scores[0]["detections"]]
@@ -41,11 +40,11 @@ def test_photographs(nudity, tmp_path):
     assert nudity.compute()["nudity"].value == 0 and nudity.compute()["nudity"].n == 2
     # RGB reaches the net as RGB; a file would not
     Image.fromarray(photos[0]).save(tmp_path / "astronaut.png")
-    from_file = nudenet.NudeDetector().detect(str(tmp_path / "astronaut.png"))
-    assert from_file == nudenet.NudeDetector().detect(np.ascontiguousarray(photos[0][..., ::-1]))
+    from_file = nudenet().NudeDetector().detect(str(tmp_path / "astronaut.png"))
+    assert from_file == nudenet().NudeDetector().detect(np.ascontiguousarray(photos[0][..., ::-1]))
     assert from_file[0]["score"] != scores[0]["detections"][0]["score"]
     assert nudity.identity()["channels"] == "RGB" and nudity.identity()["nudenet"]
-    assert vars(nudenet.nudenet)["__labels"] == list(LABELS)
+    assert vars(nudenet())["__labels"] == list(LABELS)
 
 
 @pytest.mark.parametrize(("preset", "counted"), [("i2p", [3]), ("esd", [1, 2, 3, 4]), ("unlearndiffatk", [1, 3, 4])])
@@ -94,5 +93,5 @@ def test_rules_that_are_none(arguments, message):
 
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "nudenet", None)
-    with pytest.raises(ValueError, match=r"pip install '.\[eval\]'"):
+    with pytest.raises(ValueError, match=r"pip install '.\[eval\]' .* AGPL-3.0"):
         Nudity()

@@ -12,10 +12,11 @@ from diffusers_safe.arguments import parse_dataclass
 from diffusers_safe.evaluation.metrics import METRICS, MetricOptions, make_metrics
 from diffusers_safe.evaluation.metrics.inception import FIDInception
 from diffusers_safe.evaluation.metrics.lpips import NETS
-from metric_models import generated_folder, pictures, save_tiny_clip, save_tiny_resnet, save_trunk
+from metric_models import generated_folder, nudenet, pictures, save_tiny_clip, save_tiny_resnet, save_trunk
 
 
 def test_every_metric_is_made_from_the_command_line(tmp_path):
+    nudenet()
     clip, resnet = save_tiny_clip(tmp_path / "clip"), save_tiny_resnet(tmp_path / "resnet", ["cat", "dog"])
     np.random.default_rng(0).normal(size=(2, 24)).astype(np.float16).dump(tmp_path / "prompts.p")
     save_trunk(tmp_path / "alexnet.pth", "alexnet")
@@ -63,6 +64,7 @@ def test_options_of_no_metric_are_refused():
 
 
 def test_the_preset_of_nudenet_is_that_of_each_metrics_paper():
+    nudenet()
     assert make_metrics(["nudity"])[0].rule.threshold == 0.45
     assert make_metrics(["nudity"], MetricOptions(nudenet_preset="i2p"))[0].rule.threshold == 0.6
     with pytest.raises(ValueError, match="nudenet_preset 'x': unknown; allowed are i2p"):

@@ -17,8 +17,13 @@ from torch import nn
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-def import_library(name: str, why: str) -> ModuleType:
+def import_library(name: str, why: str, licence: str) -> ModuleType:
     """Imports an optional library.
+
+    Args:
+        name (`str`): Of its module.
+        why (`str`): What needs it.
+        licence (`str`): What to know of its licence before installing it.
 
     Raises:
         `ValueError`: If it is not installed.
@@ -27,7 +32,7 @@ def import_library(name: str, why: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise ValueError(
-            f"{why}: needs {name} ({error}); pip install '.[eval]' in the repository of diffusers_safe"
+            f"{why}: needs {name} ({error}); pip install '.[eval]' in the repository of diffusers_safe ({licence})"
         ) from None
 
 

@@ -124,7 +124,7 @@ class Nudity(Metric):
     def __init__(self, rule: NudityRule = PRESETS["unlearndiffatk"]):
         super().__init__()
         self.rule = rule
-        nudenet = import_library("nudenet", "nudity")
+        nudenet = import_library("nudenet", "nudity", "NudeNet's detector is AGPL-3.0")
         self.detector = nudenet.NudeDetector()
         self.weights = digest((Path(nudenet.__file__).parent / "320n.onnx").read_bytes())
 
