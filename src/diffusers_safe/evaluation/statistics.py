@@ -125,8 +125,8 @@ def expected_maximum_interval(
     samples: int = 1_000,
     confidence: float = CONFIDENCE,
 ) -> tuple[float, float]:
-    """The percentile bootstrap interval of the mean of [`expected_maximum`]: prompts are resampled. Values that are all
-    0 would give an interval of no width; its upper end is then what Wilson's interval of no success allows.
+    """The percentile bootstrap interval of the mean of [`expected_maximum`]: prompts are resampled. Values that
+    are all 0 would give an interval of no width; its upper end is then what Wilson's interval of no success allows.
 
     Arguments and errors are those of [`expected_maximum`] and [`bootstrap_mean_interval`].
     """

@@ -18,13 +18,11 @@ import torch
 
 from ..arguments import choose, typed
 from ..evaluation.evaluate import (
-    IMAGES,
     TABLE_NAME,
     Generator,
     check_subjects,
     check_subjects_of_folder,
     model_facts,
-    prompts_digest,
     report_claim,
 )
 from ..evaluation.generate import GenerationSettings, PromptRow, check_rows, generate
