@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from ..arguments import choose, typed
 from ..backbones import Backbone, make_backbone
-from ..data.table import PICTURES as SUFFIXES
+from ..data.folders import PICTURES as SUFFIXES
 from ..evaluation.evaluate import without_folder
 from ..evaluation.generate import GenerationSettings, PromptRow, generate, load_image, read_manifest
 from ..files import save_tensors
