@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..backbones import Backbone, make_backbone
-from ..data.table import PICTURES as SUFFIXES
+from ..data.folders import PICTURES as SUFFIXES
 from ..evaluation.evaluate import without_folder
 from ..evaluation.generate import GenerationSettings, PromptRow, generate, load_image, read_manifest
 from ..provenance import fingerprint
