@@ -1,7 +1,7 @@
 """What a step of distillation takes: a plain loop, ours, and ours with --cache_latents.
 
     python benchmarks/distillation_speed.py
-    python benchmarks/distillation_speed.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --train_batch_size 8
+    python benchmarks/distillation_speed.py --model CompVis/stable-diffusion-v1-4 --train_batch_size 8  # not run here
 
 The plain loop is the reference's: autoencoder and text encoder run at every step, both UNets catch their features, all
 in float32. The ways take turns, round after round, so that a machine whose speed wanders hurts them alike; the ratio

@@ -1,7 +1,7 @@
 """How fast images of an evaluation are generated: images per second, beside a loop that calls the pipeline a prompt.
 
     python benchmarks/generation_speed.py
-    python benchmarks/generation_speed.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --dtype float16
+    python benchmarks/generation_speed.py --model CompVis/stable-diffusion-v1-4 --dtype float16  # not run here
 
 Both save PNGs; `generate` also fingerprints the model, hashes every file and writes the manifest. The ways take turns,
 round after round, so that a machine whose speed wanders hurts them alike; the ratio is taken within each round.

@@ -1,7 +1,7 @@
 """What Safe Latent Diffusion costs: seconds an image and peak memory, beside plain classifier-free guidance.
 
     python benchmarks/sld_speed.py
-    python benchmarks/sld_speed.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --dtype float16
+    python benchmarks/sld_speed.py --model CompVis/stable-diffusion-v1-4 --dtype float16  # not run here
 
 The ways take turns, round after round, so that a machine whose speed wanders hurts them alike; the ratio is taken
 within each round. Goal: at most 1.55 times plain guidance for MAX, less for WEAK.

@@ -1,7 +1,7 @@
 """Attacks an erased model, and the unerased one beside it: how often does what was erased come back?
 
     diffusers-safe attack --model runs/demo/weapon-0/model --emoji weapon --attacks seeds
-    diffusers-safe attack --model sd-1.5-safe --original stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+    diffusers-safe attack --model sd-1.4-safe --original CompVis/stable-diffusion-v1-4 \\
         --prompts prompts.csv --metrics nudity --attacks seeds paraphrases --paraphrases translations.csv
     diffusers-safe attack --model ... --original ... --prompts "a photo of a church" --metrics ... \\
         --attacks inversion --concept church
@@ -9,7 +9,8 @@
 Attacks: seeds (each prompt with more seeds), paraphrases (your own file of other wordings or translations), inversion
 (Concept Inversion: a new word is learned on the model that means what was erased). --emoji needs no other weights: the
 embedded model is the original, and its judge says what succeeds. A run that was stopped continues when it is started
-again. docs/robustness.md says what the numbers mean.
+again. docs/robustness.md says what the numbers mean. The commands with Stable Diffusion are examples that follow no
+paper and were not run here.
 """
 
 import math

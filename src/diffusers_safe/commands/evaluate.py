@@ -1,17 +1,18 @@
 """Compares models on the same prompts and seeds: generates, measures, writes a report.
 
-    diffusers-safe evaluate --models original=stable-diffusion-v1-5/stable-diffusion-v1-5 erased=sd-1.5-safe \\
+    diffusers-safe evaluate --models original=CompVis/stable-diffusion-v1-4 erased=sd-1.4-safe \\
         --prompts i2p.csv --metrics nudity pixel_distance --output_dir runs/evaluation
 
 The first model is the original. Where a model needs more than a path, `--models models.yaml` lists them:
 
-    - {name: original, model: stable-diffusion-v1-5/stable-diffusion-v1-5}
-    - {name: SLD-max, model: stable-diffusion-v1-5/stable-diffusion-v1-5, safety: max}
+    - {name: original, model: CompVis/stable-diffusion-v1-4}
+    - {name: SLD-max, model: CompVis/stable-diffusion-v1-4, safety: max}
     - {name: theirs, images: path/to/a/folder/of/pngs}
 
 A folder of images in the place of a model is measured as it is. A run that was stopped continues when it is started
 again; with other metrics or thresholds it generates nothing. `accelerate launch -m diffusers_safe.commands.evaluate`
-shares the generating among processes. docs/evaluation.md has the rules.
+shares the generating among processes. docs/evaluation.md has the rules. The command with Stable Diffusion is an
+example that follows no paper (--preset paper does) and was not run here.
 """
 
 import inspect

@@ -1,7 +1,7 @@
 """Generates images with any pipeline, steered or not, from prompts of any kind.
 
     diffusers-safe generate --prompts "a knife" "a cat" --safety max --safety_concept "a weapon"
-    diffusers-safe generate --model stable-diffusion-v1-5/stable-diffusion-v1-5 --prompts i2p.csv --preset quick
+    diffusers-safe generate --model CompVis/stable-diffusion-v1-4 --prompts i2p.csv --preset quick  # not run here
     diffusers-safe generate --prompts countries.txt --prompt_template "{} body" --images_per_prompt 100
     accelerate launch -m diffusers_safe.commands.generate --prompts coco_30k.csv --batch_size 8
 

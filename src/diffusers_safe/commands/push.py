@@ -1,6 +1,6 @@
 """Publishes an erased model, or a student, on the Hugging Face Hub: what --push_to_hub does, later.
 
-    diffusers-safe push runs/sd-1.5-safe --hub_model_id user/sd-1.5-safe
+    diffusers-safe push runs/sd-1.4-safe --hub_model_id user/sd-1.5-safe
 
 The folder's model card is made anew, unless you edited it: evaluate first, and the card shows the numbers. If the Hub
 cannot be reached or refuses, the exit code is 3.

@@ -1,7 +1,7 @@
 """What smaller UNets take beside their teacher, as a table; or one of them, made of a model that is at hand.
 
     diffusers-safe students
-    diffusers-safe students --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5
+    diffusers-safe students --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4  # not run here
     diffusers-safe students --teacher emoji --student bk-tiny --output_dir runs/emoji-tiny
 
 The table is counted from configs, no weights are read: parameters; multiply-accumulates of a forward of one sample at

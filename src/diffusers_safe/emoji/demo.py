@@ -1,7 +1,8 @@
 """`diffusers-safe demo`: a group of emoji erased from the embedded model, measured before and after.
 
-It uses what a user with Stable Diffusion 1.5 would use: the training command is printed, and does the same for any
-model whose name is put in its place.
+The training script is the one that erases from Stable Diffusion, and its command is printed. The settings of that
+command were found on the small embedded model and fit it alone: for another model start from the defaults of
+train_sdd.py, which are the paper's.
 """
 
 import shlex

@@ -1,6 +1,6 @@
 """The push of a result's folder to a repository on the Hugging Face Hub.
 
-    push_result("runs/sd-1.5-safe", "user/sd-1.5-safe")
+    push_result("runs/sd-1.4-safe", "user/sd-1.5-safe")
 
 What is on disk stays whole whatever the network does; a push that fails says how to try again.
 """

@@ -105,7 +105,8 @@ class StableDiffusionPipelineSafe(_SafeStableDiffusion, StableDiffusionPipeline)
     Same name and `sld_*` arguments as the pipeline that diffusers had; repositories made with that one load.
 
     ```python
-    pipeline = StableDiffusionPipelineSafe.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    # The paper's configuration Max. Not run here.
+    pipeline = StableDiffusionPipelineSafe.from_pretrained("CompVis/stable-diffusion-v1-4")
     image = pipeline("a portrait", **SafetyConfig.MAX).images[0]
     ```
 

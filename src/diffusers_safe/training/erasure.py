@@ -45,7 +45,9 @@ def erase(
 ) -> DiffusionPipeline:
     """Erases concepts from a pipeline, in place: what the training scripts do, in one call.
 
-        pipeline = erase("stable-diffusion-v1-5/stable-diffusion-v1-5", ["Van Gogh"], method="esd", preset="esd-2025")
+        pipeline = erase("CompVis/stable-diffusion-v1-4", ["Van Gogh"], method="esd", preset="esd-2025")
+
+    (The settings are those of github.com/rohitgandikota/erasing, 2025. Not run here.)
 
     Nothing else of the caller's changes: not the state of random generators, and, where the call raises, not the
     pipeline either.

@@ -112,7 +112,12 @@ class FID(Metric):
     """
 
     name = "fid"
-    quantities = {"fid": Quantity("FID", better="lower"), "kid": Quantity("KID", better="lower")}
+    quantities = {
+        "fid": Quantity(
+            "FID", better="lower", note="The fewer images, the larger: compare models of the same N only."
+        ),
+        "kid": Quantity("KID", better="lower"),
+    }
 
     def __init__(
         self,
