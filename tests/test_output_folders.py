@@ -320,13 +320,13 @@ def test_claims_end_with_their_block(tmp_path):
         ("n" * 256, "is too long"),
         ("é" * 128, "is too long"),
         ("x/" * 2000, "is too long"),
-        ("file", "is no folder"),
-        ("file/below", "is no folder"),
+        ("file", "Not a directory"),
+        ("file/below", "Not a directory"),
         ("loop", "Too many levels of symbolic links"),
         ("loop/below/this", "Too many levels of symbolic links"),
-        ("dangling", "is a symbolic link to nothing"),
-        ("dangling/below", "is a symbolic link to nothing"),
-        ("to_file", "is no folder"),
+        ("dangling", "is a dangling link"),
+        ("dangling/below", "is a dangling link"),
+        ("to_file", "Not a directory"),
     ],
 )
 def test_a_path_that_cannot_be_written_is_one_line_before_any_work(tmp_path, path, message):

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 RECORD = ".written.json"
 LOCK = ".lock"
+RESULT = "result"  # kind of all runs that write a model
 OVERWRITE_HELP = "Replace the results of another run in the output folder; files that are not its own are kept."
 _ROOM = 400  # bytes of a path, for the names of files in the folder
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as accelerate reads them
@@ -72,7 +73,7 @@ def claimed(
 
     Args:
         folder (`str` or `Path`): Made if need be.
-        kind (`str`): What the run makes, such as `"training"`.
+        kind (`str`): What the run makes, such as `RESULT`.
         run (*optional*): What tells this run from others of its kind, as JSON gives it back.
         replaces (`Sequence[str]`): Patterns of names in the folder that a result must not replace unasked.
         continues (`Sequence[str]`): The same, but what an earlier start of the same `run` left is its own.
@@ -230,9 +231,9 @@ def check_output_dir(folder: str | Path, name: str = "output_dir") -> Path:
         try:
             kind = os.stat(place).st_mode
         except FileNotFoundError:
-            raise OutputFolderError(f"{name} {shown}: {place} is a symbolic link to nothing") from None
+            raise OutputFolderError(f"{name} {shown}: cannot be written ({place} is a dangling link)") from None
         if not stat.S_ISDIR(kind):
-            raise OutputFolderError(f"{name} {shown}: {place} is no folder")
+            raise OutputFolderError(f"{name} {shown}: cannot be written ({os.strerror(errno.ENOTDIR)})")
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
