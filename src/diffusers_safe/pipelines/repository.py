@@ -58,8 +58,8 @@ class RepositoryMixin:
             safe_serialization (`bool`, defaults to `True`): safetensors instead of pickles.
             variant (`str`, *optional*): Put into the file names of the weights, such as `"fp16"`.
             max_shard_size (`int` or `str`, *optional*): Largest size of a weight file, such as `"5GB"`.
-            overwrite (`bool`, defaults to `False`): Replace also what no pipeline of this class was saved as: files that
-                this package wrote are deleted, others that would be mixed with the new ones are moved to `.replaced-1`.
+            overwrite (`bool`, defaults to `False`): Replace other results than an earlier save of this class, too: files
+                that this package wrote are deleted, others in the way are moved to `.replaced-1`.
             push_to_hub (`bool`, defaults to `False`): Also upload the folder, but for hidden files and for what paths
                 of this machine its files hold. `repo_id` (default the folder's name), `commit_message`, `private`,
                 `token`, `create_pr` and `subfolder` then say how, and the commit is returned.
