@@ -58,7 +58,7 @@ class RepositoryMixin:
             safe_serialization (`bool`, defaults to `True`): safetensors instead of pickles.
             variant (`str`, *optional*): Put into the file names of the weights, such as `"fp16"`.
             max_shard_size (`int` or `str`, *optional*): Largest size of a weight file, such as `"5GB"`.
-            overwrite (`bool`, defaults to `False`): Replace other results than an earlier save of this class, too: files
+            overwrite (`bool`, defaults to `False`): Replace other results than an earlier save of this class: files
                 that this package wrote are deleted, others in the way are moved to `.replaced-1`.
             push_to_hub (`bool`, defaults to `False`): Also upload the folder, but for hidden files and for what paths
                 of this machine its files hold. `repo_id` (default the folder's name), `commit_message`, `private`,
