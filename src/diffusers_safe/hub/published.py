@@ -80,7 +80,8 @@ def _parts(folder: Path) -> list[str]:
     """The folders of a pipeline's models, or that of the UNet where it was saved alone."""
     index = folder / INDEX
     entries = json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {UNET_FOLDER: []}
-    return [name for name, value in entries.items() if isinstance(value, list) and (folder / name).is_dir()]
+    parts = [name for name, value in entries.items() if isinstance(value, list) and (folder / name).is_dir()]
+    return [name for name in parts if any((folder / name).glob("*.json"))]
 
 
 def is_replaced(path: str) -> bool:
