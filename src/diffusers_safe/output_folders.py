@@ -15,10 +15,8 @@ import os
 import shutil
 import stat
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -32,19 +30,13 @@ logger = logging.getLogger(__name__)
 
 RECORD = ".written.json"
 LOCK = ".lock"
+RESULT = "result"  # kind of all runs that write a model
 OVERWRITE_HELP = "Replace the results of another run in the output folder; files that are not its own are kept."
 _ROOM = 400  # bytes of a path, for the names of files in the folder
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as accelerate reads them
 # Files that loaders look for: another's must not stay among those of a new result. All others stay where they are.
 _LOADED = (".safetensors", ".bin", ".json", ".jsonl", ".pt", ".pth", ".pkl", ".ckpt", ".msgpack", ".h5", ".onnx")
-_runs: dict[str, "_Run"] = {}  # folder -> the run of this process that has claimed it
-
-
-@dataclass(frozen=True)
-class _Run:
-    kind: str
-    identity: Any
-    thread: int
+_runs: dict[str, tuple[str, Any]] = {}  # folder -> kind and identity of the run of this process that has claimed it
 
 
 class OutputFolderError(ValueError):
@@ -68,13 +60,13 @@ def claimed(
     at_once: bool = False,
     is_own: Callable[[Path], bool] | None = None,
 ) -> Iterator[Path]:
-    """Makes a folder this run's own for the length of the block: any other run is refused. Blocks may be nested.
+    """Makes a folder this run's own for the length of the block: any other run is refused.
 
     Of the processes of one launch the first claims; to the others it does nothing.
 
     Args:
         folder (`str` or `Path`): Made if need be.
-        kind (`str`): What the run makes, such as `"training"`.
+        kind (`str`): What the run makes, such as `RESULT`.
         run (*optional*): What tells this run from others of its kind, as JSON gives it back.
         replaces (`Sequence[str]`): Patterns of names in the folder that a result must not replace unasked.
         continues (`Sequence[str]`): The same, but what an earlier start of the same `run` left is its own.
@@ -97,14 +89,12 @@ def claimed(
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputFolderError(f"output_dir {folder}: cannot be made ({error.strerror})") from None
-    key, thread = os.path.realpath(path), threading.get_ident()
-    outer = _runs.get(key)
-    nested = outer is not None and outer.thread == thread
+    key = os.path.realpath(path)
     try:
-        with nullcontext() if nested else _locked(path):
+        with _locked(path):
             in_the_way = _in_the_way(path, kind, run, replaces, continues, overwrite, is_own)
             make_way(path, in_the_way if at_once else [])
-            _runs[key] = _Run(kind, run, thread)
+            _runs[key] = (kind, run)
             try:
                 if not in_the_way and is_own is not None and kind not in _Written(path).runs:
                     # What an earlier version wrote, without a record.
@@ -112,10 +102,7 @@ def claimed(
                         record_written(path, *files)
                 yield path
             finally:
-                if nested:
-                    _runs[key] = outer
-                else:
-                    del _runs[key]
+                del _runs[key]
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -232,9 +219,9 @@ def check_output_dir(folder: str | Path, name: str = "output_dir") -> Path:
         try:
             kind = os.stat(place).st_mode
         except FileNotFoundError:
-            raise OutputFolderError(f"{name} {shown}: {place} is a symbolic link to nothing") from None
+            raise OutputFolderError(f"{name} {shown}: cannot be written ({place} is a dangling link)") from None
         if not stat.S_ISDIR(kind):
-            raise OutputFolderError(f"{name} {shown}: {place} is no folder")
+            raise OutputFolderError(f"{name} {shown}: cannot be written ({os.strerror(errno.ENOTDIR)})")
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
@@ -274,9 +261,9 @@ class _Written:
             self.runs, self.files = {}, {}
 
     def save(self) -> None:
-        current = _runs.get(os.path.realpath(self.folder))
-        if current is not None and current.kind:
-            self.runs[current.kind] = current.identity
+        kind, run = _runs.get(os.path.realpath(self.folder), ("", None))
+        if kind:
+            self.runs[kind] = run
         record = {"runs": self.runs, "files": dict(sorted(self.files.items()))}
         write_text(self.folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 

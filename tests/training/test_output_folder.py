@@ -161,7 +161,7 @@ def test_a_relative_base_model_is_found_from_everywhere(tiny_model_folder, tmp_p
         ("", "output_dir '': is empty"),
         ("{model}", "is the base model's own folder"),
         ("{model}/unet", "is inside the base model's own folder"),
-        ("{model}/model_index.json", "is no folder"),
+        ("{model}/model_index.json", "Not a directory"),
         ("caf\udce9", "must be UTF-8"),
         ("n" * 300, "is too long"),
     ],

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from closeness import ROUNDING, difference, trained
 from diffusers_safe.formats import LORA_NAME, PARTIAL_NAME, load_partial
+from diffusers_safe.output_folders import RECORD
 from diffusers_safe.provenance import Provenance, fingerprint
 from diffusers_safe.training.erasure_loop import ErasureLoop
 from diffusers_safe.training.sdd import main
@@ -69,7 +70,7 @@ def test_the_result_is_a_stock_pipeline(erased, tiny_model_folder):
     assert image.shape == (1, 64, 64, 3)
     assert difference(image, picture(StableDiffusionPipeline.from_pretrained(tiny_model_folder))) > 10 * ROUNDING
     assert {path.name for path in erased.iterdir() if path.is_file()} == {
-        "model_index.json", "erasure.json", "log.jsonl", PARTIAL_NAME
+        "model_index.json", "erasure.json", "log.jsonl", PARTIAL_NAME, RECORD
     }  # fmt: skip
 
 
@@ -147,7 +148,7 @@ def test_sigterm_ends_the_program_with_130_after_a_checkpoint(
         main(options(tiny_model_folder, tmp_path / "out", checkpointing_steps=0))
     assert stop.value.code == 130
     assert f"--resume_from_checkpoint {tmp_path / 'out' / 'checkpoint-1'}" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-1", "log.jsonl"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-1", "log.jsonl", RECORD}
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
 
@@ -211,7 +212,7 @@ def test_a_lora_and_its_fused_pipeline_draw_the_same_picture(lora_erased, tiny_m
     assert np.allclose(picture(stock), picture(fused), atol=1e-4)
     assert not np.allclose(picture(stock), before, atol=1e-3)
     assert {path.name for path in lora_erased.iterdir() if path.is_file()} == {
-        "model_index.json", "erasure.json", "log.jsonl", LORA_NAME
+        "model_index.json", "erasure.json", "log.jsonl", LORA_NAME, RECORD
     }  # fmt: skip
     arguments = Provenance.load(lora_erased).arguments
     assert (arguments["rank"], arguments["lora_alpha"], arguments["save"]) == (4, 4.0, "both")
@@ -233,7 +234,7 @@ def test_a_lora_is_what_is_saved_where_nothing_else_is_said_and_in_two_processes
     words = options(tiny_model_folder, tmp_path / "out", **changes)
     del words[words.index("--save") : words.index("--save") + 2]
     in_two_processes(SCRIPT, words, tmp_path)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"erasure.json", "log.jsonl", LORA_NAME}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"erasure.json", "log.jsonl", LORA_NAME, RECORD}
     one, two = load_file(lora_erased / LORA_NAME), load_file(tmp_path / "out" / LORA_NAME)
     assert one.keys() == two.keys()
     ups = [

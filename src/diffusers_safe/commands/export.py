@@ -35,7 +35,7 @@ from ..formats import (
     save_whole,
     written_aside,
 )
-from ..output_folders import OVERWRITE_HELP, check_apart, check_claim, claimed
+from ..output_folders import OVERWRITE_HELP, RESULT, check_apart, check_claim, claimed
 from ..provenance import fingerprint
 
 
@@ -82,7 +82,7 @@ class ExportArguments:
 
     @property
     def claim(self) -> dict:
-        return {"kind": "export", "replaces": RESULTS, "overwrite": self.overwrite}
+        return {"kind": RESULT, "run": "export", "replaces": RESULTS, "overwrite": self.overwrite}
 
 
 def check_surroundings(args: ExportArguments) -> None:

@@ -102,8 +102,9 @@ def check_surroundings(args: GenerateArguments) -> None:
 @told_in_one_line()
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(GenerateArguments, __doc__, argv, prog, check_surroundings, PRESETS)
-    with told_in_one_line(), claimed(args.output_dir):
-        pipeline, settings = args.subject.load(args.settings)
+    with told_in_one_line():
+        with claimed(args.output_dir):  # another run ends before it loads its model
+            pipeline, settings = args.subject.load(args.settings)
         manifest = generate(
             pipeline,
             args.rows,

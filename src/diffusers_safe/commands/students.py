@@ -22,7 +22,7 @@ from ..backbones.cost import macs
 from ..emoji import MODEL_FOLDER
 from ..formats import RESULTS, save_model, written_aside
 from ..loading import check_files
-from ..output_folders import OVERWRITE_HELP, check_apart, check_claim, check_output_dir, claimed
+from ..output_folders import OVERWRITE_HELP, RESULT, check_apart, check_claim, check_output_dir, claimed
 from ..students import (
     ALIASES,
     STUDENTS,
@@ -80,7 +80,7 @@ class StudentsArguments:
 
     @property
     def claim(self) -> dict:
-        return {"kind": "student", "replaces": RESULTS, "overwrite": self.overwrite}
+        return {"kind": RESULT, "run": "student", "replaces": RESULTS, "overwrite": self.overwrite}
 
     @property
     def hub_arguments(self) -> dict[str, str]:

@@ -233,7 +233,7 @@ def load_unet(name_or_path: str | Path, **options) -> UNet2DConditionModel:
 def _read_folder(folder: Path) -> ErasedWeights:
     if (folder / PARTIAL_NAME).is_file():
         erased = read_erased_weights(folder / PARTIAL_NAME)
-    elif (folder / INDEX).is_file() or (folder / UNET_FOLDER).is_dir():
+    elif (folder / INDEX).is_file() or (folder / UNET_FOLDER / "config.json").is_file():
         erased = _read_unet(folder / UNET_FOLDER)
     elif (folder / "config.json").is_file():
         erased = _read_unet(folder)

@@ -90,7 +90,7 @@ def _usage(folder: Path, provenance: Provenance, repo_id: str, base: Base) -> st
             f"```python\nfrom diffusers import {name}\n\n"
             f'pipeline = {name}.from_pretrained("{repo_id}")\nimage = pipeline("a photo of a cat").images[0]\n```'
         )
-    elif (folder / UNET_FOLDER).is_dir():
+    elif (folder / UNET_FOLDER / "config.json").is_file():
         ways.append(
             "The UNet alone, for the base model's pipeline:\n\n"
             "```python\nfrom diffusers import DiffusionPipeline, UNet2DConditionModel\n\n"

@@ -87,7 +87,7 @@ def _parts(folder: Path) -> list[str]:
     index = folder / INDEX
     entries = read_json_object(index) if index.is_file() else {UNET_FOLDER: []}
     plain = [name for name, value in entries.items() if isinstance(value, list) and Path(name).name == name]
-    return [name for name in plain if (folder / name).is_dir()]
+    return [name for name in plain if any((folder / name).glob("*.json"))]
 
 
 def is_replaced(path: str) -> bool:

@@ -22,7 +22,7 @@ from ..cards import CARD_NAME, card_on_hub, is_ours, make_card, write_card
 from ..formats.folders import RESULTS, rename_entry, rewrite_index, written_aside
 from ..guidance import SAFETY_CONFIGS, SafetyConfig
 from ..hub import as_published
-from ..output_folders import claimed
+from ..output_folders import RESULT, claimed
 from ..provenance import Provenance
 from .safe_latent_diffusion import SafeLatentDiffusionMixin, check_concept, check_either, check_known
 
@@ -58,8 +58,8 @@ class RepositoryMixin:
             safe_serialization (`bool`, defaults to `True`): safetensors instead of pickles.
             variant (`str`, *optional*): Put into the file names of the weights, such as `"fp16"`.
             max_shard_size (`int` or `str`, *optional*): Largest size of a weight file, such as `"5GB"`.
-            overwrite (`bool`, defaults to `False`): Replace another result in the folder: the files of it that this
-                package wrote are deleted, others that would be mixed with the new ones are moved to `.replaced-1`.
+            overwrite (`bool`, defaults to `False`): Replace other results than an earlier save of this class: files
+                that this package wrote are deleted, others in the way are moved to `.replaced-1`.
             push_to_hub (`bool`, defaults to `False`): Also upload the folder, but for hidden files and for what paths
                 of this machine its files hold. `repo_id` (default the folder's name), `commit_message`, `private`,
                 `token`, `create_pr` and `subfolder` then say how, and the commit is returned.
@@ -77,7 +77,8 @@ class RepositoryMixin:
         else:
             hub["repo_id"] = None
         options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
-        with claimed(folder, "pipeline", replaces=(*RESULTS, f"{_MODULE}.py"), overwrite=overwrite):
+        run, parts = {"saved": type(self).__name__}, (*RESULTS, f"{_MODULE}.py")
+        with claimed(folder, RESULT, run, continues=parts, overwrite=overwrite):
             record = self._write_repository(folder, hub, **options, **kwargs)
             return self._commit(api, folder, hub, record) if push_to_hub else None
 

@@ -17,7 +17,15 @@ from ..concepts import read_concepts
 from ..formats import RESULTS
 from ..hub import check_model_id, check_push, default_model_id
 from ..loading import check_files
-from ..output_folders import OVERWRITE_HELP, OutputFolderError, check_apart, check_claim, check_output_dir, claimed
+from ..output_folders import (
+    OVERWRITE_HELP,
+    RESULT,
+    OutputFolderError,
+    check_apart,
+    check_claim,
+    check_output_dir,
+    claimed,
+)
 from ..provenance import load_record
 from ..weights import TRAIN_METHODS, resolve_train_method
 from .checkpoints import check_same_run, checkpoint_step, list_checkpoints
@@ -311,10 +319,10 @@ class TrainingArguments:
             if folder is not None and Path(folder).is_dir():
                 check_apart(self.output_dir, folder, name)
         checkpoint = self.find_checkpoint()
-        if checkpoint is not None:
-            check_same_run(checkpoint, self.identity)
         if checkpoint is not None and checkpoint_step(checkpoint) > self.max_train_steps:
             raise ValueError(f"max_train_steps {self.max_train_steps}: {checkpoint} is further already")
+        if checkpoint is not None:
+            check_same_run(checkpoint, self.identity)
         check_claim(self.output_dir, **self._claim(checkpoint))
 
     @contextmanager
@@ -337,7 +345,7 @@ class TrainingArguments:
     def _claim(self, checkpoint: Path | None) -> dict:
         """What the run may find in its output folder: with a checkpoint of its own what it wrote until then, else only
         what is left of the same run that was stopped before the first checkpoint."""
-        claim = {"kind": "training", "run": self.identity, "overwrite": self.overwrite}
+        claim = {"kind": RESULT, "run": {"training": self.identity}, "overwrite": self.overwrite}
         if checkpoint is not None and os.path.realpath(checkpoint.parent) == os.path.realpath(self.output_dir):
             return {**claim, "continues": self.RESULTS, "is_own": self._is_own}
         if list_checkpoints(Path(self.output_dir)) and not self.overwrite:
