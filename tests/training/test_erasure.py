@@ -217,3 +217,30 @@ def test_gradients_are_recomputed_during_the_run_only(tiny_pipeline):
         callback=lambda *_: seen.append(tiny_pipeline.unet.is_gradient_checkpointing), **QUICK,
     )  # fmt: skip
     assert seen == [True, True] and not tiny_pipeline.unet.is_gradient_checkpointing
+
+
+def test_a_concept_whose_predictions_are_those_of_no_text_is_reported(make_tiny_pipeline, caplog):
+    deaf = make_tiny_pipeline()
+    for name, parameter in deaf.unet.named_parameters():
+        if "attn2.to_out" in name:
+            torch.nn.init.zeros_(parameter.data)
+    quick = {"num_inference_steps": 2, "max_train_steps": 1, "progress_bar": False}
+    erase(deaf, ["knife"], **quick)
+    assert caplog.messages == [
+        "concepts 'knife': its predictions equal the empty prompt's, so there is nothing to erase"
+    ]
+    caplog.clear()
+    erase(make_tiny_pipeline(), "knife", **quick)
+    assert not caplog.messages
+
+
+def test_values_of_other_types_that_mean_the_same(make_tiny_pipeline):
+    quick = {"num_inference_steps": 2, "max_train_steps": 1, "progress_bar": False, "watch_prompts": []}
+    plain, texts = (
+        fingerprint(erase(make_tiny_pipeline(), concepts, **quick, **options).unet)
+        for concepts, options in (
+            (["knife"], {"learning_rate": 1e-3, "retain_prompts": ["dog"], "seed": 3}),
+            ("knife", {"learning_rate": "1e-3", "retain_prompts": "dog", "seed": np.int64(3)}),
+        )
+    )
+    assert plain == texts
