@@ -13,8 +13,18 @@ def test_help_lists_the_commands(capsys):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["dmo"], "invalid choice: 'dmo'"),
+        (["dmo"], "invalid choice: 'dmo' (did you mean demo?)"),
         ([], "COMMAND"),
+        (["--verson"], "unrecognized arguments: --verson (did you mean --version?)"),
+        (["prepare_data"], "the following arguments are required: --source, --output_dir"),
+        (["students", "--student", "bk_smal"], "student 'bk_smal': unknown; allowed are bk-base, bk-small"),
+        (["push"], "the following arguments are required: --folder"),
+        (
+            ["push", "/nowhere", "--hub_tokn", "secret"],
+            "unrecognized arguments: --hub_tokn (did you mean --hub_token?)",
+        ),
+        (["generate", "--prompts", "a", "--images_per_prompt", "1e9"], "must be at most 1,000,000"),
+        (["generate", "--prompts", *"abcdefghijk", "--images_per_prompt", "1e6"], "these are 11,000,000 images"),
         (["demo", "--group", "cats"], "group 'cats': unknown; allowed are weapon, animal"),
         (["demo", "--images_per_prompt", "0"], "images_per_prompt 0: must be at least 1"),
         (["demo", "--sed", "secret"], "unrecognized arguments: --sed (did you mean --seed?)"),
@@ -28,7 +38,19 @@ def test_what_is_wrong_is_told_in_one_line(capsys, argv, message):
         main(argv)
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert message in error.strip().splitlines()[-1] and "secret" not in error
+    assert message in error and len(error.strip().splitlines()) == 1 and "secret" not in error
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["demo", "--version"], ["prepare_data", "--version"]])
+def test_version(capsys, argv):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith("diffusers-safe 0.")
+
+
+def test_a_student_may_be_spelled_with_underscores(tmp_path, capsys):
+    main(["students", "--teacher", "emoji", "--student", "bk_small", "--output_dir", str(tmp_path / "student")])
+    assert "bk-small, 4,916,420 parameters" in capsys.readouterr().out
 
 
 def test_help_shows_examples_as_they_are_written(capsys):

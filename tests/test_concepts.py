@@ -25,9 +25,69 @@ def test_read_concepts_refuses_missing_and_empty_files(tmp_path):
         read_concepts([str(tmp_path / "empty.txt")])
 
 
-def test_a_prompt_names_a_concept_by_whole_words():
-    assert names_concept("a Gun, on the table", "gun") and names_concept("art by Van Gogh", "van gogh")
-    assert not names_concept("it has begun", "gun") and not names_concept("", "gun")
+def test_entries_and_files_are_joined(tmp_path):
+    for name, text in (("a.txt", "knife\n"), ("b.txt", "gun\nbomb\n")):
+        (tmp_path / name).write_text(text)
+    listed = [str(tmp_path / "a.txt"), "sword", str(tmp_path / "b.txt")]
+    assert read_concepts(listed) == ["knife", "sword", "gun", "bomb"]
+    with pytest.raises(ValueError, match="^retain_prompts .*: give at least one prompt"):
+        read_concepts([" "], "retain_prompts")
+
+
+def test_what_is_given_twice_is_used_once_and_reported(caplog):
+    assert read_concepts(["Van Gogh", "knife", "van  gogh", "VAN GOGH"]) == ["Van Gogh", "knife"]
+    assert caplog.messages == ["concepts: given several times, used once: 'Van Gogh' (3 times)"]
+
+
+@pytest.mark.parametrize("entry", ["violence, nudity", "violence,nudity", "violence; nudity"])
+def test_a_comma_does_not_separate_concepts(caplog, entry):
+    assert read_concepts([entry]) == [entry]
+    (message,) = caplog.messages
+    assert message == f'concepts: "{entry}" is one concept; for 2 of them write --concepts "violence" "nudity"'
+
+
+def test_prompts_have_commas(caplog):
+    assert read_concepts(["a cat, sitting"], "validation_prompts") == ["a cat, sitting"] and not caplog.messages
+
+
+@pytest.mark.parametrize(
+    "prompt, concept",
+    [
+        ("a Gun, on the table", "gun"),
+        ("art by Van Gogh", "van gogh"),
+        ("Van_Gogh's sunflowers", "Van  Gogh"),
+        ("van-gogh", "Van Gogh"),
+        ("two bananas", "banana"),
+        ("a banana", "bananas"),
+        ("Knives!", "knife"),
+        ("a glove", "gloves"),
+        ("boxes", "box"),
+        ("cities", "city"),
+        ("policemen", "policeman"),
+        ("C++ code", "C++"),
+        ("a 🔫 here", "🔫"),
+        ("ＫＮＩＦＥ", "knife"),
+    ],
+)
+def test_a_prompt_names_a_concept(prompt, concept):
+    assert names_concept(prompt, concept)
+
+
+@pytest.mark.parametrize(
+    "prompt, concept",
+    [
+        ("it has begun", "gun"),
+        ("", "gun"),
+        ("a bandana", "banana"),
+        ("a catalog", "cat"),
+        ("vitamin c", "C++"),
+        ("Van Damme", "Van Gogh"),
+        ("a glass", "gla"),
+        ("a bus", "bu"),
+    ],
+)
+def test_a_prompt_does_not_name_a_concept(prompt, concept):
+    assert not names_concept(prompt, concept)
 
 
 def prompts_of(schedule, count=6):

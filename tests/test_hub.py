@@ -554,7 +554,7 @@ numpy.save("images.npy", images)
         (["{empty}"], "holds erasure.json, but neither a pipeline nor erased weights"),
         (["{folder}", "--hub_model_id", "a/b/c"], "hub_model_id 'a/b/c': no name for a repository; give user/name"),
         (["{folder}", "--hub_model"], "unrecognized arguments: --hub_model"),
-        ([], "the following arguments are required: folder"),
+        ([], "the following arguments are required: --folder"),
         (["{broken}"], "results.json: cannot be read as the results of an evaluation"),
     ],
 )

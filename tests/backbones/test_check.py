@@ -1,14 +1,24 @@
 """What cannot be trained is refused by its config: loaded, and on disk before anything is loaded."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
+from tokenizers import normalizers
 
-from diffusers_safe.backbones import StoredModel, make_backbone
+from diffusers_safe.backbones import StoredModel, load_pipeline, make_backbone
+from diffusers_safe.backbones.base import unknown_words
+from diffusers_safe.commands.subject import load_any_pipeline
+from diffusers_safe.emoji.architecture import build_tokenizer
 
 
 @pytest.fixture
@@ -185,3 +195,55 @@ def test_other_families_are_refused_by_name(class_name, tmp_path):
         StoredModel(str(tmp_path))
     with pytest.raises(ValueError, match=f"^{class_name}: .*{supported}"):
         make_backbone(type(class_name, (), {})())
+
+
+def test_words_that_a_tokenizer_does_not_know():
+    tokenizer = build_tokenizer()
+    assert unknown_words("a knife, an apple on a banana", tokenizer) == {}
+    assert set(unknown_words("violence and nudity in 2024: a knife", tokenizer)) == {"violence", "and", "nudity"}
+    assert unknown_words("🔫 zebra", tokenizer) == {
+        "🔫": ["ð", "Ł", "Ķ", "«</w>"],
+        "zebra": ["z", "e", "b", "r", "a</w>"],
+    }
+    tokenizer.add_tokens(["<zebra>"])
+    assert unknown_words("a <zebra>", tokenizer) == {}
+    # Names of two or more letters a piece, as CLIP spells those that are in no dictionary, are no reason to warn.
+    tokenizer.tokenize = {"Rutkowski": ["rut", "kowski</w>"], "Dali": ["dal", "i</w>"], "xq": ["<unk>"]}.__getitem__
+    tokenizer.unk_token = "<unk>"
+    assert unknown_words("Rutkowski Dali xq", tokenizer) == {"xq": ["<unk>"]}
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_unknown_concepts_are_reported(loaded, families, folders, caplog):
+    model = make_backbone(families["xl"]()) if loaded else StoredModel(str(folders / "xl"))
+    model.warn_of_unknown_words(["knife", "a zebra"])
+    (message,) = caplog.messages
+    assert message.startswith("concepts 'a zebra': the model's tokenizer does not know 'zebra' (5 pieces)")
+
+
+def test_a_concept_that_encodes_as_nothing_is_reported(families, caplog):
+    backbone = make_backbone(families["sd"]())
+    backbone.pipeline.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("?", "")
+    backbone.warn_of_unknown_words(["?"], "forbidden_concepts")
+    assert caplog.messages == [
+        "forbidden_concepts '?': encodes as the empty prompt does, so there is nothing to erase"
+    ]
+
+
+def test_no_safety_checker_is_said_to_be_disabled(make_tiny_pipeline, tmp_path, caplog):
+    make_tiny_pipeline().save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "requires_safety_checker": True}))
+    heard = []
+    logger = logging.getLogger("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
+    handler = logging.Handler()
+    handler.emit = heard.append
+    logger.addHandler(handler)
+    try:
+        load_pipeline(str(tmp_path))
+        load_any_pipeline(str(tmp_path), torch.float32)
+        assert not heard
+        StableDiffusionPipeline.from_pretrained(tmp_path)
+        assert "disabled the safety checker" in heard[0].getMessage()
+    finally:
+        logger.removeHandler(handler)

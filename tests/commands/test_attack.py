@@ -116,7 +116,7 @@ def test_models_have_names_and_the_embedded_one_is_the_original(tiny_model_folde
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--attacks", "magic"], "attack 'magic': unknown; known are seeds, paraphrases, inversion"),
+        (["--attacks", "magic"], "attacks 'magic': unknown; allowed are seeds, paraphrases, inversion"),
         (["--attacks", "seeds", "seeds"], "attack 'seeds': given twice"),
         (["--attacks", "seeds", "--num_seeds", "1"], "num_seeds 1: must be at least 2"),
         (["--attacks", "seeds", "--emoji", "spoon"], "emoji 'spoon': unknown; allowed are weapon"),
@@ -138,7 +138,7 @@ def test_models_have_names_and_the_embedded_one_is_the_original(tiny_model_folde
             ["--attacks", "inversion", "--concept", "knife", "--prompts", "a knife", "a knife" + " and a cat" * 20],
             "tokens; this model takes 32, and what is cut would not be trained",
         ),
-        (["--attacks", "seeds", "--guidance_scale", "nan"], "guidance_scale is nan; it must be a finite number"),
+        (["--attacks", "seeds", "--guidance_scale", "nan"], "guidance_scale 'nan': must be a finite number"),
         (["--attacks", "seeds", "--metrics", "magic"], "metric 'magic': unknown"),
         (["--attacks", "seeds", "--model", "nowhere/at-all"], "no folder or Hub repository of a diffusers pipeline"),
         (["--attacks", "seeds", "--model", "{empty}"], "{empty}': no folder of a diffusers pipeline"),

@@ -116,6 +116,16 @@ def test_accumulation_and_the_cache_change_nothing_but_rounding(distil, tiny_mod
         assert moved.norm() > 0 and (moved - alike).norm() < 0.05 * moved.norm()
 
 
+def test_the_student_keeps_the_settings_of_the_teachers_pipeline(make_tiny_xl_pipeline, tmp_path):
+    teacher = make_tiny_xl_pipeline()
+    teacher.register_to_config(force_zeros_for_empty_prompt=False)
+    teacher.save_pretrained(tmp_path)
+    args = DistillationArguments(**settings(tmp_path, tmp_path, "none", student="ssd_1b"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffusers_safe.training.distillation.build_student", lambda unet, kind: unet)
+        assert student_pipeline(teacher, args).config.force_zeros_for_empty_prompt is False
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("erasing", [{}, {"forbidden_concepts": ["knife"], "sdd_weight": 1.0}])
 def test_two_processes_see_what_one_sees(tiny_model_folder, pictures, tmp_path, erasing):

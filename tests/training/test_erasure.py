@@ -120,9 +120,9 @@ def test_a_preset_stands_for_options_that_are_not_given(make_tiny_pipeline):
         ({"learning_rate": "fast"}, "learning_rate 'fast': must be a number"),
         ({"seed": None}, "seed None: must be a whole number"),
         ({"rank": 1000}, "rank 1000: must be at most 32, the full rank of the largest selected layer"),
-        ({"learnin_rate": 1}, r"learnin_rate \(did you mean learning_rate\?\): no option"),
+        ({"colour": 1}, "colour: no option of method 'sdd'"),
         ({"concepts": []}, "at least one concept"),
-        ({"learning_rates": 1}, "learning_rates: no option of method 'sdd'"),
+        ({"learning_rates": 1}, r"learning_rates \(did you mean learning_rate\?\): no option of method 'sdd'"),
         ({"dry_run": True}, "dry_run: only for the script"),
         ({"erase_from": "a painting"}, "erase_from: no option of method 'sdd'"),
         ({"train_method": "half"}, "train_method 'half': unknown"),
@@ -218,3 +218,30 @@ def test_gradients_are_recomputed_during_the_run_only(tiny_pipeline):
         callback=lambda *_: seen.append(tiny_pipeline.unet.is_gradient_checkpointing), **QUICK,
     )  # fmt: skip
     assert seen == [True, True] and not tiny_pipeline.unet.is_gradient_checkpointing
+
+
+def test_a_concept_whose_predictions_are_those_of_no_text_is_reported(make_tiny_pipeline, caplog):
+    deaf = make_tiny_pipeline()
+    for name, parameter in deaf.unet.named_parameters():
+        if "attn2.to_out" in name:
+            torch.nn.init.zeros_(parameter.data)
+    quick = {"num_inference_steps": 2, "max_train_steps": 1, "progress_bar": False}
+    erase(deaf, ["knife"], **quick)
+    assert caplog.messages == [
+        "concepts 'knife': its predictions equal the empty prompt's, so there is nothing to erase"
+    ]
+    caplog.clear()
+    erase(make_tiny_pipeline(), "knife", **quick)
+    assert not caplog.messages
+
+
+def test_values_of_other_types_that_mean_the_same(make_tiny_pipeline):
+    quick = {"num_inference_steps": 2, "max_train_steps": 1, "progress_bar": False, "watch_prompts": []}
+    plain, texts = (
+        fingerprint(erase(make_tiny_pipeline(), concepts, **quick, **options).unet)
+        for concepts, options in (
+            (["knife"], {"learning_rate": 1e-3, "retain_prompts": ["dog"], "seed": 3}),
+            ("knife", {"learning_rate": "1e-3", "retain_prompts": "dog", "seed": np.int64(3)}),
+        )
+    )
+    assert plain == texts

@@ -93,6 +93,30 @@ def test_a_concept_cannot_be_erased_and_retained(arguments):
         SDDArguments(**arguments(retain_prompts=["cat", "knife"]))
 
 
+@pytest.mark.parametrize("concept, prompt", [("banana", "a Banana"), ("bananas", "a banana"), ("knife", "two knives")])
+def test_a_retained_prompt_that_names_a_concept_is_an_error_that_names_both(arguments, concept, prompt):
+    with pytest.raises(ValueError, match=f"^retain_prompts '{prompt}': names the concept '{concept}'; "):
+        SDDArguments(**arguments(concepts=["gun", concept], retain_prompts=["cat", prompt]))
+
+
+@pytest.mark.parametrize("name", ["concepts", "retain_prompts", "watch_prompts", "validation_prompts"])
+def test_a_text_where_a_list_belongs_is_one_entry(arguments, name):
+    assert getattr(SDDArguments(**arguments(**{name: "dog"})), name) == ["dog"]
+
+
+def test_a_watched_prompt_that_names_a_concept_is_left_out_and_reported(arguments, caplog):
+    assert SDDArguments(**arguments(watch_prompts=["knives", "a cat"])).watch_prompts == ["a cat"]
+    assert caplog.messages == ["watch_prompts 'knives': left out, it names the concept 'knife'"]
+    caplog.clear()
+    SDDArguments(**arguments(concepts=["cat"]))
+    assert not caplog.messages  # the default prompts
+
+
+def test_a_run_of_too_many_samples(arguments):
+    with pytest.raises(ValueError, match="max_train_steps 100000000: with train_batch_size 65536 .* at most"):
+        SDDArguments(**arguments(max_train_steps=10**8, train_batch_size=2**16))
+
+
 def test_aliases_become_the_method_they_mean(arguments):
     assert SDDArguments(**arguments(train_method="esd-x")).train_method == "xattn"
 

@@ -54,7 +54,11 @@ class StudentsArguments:
         },
     )
     student: str | None = field(
-        default=None, metadata={"help": f"Which one to write: {', '.join([*STUDENTS, *ALIASES])}. Needs --output_dir."}
+        default=None,
+        metadata={
+            "help": f"Which one to write: {', '.join([*STUDENTS, *ALIASES])}. Needs --output_dir.",
+            "choices": [*STUDENTS, *ALIASES],
+        },
     )
     output_dir: str | None = field(default=None, metadata={"help": "Where the student's pipeline goes."})
     revision: str | None = field(default=None, metadata={"help": "Of the model on the Hub."})
