@@ -71,7 +71,7 @@ def reason(error: BaseException) -> str:
             else "not a file of torch.save"
         )
     if isinstance(error, EOFError):
-        return "not a file of torch.save (it ends too early)"
+        return "it ends too early"
     if isinstance(error, UnicodeDecodeError):
         return "not UTF-8 text"
     if isinstance(error, json.JSONDecodeError):
@@ -79,7 +79,7 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f' ({str(error.filename)[-100:]})' if error.filename else ''}"
     if "PytorchStreamReader" in str(error):
-        return "not a whole file of torch.save"
+        return "it is not whole"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]).split(" If you want")[0]
     named = "" if type(error) in (ValueError, OSError) and text else type(error).__name__
@@ -342,13 +342,28 @@ def check_header(path: Path, quantized: bool = True) -> None:
             if not file.read(1):
                 raise ModelError(f"{path}: is empty")
         if path.suffix == ".bin":
-            torch.load(path, "meta", weights_only=True, mmap=is_zipfile(path))  # shapes; no values are read
+            load_pickle(path, "meta", mmap=is_zipfile(path))  # shapes; no values are read
         else:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
                     kind = file.get_slice(name).get_dtype()
                     if name.endswith((".weight", ".bias")) and kind[0] in "IUB" and kind != "BF16" and not quantized:
                         raise ModelError(f"{path}: {name} holds integers ({kind}); floating point is needed")
+
+
+def load_pickle(path: Path, device: str = "cpu", mmap: bool = False) -> Any:
+    """What a file of torch.save holds: nothing but tensors and containers of them.
+
+    Raises:
+        [`ModelError`]: If it holds more, or is damaged.
+    """
+    with naming(str(path)):
+        try:
+            return torch.load(path, device, weights_only=True, mmap=mmap)
+        except (OSError, MemoryError, pickle.UnpicklingError):
+            raise
+        except Exception as error:  # of nearly all types
+            raise ModelError(f"{path}: not a file of torch.save ({reason(error)})") from error
 
 
 def single_file(name_or_path: str | Path) -> Path | None:
@@ -388,7 +403,7 @@ def describe_weights(names: list[str]) -> str:
         return "an IP-Adapter"
     if any_name("string_to_param", "emb_params") or (names and not any_name(".")):
         return "a textual inversion embedding"
-    if any_name("hada_w1", "lokr_w", "oft_", "dora_scale", "lora_mid"):
+    if any_name("hada_w1", "lokr_w", "oft_", "dora_scale", "lora_magnitude_vector", "lora_mid"):
         return "a LyCORIS file (LoHa, LoKr, DoRA or another relative of LoRA)"
     if any_name("lora"):
         return "a LoRA"

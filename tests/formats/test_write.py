@@ -58,5 +58,5 @@ def test_missing_and_broken_files(saved, tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         load_partial(unet, tmp_path / "none.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="not a safetensors file"):
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
         load_partial(unet, tmp_path / "broken.safetensors")

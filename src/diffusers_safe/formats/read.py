@@ -13,7 +13,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors import safe_open
 from torch import nn
 
-from ..loading import describe_weights, load_model, naming, shown
+from ..loading import describe_weights, load_model, load_pickle, naming, shown
 from ..provenance import FILE_NAME, UNKNOWN, Provenance, fingerprint, located, stored_path
 from ..weights import TRAIN_METHODS, find_train_method, resolve_train_method
 from .folders import INDEX, UNET_FOLDER
@@ -98,7 +98,7 @@ class ErasedWeights:
                 raise self._error(f"{name} holds values that are not finite numbers")
         missing = [name for name in parameters if name not in weights] if self.format in ("ldm", "unet") else []
         if missing and not (self.format == "unet" and find_train_method(denoiser, weights.keys())):
-            held = f"holds {len(weights)} of the UNet's {len(parameters)} parameters, without {missing[0]}"
+            held = f"holds {len(weights)} of the UNet's {len(parameters)} parameters; missing is {missing[0]}"
             hint = "" if self.format == "ldm" else (
                 ": neither all nor those of a train method; if it is meant to be a part, save it as .safetensors"
             )  # fmt: skip
@@ -286,7 +286,7 @@ def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
     if path.suffix == ".safetensors":
         tensors, _ = _open_safetensors(path)
     else:
-        tensors = _tensors(_unpickle(path), path)
+        tensors = _tensors(load_pickle(path), path)
     if not is_lora(list(tensors)):
         raise ValueError(f"{path}: {describe_weights(list(tensors))}, and no LoRA")
     try:
@@ -366,10 +366,10 @@ def _esd_train_method(written: str) -> str:
 
 
 def _read_pickle(path: Path) -> ErasedWeights:
-    state = _unpickle(path)
+    state = load_pickle(path)
     while isinstance(state, dict) and (inner := [state[key] for key in _WRAPPERS if isinstance(state.get(key), dict)]):
         state = inner[0]
-    if isinstance(state, dict) and "image_proj" in state:
+    if isinstance(state, dict) and not state.keys().isdisjoint(("image_proj", "string_to_param")):
         raise ValueError(f"{path}: {describe_weights(list(state))}, and no erasure of a UNet")
     if isinstance(state, dict) and state and all(isinstance(part, dict) for part in state.values()):
         return ErasedWeights(_flat(state, path), "esd-alt", str(path), {"method": "esd"})
@@ -377,8 +377,6 @@ def _read_pickle(path: Path) -> ErasedWeights:
 
 
 def _tensors(state: Any, path: Path) -> dict[str, torch.Tensor]:
-    if isinstance(state, dict) and "string_to_param" in state:
-        raise ValueError(f"{path}: {describe_weights(list(state))}, and no weights of a UNet")
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ValueError(f"{path}: a {type(state).__name__}; weights by name are needed")
     if odd := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
@@ -386,11 +384,6 @@ def _tensors(state: Any, path: Path) -> dict[str, torch.Tensor]:
     if odd := [name for name, value in state.items() if value.layout != torch.strided or value.is_quantized]:
         raise ValueError(f"{path}: {odd[0]} is a sparse or quantized tensor; a plain one is needed")
     return state
-
-
-def _unpickle(path: Path) -> Any:
-    with naming(str(path)):
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _flat(state: dict[str, dict], path: Path) -> dict[str, torch.Tensor]:
