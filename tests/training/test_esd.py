@@ -92,4 +92,4 @@ def test_what_the_device_cannot_do_is_one_line_before_anything_is_loaded(
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match=f"^error: {message}"):
         main(options(tiny_model_folder, tmp_path / "out", **changes))
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
