@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from diffusers import DiffusionPipeline
 
+from ..arguments import typed
 from ..evaluation.generate import GenerationSettings, PromptRow
 
 
@@ -81,6 +82,7 @@ class Attack(ABC):
         yield
 
 
+@typed
 class SeedSearch(Attack):
     """The same prompt with other seeds: its own and the following ones.
 
