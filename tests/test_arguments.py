@@ -106,7 +106,7 @@ def test_what_can_only_mean_one_thing_is_converted(kind, value, expected):
         (list[str], ["a", 1], "x 1: must be text"),
         (list[str], ["a", ["b"]], "x (list): must be text"),
         (list[str], ["a", None], "x None: must be text"),
-        (str | list[str], 3, "x 3: must be text or must be a list of texts"),
+        (str | list[str], 3, "x 3: must be text or a list of texts"),
         (SafetyConfig, {}, "x (dict): must be a SafetyConfig"),
         (dict, [], "x (list): must be a mapping"),
     ],

@@ -47,7 +47,8 @@ def test_a_recipe_runs(on_cpu, recipe, tiny_models, tmp_path):
         "latents_per_trajectory": 1,
     }
     words = [word for name, value in quick.items() for word in (f"--{name}", str(value))]
-    concepts = ["--concepts", "knife", "gun"]  # the tiny tokenizer spells out what it does not know, byte by byte
+    # The tiny tokenizer, which is the embedded model's, spells out what it does not know, byte by byte.
+    concepts = [] if recipe.name.startswith("emoji") else ["--concepts", "knife", "gun"]
     command_of(recipe).main(["--config", str(recipe), *words, *concepts])
     options = yaml.safe_load(recipe.read_text())
     if "rank" in options:

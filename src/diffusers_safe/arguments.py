@@ -163,7 +163,7 @@ def _converted(value: Any, kind: Any) -> Any:
     kinds = [option for option in kinds if option is not NoneType]
     if Any in kinds:
         return value
-    exact = [option for option in kinds if _is_class(option) and isinstance(value, option)]
+    exact = [option for option in kinds if _is_class(option) and isinstance(value, get_origin(option) or option)]
     wrong = []
     for option in exact or kinds:
         try:
@@ -172,7 +172,8 @@ def _converted(value: Any, kind: Any) -> Any:
             wrong.append(misfit)
     if len(wrong) == 1:
         raise wrong[0]
-    raise _Misfit(" or ".join(dict.fromkeys(misfit.args[0] for misfit in wrong)), shown(value))
+    allowed = dict.fromkeys(misfit.args[0].removeprefix("must be ") for misfit in wrong)
+    raise _Misfit(f"must be {' or '.join(allowed)}", shown(value))
 
 
 def _as_kind(value: Any, kind: Any) -> Any:
@@ -195,7 +196,8 @@ def _as_kind(value: Any, kind: Any) -> Any:
 
 
 def _is_class(kind: Any) -> bool:
-    return isinstance(kind, type) and not getattr(kind, "_is_protocol", False) and get_origin(kind) is None
+    kind = get_origin(kind) or kind
+    return isinstance(kind, type) and not getattr(kind, "_is_protocol", False)
 
 
 def _as_list(value: Any, kind: Any, make: type) -> list | tuple:

@@ -3,28 +3,28 @@
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from .arguments import choose, note
+from .arguments import choose, note, typed
 
 
 CONCEPT_SCHEDULES = ("iterative", "random", "composite", "sequential")
 PROMPT_ORDERS = ("paper", "repository", "matched")
 
 
-def read_concepts(values: Iterable[str], name: str = "concepts") -> list[str]:
+@typed
+def read_concepts(values: list[str], name: str = "concepts") -> list[str]:
     """Reads `--concepts` and other lists of names or prompts: each is itself, or a `.txt` file with one a line.
 
     In a file, empty lines and lines that start with `#` are skipped. What is given several times is kept once, and a
     note says so; another says where a name has a comma in it, since it is one concept.
 
     Args:
-        values (`Iterable[str]`): `["Van Gogh", "Claude Monet"]` or `["artists.txt"]`.
+        values (`list[str]`): `["Van Gogh", "Claude Monet"]` or `["artists.txt"]`.
         name (`str`, defaults to `"concepts"`): The option, for messages. Commas are expected in those whose name ends
             with `prompts`.
 
@@ -112,6 +112,7 @@ def joined(concepts: list[str]) -> str:
     return ", ".join(concepts)
 
 
+@typed
 @dataclass(frozen=True)
 class ConceptSchedule:
     """Which prompts a training sample uses: one to draw its latent, one to train on.

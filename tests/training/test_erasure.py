@@ -119,7 +119,7 @@ def test_a_preset_stands_for_options_that_are_not_given(make_tiny_pipeline):
         ({"max_train_steps": True}, "max_train_steps True: must be a whole number"),
         ({"learning_rate": "fast"}, "learning_rate 'fast': must be a number"),
         ({"seed": None}, "seed None: must be a whole number"),
-        ({"rank": 1000}, "rank 1000: must be at most 32, the full rank of the largest selected layer"),
+        ({"rank": 1000}, "rank 1000: must be at most 16, the full rank of the largest selected layer"),
         ({"colour": 1}, "colour: no option of method 'sdd'"),
         ({"concepts": []}, "at least one concept"),
         ({"learning_rates": 1}, r"learning_rates \(did you mean learning_rate\?\): no option of method 'sdd'"),
@@ -225,7 +225,7 @@ def test_a_concept_whose_predictions_are_those_of_no_text_is_reported(make_tiny_
     for name, parameter in deaf.unet.named_parameters():
         if "attn2.to_out" in name:
             torch.nn.init.zeros_(parameter.data)
-    quick = {"num_inference_steps": 2, "max_train_steps": 1, "progress_bar": False}
+    quick = {"num_inference_steps": 2, "max_train_steps": 1, "progress_bar": False, "watch_prompts": []}
     erase(deaf, ["knife"], **quick)
     assert caplog.messages == [
         "concepts 'knife': its predictions equal the empty prompt's, so there is nothing to erase"

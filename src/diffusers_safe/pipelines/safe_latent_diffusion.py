@@ -4,7 +4,7 @@ import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -153,7 +153,7 @@ class SafeLatentDiffusionMixin:
 def enable_safe_latent_diffusion(
     pipeline: DiffusionPipeline,
     safety_concept: str = SAFETY_CONCEPT,
-    config: SafetyConfig | str = SafetyConfig.MEDIUM,
+    config: Mapping[str, float] | str = SafetyConfig.MEDIUM,
 ) -> DiffusionPipeline:
     """Gives Safe Latent Diffusion to a pipeline, in place: ControlNet, T2I-Adapter, ...
 
@@ -168,7 +168,7 @@ def enable_safe_latent_diffusion(
         pipeline ([`~diffusers.DiffusionPipeline`]): Around a `UNet2DConditionModel`: Stable Diffusion 1, 2, XL, and
             what extends them.
         safety_concept (`str`, *optional*): What to steer away from; default the paper's list.
-        config ([`SafetyConfig`] or `str`, *optional*): How strongly, as a config or its name, such as `"max"`;
+        config ([`SafetyConfig`], `dict` or `str`, *optional*): How strongly, as a config or its name, such as `"max"`;
             default `SafetyConfig.MEDIUM`.
 
     Returns:

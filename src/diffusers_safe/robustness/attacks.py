@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from diffusers import DiffusionPipeline
 
+from ..arguments import typed
 from ..evaluation.generate import GenerationSettings, PromptRow
 
 
@@ -84,6 +85,7 @@ class Attack(ABC):
         yield
 
 
+@typed
 class SeedSearch(Attack):
     """The same prompt with other seeds: its own and the following ones.
 

@@ -91,6 +91,7 @@ class InversionSettings:
             raise ValueError("inversion_initializer: must not be blank")
 
 
+@typed
 class ConceptInversion(Attack):
     """Prompts in which the concept's words are replaced by a word learned on the attacked model itself.
 

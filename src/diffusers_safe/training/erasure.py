@@ -101,7 +101,8 @@ def _arguments(
 ) -> ErasureArguments:
     method = choose("method", method, METHODS)
     kind = METHODS[method]
-    names = [item.name for item in fields(kind)]
+    own = ("pretrained_model_name_or_path", "concepts", "output_dir")  # which have a parameter
+    names = [item.name for item in fields(kind) if item.name not in own]
     if unknown := [suggested(name, names, "") for name in sorted(options.keys() - set(names))]:
         raise ValueError(f"{', '.join(unknown)}: no option of method '{method}'; see train_{method}.py --help")
     presets = preset_options(kind)
