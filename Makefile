@@ -21,7 +21,9 @@ $(VENV)/.installed: setup.py constraints.txt
 demo: setup
 	$(BIN)/diffusers-safe demo
 
+# Threads that wait must not spin: two workers with two threads each took forty times as long.
 test: export OMP_NUM_THREADS ?= 1
+test: export OMP_WAIT_POLICY ?= passive
 test: setup
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
