@@ -84,6 +84,12 @@ def sharded(left=None, index=None):
     return change
 
 
+def save_other_unet(model, **changes):
+    config = json.loads((model / "unet" / "config.json").read_text())
+    known = {name: value for name, value in config.items() if not name.startswith("_")}
+    UNet2DConditionModel(**{**known, **changes}).save_pretrained(model / "unet")
+
+
 def symlink_loop(place):
     place.symlink_to(place.name)
 
@@ -123,6 +129,10 @@ BROKEN = {
     "unet layers": (edit("unet/config.json", block_out_channels=[8, 16]), "unet/config.json: Must provide the same"),
     "unet groups": (edit("unet/config.json", norm_num_groups=0), "unet/config.json: ZeroDivisionError"),
     "unet size": (edit("unet/config.json", sample_size="big"), "sample_size 'big': must be a whole number above 0"),
+    "text width": (
+        lambda model: save_other_unet(model, cross_attention_dim=40),
+        "unet cross_attention_dim 40: the text encoders give 32",
+    ),
     "unet width": (
         edit("unet/config.json", in_channels=9),
         r"unet: conv_in.weight has shape \(8, 4, 3, 3\)",

@@ -1,9 +1,11 @@
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
+from diffusers_safe.hub.published import result_files
 from diffusers_safe.provenance import (
     FILE_NAME,
     Distillation,
@@ -77,3 +79,34 @@ def test_records_and_files_name_folders_by_their_absolute_path(tmp_path, monkeyp
     student.save("out")
     monkeypatch.chdir("/")
     assert load_record(tmp_path / "out").teacher == str(tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "holds a JSON list"),
+        ("null", "holds a JSON null"),
+        ("[" * 100_000, "nested too deeply"),
+        ("{", "not JSON"),
+        ('{"a": 1}', "not a record of ours"),
+        (json.dumps({**asdict(Provenance("b", None, ["a"], "sdd", "x", {})), "concepts": "a"}), "concepts is a str"),
+        (json.dumps({**asdict(Provenance("b", None, ["a"], "sdd", "x", {})), "arguments": []}), "arguments is a list"),
+    ],
+)
+def test_what_is_no_record_is_one_line(tmp_path, text, message):
+    (tmp_path / "erasure.json").write_text(text)
+    for read in (lambda: Provenance.load(tmp_path), lambda: erasure_of(str(tmp_path))):
+        with pytest.raises(ValueError, match=f"erasure.json: .*{message}") as error:
+            read()
+        assert "\n" not in str(error.value)
+
+
+def test_no_file_outside_a_result_is_published(tmp_path):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "key.json").write_text("{}")
+    (tmp_path / "result" / "unet").mkdir(parents=True)
+    (tmp_path / "result" / "unet" / "config.json").write_text("{}")
+    Provenance("b", None, ["a"], "sdd", "x", {}).save(tmp_path / "result")
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["a", "b"], "../private": ["a", "b"]}
+    (tmp_path / "result" / "model_index.json").write_text(json.dumps(index))
+    assert result_files(tmp_path / "result") == ["erasure.json", "model_index.json", "unet/config.json"]

@@ -28,7 +28,7 @@ from diffusers import (
 )
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CLIPTextConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 logger = logging.getLogger(__name__)
@@ -244,6 +244,26 @@ def check_files(folder: str | Path, what: str, variant: str | None = None) -> No
                 find_variant(place, variant)
             else:
                 check_tokenizer(kind.from_pretrained(place), label)
+    with naming(what):
+        _check_text_width(folder, index, what)
+
+
+def _check_text_width(folder: Path, index: dict[str, Any], what: str) -> None:
+    """Whether a UNet takes what CLIP's text encoders next to it give."""
+    parts = components(index)
+    encoders = [name for name in ("text_encoder", "text_encoder_2") if name in parts]
+    if not encoders or any(not parts[name][1].startswith("CLIPText") for name in encoders) or "unet" not in parts:
+        return
+    unet = read_json_object(folder / "unet" / "config.json")
+    given = [CLIPTextConfig.from_dict(read_json_object(folder / name / "config.json")) for name in encoders]
+    width = unet.get("cross_attention_dim")
+    if (
+        isinstance(width, int)
+        and unet.get("encoder_hid_dim_type") is None
+        and width != sum(c.hidden_size for c in given)
+    ):
+        widths = " + ".join(str(config.hidden_size) for config in given)
+        raise ModelError(f"{what}: unet cross_attention_dim {width}: the text encoders give {widths}")
 
 
 def _folder_of(folder: Path, part: str) -> Path:

@@ -1,6 +1,7 @@
 """`diffusers-safe export`: from every form to every form, with the base model found, and nothing half-written."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -183,18 +184,20 @@ def test_a_relative_base_model_is_found_from_another_folder(base, partial, tmp_p
 
 
 def test_a_base_model_that_is_unknown_or_another_is_told_and_nothing_is_left(
-    base, partial, make_tiny_pipeline, tmp_path
+    base, partial, make_tiny_pipeline, tmp_path, capsys
 ):
     folder = tmp_path / "runs" / "out"
     esd = write_form("esd", base.unet, make_erased(base.unet), tmp_path / "in")
-    with pytest.raises(SystemExit, match="does not say which model it was made from; give --base_model"):
-        export(esd, "full", folder)
     make_tiny_pipeline(seed=1).save_pretrained(tmp_path / "other")
-    with pytest.raises(SystemExit, match="made for .* with fingerprint"):
-        export(partial, "full", folder, "--base_model", tmp_path / "other")
     gone = write_form("partial", base.unet, make_erased(base.unet), tmp_path / "gone", "a-model-of-then")
-    with pytest.raises(SystemExit, match="base_model 'a-model-of-then': no .*the source names it, --base_model gives"):
-        export(gone, "partial", folder)
+    for words, message in (
+        ((esd, "full", folder), "does not say which model it was made from; give --base_model"),
+        ((partial, "full", folder, "--base_model", tmp_path / "other"), "made for .* with fingerprint"),
+        ((gone, "partial", folder), "base_model 'a-model-of-then': no .*the source names it, --base_model gives"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            export(*words)
+        assert stop.value.code == 2 and re.search(message, capsys.readouterr().err)
     assert not folder.parent.exists()
     export(gone, "partial", folder, "--base_model", base.config._name_or_path)
 

@@ -35,6 +35,7 @@ from ..formats import (
     save_whole,
     written_aside,
 )
+from ..loading import ModelError
 from ..output_folders import OVERWRITE_HELP, RESULT, check_apart, check_claim, claimed
 from ..provenance import fingerprint
 
@@ -112,7 +113,7 @@ def export(args: ExportArguments) -> LoRA | None:
         StoredModel(base_model, argument="base_model", **hub)
     except ValueError as error:
         named = "; the source names it, --base_model gives another" if args.base_model is None else ""
-        raise ValueError(f"{error}{named}") from None
+        raise ModelError(f"{error}{named}") from None
     pipeline = load_pipeline(base_model, **hub, **({"variant": variant} if variant else {}))
     denoiser = make_backbone(pipeline).denoiser
     changed = erased.changes(denoiser)
@@ -147,7 +148,7 @@ def _base_model(args: ExportArguments, erased: ErasedWeights) -> tuple[str, str 
     if args.base_model is not None:
         return args.base_model, args.base_revision
     if (name := erased.known.get("base_model")) is None:
-        raise ValueError(f"source {args.source}: does not say which model it was made from; give --base_model")
+        raise ModelError(f"source {args.source}: does not say which model it was made from; give --base_model")
     return name, args.base_revision or erased.known.get("revision")
 
 

@@ -483,7 +483,7 @@ def _sample(pipeline: DiffusionPipeline, rows: list[PromptRow], settings: Genera
     if "negative_prompt" in arguments:
         arguments["negative_prompt"] = [settings.negative_prompt] * len(rows)
     generators = [torch.Generator("cpu").manual_seed(row.seed) for row in rows]
-    with naming(f"{type(pipeline).__name__} of {pipeline.config.get('_name_or_path')}", ValueError):
+    with naming(f"{type(pipeline).__name__} of {pipeline.config.get('_name_or_path')}", ValueError, RuntimeError):
         return pipeline([row.prompt for row in rows], generator=generators, output_type="pil", **arguments).images
 
 

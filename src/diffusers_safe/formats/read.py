@@ -13,7 +13,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors import safe_open
 from torch import nn
 
-from ..loading import describe_weights, load_model, load_pickle, naming, shown
+from ..loading import ModelError, describe_weights, load_model, load_pickle, naming, shown
 from ..provenance import FILE_NAME, UNKNOWN, Provenance, fingerprint, located, stored_path
 from ..weights import TRAIN_METHODS, find_train_method, resolve_train_method
 from .folders import INDEX, UNET_FOLDER
@@ -127,8 +127,8 @@ class ErasedWeights:
         """
         assign(denoiser, self.values(denoiser))
 
-    def _error(self, reason: str) -> ValueError:
-        return ValueError(f"{self.source}: {reason}")
+    def _error(self, reason: str) -> ModelError:
+        return ModelError(f"{self.source}: {reason}")
 
     def _check_base(self, denoiser: nn.Module) -> None:
         expected = self.known.get("base_fingerprint")
@@ -186,15 +186,15 @@ def read_erased_weights(path: str | Path) -> ErasedWeights:
     if os.path.isdir(path):
         return _read_folder(path)
     if not os.path.isfile(path):
-        raise ValueError(f"{shown(path)}: no such file or folder, or none that can be read")
+        raise ModelError(f"{shown(path)}: no such file or folder, or none that can be read")
     if path.suffix == ".safetensors":
         erased = _read_safetensors(path)
     elif path.suffix in _PICKLES:
         erased = _read_pickle(path)
     else:
-        raise ValueError(f"{path}: erased weights are in files ending in {', '.join(SUFFIXES)}")
+        raise ModelError(f"{path}: erased weights are in files ending in {', '.join(SUFFIXES)}")
     if not erased.weights:
-        raise ValueError(f"{path}: holds no weights")
+        raise ModelError(f"{path}: holds no weights")
     return erased
 
 
@@ -209,7 +209,7 @@ def load_partial(denoiser: nn.Module, path: str | Path) -> dict[str, str]:
     """
     erased = read_erased_weights(path)
     if erased.format != "partial":
-        raise ValueError(f"{path}: format '{erased.format}'; this reads partial; read_erased_weights reads all")
+        raise ModelError(f"{path}: format '{erased.format}'; this reads partial; read_erased_weights reads all")
     erased.apply(denoiser)
     return _open_safetensors(Path(path))[1]
 
@@ -265,7 +265,7 @@ def only_weight_file(names: list[str], where: str) -> str:
     found = sorted(name for name in names if "/" not in name and name.endswith(SUFFIXES))
     if len(found) != 1:
         several = f"holds several files, of which weight_name must name one: {', '.join(found)}"
-        raise ValueError(f"{where}: {several if found else 'holds no erased weights that can be read'}")
+        raise ModelError(f"{where}: {several if found else 'holds no erased weights that can be read'}")
     return found[0]
 
 
@@ -288,11 +288,11 @@ def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
     else:
         tensors = _tensors(load_pickle(path), path)
     if not is_lora(list(tensors)):
-        raise ValueError(f"{path}: {describe_weights(list(tensors))}, and no LoRA")
+        raise ModelError(f"{path}: {describe_weights(list(tensors))}, and no LoRA")
     try:
         plain = plain_names(tensors, path.parent)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ModelError(f"{path}: {error}") from None
     return plain, path.suffix != ".safetensors" or plain.keys() != tensors.keys()
 
 
@@ -300,7 +300,7 @@ def _read_safetensors(path: Path) -> ErasedWeights:
     tensors, metadata = _open_safetensors(path)
     written = metadata.get("format", "pt")
     if written not in ("pt", PARTIAL_FORMAT, _ESD_FORMAT):
-        raise ValueError(f"{path}: format '{written}'; allowed are {PARTIAL_FORMAT}, {_ESD_FORMAT} and none")
+        raise ModelError(f"{path}: format '{written}'; allowed are {PARTIAL_FORMAT}, {_ESD_FORMAT} and none")
     try:
         known = known_facts(metadata)
         if "base_model" in known:
@@ -308,7 +308,7 @@ def _read_safetensors(path: Path) -> ErasedWeights:
         if written == PARTIAL_FORMAT:
             return ErasedWeights(tensors, "partial", str(path), known)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ModelError(f"{path}: {error}") from None
     return _from_tensors(tensors, metadata, path, "esd", known)
 
 
@@ -320,12 +320,12 @@ def _from_tensors(
         try:
             return ErasedWeights(read_differences(tensors, metadata, path.parent), "lora", str(path), known)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ModelError(f"{path}: {error}") from None
     if any(name.startswith(_LDM_UNET) for name in tensors):
         return ErasedWeights(_ldm_unet(tensors, path), "ldm", str(path))
     what = describe_weights(list(tensors))
     if not what.endswith(("UNet", "unknown kind")):
-        raise ValueError(f"{path}: {what}, and no erasure of a UNet")
+        raise ModelError(f"{path}: {what}, and no erasure of a UNet")
     for prefix in ("module.", "_orig_mod.", "unet."):  # of wrappers, and of a whole pipeline
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
@@ -341,7 +341,7 @@ def _esd_facts(path: Path, metadata: dict[str, str]) -> dict:
         known |= {"concepts": [concept], "train_method": match["method"], "arguments": arguments}
     if metadata.get("format") == _ESD_FORMAT:
         if (component := metadata.get("component", "unet")) != "unet":
-            raise ValueError(f"{path}: component '{component}'; erased weights are read for the unet only")
+            raise ModelError(f"{path}: component '{component}'; erased weights are read for the unet only")
         if metadata.get("base_model_id"):
             known["base_model"] = metadata["base_model_id"]
         if metadata.get("train_method"):
@@ -370,7 +370,7 @@ def _read_pickle(path: Path) -> ErasedWeights:
     while isinstance(state, dict) and (inner := [state[key] for key in _WRAPPERS if isinstance(state.get(key), dict)]):
         state = inner[0]
     if isinstance(state, dict) and not state.keys().isdisjoint(("image_proj", "string_to_param")):
-        raise ValueError(f"{path}: {describe_weights(list(state))}, and no erasure of a UNet")
+        raise ModelError(f"{path}: {describe_weights(list(state))}, and no erasure of a UNet")
     if isinstance(state, dict) and state and all(isinstance(part, dict) for part in state.values()):
         return ErasedWeights(_flat(state, path), "esd-alt", str(path), {"method": "esd"})
     return _from_tensors(_tensors(state, path), {}, path, "unet", {})
@@ -378,11 +378,11 @@ def _read_pickle(path: Path) -> ErasedWeights:
 
 def _tensors(state: Any, path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise ValueError(f"{path}: a {type(state).__name__}; weights by name are needed")
+        raise ModelError(f"{path}: a {type(state).__name__}; weights by name are needed")
     if odd := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
-        raise ValueError(f"{path}: {odd[0]} is a {type(state[odd[0]]).__name__}, not a tensor")
+        raise ModelError(f"{path}: {odd[0]} is a {type(state[odd[0]]).__name__}, not a tensor")
     if odd := [name for name, value in state.items() if value.layout != torch.strided or value.is_quantized]:
-        raise ValueError(f"{path}: {odd[0]} is a sparse or quantized tensor; a plain one is needed")
+        raise ModelError(f"{path}: {odd[0]} is a sparse or quantized tensor; a plain one is needed")
     return state
 
 
@@ -390,12 +390,12 @@ def _flat(state: dict[str, dict], path: Path) -> dict[str, torch.Tensor]:
     weights = {}
     for module, parts in state.items():
         if not module.startswith("unet."):
-            raise ValueError(f"{path}: {module} is no module of the unet")
+            raise ModelError(f"{path}: {module} is no module of the unet")
         for name, value in parts.items():
             if name == "bias" and value is None:
                 continue
             if name not in ("weight", "bias") or not isinstance(value, torch.Tensor):
-                raise ValueError(f"{path}: {module} holds '{name}'; allowed are tensors named weight and bias")
+                raise ModelError(f"{path}: {module} holds '{name}'; allowed are tensors named weight and bias")
             weights[f"{module.removeprefix('unet.')}.{name}"] = value
     return weights
 
@@ -403,5 +403,5 @@ def _flat(state: dict[str, dict], path: Path) -> dict[str, torch.Tensor]:
 def _ldm_unet(state: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
     for name in state:
         if "." in name and not name.startswith((_LDM_UNET, *_LDM_OTHERS)):
-            raise ValueError(f"{path}: {name} is no part of a CompVis checkpoint")
+            raise ModelError(f"{path}: {name} is no part of a CompVis checkpoint")
     return {name: value for name, value in state.items() if name.startswith(_LDM_UNET)}

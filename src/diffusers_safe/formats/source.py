@@ -51,6 +51,6 @@ def fetch(source: str | Path, weight_name: str | None = None, only_records: bool
         hub = {name: hub_arguments[name] for name in ("revision", "token") if name in hub_arguments}
         name = only_weight_file(list_repo_files(str(source), **hub), str(source))
         return Path(hf_hub_download(str(source), name, **hub_arguments))
-    except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
+    except (HFValidationError, HfHubHTTPError, OSError) as error:
         named = f" with a file {weight_name}" if weight_name else ""
         raise ValueError(f"'{source}': no such file, folder or Hub repository{named} ({reason(error)})") from None

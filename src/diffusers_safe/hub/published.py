@@ -54,7 +54,8 @@ def check_folder(folder: str | Path) -> None:
     if not weights:
         raise ValueError(f"{folder}: holds {record.file_name}, but neither a pipeline nor erased weights")
     for name in weights:
-        check_header(Path(folder) / name)
+        if "/" not in name:  # erased weights, a LoRA
+            check_header(Path(folder) / name)
 
 
 def result_files(folder: Path) -> list[str]:
