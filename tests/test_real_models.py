@@ -42,7 +42,7 @@ def test_a_recipe_names_its_source_and_that_it_was_not_run(recipe):
 
 def command(text, script):
     """The first command of a script in a text, without the options that change no result."""
-    (found, *_) = re.findall(rf"^accelerate launch.*?{script} (.*?[^\\])\n(?!    )", text, re.S | re.M)
+    (found, *_) = re.findall(rf"^(?:accelerate launch|python).*?{script} (.*?[^\\])\n(?!    )", text, re.S | re.M)
     return found.replace("\\\n", "").replace('"Van Gogh"', "Van_Gogh").replace('"', "").split()
 
 

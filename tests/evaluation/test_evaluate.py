@@ -447,10 +447,11 @@ def test_a_report_on_other_prompts_is_replaced_only_if_asked(models, tmp_path, r
         (tmp_path / RECORD).unlink()
     evaluate(models[:2], rows, [Bright(0)], tmp_path, QUICK)  # another model and the same prompts
     written = (tmp_path / "results.json").read_bytes()
-    with pytest.raises(ValueError, match=r"results of another run \(results.json\).*--overwrite"):
-        evaluate(models[:2], rows_of(3, 1), [Bright(0)], tmp_path, QUICK)
+    others = [replace(row, prompt=f"{row.prompt}, again") for row in rows_of(3, 1)]
+    with pytest.raises(ValueError, match="it holds images of other prompts or seeds.*--overwrite"):
+        evaluate(models[:2], others, [Bright(0)], tmp_path, QUICK)
     assert (tmp_path / "results.json").read_bytes() == written
-    results = evaluate(models[:2], rows_of(3, 1), [Bright(0)], tmp_path, QUICK, overwrite=True)
+    results = evaluate(models[:2], others, [Bright(0)], tmp_path, QUICK, overwrite=True)
     assert results["protocol"]["prompts"]["images"] == 3 and not list(tmp_path.glob(".replaced-*"))
 
 

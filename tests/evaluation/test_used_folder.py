@@ -74,7 +74,7 @@ def test_other_prompts_and_settings_are_refused(used, report, rows, settings, me
     if not report:
         (used / "results.json").unlink()
     before = files(used)
-    with pytest.raises(ValueError, match=f"output_dir .*: .*{message}; use another output_dir"):
+    with pytest.raises(ValueError, match=f"output_dir .*: .*{message}; give another folder"):
         evaluate([Unloadable("original"), Unloadable("erased")], rows, [PixelDistance()], used, settings)
     assert files(used) == before
 
@@ -128,7 +128,7 @@ def test_folders_of_images_are_known_by_their_images(tmp_path):
     first, second, other = (ImageFolder(name, tmp_path / name / "pngs") for name in ("a", "b", "x"))
     evaluate([first, second], ROWS, [PixelDistance()], tmp_path / "out")
     evaluate([first, second], ROWS, [PixelDistance()], tmp_path / "out")
-    with pytest.raises(ValueError, match="b: the report in output_dir is of other images; use another output_dir"):
+    with pytest.raises(ValueError, match="b: the report in output_dir is of other images; give another folder"):
         evaluate([first, ImageFolder("b", other.folder)], ROWS, [PixelDistance()], tmp_path / "out")
     with pytest.raises(ValueError, match="its report is of other prompts"):
         evaluate([first, second], ROWS[:2], [PixelDistance()], tmp_path / "out")

@@ -297,7 +297,7 @@ def test_a_folder_of_another_run_is_refused(models, tmp_path, changes, message):
     before = (tmp_path / "results.json").read_bytes()
     names = changes.get("names", ("original", "erased"))
     others = [LoadedModel(name, model.pipeline) for name, model in zip(names, models)]
-    with pytest.raises(ValueError, match=re.escape(message) + "; use another output_dir"):
+    with pytest.raises(ValueError, match=re.escape(message) + "; give another folder"):
         run(others, changes.get("attacks", [SeedSearch(2)]), Known(), tmp_path, changes.get("rows", ROWS))
     assert (tmp_path / "results.json").read_bytes() == before
 
