@@ -1,8 +1,10 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from diffusers_safe.cli import main
+from diffusers_safe.emoji import demo
 from diffusers_safe.emoji.demo import erasure_command
 from diffusers_safe.training.erasure_arguments import SDDArguments, parse_arguments
 
@@ -15,6 +17,30 @@ def test_the_demo_runs_the_public_script_with_arguments_it_takes(tiny_model_fold
     assert args.concepts == ["knife", "gun", "bomb", "sword", "axe", "weapon"]
     assert "weapon" not in args.retain_prompts and "animal" in args.retain_prompts
     assert args.seed == 3
+
+
+def test_the_demo_replaces_its_own_files_and_no_other(tmp_path, monkeypatch, capsys):
+    folder, commands = tmp_path / "weapon-0", []
+
+    def run(command):
+        commands.append(command)
+        (folder / "model").mkdir(exist_ok=True)
+        (folder / "model" / "erasure.json").write_text("{}")
+        return SimpleNamespace(returncode=3)
+
+    monkeypatch.setattr(demo.subprocess, "run", run)
+    for overwrites in (False, True):  # the second time it is its own
+        with pytest.raises(SystemExit, match="3"):
+            main(["demo", "--output_dir", str(tmp_path)])
+        assert ("--overwrite" in commands[-1]) == overwrites
+    (folder / ".written.json").unlink()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", "--output_dir", str(tmp_path)])
+    assert "holds results of another run (model)" in capsys.readouterr().err and len(commands) == 2
+    with pytest.raises(SystemExit, match="3"):
+        main(["demo", "--output_dir", str(tmp_path), "--overwrite"])
+    assert "--overwrite" in commands[-1] and (folder / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.slow
