@@ -316,7 +316,7 @@ def test_bad_rows_are_refused_and_nothing_is_written(tiny_pipeline, tmp_path, ro
         ({"id": "a" * 201}, "is no file name"),
         ({"seed": -1}, "must lie between"),
         ({"seed": 2**64}, "must lie between"),
-        ({"guidance_scale": float("nan")}, "a has guidance_scale nan; it must be a finite number"),
+        ({"guidance_scale": float("nan")}, "guidance_scale nan: must be a finite number"),
         ({"height": 64}, "a has height 64, width None; give both or neither"),
         ({"height": 64, "width": 60}, "a has width 60; it must be a multiple of 8"),
     ],
@@ -329,7 +329,7 @@ def test_rows_that_cannot_be_drawn_are_refused(row, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"guidance_scale": float("nan")}, "guidance_scale is nan; it must be a finite number"),
+        ({"guidance_scale": float("nan")}, "guidance_scale nan: must be a finite number"),
         ({"height": 100, "width": 64}, "height is 100; it must be a multiple of 8"),
     ],
 )

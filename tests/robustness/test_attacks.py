@@ -91,7 +91,7 @@ def test_inversion_replaces_whole_words_only():
         (lambda: ConceptInversion(" "), "concept: must not be blank"),
         (lambda: ConceptInversion("a", template="a photo"), "must have one {}"),
         (lambda: InversionSettings(steps=0), "inversion_steps 0: must be at least 1"),
-        (lambda: InversionSettings(learning_rate=float("nan")), "inversion_learning_rate nan: must be above 0"),
+        (lambda: InversionSettings(learning_rate=float("nan")), "learning_rate nan: must be a finite number"),
         (lambda: InversionSettings(learning_rate=1.5), "inversion_learning_rate 1.5: must be above 0 and at most 1"),
         (lambda: InversionSettings(loss_space="x"), "inversion_loss_space 'x': unknown; allowed are prediction"),
         (lambda: InversionSettings(initializer=" "), "inversion_initializer: must not be blank"),

@@ -11,7 +11,6 @@ where it was when it is started again. In several processes, started by `acceler
 import hashlib
 import io
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -76,8 +75,6 @@ class PromptRow:
             )
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"row {self.id} has seed {self.seed}; it must lie between 0 and 2^64 - 1")
-        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
-            raise ValueError(f"row {self.id} has guidance_scale {self.guidance_scale}; it must be a finite number")
         if (self.height is None) != (self.width is None):
             raise ValueError(f"row {self.id} has height {self.height}, width {self.width}; give both or neither")
         for name in ("height", "width"):
@@ -114,8 +111,6 @@ class GenerationSettings:
     def __post_init__(self):
         if self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {self.num_inference_steps}; it must be at least 1")
-        if not math.isfinite(self.guidance_scale):
-            raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be a finite number")
         for name in ("height", "width"):
             side = getattr(self, name)
             if side is not None and (side < 8 or side % 8):
