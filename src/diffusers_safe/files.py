@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 
 # What torch says, as a RuntimeError, where a file cannot be written.
@@ -25,7 +24,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save_tensors(
-    tensors: dict[str, Any], path: str | Path, metadata: dict[str, str] | None = None, save: Callable = save_file
+    tensors: dict[str, Any], path: str | Path, metadata: dict[str, str] | None = None, save: Callable | None = None
 ) -> None:
     """Writes a safetensors file that is either whole or absent, with the mode that the umask gives.
 
@@ -38,6 +37,9 @@ def save_tensors(
     Raises:
         `OSError`: If it cannot be written.
     """
+    if save is None:
+        from safetensors.torch import save_file as save  # with torch, which not everything needs that writes files
+
     path = Path(path)
     with disk_errors(path), _partial(path) as partial:
         save(tensors, partial, metadata)

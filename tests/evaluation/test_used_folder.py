@@ -146,7 +146,7 @@ def test_folders_of_images_are_known_by_their_images(tmp_path):
 )  # fmt: skip
 def test_a_file_of_another_program_is_refused(tmp_path, text):
     (tmp_path / "results.json").write_text(text)
-    with pytest.raises(ValueError, match="its results.json is not of an evaluation or of attacks; use another"):
+    with pytest.raises(ValueError, match="its results.json is not of an evaluation or of attacks; give another"):
         check_used_folder(tmp_path, {"a": {}}, ROWS, {"a": QUICK})
 
 

@@ -139,11 +139,12 @@ def test_a_resumed_run_ends_where_the_whole_one_does(family, models, erased, tmp
     assert rows(out) == rows(erased)
 
 
-def test_a_run_of_another_resolution_does_not_continue_this_one(family, models, erased, tmp_path):
+def test_a_run_of_another_resolution_does_not_continue_this_one(family, models, erased, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(erased / "checkpoint-2", out / "checkpoint-2")
-    with pytest.raises(SystemExit, match="another run: resolution 48 there, 64 here"):
+    with pytest.raises(SystemExit) as error:
         train(models / family, out, resume_from_checkpoint="latest", resolution=64)
+    assert error.value.code == 2 and "another run: resolution 48 there, 64 here" in capsys.readouterr().err
 
 
 def refused(capsys, model, output_dir, **changes):

@@ -162,7 +162,7 @@ def test_a_relative_base_model_is_found_from_everywhere(tiny_model_folder, tmp_p
         ("{model}", "is the base model's own folder"),
         ("{model}/unet", "is inside the base model's own folder"),
         ("{model}/model_index.json", "Not a directory"),
-        ("caf\udce9", "must be UTF-8"),
+        ("caf\udce9", "not valid Unicode text"),
         ("n" * 300, "is too long"),
     ],
 )

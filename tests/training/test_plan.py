@@ -113,7 +113,7 @@ def real_size_folder(tmp_path_factory):
     unet.save_config(folder / "unet")
     AutoencoderKL(block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4,
                   up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4).save_config(folder / "vae")  # fmt: skip
-    CLIPTextConfig().save_pretrained(folder / "text_encoder")
+    CLIPTextConfig(hidden_size=768).save_pretrained(folder / "text_encoder")
     DDIMScheduler(beta_schedule="scaled_linear").save_config(folder / "scheduler")
     build_tokenizer().save_pretrained(folder / "tokenizer")
     index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],

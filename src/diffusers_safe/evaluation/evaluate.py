@@ -269,7 +269,7 @@ def _check_images_of_report(found: dict[str, Measured], rows: Sequence[PromptRow
     for name, model in found.items():
         known = earlier.get("models", {}).get(name, {}).get("sha256", model.digest)
         if known != model.digest and earlier["protocol"]["prompts"]["sha256"] == prompts_digest(rows):
-            raise ValueError(f"{name}: the report in output_dir is of other images; use another output_dir")
+            raise ValueError(f"{name}: the report in output_dir is of other images; give another folder")
 
 
 def _generated(
