@@ -184,7 +184,16 @@ def test_unreadable_pictures_are_replaced_as_without_a_cache(make_cache, make_da
 # --- building --------------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_build_goes_on(make_cache, data, sd, tmp_path, monkeypatch):
+@pytest.fixture
+def one_thread():
+    """A forked process would wait for its parent's OpenMP threads forever."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_killed_build_goes_on(one_thread, make_cache, data, sd, tmp_path, monkeypatch):
     whole = files(built(make_cache(data, sd, name="whole")).folder)
 
     def slowly(*args, encode=sd.encode_pictures):
