@@ -185,3 +185,11 @@ def tiny_model_folder(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("tiny_model")
     build_tiny_pipeline().save_pretrained(folder)
     return str(folder)
+
+
+# Tests that start processes take up to a minute: with the longest first, no process waits for another at the end.
+LONGEST = ("test_sdd.py", "test_distillation.py", "test_erasure_leaderboard.py", "test_hub.py", "test_repository.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
