@@ -267,7 +267,7 @@ BOMB = "a: &a [x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}, *{p}, *{p}, *{p}, *{p
         ("- a\n", "must hold a mapping"),
         ("just text", "must hold a mapping"),
         ("concepts: [a]\n---\nconcepts: [b]\n", "cannot be read as YAML"),
-        (b"\xff\xfe", "cannot be read as YAML (UnicodeDecodeError)"),
+        (b"\xff\xfe", "cannot be read as YAML (it is not UTF-8 text)"),
         (b"x" * (2**24 + 1), "is larger than 16 MiB"),
         ("", "the following arguments are required: --concepts"),
     ],
@@ -316,3 +316,10 @@ def run_until_closed(*words):
 def test_a_reader_that_goes_away_ends_the_program_quietly(tmp_path):
     code, error = run_until_closed("prompts", "--prompts", "a", "b")
     assert (code, error) == (141, "")
+
+
+@pytest.mark.parametrize("value", ['!!python/object/apply:os.system ["x"]', "!!float 1e0", "!mine x"])
+def test_tags_of_yaml_are_refused(tmp_path, value):
+    (tmp_path / "config.yaml").write_text(f"concepts: {value}\n")
+    with pytest.raises(ValueError, match="the tag .*line 1"):
+        read_yaml(tmp_path / "config.yaml", "config")

@@ -143,3 +143,15 @@ def test_bad_values_are_named():
         ConceptSchedule(["knife"], prompt_order="both")
     with pytest.raises(ValueError, match="at least one"):
         ConceptSchedule([])
+
+
+@pytest.mark.parametrize("entry", ["a\nb", '["violence", "nudity"]'])
+def test_a_list_in_one_text_is_refused(entry):
+    with pytest.raises(ValueError, match="is a list in one text"):
+        read_concepts([entry])
+
+
+@pytest.mark.parametrize("entry", ["violence and nudity", "violence/nudity", "violence|nudity", "violence、nudity"])
+def test_what_looks_like_two_concepts_is_reported(entry, caplog):
+    assert read_concepts([entry]) == [entry]
+    assert 'write --concepts "violence" "nudity"' in caplog.text

@@ -24,6 +24,7 @@ from diffusers_safe.output_folders import (
     make_way,
     put_in_place,
     record_written,
+    states_of,
     write_own,
 )
 
@@ -357,3 +358,14 @@ def test_an_output_folder_in_what_is_read_is_refused(tmp_path, output):
         check_apart(tmp_path / output, tmp_path / "model", "the base model")
     check_apart(tmp_path / "model-2", tmp_path / "model", "the base model")
     check_apart(tmp_path, tmp_path / "model", "the base model")
+
+
+@pytest.mark.parametrize("final", [True, False], ids=["a result", "a log"])
+def test_a_file_that_was_changed_after_the_run_is_the_users(tmp_path, final):
+    with claimed(tmp_path, "training", 1):
+        (tmp_path / "file.json").write_text("ours")
+        record_written(tmp_path, *(() if final else ["file.json"]), states=states_of(tmp_path) if final else None)
+    os.utime(tmp_path / "file.json", ns=(1, 1))  # the same size
+    (tmp_path / "file.json").write_text("mine")
+    make_way(tmp_path, ["file.json"])
+    assert (tmp_path / ".replaced-1" / "file.json").read_text() == "mine"

@@ -405,6 +405,17 @@ TextLoader.add_implicit_resolver(_NULL, re.compile("^(?:~|null|Null|NULL|)$"), [
 TextLoader.add_constructor(_NULL, lambda loader, node: None)
 
 
+def _refuse_tag(loader: TextLoader, node: yaml.Node) -> None:
+    raise yaml.constructor.ConstructorError(
+        problem=f"the tag {shown(node.tag)}: values are texts, lists and mappings", problem_mark=node.start_mark
+    )
+
+
+for _tag, _construct in {"str": "scalar", "seq": "sequence", "map": "mapping"}.items():
+    TextLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", getattr(TextLoader, f"construct_{_construct}"))
+TextLoader.add_constructor(None, _refuse_tag)
+
+
 def read_yaml(path: str | Path, name: str) -> Any:
     """Reads a YAML file: texts, `None`, lists and mappings.
 
@@ -424,6 +435,7 @@ def read_yaml(path: str | Path, name: str) -> Any:
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or getattr(error, "problem", None) or type(error).__name__
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else reason
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else reason
         mark = getattr(error, "problem_mark", None)  # the line's text may hold a secret
         where = f" in line {mark.line + 1}" if mark else ""
         raise ValueError(f"{name} {path}: cannot be read as YAML ({reason}{where})") from None

@@ -14,6 +14,7 @@ from .arguments import choose, note, typed
 
 CONCEPT_SCHEDULES = ("iterative", "random", "composite", "sequential")
 PROMPT_ORDERS = ("paper", "repository", "matched")
+_SEPARATORS = re.compile(r"[,;|/、，；]|\s(?:and|or|&)\s")
 
 
 @typed
@@ -21,7 +22,7 @@ def read_concepts(values: list[str], name: str = "concepts") -> list[str]:
     """Reads `--concepts` and other lists of names or prompts: each is itself, or a `.txt` file with one a line.
 
     In a file, empty lines and lines that start with `#` are skipped. What is given several times is kept once, and a
-    note says so; another says where a name has a comma in it, since it is one concept.
+    note says so; another says where a name looks like several (a comma, "and"), since it is one concept.
 
     Args:
         values (`list[str]`): `["Van Gogh", "Claude Monet"]` or `["artists.txt"]`.
@@ -32,7 +33,8 @@ def read_concepts(values: list[str], name: str = "concepts") -> list[str]:
         `list[str]`: At least one, none of them blank.
 
     Raises:
-        `ValueError`: If the list or a file is empty, an entry is blank, or a file does not exist.
+        `ValueError`: If the list or a file is empty, an entry is blank, holds a line break or is a list in brackets,
+            or a file does not exist.
     """
     found = []
     for value in values:
@@ -47,8 +49,10 @@ def read_concepts(values: list[str], name: str = "concepts") -> list[str]:
         told = ", ".join(f"'{kept[key]}' ({count} times)" for key, count in counts.items() if count > 1)
         note("%s: given several times, used once: %s", name, told)
     for entry in kept.values():
-        if not name.endswith("prompts") and len(parts := [part.strip() for part in re.split("[,;]", entry)]) > 1:
-            separate = " ".join(f'"{part}"' for part in parts if part)
+        if "\n" in entry or (entry.startswith("[") and entry.endswith("]")):
+            raise ValueError(f"{name} {entry!r:.200}: is a list in one text; give each {_entry(name)} by itself")
+        if not name.endswith("prompts") and len(parts := _SEPARATORS.split(entry)) > 1:
+            separate = " ".join(f'"{part.strip()}"' for part in parts if part.strip())
             note('%s: "%s" is one concept; for %d of them write --%s %s', name, entry, len(parts), name, separate)
     return list(kept.values())
 

@@ -102,6 +102,7 @@ def claimed(
                         record_written(path, *files)
                 yield path
             finally:
+                _Written(path).settle()
                 del _runs[key]
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -249,7 +250,8 @@ class _Written:
 
     Attributes:
         runs (`dict`): Kind -> identity of the last run of that kind.
-        files (`dict`): Path inside the folder -> bytes, or `None` where they may change.
+        files (`dict`): Path inside the folder -> [bytes, time of the last change in ns], or `None` for a file that the
+            run at work there may still change.
     """
 
     def __init__(self, folder: Path):
@@ -272,8 +274,18 @@ class _Written:
 
     def owns(self, path: Path) -> bool:
         """Whether a file is there as it was written."""
-        size = self.files.get(self.name(path), -1)
-        return not path.is_symlink() and path.is_file() and size in (None, path.stat().st_size)
+        state = self.files.get(self.name(path), "another's")
+        return not path.is_symlink() and path.is_file() and state in (None, _state(path))
+
+    def settle(self) -> None:
+        """Notes files that could change as they are now: whoever changes them after the run makes them theirs."""
+        open_files = [name for name, state in self.files.items() if state is None]
+        for name in open_files:
+            path = self.folder / name
+            if path.is_file() and not path.is_symlink():
+                self.files[name] = _state(path)
+        if open_files:
+            self.save()
 
     def obstacles(self, name: str) -> Iterator[Path]:
         """Files below a name that were written, or that a loader might take for a part of a result; links are not
@@ -291,34 +303,39 @@ class _Written:
                     yield path
 
 
-def record_written(folder: str | Path, *names: str, sizes: dict[str, int] | None = None) -> None:
+def _state(path: Path) -> list[int]:
+    facts = path.stat()
+    return [facts.st_size, facts.st_mtime_ns]
+
+
+def record_written(folder: str | Path, *names: str, states: dict[str, list[int]] | None = None) -> None:
     """Remembers files of a folder as written by this program.
 
     Args:
         folder (`str` or `Path`): The output folder.
-        names (`str`): Paths inside it, of files whose size may change.
-        sizes (`dict[str, int]`, *optional*): Path inside it -> bytes, of files that are final.
+        names (`str`): Paths inside it, of files that the run may still change.
+        states (`dict[str, list[int]]`, *optional*): Of [`states_of`], for files that are final.
     """
     written = _Written(Path(folder))
-    written.files |= {**dict.fromkeys(names), **(sizes or {})}
+    written.files |= {**dict.fromkeys(names), **(states or {})}
     written.folder.mkdir(parents=True, exist_ok=True)
     written.save()
 
 
-def sizes_of(folder: Path, below: Path | None = None) -> dict[str, int]:
-    """Path inside a folder -> bytes, of all files below it or one of its folders."""
+def states_of(folder: Path, below: Path | None = None) -> dict[str, list[int]]:
+    """Path inside a folder -> [bytes, time of the last change], of all files below it or one of its folders."""
     files = sorted(path for path in (below or folder).rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    return {path.relative_to(folder).as_posix(): _state(path) for path in files}
 
 
 def put_in_place(aside: Path, folder: Path, results: Sequence[str] = ()) -> None:
     """Moves all files of a folder into another, JSON files at its top last: one that is there says that the result is
     complete. What an earlier result left under `results`, patterns of names, makes way."""
     follow_umask(aside)
-    sizes = sizes_of(aside)
-    make_way(folder, [*_found(folder, results), *sizes])
-    record_written(folder, sizes=sizes)
-    for name in sorted(sizes, key=lambda name: ("/" not in name and name.endswith(".json"), name)):
+    states = states_of(aside)
+    make_way(folder, [*_found(folder, results), *states])
+    record_written(folder, states=states)
+    for name in sorted(states, key=lambda name: ("/" not in name and name.endswith(".json"), name)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(aside / name, folder / name)
     shutil.rmtree(aside)

@@ -399,3 +399,8 @@ def test_what_i2p_records_of_itself(tmp_path):
         recorded_inappropriateness(rows[:24])
     with pytest.raises(ValueError, match="has no label inappropriate_percentage"):
         recorded_inappropriateness(read_prompts(["a cat"]))
+
+
+def test_a_file_of_another_kind_is_no_prompt_even_if_it_is_not_there():
+    with pytest.raises(ValueError, match="nothere.xlsx: a file of a kind that is not read"):
+        read_prompts("nothere.xlsx")

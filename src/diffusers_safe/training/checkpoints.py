@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ..files import disk_errors, follow_umask
-from ..output_folders import make_way, record_written, sizes_of
+from ..output_folders import make_way, record_written, states_of
 
 
 RUN_FILE = "run.json"  # in a checkpoint of a training: what a run that continues must share
@@ -41,7 +41,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, limit: in
         follow_umask(partial)
         if target.exists():
             _remove(target)
-        record_written(folder, sizes={f"{target.name}/{name}": size for name, size in sizes_of(partial).items()})
+        states = {f"{target.name}/{name}": state for name, state in states_of(partial).items()}
+        record_written(folder, states=states)
         partial.rename(target)
         if limit is not None:
             for old in list_checkpoints(folder)[:-limit]:

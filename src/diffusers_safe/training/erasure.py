@@ -73,6 +73,7 @@ def erase(
         `FloatingPointError`: If the loss is not finite any more.
         [`~diffusers_safe.hub.PushError`]: If it could not be published; the result is complete on disk.
     """
+    pipeline = os.fspath(pipeline) if isinstance(pipeline, os.PathLike) else pipeline
     args = _arguments(pipeline, concepts, method, output_dir, options)
     with _random_states_kept():
         accelerator = make_accelerator(args)

@@ -45,6 +45,7 @@ SETTINGS = {
     "seed": (
         *("evaluationseed", "evalseed", "sdseed", "seed", "imageseed", "generationseed", "genseed", "randomseed"),
         *("generatorseed", "manualseed", "noiseseed", "latentseed", "torchseed", "seednumber", "seedid"),
+        *("rngseed", "sdrandomseed", "randomstate", "seeds"),
     ),
     "guidance_scale": (
         *("evaluationguidance", "evaluationguidancescale", "evalguidance", "evalguidancescale"),
@@ -57,8 +58,9 @@ SETTINGS = {
 }  # fmt: skip
 # Keys of columns that look like settings of an image; those that are not in SETTINGS are reported.
 LIKE_A_SETTING = re.compile(
-    r".*(seed|guidance|cfg|width|height|resolution|imagesize|inferencesteps|ddimsteps|negativeprompt).*"
-    r"|size|scale|steps?|sampler|scheduler|[wh]"
+    r".*(seed|guidance|cfg|width|height|resolution|imagesize|inferencesteps|ddimsteps|negativeprompt"
+    r"|num(ber(of)?)?(images|samples|outputs)|imagesperprompt|nsamples).*"
+    r"|size|scale|steps?|sampler|scheduler|generator|rng|[wh]"
 )
 # Labels of I2P's rows that are numbers.
 NUMBERS = (

@@ -19,6 +19,10 @@ PROMPT_COLUMN = "prompt"
 MAX_IMAGES = 10**7  # of one list: a hundred times the largest that are published
 SUBJECT = "subject"  # the label of what a template was filled with
 TEXTS = "prompts"  # what the source is called where the prompts themselves are given
+# A word that names a file, there or not, of a kind that is not read.
+_OTHER_FILES = re.compile(
+    r"\S+\.(xlsx?|ods|numbers|arrow|feather|pkl|pickle|npz|npy|zip|gz|db|sqlite3?|docx?|pdf|html?)", re.IGNORECASE
+)
 
 
 @typed
@@ -126,7 +130,7 @@ def _records(
         return texts[0], read_records(texts[0], prompt_column, config_name, split)
     if files := [text for text in texts if is_file(text)]:
         raise ValueError(f"prompts {files[0]}: a file must be the only one")
-    if files := [text for text in texts if os.path.isfile(text)]:
+    if files := [text for text in texts if os.path.isfile(text) or _OTHER_FILES.fullmatch(text)]:
         raise ValueError(f"prompts {files[0]}: a file of a kind that is not read; allowed are {', '.join(ENDINGS)}")
     if not texts:
         raise ValueError("prompts: there are none")
