@@ -103,9 +103,9 @@ def test_what_can_only_mean_one_thing_is_converted(kind, value, expected):
         (list[str], {"a": 1}, "x (dict): must be a list of texts"),
         (list[str], {"a"}, "x (set): must be a list of texts"),
         (list[str], None, "x None: must be a list of texts"),
-        (list[str], ["a", 1], "x 1: must be text"),
-        (list[str], ["a", ["b"]], "x (list): must be text"),
-        (list[str], ["a", None], "x None: must be text"),
+        (list[str], ["a", 1], "x 1 (entry 2 of 2): must be text"),
+        (list[str], ["a", ["b"]], "x (list) (entry 2 of 2): must be text"),
+        (list[str], ["a", None], "x None (entry 2 of 2): must be text"),
         (str | list[str], 3, "x 3: must be text or a list of texts"),
         (SafetyConfig, {}, "x (dict): must be a SafetyConfig"),
         (dict, [], "x (list): must be a mapping"),
@@ -249,7 +249,7 @@ BOMB = "a: &a [x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}, *{p}, *{p}, *{p}, *{p
         ("concepts: [a]\nhub_tokn: hf_secret\n", "unrecognized arguments: --hub_tokn (did you mean --hub_token?)"),
         ("concepts: {a: b}\n", "concepts (dict): must be a list of texts"),
         ("concepts: [[a]]\n", "concepts (list): must be text"),
-        ("concepts: [a, ~]\n", "concepts None: must be text"),
+        ("concepts: [a, ~]\n", "concepts None (entry 2 of 2): must be text"),
         ("concepts: [a]\nsteps: [1]\n", "steps (list): must be a whole number"),
         ("concepts: [a]\nsteps: true\n", "steps 'true': must be a whole number"),
         ("concepts: [a]\nlearning_rate: .nan\n", "learning_rate '.nan': must be a number"),
@@ -263,6 +263,7 @@ BOMB = "a: &a [x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}, *{p}, *{p}, *{p}, *{p
         ('{"concepts": ' * 5000 + "1", "cannot be read as YAML (it is nested too deeply)"),
         (BOMB, "unrecognized arguments"),
         ("concepts: &a [x, *a]\n", "cannot be read as YAML"),
+        ("concepts:\n- &a x\n" + "- *a\n" * 250_000, "cannot be read as YAML (more than 100 aliases in line 103)"),
         ("concepts: " + BOMB.splitlines()[0][3:] + "\n? [a]\n: b\n", "cannot be read as YAML"),
         ("- a\n", "must hold a mapping"),
         ("just text", "must hold a mapping"),
@@ -275,6 +276,11 @@ BOMB = "a: &a [x, x]\n" + "".join(f"{c}: &{c} [*{p}, *{p}, *{p}, *{p}, *{p}, *{p
 def test_bad_config_files(capsys, config, text, message):
     error = fails(capsys, *config(text))
     assert message in error and "hf_secret" not in error and len(error) < 1000
+
+
+def test_lists_have_a_limit():
+    with pytest.raises(ValueError, match="concepts of 1,000,001 entries: must have at most 1,000,000 entries"):
+        check_value("concepts", ["a"] * (10**6 + 1), list[str])
 
 
 def test_yaml_knows_text_and_null(config):

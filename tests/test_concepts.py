@@ -37,6 +37,10 @@ def test_entries_and_files_are_joined(tmp_path):
 def test_what_is_given_twice_is_used_once_and_reported(caplog):
     assert read_concepts(["Van Gogh", "knife", "van  gogh", "VAN GOGH"]) == ["Van Gogh", "knife"]
     assert caplog.messages == ["concepts: given several times, used once: 'Van Gogh' (3 times)"]
+    caplog.clear()
+    read_concepts([letter * 100 for letter in "abcdefg"] * 2)
+    (message,) = caplog.messages
+    assert message.endswith("'" + "e" * 80 + "' (2 times) and 2 more")
 
 
 @pytest.mark.parametrize("entry", ["violence, nudity", "violence,nudity", "violence; nudity"])

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
+import transformers
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors.torch import load_file, save_file
 
 from diffusers_safe import ErasedStableDiffusionPipeline
@@ -119,6 +122,14 @@ BROKEN = {
     "text config latin": (write("text_encoder/config.json", b'"\xff"'), "text_encoder/config.json: not UTF-8 text"),
     "scheduler empty": (write("scheduler/scheduler_config.json", "{}"), "an object with entries is needed"),
     "scheduler value": (edit("scheduler/scheduler_config.json", num_train_timesteps="x"), "scheduler: TypeError"),
+    "scheduler prediction": (
+        edit("scheduler/scheduler_config.json", prediction_type="noise"),
+        "scheduler: prediction_type 'noise': unknown; allowed are epsilon, v_prediction",
+    ),
+    "scheduler spacing": (
+        edit("scheduler/scheduler_config.json", timestep_spacing="even"),
+        "scheduler: timestep_spacing 'even': unknown; allowed are leading",
+    ),
     "tokenizer deep": (write("tokenizer/tokenizer.json", DEEP), "tokenizer/tokenizer.json: nested too deeply"),
     "tokenizer length": (write("tokenizer/tokenizer_config.json", '{"a": 1}'), "tokenizer: .*model_max_length"),
     "tokenizer gone": (instead("tokenizer", lambda place: None), "tokenizer: no such folder"),
@@ -337,6 +348,23 @@ def test_a_single_file_says_how_to_convert_it(tmp_path, capsys):
     save_file({"unet.x.lora_A.weight": torch.zeros(1)}, file)
     with pytest.raises(ModelError, match="a LoRA, and no model"):
         load_pipeline(file, "model")
+
+
+def test_loading_shows_no_bars_of_the_libraries_and_leaves_their_switches_alone(tiny_model_folder, capfd):
+    logs = (diffusers.utils.logging, transformers.utils.logging)
+    bars = [log.is_progress_bar_enabled() for log in logs]
+    hub = are_progress_bars_disabled()
+    try:
+        for log in logs:
+            log.enable_progress_bar()
+        enable_progress_bars()
+        load_pipeline(tiny_model_folder, "model")
+        assert capfd.readouterr().err == ""
+        assert all(log.is_progress_bar_enabled() for log in logs) and not are_progress_bars_disabled()
+    finally:
+        for log, shown in zip(logs, bars):
+            (log.enable_progress_bar if shown else log.disable_progress_bar)()
+        (disable_progress_bars if hub else enable_progress_bars)()
 
 
 def test_a_pipeline_is_the_stock_one(tiny_model_folder):

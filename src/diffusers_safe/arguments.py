@@ -60,7 +60,9 @@ AT_MOST = {
     "timeout": 86400,
     "dataloader_num_workers": 1024,
 }
+MAX_ENTRIES = 10**6  # of a list
 MAX_YAML_BYTES = 2**24
+MAX_YAML_ALIASES = 100
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
 
@@ -209,7 +211,16 @@ def _as_list(value: Any, kind: Any, make: type) -> list | tuple:
     if not isinstance(value, (list, tuple)):
         names = {str: "texts", int: "whole numbers", float: "numbers"}
         raise _Misfit(f"must be a list{f' of {names[entry]}' if entry in names else ''}", shown(value))
-    return make(_converted(part, entry) for part in value)
+    if len(value) > MAX_ENTRIES:
+        raise _Misfit(f"must have at most {MAX_ENTRIES:,} entries", f"of {len(value):,} entries")
+    entries = []
+    for position, part in enumerate(value, 1):
+        try:
+            entries.append(_converted(part, entry))
+        except _Misfit as misfit:
+            where = f" (entry {position} of {len(value)})" if len(value) > 1 else ""
+            raise _Misfit(misfit.args[0], misfit.args[1] + where) from None
+    return make(entries)
 
 
 def _as_bool(value: Any) -> bool | None:
@@ -316,14 +327,7 @@ def parse_dataclass(
     except (ValueError, OSError, RecursionError) as error:
         logger.debug("where it happened:", exc_info=True)
         parser.error(" ".join(str(error).split()) or type(error).__name__)
-    _hide_inner_progress_bars()
     return arguments
-
-
-def _hide_inner_progress_bars() -> None:
-    """diffusers shows one for the parts of a pipeline, transformers another within it for the weights of a part."""
-    if "transformers" in sys.modules:
-        sys.modules["transformers"].utils.logging.disable_progress_bar()
 
 
 def _is_required(item: Field) -> bool:
@@ -389,6 +393,17 @@ def suggested(word: str, names: Iterable[str], prefix: str = "--") -> str:
 
 class TextLoader(yaml.BaseLoader):
     """Every value as text, as on a command line (`no` is a word), but null; a key is there once."""
+
+    aliases = 0
+
+    def compose_node(self, parent, index):
+        """A few aliases (`*name`) are a convenience, many make gigabytes of a small file."""
+        self.aliases += self.check_event(yaml.AliasEvent)
+        if self.aliases > MAX_YAML_ALIASES:
+            raise yaml.constructor.ConstructorError(
+                problem=f"more than {MAX_YAML_ALIASES} aliases", problem_mark=self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         seen = set()

@@ -46,8 +46,9 @@ def read_concepts(values: list[str], name: str = "concepts") -> list[str]:
         kept.setdefault(" ".join(entry.split()).casefold(), entry)
     if len(kept) < len(found):
         counts = Counter(" ".join(entry.split()).casefold() for entry in found)
-        told = ", ".join(f"'{kept[key]}' ({count} times)" for key, count in counts.items() if count > 1)
-        note("%s: given several times, used once: %s", name, told)
+        repeated = [f"'{kept[key]:.80}' ({count} times)" for key, count in counts.items() if count > 1]
+        more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
+        note("%s: given several times, used once: %s", name, ", ".join(repeated[:5]) + more)
     for entry in kept.values():
         if "\n" in entry or (entry.startswith("[") and entry.endswith("]")):
             raise ValueError(f"{name} {entry!r:.200}: is a list in one text; give each {_entry(name)} by itself")

@@ -26,12 +26,16 @@ from diffusers import (
     SchedulerMixin,
     UNet2DConditionModel,
 )
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import CLIPTextConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .embedded import locate_model
+
 
 logger = logging.getLogger(__name__)
+_LIBRARIES = (diffusers.utils.logging, transformers.utils.logging)
 
 # What `from_pretrained` of diffusers takes and the Hub's client knows by the same name.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
@@ -44,6 +48,10 @@ _CHECKED = (UNet2DConditionModel, AutoencoderKL)  # whose structure is built to 
 _SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _JSON_TYPES = {list: "list", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
+_SCHEDULER_SETTINGS = {
+    "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction"),
+    "timestep_spacing": ("leading", "linspace", "trailing"),
+}
 _MOST_TOKENS = 1_000_000  # transformers' number for "not known" is 1e30
 
 
@@ -149,6 +157,7 @@ def read_index(
     Raises:
         [`ModelError`]: If there is none, or it is not such an index.
     """
+    name_or_path = locate_model(name_or_path)
     if (file := single_file(name_or_path)) is not None:
         raise ModelError(f"{what}: {how_to_convert(file)}")
     try:
@@ -225,7 +234,7 @@ def check_files(folder: str | Path, what: str, variant: str | None = None) -> No
     Raises:
         [`ModelError`]: If something is missing or damaged.
     """
-    if not os.path.isdir(folder):
+    if not os.path.isdir(folder := locate_model(folder)):
         return  # on the Hub
     folder, index = Path(folder), read_index(folder, what)
     check_complete(index, what)
@@ -243,7 +252,7 @@ def check_files(folder: str | Path, what: str, variant: str | None = None) -> No
             elif issubclass(kind, (ModelMixin, PreTrainedModel)):
                 find_variant(place, variant)
             else:
-                check_tokenizer(kind.from_pretrained(place), label)
+                check_component(kind.from_pretrained(place), label)
     with naming(what):
         _check_text_width(folder, index, what)
 
@@ -468,8 +477,8 @@ def load_pipeline(
     names = components(index)
     if options.keys() - _OPTIONS - index.keys() - set(kind._get_signature_keys(kind)[1]):  # device_map, quantization
         with naming(what):
-            return build(name_or_path, **options)
-    folder = Path(name_or_path)
+            return build(locate_model(name_or_path), **options)
+    folder = Path(locate_model(name_or_path))
     if not os.path.isdir(folder):
         with naming(what):
             folder = Path(kind.download(str(name_or_path), **{k: v for k, v in options.items() if "dtype" not in k}))
@@ -488,8 +497,8 @@ def load_pipeline(
                 loaded[name] = load_model(part_class, place, own, options.get("variant"))
             else:
                 loaded[name] = part_class.from_pretrained(place)
-                check_tokenizer(loaded[name], f"{what}: {name}")
-    with naming(what):
+                check_component(loaded[name], f"{what}: {name}")
+    with naming(what), _without_progress_bars():
         others = {name: value for name, value in options.items() if name not in (*HUB_ARGUMENTS, "variant")}
         if index.get("requires_safety_checker") and not any(index.get("safety_checker") or ()):
             others.setdefault("requires_safety_checker", False)  # or diffusers says that it was disabled
@@ -512,6 +521,7 @@ def load_model(
     Raises:
         [`ModelError`]: If it cannot be loaded, or its weights are not those of its config.
     """
+    name_or_path = locate_model(name_or_path)
     place, quantized = Path(name_or_path, subfolder or ""), False
     what = str(place)
     with naming(what):
@@ -546,23 +556,48 @@ def check_finite(model: nn.Module, what: str) -> None:
             raise ModelError(f"{what}: {name} holds values that are not finite numbers")
 
 
-def check_tokenizer(component: Any, what: str) -> None:
-    """
+def check_component(component: Any, what: str) -> None:
+    """Finds in a tokenizer or scheduler what the libraries refuse only while they generate.
+
     Raises:
-        [`ModelError`]: If it is a tokenizer of CLIP that does not say how long a prompt may be.
+        [`ModelError`]: If it is a tokenizer of CLIP that does not say how long a prompt may be, or a scheduler with a
+            setting that none has.
     """
     is_clip = isinstance(component, PreTrainedTokenizerBase) and "CLIP" in type(component).__name__
     if is_clip and not (isinstance(component.model_max_length, int) and component.model_max_length < _MOST_TOKENS):
         raise ModelError(f"{what}: tokenizer_config.json lacks model_max_length, how many tokens a prompt may have")
+    if isinstance(component, SchedulerMixin):
+        for name, allowed in _SCHEDULER_SETTINGS.items():
+            if (value := component.config.get(name, allowed[0])) not in allowed:
+                raise ModelError(f"{what}: {name} '{shown(value)}': unknown; allowed are {', '.join(allowed)}")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    levels = diffusers.utils.logging.get_verbosity(), transformers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
+    """Without the libraries' warnings and progress bars."""
+    before = [(library, library.get_verbosity()) for library in _LIBRARIES]
+    for library, _ in before:
+        library.set_verbosity_error()
+    try:
+        with _without_progress_bars():
+            yield
+    finally:
+        for library, verbosity in before:
+            library.set_verbosity(verbosity)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Without diffusers' bar for the parts of a pipeline and transformers' for the weights of a part; those of
+    downloads, which transformers switches as well, stay."""
+    shown = [library for library in _LIBRARIES if library.is_progress_bar_enabled()]
+    downloads = disable_progress_bars if are_progress_bars_disabled() else enable_progress_bars
+    for library in shown:
+        library.disable_progress_bar()
+    downloads()
     try:
         yield
     finally:
-        diffusers.utils.logging.set_verbosity(levels[0])
-        transformers.utils.logging.set_verbosity(levels[1])
+        for library in shown:
+            library.enable_progress_bar()
+        downloads()

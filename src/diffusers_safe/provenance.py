@@ -14,6 +14,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError
 from torch import nn
 
+from .embedded import embedded_name, locate_model
 from .files import write_text
 from .loading import ModelError, read_json_object
 
@@ -171,8 +172,8 @@ def erasure_of(model: str, **hub_arguments) -> dict | None:
         hub_arguments: Of `hf_hub_download`, such as `revision`.
     """
     for name in (FILE_NAME, STUDENT_FILE):
-        path = Path(model) / name
-        if not Path(model).is_dir():
+        path = Path(locate_model(model)) / name
+        if not path.parent.is_dir():
             try:
                 path = Path(hf_hub_download(model, name, **hub_arguments))
             except (OSError, ValueError, HTTPError):  # no such file, or no Hub
@@ -184,8 +185,11 @@ def erasure_of(model: str, **hub_arguments) -> dict | None:
 
 
 def stored_path(model: str) -> str:
-    """A model as a record names it: a folder by its absolute path, which is found from anywhere; a Hub id as it is."""
-    return os.path.abspath(model) if os.path.exists(model) else model
+    """A model as a record names it: a folder by its absolute path, which is found from anywhere; an embedded model by
+    its name; a Hub id as it is."""
+    if not os.path.exists(model):
+        return model
+    return embedded_name(model) or os.path.abspath(model)
 
 
 def located(model: str | None, folder: str | Path, arguments: dict | None = None) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from diffusers_safe.emoji.recipe import __main__ as recipe
 from diffusers_safe.emoji.recipe import pictures as recipe_pictures
 from diffusers_safe.emoji.recipe.__main__ import RecipeArguments
 from diffusers_safe.emoji.recipe.pictures import CaptionedLatents, load_pictures, stratified
-from diffusers_safe.emoji.recipe.stage import Stage, learning_rate_factor, train_stage
+from diffusers_safe.emoji.recipe.stage import Round, Stage, learning_rate_factor, train_stage
 from diffusers_safe.emoji.recipe.transformer import SHORT_LENGTH, STOCK_LENGTH, transformer_stage
 from diffusers_safe.emoji.recipe.unet import unet_stage
 from diffusers_safe.emoji.render import render_many
@@ -33,7 +34,14 @@ ROOT = Path(__file__).parents[2]
 
 
 def arguments(folder, **changes):
-    tiny = {"num_pictures": 12, "judge_steps": 1, "autoencoder_steps": 1, "unet_steps": 1, "transformer_steps": 1}
+    tiny = {
+        "num_pictures": 12,
+        "judge_steps": 1,
+        "autoencoder_steps": 1,
+        "unet_coarse_steps": 1,
+        "unet_steps": [1],
+        "transformer_steps": [1],
+    }
     return RecipeArguments(output_dir=str(folder), **{**tiny, **changes})
 
 
@@ -47,8 +55,9 @@ def arguments(folder, **changes):
         ("num_pictures", 0, "at least 1"),
         ("autoencoder_steps", 0, "at least 1"),
         ("judge_steps", -1, "at least 1"),
-        ("unet_steps", 0, "at least 1"),
-        ("transformer_steps", 0, "at least 1"),
+        ("unet_coarse_steps", 0, "at least 1"),
+        ("unet_steps", [2, 0], "at least 1"),
+        ("transformer_steps", [], "at least 1"),
     ],
 )
 def test_bad_values_name_argument_value_and_what_is_allowed(tmp_path, name, value, allowed):
@@ -75,7 +84,7 @@ class ToyLoss(nn.Module):
         return (self.layers(pictures) - target).square().mean()
 
 
-def toy_stage(steps, kill_at=None, seen=None, ema_decay=0.9):
+def toy_stage(*rounds, kill_at=None, seen=None, ema_decay=0.9):
     calls = iter(range(10**6))
 
     def make_batch(rng, size):
@@ -86,7 +95,7 @@ def toy_stage(steps, kill_at=None, seen=None, ema_decay=0.9):
             seen.append(pictures.clone())
         return {"pictures": pictures, "target": pictures.mean((1, 2, 3))[:, None]}
 
-    return Stage("toy", ToyLoss(), steps, 1e-2, 4, make_batch, ema_decay)
+    return Stage("toy", ToyLoss(), [Round(steps, 4, make_batch) for steps in rounds], 1e-2, ema_decay)
 
 
 def same(first, second):
@@ -100,7 +109,7 @@ def test_a_stage_killed_again_and_again_ends_where_an_undisturbed_one_does(tmp_p
         with pytest.raises(Kill):  # a checkpoint after every step
             train_stage(toy_stage(9, kill_at=done_before), tmp_path / "stopped", checkpoint_minutes=0)
         AcceleratorState._reset_state(reset_partial_state=True)
-    assert (tmp_path / "stopped" / "toy" / "checkpoint-6").is_dir()
+    assert (tmp_path / "stopped" / "toy" / "round-1" / "checkpoint-6").is_dir()
     seen = []
     assert same(train_stage(toy_stage(9, seen=seen), tmp_path / "stopped"), whole)
     assert len(seen) == 3
@@ -146,6 +155,56 @@ def test_the_learning_rate_warms_up_stays_and_goes_to_zero():
     factors = [learning_rate_factor(step, 1000) for step in range(1000)]
     assert factors[0] == pytest.approx(1 / 200) and factors[199:601] == [1.0] * 402
     assert factors[800] == pytest.approx(0.5) and 0 < factors[999] < 0.01
+    earlier = [learning_rate_factor(step, 1000, last=False) for step in range(1000)]
+    assert earlier == factors[:600] + [1.0] * 400
+
+
+# --- rounds ----------------------------------------------------------------------------------------------------------
+
+
+def test_rounds_end_where_they_do_undisturbed_on_another_machine_with_the_finished_rounds_alone(tmp_path):
+    whole = train_stage(toy_stage(3, 4), tmp_path / "whole")
+    with pytest.raises(Kill):
+        train_stage(toy_stage(3, 4, kill_at=5), tmp_path / "stopped", checkpoint_minutes=9)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    finished = tmp_path / "elsewhere" / "toy" / "round-1"
+    finished.mkdir(parents=True)
+    for name in ("ema.pt", "settings.json"):
+        shutil.copy(tmp_path / "stopped" / "toy" / "round-1" / name, finished)
+    seen = []
+    assert same(train_stage(toy_stage(3, 4, seen=seen), tmp_path / "elsewhere"), whole)
+    assert len(seen) == 4
+
+
+def test_a_round_starts_from_the_average_of_the_one_before_in_half_precision(tmp_path):
+    first = torch.load(train_round_1(tmp_path), weights_only=True)
+    assert {value.dtype for value in first.values() if value.is_floating_point()} == {torch.float16}
+    alone = train_stage(toy_stage(3), tmp_path / "alone")  # the same steps as a last round, whose rate falls
+    assert not torch.equal(alone.state_dict()["layers.0.weight"], first["layers.0.weight"].float())
+
+    module = toy_stage(3, 1)
+    module.learning_rate = 0.0  # a round that changes nothing
+    shutil.rmtree(tmp_path / "toy" / "round-2")
+    (tmp_path / "toy" / "round-1" / "settings.json").unlink()
+    assert torch.equal(train_stage(module, tmp_path).layers[0].weight, first["layers.0.weight"].float())
+
+
+def train_round_1(folder):
+    train_stage(toy_stage(3, 1), folder)
+    return folder / "toy" / "round-1" / "ema.pt"
+
+
+def test_only_the_last_round_depends_on_its_number_of_steps(tmp_path):
+    with pytest.raises(Kill):
+        train_stage(toy_stage(9, 2, kill_at=4), tmp_path, checkpoint_minutes=0)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match=r"round-1: its newest checkpoint is of step 4, later than 3"):
+        train_stage(toy_stage(3, 2), tmp_path)
+    seen = []
+    train_stage(toy_stage(5, 2, seen=seen), tmp_path)  # ended sooner than it was begun
+    assert len(seen) == 1 + 2
+    with pytest.raises(ValueError, match="round-2: holds a run with other settings .steps 2 there, 3 here"):
+        train_stage(toy_stage(5, 3), tmp_path)
 
 
 # --- pictures and the whole ------------------------------------------------------------------------------------------
@@ -186,13 +245,18 @@ def test_stratified_numbers_have_one_in_each_part():
 
 def test_noise_levels_are_high_and_t5_tokens_mostly_short():
     data = captioned_latents()
-    unet, transformer = unet_stage(data, 1, 1e-3, {}), transformer_stage(data, 1, 1e-3, {})
-    batches = [transformer.make_batch(np.random.default_rng(seed), 16) for seed in range(60)]
+    unet, transformer = unet_stage(data, 1, [1], 1e-3, {}), transformer_stage(data, [1], 1e-3, {})
+    (flow_round,), (coarse, whole) = transformer.rounds, unet.rounds
+    batches = [flow_round.make_batch(np.random.default_rng(seed), 16) for seed in range(90)]
     lengths = [batch["t5_input_ids"].shape[1] for batch in batches]
-    assert set(lengths) == {SHORT_LENGTH, STOCK_LENGTH} and lengths.count(STOCK_LENGTH) < 15
+    assert set(lengths) == {SHORT_LENGTH, STOCK_LENGTH} and lengths.count(STOCK_LENGTH) < 10
     sigmas = torch.cat([batch["sigmas"] for batch in batches])
     assert 0 < sigmas.min() and sigmas.max() < 1 and sigmas.median().item() == pytest.approx(0.73, abs=0.03)
-    timesteps = unet.make_batch(np.random.default_rng(0), 64)["timesteps"]
+    batch, small = (round_.make_batch(np.random.default_rng(0), 64) for round_ in (whole, coarse))
+    timesteps = batch["timesteps"]
+    assert small["latents"].shape == (64, 8, 8, 8) and torch.equal(small["timesteps"], timesteps)
+    assert small["noise"].std().item() == pytest.approx(1, abs=0.02)
+    assert small["latents"][3, 2, 1, 0].item() == pytest.approx(batch["latents"][3, 2, 2:4, 0:2].sum().item() / 2)
     assert timesteps.median() == pytest.approx(750, abs=20) and 0 <= timesteps.min() and timesteps.max() <= 999
 
 
@@ -225,9 +289,9 @@ def test_the_finished_folders_are_stock_pipelines_in_half_precision(tmp_path):
             assert config.shift_factor == pytest.approx(sampled.mean(), abs=0.02)
         for path in (tmp_path / name).rglob("*.safetensors"):
             assert {value.dtype for value in load_file(path).values()} == {torch.float16}
-    averaged = torch.load(tmp_path / "unet" / "ema.pt", weights_only=True)
+    averaged = torch.load(tmp_path / "unet" / "round-2" / "ema.pt", weights_only=True)
     unet = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
-    assert torch.equal(unet["conv_in.weight"], averaged["unet.conv_in.weight"].half())
+    assert torch.equal(unet["conv_in.weight"], averaged["unet.conv_in.weight"])
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -236,8 +300,8 @@ def test_the_finished_folders_are_stock_pipelines_in_half_precision(tmp_path):
 def command(folder):
     return [
         sys.executable, "-m", "diffusers_safe.emoji.recipe", "--output_dir", str(folder), "--num_pictures", "12",
-        "--judge_steps", "1", "--autoencoder_steps", "5", "--unet_steps", "4", "--transformer_steps", "4",
-        "--checkpoint_minutes", "0",
+        "--judge_steps", "1", "--autoencoder_steps", "5", "--unet_coarse_steps", "3", "--unet_steps", "4",
+        "--transformer_steps", "4", "--checkpoint_minutes", "0",
     ]  # fmt: skip
 
 
@@ -252,18 +316,18 @@ def test_the_command_killed_in_three_stages_ends_where_an_undisturbed_one_does(t
             process = subprocess.Popen(
                 command(stopped), env=environment, cwd=tmp_path, stdout=output, stderr=output, start_new_session=True
             )
-        while not (stopped / stage / "checkpoint-1").exists() and process.poll() is None:
+        while not (stopped / stage / "round-1" / "checkpoint-1").exists() and process.poll() is None:
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        assert not (stopped / stage / "ema.pt").exists(), (tmp_path / "output").read_text()[-2000:]
+        assert not (stopped / stage / "round-1" / "ema.pt").exists(), (tmp_path / "output").read_text()[-2000:]
     subprocess.run(command(stopped), check=True, env=environment, cwd=tmp_path, capture_output=True)
 
-    for stage in ("judge", "second_judge", "autoencoder", "unet", "transformer"):
-        first, second = (
-            torch.load(tmp_path / run / stage / "ema.pt", weights_only=True) for run in ("whole", "stopped")
-        )
-        assert [key for key in first if not torch.equal(first[key], second[key])] == [], stage
+    ends = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").glob("*/round-*/ema.pt"))
+    assert [end.parts[0] for end in ends] == ["autoencoder", "judge", "second_judge", "transformer", "unet", "unet"]
+    for end in ends:
+        first, second = (torch.load(tmp_path / run / end, weights_only=True) for run in ("whole", "stopped"))
+        assert [key for key in first if not torch.equal(first[key], second[key])] == [], end
     written = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").glob("model*/**/*.safetensors")]
     written += [Path("judges", name, "model.safetensors") for name in ("judge", "second_judge")]
     assert len(written) == 10

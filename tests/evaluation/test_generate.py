@@ -300,6 +300,7 @@ def test_the_fingerprint_sees_weights_and_scheduler(tiny_pipeline, make_tiny_pip
     [
         ([], "no rows"),
         ([PromptRow("a", "a cat", 0), PromptRow("a", "a dog", 1)], "row id a occurs twice"),
+        ([PromptRow("a", "a cat", 0), PromptRow("A", "a dog", 1)], "row id A occurs twice"),
     ],
 )
 def test_bad_rows_are_refused_and_nothing_is_written(tiny_pipeline, tmp_path, rows, message):

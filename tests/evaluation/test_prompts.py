@@ -216,7 +216,10 @@ def test_seeds_of_typed_sources_count_too(tmp_path, kind, caplog):
 
 def test_every_name_of_a_setting_is_known(tmp_path, caplog):
     names = {
-        "seed": ("evaluation_seed", "sd_seed", "seed", "Seed", "eval_seed", "random_seed", "image-seed"),
+        "seed": (
+            *("evaluation_seed", "sd_seed", "seed", "Seed", "eval_seed", "random_seed", "image-seed", "rng_seed"),
+            *("seeds", "random_state", "sd_random_seed"),
+        ),
         "guidance_scale": (
             *("evaluation_guidance", "sd_guidance_scale", "guidance_scale", "guidance", "cfg_scale", "CFG scale"),
         ),
@@ -297,6 +300,8 @@ def test_case_numbers_repeat_and_begin_with_zeros(tmp_path, caplog):
         f"{table}: 2 rows with the case_number of an earlier row; the images of row 2 are named '17-2', and so on"
     ]
     assert [row.id for row in read_prompts(table, max_prompts=2)] == ["17_0", "17-3_0"]  # as in the whole list
+    capitals = write(tmp_path / "capitals.csv", header + "Cat,a,1,7\ncat,b,2,7\ncAT-2,c,3,7\n")
+    assert [row.id for row in read_prompts(capitals)] == ["Cat_0", "cat-3_0", "cAT-2_0"]  # as files on any disk
     taken = write(tmp_path / "taken.csv", header + "a,a,1,7\na,b,2,7\na-2,c,3,7\n")
     assert [row.id for row in read_prompts(taken)] == ["a_0", "a-3_0", "a-2_0"]
     ids = write(tmp_path / "ids.csv", "id,prompt,seed\nx,a,1\nx,a,2\n")
@@ -342,6 +347,21 @@ CSV = "prompt,id,seed\n"
         ("p.yaml", "object: [cat]\n", {}, "must hold `template:`"),
         ("p.yaml", "template: '{object} {theme}'\nobject: [cat]\n", {}, "theme: must be a list of words"),
         ("p.yaml", "template: '{a}'\na: [x]\na: [y]\n", {}, "cannot be read"),
+        ("p.yaml", "template: '{a}'\na: [x, '']\n", {}, "a, entry 2: is empty or no text; a list of words is needed"),
+        (
+            "p.yaml",
+            "template: '{a}'\na: [x, null]\n",
+            {},
+            "a, entry 2: is empty or no text; a list of words is needed",
+        ),
+        ("p.yaml", "template: '{a:>9}'\na: [x]\n", {}, r"\{a:>9\} is not a field; write \{a\}"),
+        (
+            "p.csv",
+            CSV + "a,x,1\n",
+            {"prompt_template": "a {!r}"},
+            r"prompt_template .*: \{!r\} is not a field; write \{\}",
+        ),
+        ("p.csv", "prompt,case_number\na," + "9" * 6000, {}, "p.csv, row 1: row id "),
         ("p.json", "[" * 100_000, {}, "cannot be read .maximum recursion depth"),
         ("p.json", '["a \\ud800 cat"]', {}, "row 1: prompt .* is not valid Unicode text"),
         ("p.yaml", "template: '{object}'\nobject: [cat]\nthem: [x]\n", {}, r"them: has no field \{them\}"),
@@ -371,6 +391,10 @@ def test_sources_that_are_not_there(tmp_path):
         read_prompts([])
     with pytest.raises(ValueError, match="nobody/nothing: cannot be read"):
         read_prompts("nobody/nothing")
+    (tmp_path / "model").mkdir()
+    write(tmp_path / "model" / "model_index.json", "{}")
+    with pytest.raises(ValueError, match="model: cannot be read .it holds model_index.json: a model's folder"):
+        read_prompts(str(tmp_path / "model"))
     Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "data"))
     with pytest.raises(ValueError, match="no column 'prompt', only text"):
         read_prompts(str(tmp_path / "data"))

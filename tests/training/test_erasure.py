@@ -3,6 +3,7 @@
 import json
 import random
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,7 +38,9 @@ def test_the_selected_weights_of_the_pipeline_change_and_no_others(
 
 
 def test_a_folder_may_be_given_and_the_result_saved(tiny_model_folder, tmp_path):
-    result = erase(tiny_model_folder, ["knife"], "esd", output_dir=str(tmp_path / "out"), progress_bar=False, **QUICK)
+    result = erase(
+        Path(tiny_model_folder), ["knife"], "esd", output_dir=str(tmp_path / "out"), progress_bar=False, **QUICK
+    )
     saved = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
     assert fingerprint(saved.unet) == fingerprint(result.unet)
     record = json.loads((tmp_path / "out" / "erasure.json").read_text())

@@ -9,7 +9,8 @@ from diffusers import DDIMScheduler, SchedulerMixin, UNet2DConditionModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..loading import check_files, check_tokenizer, naming, read_config, read_index
+from ..embedded import locate_model
+from ..loading import check_component, check_files, naming, read_config, read_index
 from .base import check_lengths, find_family, warn_of_unknown_words
 
 
@@ -34,7 +35,7 @@ class StoredModel:
         argument: str = "pretrained_model_name_or_path",
         **hub_arguments,
     ):
-        self.name_or_path, self.resolution = name_or_path, resolution
+        self.name_or_path, self.resolution = locate_model(name_or_path), resolution
         self._hub = hub_arguments
         self.config = cache(self._config)
         self._what = f"{argument} '{name_or_path}'"
@@ -81,7 +82,7 @@ class StoredModel:
         for name in self.family.tokenizers:
             with naming(f"{self._what}: {name}"):
                 found.append(AutoTokenizer.from_pretrained(self.name_or_path, subfolder=name, **self._hub))
-                check_tokenizer(found[-1], f"{self._what}: {name}")
+                check_component(found[-1], f"{self._what}: {name}")
         return found
 
     def check_prompts(self, prompts: list[str]) -> None:

@@ -21,7 +21,6 @@ from accelerate import PartialState
 
 from ..arguments import choose, parse_dataclass, told_in_one_line, typed
 from ..backbones import StoredModel
-from ..emoji import MODEL_FOLDER
 from ..emoji.metrics import EmojiRecognition
 from ..emoji.scenes import GROUPS, OBJECTS, STYLES, group_members, prompt_for
 from ..evaluation.evaluate import check_subjects, report_claim
@@ -147,7 +146,7 @@ class AttackArguments(EvaluationOptions):
     def _read_subjects(self) -> list[Subject]:
         if self.original is None and self.emoji is None:
             raise ValueError("original: none given; without the unerased model a success rate says little")
-        words = [_named(self.original or str(MODEL_FOLDER), "original")]
+        words = [_named(self.original or "emoji", "original")]
         words += [_named(word, "erased") if len(self.model) == 1 else word for word in self.model]
         subjects = read_subjects(words, self.dtype)
         check_subjects(subjects)

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from ..arguments import parse_dataclass, told_in_one_line, typed
-from ..emoji import MODEL_FOLDER
 from ..evaluation.generate import GenerationSettings, generate, read_manifest
 from ..evaluation.processes import launched_processes
 from ..evaluation.prompts import PromptOptions
@@ -41,7 +40,7 @@ class GenerateArguments(PromptOptions):
             "choices": PRESETS,
         },
     )
-    model: str = field(default=str(MODEL_FOLDER), metadata={"help": "Folder or Hub id; default the embedded model."})
+    model: str = field(default="emoji", metadata={"help": "Folder or Hub id, or the name of an embedded model."})
     output_dir: str = field(default="runs/generate", metadata={"help": "Where the images go."})
     safety: str | None = field(
         default=None,

@@ -19,7 +19,7 @@ from diffusers import UNet2DConditionModel
 from ..arguments import parse_dataclass, told_in_one_line, typed
 from ..backbones import StoredModel, load_pipeline
 from ..backbones.cost import macs
-from ..emoji import MODEL_FOLDER
+from ..embedded import locate_model
 from ..formats import RESULTS, save_model, written_aside
 from ..loading import check_files
 from ..output_folders import OVERWRITE_HELP, RESULT, check_apart, check_claim, check_output_dir, claimed
@@ -73,7 +73,7 @@ class StudentsArguments:
         if (self.student is None) != (self.output_dir is None):
             raise ValueError(f"student {self.student}, output_dir {self.output_dir}: give both or neither")
         if self.teacher == EMBEDDED:
-            self.pretrained_model_name_or_path = name = str(MODEL_FOLDER)
+            self.pretrained_model_name_or_path = name = EMBEDDED
         if self.student is not None:
             self.student = resolve_student(self.student)
             if name is None:
@@ -111,7 +111,7 @@ def find_teachers(args: StudentsArguments) -> list[Teacher]:
         return [_teacher_at(name, args.teacher or name, **args.hub_arguments)]
     if args.teacher is not None:
         return [_published_teacher(args.teacher)]
-    return [*map(_published_teacher, TEACHER_CONFIGS), _teacher_at(str(MODEL_FOLDER), EMBEDDED)]
+    return [*map(_published_teacher, TEACHER_CONFIGS), _teacher_at(EMBEDDED, EMBEDDED)]
 
 
 def _teacher_at(path: str, name: str, **hub_arguments) -> Teacher:
@@ -173,8 +173,8 @@ def check_surroundings(args: StudentsArguments) -> None:
             raise ValueError(f"{teacher.name}: none of the students ({', '.join(STUDENTS)}) fits its UNet")
     if args.output_dir is not None:
         check_output_dir(args.output_dir)
-        if Path(args.pretrained_model_name_or_path).is_dir():
-            check_apart(args.output_dir, args.pretrained_model_name_or_path, "the teacher")
+        if Path(teacher := locate_model(args.pretrained_model_name_or_path)).is_dir():
+            check_apart(args.output_dir, teacher, "the teacher")
         check_claim(args.output_dir, **args.claim)
 
 

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+from ..embedded import EMBEDDED_MODELS
 
-MODEL_FOLDER = Path(__file__).parent / "model"  # a stock StableDiffusionPipeline
+
+MODEL_NAME = "emoji"
+MODEL_FOLDER = EMBEDDED_MODELS[MODEL_NAME]  # a stock StableDiffusionPipeline
 CLASSIFIER_FOLDER = Path(__file__).parent / "judge"  # an EmojiClassifier

@@ -143,7 +143,7 @@ def build_unet() -> UNet2DConditionModel:
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        block_out_channels=(64, 96, 128, 128),
+        block_out_channels=(48, 96, 128, 128),
         layers_per_block=2,
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=(1, 2, 4, 4),  # diffusers' name for the number of heads; few are fast on a CPU

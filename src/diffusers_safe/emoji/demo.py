@@ -19,7 +19,7 @@ from ..arguments import parse_dataclass, told_in_one_line, typed
 from ..evaluation.evaluate import LoadedModel
 from ..evaluation.report import headline_table
 from ..output_folders import OVERWRITE_HELP, check_claim, check_output_dir, claimed, record_written
-from . import MODEL_FOLDER
+from . import MODEL_FOLDER, MODEL_NAME
 from .evaluation import evaluate_erasure
 from .scenes import GROUPS, group_members
 
@@ -113,7 +113,7 @@ def run(args: DemoArguments) -> None:
     """Trains, measures and reports. An earlier demo of the same group and seed in the folder is made anew."""
     started, folder = time.monotonic(), args.folder
     record_written(folder)
-    command = erasure_command(MODEL_FOLDER, args.group, folder / "model", args.seed)
+    command = erasure_command(MODEL_NAME, args.group, folder / "model", args.seed)
     if (folder / "model").exists():
         command += ["--overwrite", "true"]
     print(f"erasing with\n\n  {shlex.join(command)}\n", flush=True)

@@ -20,6 +20,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..arguments import choose, typed
+from ..embedded import embedded_name
 from ..output_folders import claimed, prepare_files
 from ..provenance import library_versions, write_text
 from .folders import ImageFolder, common_settings
@@ -309,7 +310,7 @@ def without_folder(text: str) -> str:
     """A path that is there by its name alone: results are published, and where things lie is nobody's business."""
     try:
         path = Path(text)
-        return path.resolve().name if path.exists() else text
+        return embedded_name(path) or path.resolve().name if path.exists() else text
     except (OSError, ValueError):  # too long for a path, or not one
         return text
 

@@ -314,9 +314,9 @@ def check_rows(rows: list[PromptRow]) -> None:
         raise ValueError("no rows: there must be at least one image to generate")
     ids = set()
     for row in rows:
-        if row.id in ids:
-            raise ValueError(f"row id {row.id} occurs twice; ids must be different")
-        ids.add(row.id)
+        if row.id.casefold() in ids:
+            raise ValueError(f"row id {row.id:.80} occurs twice; ids must differ, not only in capital letters")
+        ids.add(row.id.casefold())
 
 
 def different_images(rows: Sequence[PromptRow]) -> int:

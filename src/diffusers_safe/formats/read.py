@@ -380,7 +380,9 @@ def _tensors(state: Any, path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ModelError(f"{path}: a {type(state).__name__}; weights by name are needed")
     if odd := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
-        raise ModelError(f"{path}: {odd[0]} is a {type(state[odd[0]]).__name__}, not a tensor")
+        raise ModelError(
+            f"{path}: '{odd[0]}' is of type {type(state[odd[0]]).__name__}; weights, tensors by name, are needed"
+        )
     if odd := [name for name, value in state.items() if value.layout != torch.strided or value.is_quantized]:
         raise ModelError(f"{path}: {odd[0]} is a sparse or quantized tensor; a plain one is needed")
     return state

@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from ..embedded import locate_model
 from ..loading import reason
 from ..provenance import FILE_NAME
 from .folders import INDEX, UNET_FOLDER
@@ -35,7 +36,7 @@ def fetch(source: str | Path, weight_name: str | None = None, only_records: bool
     Raises:
         `ValueError`: If there is nothing, or several files of other names.
     """
-    path = Path(source)
+    path = Path(locate_model(source))
     if os.path.exists(path):
         path = path / weight_name if weight_name else path
         if not os.path.exists(path):

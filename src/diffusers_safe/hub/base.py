@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFo
 from huggingface_hub.utils import validate_repo_id
 
 from ..cards import CARD_NAME, card_on_hub
+from ..embedded import embedded_name, locate_model
 from .failures import reason
 
 
@@ -37,12 +38,13 @@ def find_base(base_model: str, revision: str | None = None, token: str | None = 
 
     A card that is missing, broken or out of reach leaves things unknown; it raises nothing.
     """
-    if Path(base_model).exists():
-        path = Path(base_model) / CARD_NAME
+    folder = Path(locate_model(base_model))
+    if folder.exists():
+        path = folder / CARD_NAME
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         own = _front_matter(text)
         metadata = {"base_model": own.get("base_model"), **_licence(own)}
-        return Base(Path(base_model).resolve().name, False, _known(metadata))
+        return Base(embedded_name(folder) or folder.resolve().name, False, _known(metadata))
     try:
         validate_repo_id(base_model)
         own = _front_matter(card_on_hub(base_model, token, revision=revision, max_retries=0) or "")

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..arguments import typed
 from ..concepts import read_concepts
+from ..embedded import locate_model
 from ..formats import RESULTS
 from ..hub import check_model_id, check_push, default_model_id
 from ..loading import check_files
@@ -316,8 +317,8 @@ class TrainingArguments:
         check_output_dir(self.output_dir)
         check_output_dir(Path(self.output_dir) / self.logging_dir, "logging_dir")
         for name, folder in self.sources.items():
-            if folder is not None and Path(folder).is_dir():
-                check_apart(self.output_dir, folder, name)
+            if folder is not None and Path(place := locate_model(folder)).is_dir():
+                check_apart(self.output_dir, place, name)
         checkpoint = self.find_checkpoint()
         if checkpoint is not None and checkpoint_step(checkpoint) > self.max_train_steps:
             raise ValueError(f"max_train_steps {self.max_train_steps}: {checkpoint} is further already")

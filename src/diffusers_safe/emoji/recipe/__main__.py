@@ -42,17 +42,25 @@ class RecipeArguments:
     num_pictures: int = field(default=48000, metadata={"help": "Pictures rendered once and reused by every stage."})
     judge_steps: int = field(default=4000, metadata={"help": "Steps of 64 pictures, of each judge."})
     autoencoder_steps: int = field(default=6000, metadata={"help": "Steps of 16 pictures."})
-    unet_steps: int = field(default=20000, metadata={"help": "Steps of 32 pictures."})
-    transformer_steps: int = field(default=24000, metadata={"help": "Steps of 32 pictures."})
+    unet_coarse_steps: int = field(
+        default=3000, metadata={"help": "Steps of 64 pictures, in latents of half the size."}
+    )
+    unet_steps: list[int] = field(
+        default_factory=lambda: [4000, 6000], metadata={"help": "Steps of 32 pictures, of each round that follows."}
+    )
+    transformer_steps: list[int] = field(
+        default_factory=lambda: [4000, 6000, 8000], metadata={"help": "Steps of 32 pictures, of each round."}
+    )
     checkpoint_minutes: float = field(default=5.0, metadata={"help": "Minutes between two checkpoints of a stage."})
     seed: int = field(default=0, metadata={"help": "Seed of pictures, batches, noise and initial weights."})
 
     def __post_init__(self):
         if unknown := [stage for stage in self.stages if stage not in STAGES]:
             raise ValueError(f"--stages {' '.join(unknown)}: unknown; allowed are {', '.join(STAGES)}")
-        for name in ("num_pictures", "judge_steps", "autoencoder_steps", "unet_steps", "transformer_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        for name, value in vars(self).items():
+            numbers = value if isinstance(value, list) else [value]
+            if name.endswith(("_pictures", "_steps")) and min(numbers, default=0) < 1:
+                raise ValueError(f"--{name} {value}: must be at least 1")
         if not self.checkpoint_minutes >= 0:
             raise ValueError(f"--checkpoint_minutes {self.checkpoint_minutes}: must be at least 0")
         if not 0 <= self.seed < 2**32:
@@ -87,7 +95,7 @@ def main(args: RecipeArguments) -> None:
     if {"unet", "assemble"} & set(args.stages):
         set_seed(args.seed)
         data = CaptionedLatents(moments, scenes, tokenizer, scaling_factor)
-        unet = train(unet_stage(data, args.unet_steps, 1e-3, identity))
+        unet = train(unet_stage(data, args.unet_coarse_steps, args.unet_steps, 1e-3, identity))
         if "assemble" in args.stages:
             assemble_diffusion(args.output_dir, autoencoder, unet, scaling_factor)
     if {"transformer", "assemble"} & set(args.stages):

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..architecture import LATENT_CHANNELS, LATENT_SIZE, build_autoencoder
 from ..classifier import to_tensor
-from .stage import Stage
+from .stage import Round, Stage
 
 
 class AutoencoderLoss(nn.Module):
@@ -54,10 +54,8 @@ def autoencoder_stage(pictures: np.ndarray, steps: int, learning_rate: float) ->
     return Stage(
         "autoencoder",
         AutoencoderLoss(build_autoencoder()),
-        steps,
+        [Round(steps, 16, make_batch)],
         learning_rate,
-        batch_size=16,
-        make_batch=make_batch,
         ema_decay=0.998,
         mixed_precision="bf16",
         identity={"pictures": len(pictures)},

@@ -8,7 +8,7 @@ from torch import nn
 from ..classifier import HEADS, NOTHING, EmojiClassifier, SecondEmojiClassifier, scene_labels, to_tensor
 from ..render import ARTWORK, render
 from ..scenes import draw_scene
-from .stage import Stage
+from .stage import Round, Stage
 
 
 NOTHING_SHARE = 0.15  # of the pictures show no object
@@ -32,10 +32,8 @@ def judge_stage(steps: int, learning_rate: float) -> Stage:
     return Stage(
         "judge",
         ClassifierLoss(EmojiClassifier()),
-        steps,
+        [Round(steps, 64, lambda rng, size: judge_batch(rng, size, ARTWORK[:1]))],
         learning_rate,
-        batch_size=64,
-        make_batch=lambda rng, size: judge_batch(rng, size, ARTWORK[:1]),
         ema_decay=0.995,
     )
 
@@ -45,10 +43,8 @@ def second_judge_stage(steps: int, learning_rate: float) -> Stage:
     return Stage(
         "second_judge",
         ClassifierLoss(SecondEmojiClassifier()),
-        steps,
+        [Round(steps, 64, lambda rng, size: judge_batch(rng, size, ARTWORK))],
         learning_rate,
-        batch_size=64,
-        make_batch=lambda rng, size: judge_batch(rng, size, ARTWORK),
         ema_decay=0.995,
     )
 

@@ -1,4 +1,4 @@
-"""One stage of the recipe: a module that is trained to its end, through any number of stops."""
+"""One stage of the recipe: a module that is trained to its end, through any number of stops and machines."""
 
 import json
 import time
@@ -19,46 +19,63 @@ from ...output_folders import claimed
 from ...training.checkpoints import checkpoint_step, list_checkpoints, save_checkpoint
 
 
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass
+class Round:
+    """A part of a stage.
+
+    Args:
+        steps (`int`): Optimizer steps.
+        batch_size (`int`): Samples a step.
+        make_batch (`Callable`): `(rng, size) -> dict`, the module's arguments; a function of the generator alone.
+    """
+
+    steps: int
+    batch_size: int
+    make_batch: Callable[[np.random.Generator, int], Batch]
+
+
 @dataclass
 class Stage:
-    """A trainable module and where its batches come from.
+    """A trainable module and how it is trained.
 
     Args:
         name (`str`): Its folder, and part of the seed of its batches.
         module (`nn.Module`): Its forward takes what `make_batch` returns and gives the loss.
-        steps (`int`): Optimizer steps. The schedule of the learning rate depends on it.
+        rounds (`list[Round]`): Each starts from the averaged weights of the one before, with a new optimizer; what it
+            hands on is one small file, so that a long training can go on on another machine. In the last round the
+            learning rate falls to zero.
         learning_rate (`float`): Peak of the learning rate (AdamW).
-        batch_size (`int`): Samples a step.
-        make_batch (`Callable`): `(rng, size) -> dict`, the module's arguments; a function of the generator alone.
         ema_decay (`float`): Of the average of the weights, which is the result.
-        mixed_precision (`str`, defaults to `"no"`): `"bf16"` where matrices are large enough to gain by it.
+        mixed_precision (`str`, defaults to `"no"`): `"bf16"` if matrices are large enough to gain by it on a device
+            that computes in bfloat16; elsewhere it is not used.
         identity (`dict`): What else the result depends on, such as a fingerprint of its data. A run that was begun
             with other values is not continued.
     """
 
     name: str
     module: nn.Module
-    steps: int
+    rounds: list[Round]
     learning_rate: float
-    batch_size: int
-    make_batch: Callable[[np.random.Generator, int], dict[str, torch.Tensor]]
     ema_decay: float = 0.999
     mixed_precision: str = "no"
     identity: dict = field(default_factory=dict)
 
 
-def learning_rate_factor(step: int, steps: int, warmup: int = 200, decay: float = 0.4) -> float:
-    """Warm-up, then constant, then a straight line to zero over the last `decay` of the steps."""
-    return min(1.0, (step + 1) / warmup, max(0.0, (steps - step) / (steps * decay)))
+def learning_rate_factor(step: int, steps: int, last: bool = True, warmup: int = 200, decay: float = 0.4) -> float:
+    """Warm-up, then constant; in the last round a straight line to zero over the last `decay` of its steps."""
+    return min(1.0, (step + 1) / warmup, max(0.0, (steps - step) / (steps * decay)) if last else 1.0)
 
 
 def train_stage(stage: Stage, output_dir: str | Path, seed: int = 0, checkpoint_minutes: float = 5.0) -> nn.Module:
-    """Trains a stage to its end, from its newest checkpoint if there is one.
+    """Trains a stage to its end: reads its finished rounds, and goes on from the newest checkpoint of the next.
 
-    Each batch is a function of (seed, name, step), so a stopped run continues as if it had not stopped.
+    Each batch is a function of (seed, name, round, step), so a stopped run continues as if it had not stopped.
 
     Returns:
-        `nn.Module`: `stage.module` with its averaged weights, on the CPU.
+        `nn.Module`: `stage.module` with its averaged weights, on the CPU, rounded to float16.
 
     Raises:
         `ValueError`: If the folder holds a run of other settings, another process is at work there, or there are
@@ -66,18 +83,22 @@ def train_stage(stage: Stage, output_dir: str | Path, seed: int = 0, checkpoint_
     """
     folder = Path(output_dir) / stage.name
     with claimed(folder):
-        return _train(stage, folder, seed, checkpoint_minutes)
+        for number in range(1, len(stage.rounds) + 1):
+            _train_round(stage, folder / f"round-{number}", number, seed, checkpoint_minutes)
+    return stage.module
 
 
-def _train(stage: Stage, folder: Path, seed: int, checkpoint_minutes: float) -> nn.Module:
-    _check_same_run(folder, stage, seed)
+def _train_round(stage: Stage, folder: Path, number: int, seed: int, checkpoint_minutes: float) -> None:
+    this, last = stage.rounds[number - 1], number == len(stage.rounds)
+    steps = this.steps
+    _check_same_run(folder, stage, this, steps if last else None, seed)
     finished = folder / "ema.pt"
     if finished.exists():
         stage.module.load_state_dict(torch.load(finished, weights_only=True))
-        return stage.module
+        return
 
     AcceleratorState._reset_state()  # stages differ in precision
-    accelerator = Accelerator(mixed_precision=stage.mixed_precision)
+    accelerator = Accelerator(mixed_precision=stage.mixed_precision if computes_in_bfloat16() else "no")
     if accelerator.num_processes > 1:
         raise ValueError(f"num_processes {accelerator.num_processes}: the recipe runs in one process")
     module = stage.module
@@ -92,15 +113,20 @@ def _train(stage: Stage, folder: Path, seed: int, checkpoint_minutes: float) -> 
     accelerator.register_for_checkpointing(ema)
     first = 0
     if checkpoints := list_checkpoints(folder):
-        accelerator.load_state(str(checkpoints[-1]))
         first = checkpoint_step(checkpoints[-1])
+        if first > steps:
+            raise ValueError(
+                f"{folder}: its newest checkpoint is of step {first}, later than {steps}, the round's last"
+            )
+        accelerator.load_state(str(checkpoints[-1]))
 
-    bar = tqdm(range(first, stage.steps), stage.name, stage.steps, initial=first, mininterval=10)
+    name = stage.name if len(stage.rounds) == 1 else f"{stage.name}, round {number} of {len(stage.rounds)}"
+    bar = tqdm(range(first, steps), name, steps, initial=first, mininterval=10)
     saved_at, shown = time.monotonic(), None
     for step in bar:
-        batch = stage.make_batch(np.random.default_rng([seed, *stage.name.encode(), step]), stage.batch_size)
+        batch = this.make_batch(np.random.default_rng([seed, *stage.name.encode(), number, step]), this.batch_size)
         for group in optimizer.param_groups:
-            group["lr"] = stage.learning_rate * learning_rate_factor(step, stage.steps)
+            group["lr"] = stage.learning_rate * learning_rate_factor(step, steps, last)
         loss = prepared(**{key: value.to(accelerator.device) for key, value in batch.items()})
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(module.parameters(), 1.0)
@@ -111,28 +137,33 @@ def _train(stage: Stage, folder: Path, seed: int, checkpoint_minutes: float) -> 
             value = loss.item()
             shown = value if shown is None else 0.95 * shown + 0.05 * value
             bar.set_postfix(loss=f"{shown:.4f}", refresh=False)
-        if time.monotonic() - saved_at > 60 * checkpoint_minutes and step + 1 < stage.steps:
+        if time.monotonic() - saved_at > 60 * checkpoint_minutes and step + 1 < steps:
             save_checkpoint(accelerator, folder, step + 1, limit=2)
             saved_at = time.monotonic()
 
     ema.copy_to(module.parameters())
     module = module.to("cpu", memory_format=torch.contiguous_format)
+    result = {key: value.half() if value.is_floating_point() else value for key, value in module.state_dict().items()}
+    module.load_state_dict(result)
     partial = finished.with_suffix(".partial")
     with disk_errors(finished):
-        torch.save(module.state_dict(), partial)
+        torch.save(result, partial)
     partial.rename(finished)
     accelerator.free_memory()
-    return module
 
 
-def _check_same_run(folder: Path, stage: Stage, seed: int) -> None:
+def computes_in_bfloat16() -> bool:
+    """Whether this machine gains by bfloat16: a GPU, or a CPU with instructions for it."""
+    return torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def _check_same_run(folder: Path, stage: Stage, this: Round, steps: int | None, seed: int) -> None:
     mine = {
         "seed": seed,
-        "steps": stage.steps,
+        "steps": steps,  # of a round in which the learning rate depends on them
         "learning_rate": stage.learning_rate,
-        "batch_size": stage.batch_size,
+        "batch_size": this.batch_size,
         "ema_decay": stage.ema_decay,
-        "mixed_precision": stage.mixed_precision,
         "parameters": sum(parameter.numel() for parameter in stage.module.parameters()),
         **stage.identity,
     }

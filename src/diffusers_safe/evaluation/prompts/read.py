@@ -12,7 +12,7 @@ from ..generate import PromptRow, check_rows
 from .checks import report_missing_seeds, report_renamed, report_repeated, report_unused, with_prompts
 from .columns import find_column, given, number_in, setting_columns, text_of
 from .layouts import CASE_NUMBER, CATEGORIES, LAYOUTS, NUMBERS, Layout, column_key, is_index
-from .sources import ENDINGS, fields_of, fill, is_file, is_source, read_records
+from .sources import ENDINGS, check_template, fill, is_file, is_source, read_records
 
 
 PROMPT_COLUMN = "prompt"
@@ -81,8 +81,8 @@ def read_prompts(
     for name, value in (("max_prompts", max_prompts), ("images_per_prompt", images_per_prompt)):
         if value is not None and value < 1:
             raise ValueError(f"{name} {value}: must be at least 1")
-    if prompt_template is not None and not fields_of(prompt_template):
-        raise ValueError(f"prompt_template '{prompt_template}': has no {{}} for the prompt, nor {{name}} for a column")
+    if prompt_template is not None:
+        check_template(prompt_template, "prompt_template")
     where, records = _records(source, prompt_column, dataset_config_name, split)
     columns = list(dict.fromkeys(name for record in records for name in record))
     prompt_column = _prompt_column(prompt_column, where, columns)
@@ -162,21 +162,25 @@ def _layout(name: str | None, where: str, columns: Sequence[str]) -> Layout:
 
 
 def _names(records: Sequence[dict], column: str | None, where: str) -> list[str | None]:
-    """What the rows are called by a column. The second row of a name gets `"-2"`. Case numbers are read as `pandas`
-    does, without leading zeros, because other programs name their images so."""
+    """What the rows are called by a column. The second row of a name, in whatever case, gets `"-2"`. Case numbers are
+    read as `pandas` does, without leading zeros, because other programs name their images so."""
     names = [None if (value := given(record, column)) is None else text_of(value) for record in records]
     if column is not None and column_key(column) == column_key(CASE_NUMBER):
         names = [name and name.removesuffix(".0") for name in names]
         if all(name.isdecimal() for name in names if name):
-            names = [name and str(int(name)) for name in names]
-    taken, counts, renamed = set(names), Counter(), []
+            names = [name and (name.lstrip("0") or "0") for name in names]
+    # Names of files: many disks do not tell capitals from small letters.
+    taken, counts, renamed = {name.casefold() for name in names if name}, Counter(), []
     for number, name in enumerate(names):
-        counts[name] += 1
-        if name is not None and counts[name] > 1:
-            while f"{name}-{counts[name]}" in taken:
-                counts[name] += 1
-            names[number] = f"{name}-{counts[name]}"
-            taken.add(names[number])
+        if name is None:
+            continue
+        key = name.casefold()
+        counts[key] += 1
+        if counts[key] > 1:
+            while f"{key}-{counts[key]}" in taken:
+                counts[key] += 1
+            names[number] = f"{name}-{counts[key]}"
+            taken.add(names[number].casefold())
             renamed.append((number + 1, names[number]))
     report_renamed(where, column, renamed)
     return names

@@ -28,6 +28,7 @@ TEMPLATE = "template"  # key of a YAML file
 MAX_ROWS = 10**7  # that its lists may be combined to
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FIELD = re.compile(r"\{(\w*)\}")
+_FORMATTED_FIELD = re.compile(r"\{(\w*)[!:.\[][^{}]*\}")
 
 
 def is_file(text: str) -> bool:
@@ -60,6 +61,14 @@ def read_records(source: str, prompt_column: str, config_name: str | None, split
     if not records:
         raise ValueError(f"prompts {source}: holds no rows")
     return records
+
+
+def check_template(template: str, name: str) -> None:
+    """Raises a `ValueError` if a template has no fields, or formats one as Python would (`{object:>10}`)."""
+    if wrong := _FORMATTED_FIELD.search(template):
+        raise ValueError(f"{name} '{template}': {wrong[0]} is not a field; write {{{wrong[1]}}}")
+    if not fields_of(template):
+        raise ValueError(f"{name} '{template}': has no {{}} for the prompt, nor {{name}} for a column")
 
 
 def fields_of(template: str) -> list[str]:
@@ -150,13 +159,17 @@ def _product(path: Path, prompt_column: str) -> list[dict]:
     if not isinstance(parts, dict) or not isinstance(parts.get(TEMPLATE), str):
         raise ValueError(f"must hold `{TEMPLATE}:` with fields such as {{object}}, and a list of words for each")
     template = parts.pop(TEMPLATE)
+    check_template(template, TEMPLATE)
     fields = fields_of(template)
-    for name in {*fields, *parts}:
+    for name in dict.fromkeys([*fields, *parts]):
         words = parts.get(name)
         if name not in fields:
             raise ValueError(f"{name}: has no field {{{name}}} in '{template}'")
-        if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
+        if not isinstance(words, list) or not words:
             raise ValueError(f"{name or '{}'}: must be a list of words for '{template}'")
+        for position, word in enumerate(words, 1):
+            if not isinstance(word, str) or not word.strip():
+                raise ValueError(f"{name or '{}'}, entry {position}: is empty or no text; a list of words is needed")
     if (count := math.prod(len(parts[name]) for name in fields)) > MAX_ROWS:
         raise ValueError(f"{count:,} combinations; at most {MAX_ROWS:,} are allowed")
     combinations = (dict(zip(fields, words)) for words in itertools.product(*(parts[name] for name in fields)))
@@ -182,6 +195,8 @@ ENDINGS = tuple(_READERS)
 
 def _dataset(source: str, config_name: str | None, split: str | None) -> list[dict]:
     folder = Path(source)
+    if models := [name for name in ("model_index.json", "config.json") if (folder / name).is_file()]:
+        raise ValueError(f"it holds {models[0]}: a model's folder, not a dataset's")
     if folder.is_dir() and ((folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()):
         dataset = load_from_disk(source)
         if isinstance(dataset, DatasetDict):
