@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
-MACHINES := MKL_CBWR=COMPATIBLE MKL_CBWR=AVX2 ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2 OTHER_MACHINE=1
+MACHINES := "MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2" "MKL_CBWR=AVX2 OTHER_MACHINE=1"
 CODE := src tests benchmarks setup.py train_sdd.py train_esd.py train_distill.py
 
 # NudeNet, for the tests of the metric `nudity`; NUDENET=no leaves it out, and they are skipped.
@@ -36,8 +36,8 @@ test: export OMP_WAIT_POLICY ?= passive
 test: $(TESTED)
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-# The tests as other machines would run them, some minutes for each: other paths through matrix products, two threads,
-# and arithmetic that depends on all it may depend on (tests/other_machine.py). One alone: MKL_CBWR=AVX2 make test
+# The tests twice more, as other machines would run them: other paths through matrix products, two threads, and
+# arithmetic that depends on all it may depend on (tests/other_machine.py).
 test-portable: setup
 	set -e; for machine in $(MACHINES); do echo "$$machine"; env $$machine $(MAKE) --no-print-directory test; done
 

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from functools import cache
+from functools import cache, partial
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,14 +32,14 @@ if os.environ.get("OTHER_MACHINE"):
     other_machine.install()
 
 
-def build_tiny_pipeline(seed: int = 0) -> StableDiffusionPipeline:
+def build_tiny_pipeline(seed: int = 0, layers_per_block: int = 2) -> StableDiffusionPipeline:
     """A Stable Diffusion pipeline with random weights, 0.5 M parameters, latents 4 x 8 x 8, pictures of 64 x 64."""
-    built = _tiny_pipeline(seed)
+    built = _tiny_pipeline(seed, layers_per_block)
     return copy.deepcopy(built, {id(built.tokenizer): build_tokenizer()})  # a copied tokenizer decodes otherwise
 
 
 @cache  # a copy takes two thirds of the time, and hundreds are made
-def _tiny_pipeline(seed: int) -> StableDiffusionPipeline:
+def _tiny_pipeline(seed: int, layers_per_block: int) -> StableDiffusionPipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = build_tokenizer()
@@ -67,7 +67,7 @@ def _tiny_pipeline(seed: int) -> StableDiffusionPipeline:
         unet = UNet2DConditionModel(
             sample_size=8,
             block_out_channels=(8, 16, 16, 16),
-            layers_per_block=2,
+            layers_per_block=layers_per_block,
             cross_attention_dim=32,
             attention_head_dim=2,
             norm_num_groups=4,
@@ -84,10 +84,10 @@ def _tiny_pipeline(seed: int) -> StableDiffusionPipeline:
     )
 
 
-def build_tiny_sd_2_pipeline(seed: int = 0) -> StableDiffusionPipeline:
+def build_tiny_sd_2_pipeline(seed: int = 0, layers_per_block: int = 2) -> StableDiffusionPipeline:
     """The same in the shape of SD 2.x: OpenCLIP's activation and another text width, linear projections, heads by
     level, v prediction down to no signal at all."""
-    pipeline = build_tiny_pipeline(seed)
+    pipeline = build_tiny_pipeline(seed, layers_per_block)
     text_config = {**pipeline.text_encoder.config.to_dict(), "hidden_size": 40, "hidden_act": "gelu"}
     unet_config = {
         **pipeline.unet.config,
@@ -158,16 +158,33 @@ def on_cpu():
         yield
 
 
-@pytest.fixture(scope="session")
-def make_tiny_pipeline():
+# Where the number of layers in a block matters, it is SD's. Elsewhere one is enough: most of a tiny model's time goes
+# into calling layers.
+LIKE_SD = (
+    "test_students.py",
+    "test_distillation.py",
+    "test_cost.py",
+    "test_erased.py",
+    "test_read.py",
+    "test_lora.py",
+)
+
+
+@pytest.fixture(scope="module")
+def layers_per_block(request) -> int:
+    return 2 if request.path.name in LIKE_SD else 1
+
+
+@pytest.fixture(scope="module")
+def make_tiny_pipeline(layers_per_block):
     """The function `(seed=0) -> StableDiffusionPipeline`: new each call, the same weights for a seed."""
-    return build_tiny_pipeline
+    return partial(build_tiny_pipeline, layers_per_block=layers_per_block)
 
 
-@pytest.fixture(scope="session")
-def make_tiny_sd_2_pipeline():
+@pytest.fixture(scope="module")
+def make_tiny_sd_2_pipeline(layers_per_block):
     """The function `(seed=0) -> StableDiffusionPipeline` in the shape of SD 2.x."""
-    return build_tiny_sd_2_pipeline
+    return partial(build_tiny_sd_2_pipeline, layers_per_block=layers_per_block)
 
 
 @pytest.fixture(scope="session")
@@ -177,16 +194,16 @@ def make_tiny_xl_pipeline():
 
 
 @pytest.fixture
-def tiny_pipeline() -> StableDiffusionPipeline:
+def tiny_pipeline(make_tiny_pipeline) -> StableDiffusionPipeline:
     """A new tiny pipeline that a test may change."""
-    return build_tiny_pipeline()
+    return make_tiny_pipeline()
 
 
-@pytest.fixture(scope="session")
-def tiny_model_folder(tmp_path_factory) -> str:
+@pytest.fixture(scope="module")
+def tiny_model_folder(tmp_path_factory, make_tiny_pipeline) -> str:
     """A tiny pipeline saved to disk, for code that loads models by path. Not to be changed."""
     folder = tmp_path_factory.mktemp("tiny_model")
-    build_tiny_pipeline().save_pretrained(folder)
+    make_tiny_pipeline().save_pretrained(folder)
     return str(folder)
 
 

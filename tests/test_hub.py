@@ -509,6 +509,7 @@ def test_the_token_is_written_nowhere(hub, tiny_model_folder, tmp_path, monkeypa
     assert erase(tiny_model_folder, tmp_path / "again", *more) == 0
 
 
+@pytest.mark.slow
 def test_through_processes_of_their_own(tiny_model_folder, tmp_path):
     """The script with a bad token, the push later, and what diffusers then loads from the Hub."""
     script = [sys.executable, str(ROOT / "train_sdd.py"), *options(tiny_model_folder, "out", "--push_to_hub")]

@@ -18,6 +18,7 @@ LAYERS = [
         "arguments",
         "cards",
         "concepts",
+        "embedded",
         "files",
         "guidance",
         "images",

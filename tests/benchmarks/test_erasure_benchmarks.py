@@ -75,7 +75,7 @@ def test_the_memory_of_a_step(load, capsys):
 def test_the_speed_of_a_step(load, capsys, monkeypatch):
     monkeypatch.setattr(load("erasure_gpu"), "in_own_process", lambda function, *args: function(*args))
     size = "--device cpu --size tiny --latent_size 8 --num_inference_steps 2"
-    load("erasure_gpu").main(f"{size} --steps 1 --batch_sizes 2 --compile off".split())
+    load("erasure_gpu").main(f"{size} --steps 1 --batch_sizes 2 --compile off --mixed_precision no".split())
     ((batch, compiled, *_, share, memory),) = rows(capsys.readouterr().out)
     assert (batch, compiled) == ("2", "off") and share.endswith("%") and memory.endswith("GiB")
 

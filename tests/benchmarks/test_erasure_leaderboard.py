@@ -50,6 +50,7 @@ def leaderboard(on_cpu, monkeypatch, tiny_model_folder):
     return module
 
 
+@pytest.mark.slow
 def test_the_leaderboard_has_a_row_for_each_method(leaderboard, tiny_model_folder, tmp_path, capsys):
     words = ["--output_dir", tmp_path / "out", "--quick", "--docs", tmp_path / "docs"]
     leaderboard.run(*words)

@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 
 from diffusers_safe import cli
-from diffusers_safe.commands.evaluate import read_subjects
+from diffusers_safe.commands.evaluate import EvaluateArguments, read_subjects
 from diffusers_safe.commands.subject import Subject
+from diffusers_safe.emoji.evaluation import SETTINGS, Erased
 from diffusers_safe.evaluation.folders import ImageFolder
 from scripts import in_two_processes
 
@@ -193,3 +194,44 @@ def test_processes_share_the_generating_and_one_measures(tiny_model_folder, tmp_
     assert done.stdout.count("| pixel distance ↓, N=") == 1
     alone = evaluate(tmp_path / "one", *words)
     assert json.loads((tmp_path / "two" / "results.json").read_text())["metrics"] == alone["metrics"]
+
+
+def test_emoji_bring_prompts_judge_sampling_and_the_original(tiny_model_folder, tmp_path, monkeypatch):
+    args = EvaluateArguments(models=[tiny_model_folder], emoji="banana")
+    assert [(subject.name, subject.model) for subject in args.subjects] == [
+        ("original", "emoji"),
+        ("erased", tiny_model_folder),
+    ]
+    assert args.rows == Erased("banana").rows(3, 0)
+    assert (args.settings.num_inference_steps, args.settings.guidance_scale) == (
+        SETTINGS.num_inference_steps,
+        SETTINGS.guidance_scale,
+    )
+    many = EvaluateArguments(
+        models=[f"a={tiny_model_folder}", f"b={tiny_model_folder}"], emoji="sketch", guidance_scale=2, seed=5
+    )
+    assert [subject.name for subject in many.subjects] == ["a", "b"] and many.settings.guidance_scale == 2
+    assert many.rows == Erased("sketch").rows(3, 5)
+
+    monkeypatch.setattr("diffusers_safe.emoji.evaluation.OBJECTS", ["cat", "banana"])
+    monkeypatch.setattr("diffusers_safe.emoji.evaluation.GROUPS", ["weapon"])
+    options = ("--emoji", "banana", "--num_inference_steps", "1", "--images_per_prompt", "1", "--batch_size", "24")
+    results = evaluate(tmp_path / "out", "--models", f"a={tiny_model_folder}", f"b={tiny_model_folder}", *options)
+    assert results["metrics"].keys() == {"emoji_recognition", "emoji_distance"}
+    assert results["metrics"]["emoji_recognition"]["estimates"]["b"]["concept"]["n"] == 24
+    told = {"source": "--emoji banana", "images_per_prompt": 1, "seed": 0, "images": 26}
+    assert told.items() <= results["protocol"]["prompts"].items()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({}, "the following arguments are required: --metrics"),
+        ({"emoji": "zebra"}, "emoji 'zebra': unknown; allowed are weapon"),
+        ({"emoji": "banana", "prompts": ["a cat"]}, "prompts a cat: --emoji has its own"),
+        ({"emoji": "banana", "max_prompts": 3}, "max_prompts 3: needs --prompts, without --emoji"),
+    ],
+)
+def test_what_does_not_go_with_emoji(tiny_model_folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        EvaluateArguments(models=[tiny_model_folder], **options)

@@ -179,9 +179,6 @@ def test_rounds_end_where_they_do_undisturbed_on_another_machine_with_the_finish
 def test_a_round_starts_from_the_average_of_the_one_before_in_half_precision(tmp_path):
     first = torch.load(train_round_1(tmp_path), weights_only=True)
     assert {value.dtype for value in first.values() if value.is_floating_point()} == {torch.float16}
-    alone = train_stage(toy_stage(3), tmp_path / "alone")  # the same steps as a last round, whose rate falls
-    assert not torch.equal(alone.state_dict()["layers.0.weight"], first["layers.0.weight"].float())
-
     module = toy_stage(3, 1)
     module.learning_rate = 0.0  # a round that changes nothing
     shutil.rmtree(tmp_path / "toy" / "round-2")

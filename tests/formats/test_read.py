@@ -183,7 +183,7 @@ def test_files_that_are_nothing(tiny_pipeline, tmp_path):
         ({}, "no weights"),
         ([1], "a list"),
         (torch.zeros(2), "a Tensor"),
-        ({"a": 1}, "a is a int"),
+        ({"a": 1}, "'a' is of type int; weights, tensors by name, are needed"),
     ):
         torch.save(value, tmp_path / "value.pt")
         refused(tmp_path / "value.pt", unet, message)

@@ -228,6 +228,7 @@ def run_client(hub, home, code):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_pushed_and_loaded_back_through_the_hub(base, partial, whole, tiny_model_folder, tmp_path):
     lora = write_form("lora", base.unet, make_erased(base.unet), tmp_path / "lora")
     unet = write_form("unet-in-folder", base.unet, make_erased(base.unet), tmp_path / "unet", "tester/base")

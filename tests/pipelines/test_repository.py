@@ -199,6 +199,7 @@ else:
         assert np.allclose(np.load(tmp_path / f"{name}.npy"), expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_card_that_is_on_the_hub_already_is_kept(folder, tmp_path):
     push = f"""
 from huggingface_hub import HfApi

@@ -269,7 +269,7 @@ def test_half_precision(make_tiny_pipeline, dtype):
 # --- what may be done to a pipeline beside ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["module", "in place"])
+@pytest.mark.parametrize("way", ["module", pytest.param("in place", marks=pytest.mark.slow)])
 def test_a_compiled_denoiser_stays_compiled(make_tiny_pipeline, way):
     stock = attentive(make_tiny_pipeline())
     expected = draw(safe_around(stock), **SafetyConfig.MAX).images

@@ -314,6 +314,7 @@ def test_the_cache_of_something_else_is_not_used(distil, tmp_path):
         distil("second", cache_latents=True, cache_folder=tmp_path / "cache", max_train_samples=5)
 
 
+@pytest.mark.slow
 def test_a_script_tells_bad_input_with_code_2(tiny_model_folder, pictures, tmp_path):
     done = run(
         [sys.executable, SCRIPT, *words_of(settings(tiny_model_folder, pictures, "out", student="x"))], tmp_path

@@ -101,6 +101,7 @@ def test_erasure_json_tells_what_was_done(erased, tiny_model_folder):
     assert record.versions["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_the_same_seed_without_accelerate_launch_writes_the_same_files(erased, tiny_model_folder, tmp_path):
     """The module is the command where only the package is installed."""
     command = [sys.executable, "-m", "diffusers_safe.training.sdd", *options(tiny_model_folder, tmp_path / "out")]
@@ -111,6 +112,7 @@ def test_the_same_seed_without_accelerate_launch_writes_the_same_files(erased, t
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_resumed_run_ends_where_an_undisturbed_one_does(erased, tiny_model_folder, tmp_path):
     out = tmp_path / "out"
     command = [*LAUNCH, SCRIPT, *options(tiny_model_folder, out, checkpointing_steps=0)]

@@ -19,15 +19,13 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from ..arguments import choose, parse_dataclass, told_in_one_line, typed
+from ..arguments import parse_dataclass, told_in_one_line, typed
 from ..backbones import StoredModel
-from ..emoji.metrics import EmojiRecognition
-from ..emoji.scenes import GROUPS, OBJECTS, STYLES, group_members, prompt_for
+from ..emoji.evaluation import Erased
 from ..evaluation.evaluate import check_subjects, report_claim
 from ..evaluation.folders import ImageFolder
 from ..evaluation.generate import PromptRow
 from ..evaluation.metrics import METRICS, make_metrics
-from ..evaluation.metrics.base import Metric
 from ..evaluation.options import EvaluationOptions
 from ..evaluation.report import PAGE_NAME, headline_table
 from ..evaluation.summary import FEW_IMAGES
@@ -36,7 +34,7 @@ from ..robustness import Attack, ConceptInversion, InversionSettings, Paraphrase
 from ..robustness.inversion import TEMPLATE, check_learnable, square_side
 from ..robustness.run import attack_models, check_attack, check_folder
 from ..training.loss_space import LOSS_SPACES
-from .evaluate import read_subjects
+from .evaluate import named, read_subjects
 from .subject import DTYPES, Subject
 
 
@@ -146,8 +144,8 @@ class AttackArguments(EvaluationOptions):
     def _read_subjects(self) -> list[Subject]:
         if self.original is None and self.emoji is None:
             raise ValueError("original: none given; without the unerased model a success rate says little")
-        words = [_named(self.original or "emoji", "original")]
-        words += [_named(word, "erased") if len(self.model) == 1 else word for word in self.model]
+        words = [named(self.original or "emoji", "original")]
+        words += [named(word, "erased") if len(self.model) == 1 else word for word in self.model]
         subjects = read_subjects(words, self.dtype)
         check_subjects(subjects)
         for subject in subjects:
@@ -156,9 +154,12 @@ class AttackArguments(EvaluationOptions):
         return subjects
 
     def _attacked_rows(self) -> list[PromptRow]:
-        labels = {} if self.emoji is None else emoji_labels(self.emoji)
+        erased = None if self.emoji is None else Erased(self.emoji)
+        labels = {}
+        if erased is not None:  # what its metric must know
+            labels = {"subject": erased.name, "part": "erased", **({"style": erased.style} if erased.style else {})}
         self.chosen_prompts = bool(self.prompts)
-        self.prompts = self.prompts or emoji_prompts(self.emoji)
+        self.prompts = self.prompts or (erased.prompts if erased else [])
         if not self.prompts:
             raise ValueError("prompts: none given")
         if self.images_per_prompt is None:
@@ -198,34 +199,6 @@ class AttackArguments(EvaluationOptions):
         return ConceptInversion(self.concept, settings, self.inversion_pictures, self.inversion_template)
 
 
-def _named(word: str, name: str) -> str:
-    """A model as `name=MODEL`, unless it has a name."""
-    return word if "=" in word else f"{name}={word}"
-
-
-def emoji_labels(name: str) -> dict:
-    """What the judge of emoji must know of rows that ask for what was erased.
-
-    Raises:
-        `ValueError`: If it is neither a group, nor an object, nor a style.
-    """
-    name = choose("emoji", name, [*GROUPS, *OBJECTS, *STYLES])
-    return {"subject": name, "part": "erased", **({"style": name} if name in STYLES else {})}
-
-
-def emoji_prompts(name: str | None) -> list[str]:
-    """The prompts that ask for a group's members, or for an object; none for a style."""
-    members = group_members(name) if name in GROUPS else [name] if name in OBJECTS else []
-    return [prompt_for(member) for member in members]
-
-
-def emoji_metric(name: str) -> Metric:
-    """The judge, who looks for a group, an object or a style."""
-    if name in STYLES:
-        return EmojiRecognition([], style=name)
-    return EmojiRecognition(group_members(name) if name in GROUPS else [name])
-
-
 def check_surroundings(args: AttackArguments) -> None:
     """Models' indices, what metrics need, whether the attacks fit, and the output folder."""
     if (count := PartialState().num_processes) > 1:
@@ -240,7 +213,7 @@ def check_surroundings(args: AttackArguments) -> None:
                 raise ValueError("dtype float16: gradients of inversion would be lost; use float32 or bfloat16")
     args.made_metrics = make_metrics(args.metrics, args) if args.metrics or args.emoji is None else []
     if args.emoji is not None:
-        args.made_metrics.append(emoji_metric(args.emoji))
+        args.made_metrics.append(Erased(args.emoji).recognition())
     check_attack(args.subjects, args.rows, args.made_attacks, args.made_metrics)
     check_folder(args.subjects, args.rows, args.made_attacks, args.output_dir, args.settings, args.overwrite)
     check_claim(args.output_dir, **report_claim("attack", args.overwrite))

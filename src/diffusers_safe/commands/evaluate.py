@@ -3,6 +3,10 @@
     diffusers-safe evaluate --models original=CompVis/stable-diffusion-v1-4 erased=sd-1.4-safe \\
         --prompts i2p.csv --metrics nudity pixel_distance --output_dir runs/evaluation
 
+or, of the embedded models, whose prompts and judge need nothing else:
+
+    diffusers-safe evaluate --models runs/demo/weapon-0/model --emoji weapon
+
 The first model is the original. Where a model needs more than a path, `--models models.yaml` lists them:
 
     - {name: original, model: CompVis/stable-diffusion-v1-4}
@@ -29,20 +33,27 @@ from ..arguments import (
     told_in_one_line,
     typed,
 )
+from ..embedded import EMBEDDED_MODELS
+from ..emoji import MODEL_NAME
+from ..emoji.evaluation import SETTINGS as EMOJI_SETTINGS
+from ..emoji.evaluation import Erased
+from ..emoji.metrics import EmojiDistance
 from ..evaluation.evaluate import as_images, check_evaluation, check_subjects, evaluate, report_claim
 from ..evaluation.folders import ImageFolder
-from ..evaluation.generate import MANIFEST, PromptRow, read_manifest
-from ..evaluation.metrics import make_metrics
+from ..evaluation.generate import MANIFEST, GenerationSettings, PromptRow, read_manifest
+from ..evaluation.metrics import METRICS, make_metrics
 from ..evaluation.options import EvaluationOptions
 from ..evaluation.processes import launched_processes
 from ..evaluation.prompts import PromptOptions, read_prompts
 from ..evaluation.report import PAGE_NAME, headline_table
 from ..formats import INDEX
 from ..output_folders import OVERWRITE_HELP, check_claim
+from ..provenance import erasure_of
 from .generate import PRESETS
 from .subject import DTYPES, Subject
 
 
+SETTINGS = GenerationSettings(num_inference_steps=25)
 # What says which prompts of a source, and means nothing where the images at hand say it.
 _OF_A_SOURCE = tuple(
     name for name in inspect.signature(read_prompts).parameters if name not in ("source", "row_settings")
@@ -63,6 +74,30 @@ class EvaluateArguments(EvaluationOptions):
         },
     )
     output_dir: str = field(default="runs/evaluation", metadata={"help": "Where images, numbers and report go."})
+    metrics: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": f"What to measure: {', '.join(METRICS)}; or your own as module:name, a Metric or what makes one."
+        },
+    )
+    emoji: str | None = field(
+        default=None,
+        metadata={
+            "help": "What was erased from an embedded model: a group of emoji (weapon), an object (banana) or a style "
+            "(sketch). Prompts, judge and sampling are then its own, and a single model is compared with the embedded "
+            "one."
+        },
+    )
+    images_per_prompt: int | None = field(
+        default=None, metadata={"help": "Images of each prompt, with seeds one apart. Default: 1; with --emoji 3."}
+    )
+    num_inference_steps: int | None = field(
+        default=None, metadata={"help": "Steps of the pipelines' schedulers. Default: 25; with --emoji its own."}
+    )
+    guidance_scale: float | None = field(
+        default=None,
+        metadata={"help": "Of classifier-free guidance; 1 or less is none. Default: 7.5; with --emoji its own."},
+    )
     preset: str | None = field(
         default=None,
         metadata={
@@ -81,27 +116,51 @@ class EvaluateArguments(EvaluationOptions):
     overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
 
     def __post_init__(self):
+        if not self.metrics and self.emoji is None:
+            raise ValueError("the following arguments are required: --metrics")
+        sampling = SETTINGS if self.emoji is None else EMOJI_SETTINGS
+        defaults = {
+            "images_per_prompt": 1 if self.emoji is None else 3,
+            "num_inference_steps": sampling.num_inference_steps,
+            "guidance_scale": sampling.guidance_scale,
+        }
+        for name, default in defaults.items():
+            setattr(self, name, default if getattr(self, name) is None else getattr(self, name))
         super().__post_init__()
-        self.subjects = read_subjects(self.models, self.dtype)
+        models = self.models
+        if self.emoji is not None and len(models) == 1 and not models[0].endswith((".yaml", ".yml")):
+            models = [f"original={_embedded_base(models[0])}", named(models[0], "erased")]
+        self.subjects = read_subjects(models, self.dtype)
         check_subjects(self.subjects)
         if self.images_only:
             self.subjects = [as_images(subject, Path(self.output_dir)) for subject in self.subjects]
-        self.rows = self.read_rows() if self.prompts else self._rows_of_images()
+        if self.emoji is not None:
+            if self.prompts:
+                raise ValueError(f"prompts {self.prompts[0]:.80}: --emoji has its own")
+            self._check_unused("without --emoji", but=("images_per_prompt", "seed"))
+            self.rows = Erased(self.emoji).rows(self.images_per_prompt, self.seed)
+        else:
+            self.rows = self.read_rows() if self.prompts else self._rows_of_images()
         own = {row.guidance_scale for row in self.rows if row.guidance_scale is not None}
         for subject in self.subjects:
             if isinstance(subject, Subject):
                 subject.check_steering(self.settings, own)
 
     def _rows_of_images(self) -> list[PromptRow]:
+        self._check_unused()
+        return rows_of_images(self.subjects[0], self.row_settings)
+
+    def _check_unused(self, where: str = "", but: Sequence[str] = ()) -> None:
         for item in fields(PromptOptions):
             default = [] if item.default is MISSING else item.default
-            if item.name in _OF_A_SOURCE and (value := getattr(self, item.name)) != default:
-                raise ValueError(f"{item.name} {value}: needs --prompts")
-        return rows_of_images(self.subjects[0], self.row_settings)
+            if item.name in _OF_A_SOURCE and item.name not in but and (value := getattr(self, item.name)) != default:
+                raise ValueError(f"{item.name} {value}: needs --prompts{where and ', ' + where}")
 
     @property
     def source(self) -> dict:
         """Where the prompts come from, for the protocol."""
+        if self.emoji is not None:
+            return {"source": f"--emoji {self.emoji}", "images_per_prompt": self.images_per_prompt, "seed": self.seed}
         if not self.prompts:
             return {"source": f"images of {self.subjects[0].name}"}
         return {**super().source, **({"preset": self.preset} if self.preset else {})}
@@ -119,6 +178,17 @@ def read_subjects(models: Sequence[str], dtype: str = "float32") -> list[Subject
     if files:
         return [_from_mapping(entry, files[0], dtype) for entry in _read_yaml(files[0])]
     return [_from_word(word, dtype) for word in models]
+
+
+def named(word: str, name: str) -> str:
+    """A model as `name=MODEL`, unless it has a name."""
+    return word if "=" in word else f"{name}={word}"
+
+
+def _embedded_base(word: str) -> str:
+    """The embedded model that a model was made from, as far as it says so."""
+    record = erasure_of(word.partition("=")[2] or word, local_files_only=True) or {}
+    return base if (base := record.get("base_model")) in EMBEDDED_MODELS else MODEL_NAME
 
 
 def _from_word(word: str, dtype: str) -> Subject | ImageFolder:
@@ -173,7 +243,9 @@ def check_surroundings(args: EvaluateArguments) -> None:
     """Models' indices, folders of images, what metrics need, and the output folder."""
     for subject in args.subjects:
         subject.check()
-    args.made_metrics = make_metrics(args.metrics, args)
+    args.made_metrics = make_metrics(args.metrics, args) if args.metrics else []
+    if args.emoji is not None:
+        args.made_metrics += [Erased(args.emoji).recognition(), EmojiDistance()]
     check_evaluation(args.subjects, args.rows, args.made_metrics, args.output_dir, args.settings, args.overwrite)
     check_claim(args.output_dir, **report_claim("evaluation", args.overwrite))
 

@@ -7,4 +7,5 @@ from ..embedded import EMBEDDED_MODELS
 
 MODEL_NAME = "emoji"
 MODEL_FOLDER = EMBEDDED_MODELS[MODEL_NAME]  # a stock StableDiffusionPipeline
-CLASSIFIER_FOLDER = Path(__file__).parent / "judge"  # an EmojiClassifier
+JUDGE_FOLDERS = [Path(__file__).parent / "judge"]  # each an EmojiClassifier; the first is that of the evaluations
+CLASSIFIER_FOLDER = JUDGE_FOLDERS[0]

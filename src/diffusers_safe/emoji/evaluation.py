@@ -3,8 +3,10 @@
 import math
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from ..arguments import choose
 from ..evaluation.evaluate import Generator, evaluate
 from ..evaluation.folders import ImageFolder
 from ..evaluation.generate import GenerationSettings, PromptRow
@@ -81,6 +83,49 @@ def evaluate_erasure(
         pictures=len({row.prompt for row in rows if row.labels["part"] != "erased"}),
         overwrite=overwrite,
     )
+
+
+@dataclass(frozen=True)
+class Erased:
+    """What a name stands for: a group of emoji, an object or a style.
+
+    Attributes:
+        name (`str`): One of `GROUPS`, `OBJECTS` or `STYLES`.
+
+    Raises:
+        `ValueError`: If it is none of them.
+    """
+
+    name: str
+
+    def __post_init__(self):
+        object.__setattr__(self, "name", choose("emoji", self.name, [*GROUPS, *OBJECTS, *STYLES]))
+
+    @property
+    def objects(self) -> list[str]:
+        """Those that are erased; none if it is a style."""
+        return [] if self.style else group_members(self.name) if self.group else [self.name]
+
+    @property
+    def group(self) -> str | None:
+        return self.name if self.name in GROUPS else None
+
+    @property
+    def style(self) -> str | None:
+        return self.name if self.name in STYLES else None
+
+    @property
+    def prompts(self) -> list[str]:
+        """Those that ask for the objects."""
+        return [prompt_for(name) for name in self.objects]
+
+    def rows(self, images_per_object: int, seed: int) -> list[PromptRow]:
+        """[`erasure_rows`]."""
+        return erasure_rows(self.objects, images_per_object, seed, self.group, self.style)
+
+    def recognition(self, judge: EmojiClassifier | None = None) -> EmojiRecognition:
+        """The judge, who looks for it."""
+        return EmojiRecognition(self.objects, self.style, judge)
 
 
 def erasure_rows(
