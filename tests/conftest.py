@@ -161,18 +161,22 @@ def on_cpu():
 # Where the number of layers in a block matters, it is SD's. Elsewhere one is enough: most of a tiny model's time goes
 # into calling layers.
 LIKE_SD = (
-    "test_students.py",
-    "test_distillation.py",
-    "test_cost.py",
-    "test_erased.py",
-    "test_read.py",
-    "test_lora.py",
+    *("test_students.py", "test_distillation.py", "test_distillation_benchmarks.py", "test_cost.py", "test_lora.py"),
+    *("test_erased.py", "test_export.py", "test_read.py", "test_loading.py"),
 )
 
 
 @pytest.fixture(scope="module")
 def layers_per_block(request) -> int:
     return 2 if request.path.name in LIKE_SD else 1
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory) -> str:
+    """A tiny pipeline with SD's number of layers, of which students are made. Not to be changed."""
+    folder = tmp_path_factory.mktemp("teacher")
+    build_tiny_pipeline().save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")

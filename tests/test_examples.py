@@ -58,12 +58,12 @@ def test_a_recipe_runs(on_cpu, recipe, tiny_models, tmp_path):
     assert (tmp_path / "out" / "validation" / "step-2.png").is_file() == ("validation_prompts" in options)
 
 
-def test_the_recipe_of_a_student_runs(on_cpu, tiny_models, tmp_path):
+def test_the_recipe_of_a_student_runs(on_cpu, teacher_folder, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     emoji_dataset(8, cache_dir=str(tmp_path / "cache")).to_parquet(data / "train.parquet")
     quick = {
-        "pretrained_model_name_or_path": tiny_models / "sd",
+        "pretrained_model_name_or_path": teacher_folder,
         "train_data_dir": data,
         "output_dir": tmp_path / "out",
         "max_train_steps": 2,

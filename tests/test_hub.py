@@ -584,12 +584,12 @@ def test_no_token_or_no_network_by_wish_is_told_before_any_work(
     assert "HF_HUB_OFFLINE is set" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_a_student_is_published_with_its_own_card(hub, tiny_model_folder, tmp_path):
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model_folder)
+def test_a_student_is_published_with_its_own_card(hub, teacher_folder, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(teacher_folder)
     pipeline.register_modules(unet=build_student(pipeline.unet, "bk-small"))
-    erasure = {"base_model": tiny_model_folder, "concepts": ["knife"], "arguments": {"output_dir": str(tmp_path)}}
+    erasure = {"base_model": teacher_folder, "concepts": ["knife"], "arguments": {"output_dir": str(tmp_path)}}
     record = Distillation(
-        teacher=tiny_model_folder,
+        teacher=teacher_folder,
         teacher_fingerprint="0" * 16,
         student="bk-small",
         parameters={"student": 300, "teacher": 500},
@@ -606,7 +606,7 @@ def test_a_student_is_published_with_its_own_card(hub, tiny_model_folder, tmp_pa
     assert push(tmp_path / "out", "--hub_model_id", "tester/small") == 0
     files = hub.files("tester/small")
     published = {name: content.decode(errors="replace") for name, content in files.items() if "weights" not in name}
-    local = (str(tmp_path), str(Path(tiny_model_folder).parent))
+    local = (str(tmp_path), str(Path(teacher_folder).parent))
     assert not any(folder in text for text in published.values() for folder in local)
     assert {
         "distillation.json",
@@ -625,13 +625,13 @@ def test_a_student_is_published_with_its_own_card(hub, tiny_model_folder, tmp_pa
     assert image.size == (64, 64)
 
 
-def test_a_distillation_publishes_its_student(hub, tiny_model_folder, tmp_path):
+def test_a_distillation_publishes_its_student(hub, teacher_folder, tmp_path):
     """With pictures of a few captions, where no validation prompts were given."""
     (tmp_path / "data").mkdir()
     emoji_dataset(4, cache_dir=str(tmp_path / "cache")).to_parquet(tmp_path / "data" / "train.parquet")
     words = [
         "--pretrained_model_name_or_path",
-        tiny_model_folder,
+        teacher_folder,
         "--student",
         "bk-tiny",
         "--caption_column",
