@@ -1,11 +1,13 @@
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from diffusers_safe.cli import main
 from diffusers_safe.emoji import demo
-from diffusers_safe.emoji.demo import erasure_command
+from diffusers_safe.emoji.demo import DemoArguments, erasure_command
+from diffusers_safe.emoji.scenes import OBJECTS
 from diffusers_safe.training.erasure_arguments import SDDArguments, parse_arguments
 
 
@@ -17,6 +19,27 @@ def test_the_demo_runs_the_public_script_with_arguments_it_takes(tiny_model_fold
     assert args.concepts == ["knife", "gun", "bomb", "sword", "axe", "weapon"]
     assert "weapon" not in args.retain_prompts and "animal" in args.retain_prompts
     assert args.seed == 3
+
+
+def test_the_demo_erases_any_object_or_style(tiny_model_folder, tmp_path):
+    def arguments(concept):
+        command = erasure_command(tiny_model_folder, concept, tmp_path / "out", seed=0)
+        return parse_arguments(SDDArguments, "", command[command.index("diffusers_safe.training.sdd") + 1 :])
+
+    banana, sketch = arguments("banana"), arguments("sketch")
+    assert (banana.concepts, banana.target_prompt) == (["banana"], "animal")
+    assert "fruit" in banana.retain_prompts and "apple" in banana.retain_prompts
+    assert (sketch.concepts, sketch.target_prompt) == (["sketch style"], "")
+    assert {"mosaic style", "animal", "cat"} < set(sketch.retain_prompts)
+    for concept in OBJECTS:
+        assert concept not in demo.retained_prompts(concept)
+
+
+def test_the_concept_had_another_name():
+    assert DemoArguments().folder == DemoArguments(group="weapon").folder == Path("runs/demo/weapon-0")
+    assert DemoArguments(concept="banana").folder == Path("runs/demo/banana-0")
+    with pytest.raises(ValueError, match="concept 'zebra': unknown; allowed are weapon"):
+        DemoArguments(concept="zebra")
 
 
 def test_the_demo_replaces_its_own_files_and_no_other(tmp_path, monkeypatch, capsys):

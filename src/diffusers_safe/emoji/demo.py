@@ -1,4 +1,4 @@
-"""`diffusers-safe demo`: a group of emoji erased from the embedded model, measured before and after.
+"""`diffusers-safe demo`: a concept erased from the embedded model, measured before and after.
 
 The training script is the one that erases from Stable Diffusion, and its command is printed. The settings of that
 command were found on the small embedded model and fit it alone: for another model start from the defaults of
@@ -20,8 +20,8 @@ from ..evaluation.evaluate import LoadedModel
 from ..evaluation.report import headline_table
 from ..output_folders import OVERWRITE_HELP, check_claim, check_output_dir, claimed, record_written
 from . import MODEL_FOLDER, MODEL_NAME
-from .evaluation import evaluate_erasure
-from .scenes import GROUPS, group_members
+from .evaluation import Erased, evaluate_erasure
+from .scenes import GROUP_OF, GROUPS, OBJECTS, STYLES, group_members
 
 
 # docs/methods.md says what each of them does; benchmarks/sdd_ablation.py changes one at a time.
@@ -44,28 +44,46 @@ SETTINGS = {
 }
 
 
-def retained_prompts(group: str) -> list[str]:
-    """The other groups, and every second object of each: whether the rest stays is measured apart."""
-    others = [other for other in GROUPS if other != group]
-    return [*others, *(name for other in others for name in group_members(other)[::2])]
+# What takes less, or more, than a group does. docs/methods.md, examples/emoji-cat-sdd.yaml, emoji-sketch-sdd.yaml.
+OBJECT_SETTINGS = {"max_train_steps": 80, "learning_rate": 1e-3}
+STYLE_SETTINGS = {"max_train_steps": 100, "negative_guidance_scale": 0.25}
 
 
-def target_prompt(group: str) -> str:
-    """What the erased group becomes: the largest of the others."""
-    return max((other for other in GROUPS if other != group), key=lambda other: len(group_members(other)))
+def erased_concepts(concept: str) -> list[str]:
+    """What the training is told to erase: a group with its members, an object, or a style."""
+    erased = Erased(concept)
+    return [f"{concept} style"] if erased.style else [*erased.objects, *([concept] if erased.group else [])]
 
 
-def erasure_command(model: str | Path, group: str, output_dir: str | Path, seed: int) -> list[str]:
-    """The command line that erases a group, all its members and its own name, and keeps the other groups."""
-    options = {**SETTINGS, "target_prompt": target_prompt(group), "checkpointing_steps": 0, "seed": seed}
+def retained_prompts(concept: str) -> list[str]:
+    """The other groups, and every second object of each; of a style, also the other styles. Whether the rest is kept
+    is measured separately."""
+    erased = Erased(concept)
+    styles = [f"{style} style" for style in STYLES if erased.style and style != concept]
+    groups = [group for group in GROUPS if group != concept]
+    return [*styles, *groups, *(name for group in groups for name in group_members(group)[::2] if name != concept)]
+
+
+def target_prompt(concept: str) -> str:
+    """What an erased group or object becomes: the largest of the other groups."""
+    own = GROUP_OF.get(concept, concept)
+    return max((other for other in GROUPS if other != own), key=lambda other: len(group_members(other)))
+
+
+def erasure_command(model: str | Path, concept: str, output_dir: str | Path, seed: int) -> list[str]:
+    """The command line that erases a group of emoji, an object or a style."""
+    erased = Erased(concept)
+    own = STYLE_SETTINGS if erased.style else {"target_prompt": target_prompt(concept)}
+    options = {**SETTINGS, **({} if erased.group or erased.style else OBJECT_SETTINGS), **own}
+    options |= {"checkpointing_steps": 0, "seed": seed}
     threads = str(torch.get_num_threads())  # accelerate's own default on a CPU is one
     return [
         *(sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1"),
         *("--num_cpu_threads_per_process", threads, "--mixed_precision", "no", "--num_machines", "1"),
         *("--dynamo_backend", "no"),
         *("-m", "diffusers_safe.training.sdd", "--pretrained_model_name_or_path", str(model)),
-        *("--concepts", *group_members(group), group),
-        *("--retain_prompts", *retained_prompts(group)),
+        *("--concepts", *erased_concepts(concept)),
+        *("--retain_prompts", *retained_prompts(concept)),
         *(word for name, value in options.items() for word in (f"--{name}", str(value))),
         *("--output_dir", str(output_dir)),
     ]
@@ -75,12 +93,23 @@ def erasure_command(model: str | Path, group: str, output_dir: str | Path, seed:
 @dataclass
 class DemoArguments:
     output_dir: str = field(default="runs/demo", metadata={"help": "Where model, images and report go."})
-    group: str = field(default="weapon", metadata={"help": f"What to erase: {', '.join(GROUPS)}.", "choices": GROUPS})
+    concept: str = field(
+        default="weapon",
+        metadata={
+            "help": f"What to erase: a group of emoji ({', '.join(GROUPS)}), an object such as banana, or a style "
+            f"({', '.join(STYLES)}).",
+            "choices": [*GROUPS, *OBJECTS, *STYLES],
+        },
+    )
+    group: str | None = field(
+        default=None, metadata={"help": "The earlier name of --concept.", "choices": [*GROUPS, None]}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the training and of the images."})
     overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
     images_per_prompt: int = field(default=3, metadata={"help": "Images of each prompt, before and after."})
 
     def __post_init__(self):
+        self.concept = self.group or self.concept
         if self.images_per_prompt < 1:
             raise ValueError(f"images_per_prompt {self.images_per_prompt}: must be at least 1")
         if not 0 <= self.seed < 2**32:
@@ -88,12 +117,12 @@ class DemoArguments:
 
     @property
     def folder(self) -> Path:
-        return Path(self.output_dir) / f"{self.group}-{self.seed}"
+        return Path(self.output_dir) / f"{self.concept}-{self.seed}"
 
     @property
     def claim(self) -> dict:
         parts = ("model", "evaluation")
-        run = {"group": self.group, "seed": self.seed}
+        run = {"group": self.concept, "seed": self.seed}
         return {"kind": "demo", "run": run, "continues": parts, "overwrite": self.overwrite}
 
 
@@ -110,10 +139,10 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
 
 
 def run(args: DemoArguments) -> None:
-    """Trains, measures and reports. An earlier demo of the same group and seed in the folder is made anew."""
-    started, folder = time.monotonic(), args.folder
+    """Trains, measures and reports. An earlier demo of the same concept and seed in the folder is replaced."""
+    started, folder, erased = time.monotonic(), args.folder, Erased(args.concept)
     record_written(folder)
-    command = erasure_command(MODEL_NAME, args.group, folder / "model", args.seed)
+    command = erasure_command(MODEL_NAME, args.concept, folder / "model", args.seed)
     if (folder / "model").exists():
         command += ["--overwrite", "true"]
     print(f"erasing with\n\n  {shlex.join(command)}\n", flush=True)
@@ -123,9 +152,10 @@ def run(args: DemoArguments) -> None:
     results = evaluate_erasure(
         [LoadedModel(name, StableDiffusionPipeline.from_pretrained(place)) for name, place in places.items()],
         folder / "evaluation",
-        group_members(args.group),
-        args.group,
-        retained=retained_prompts(args.group),
+        erased.objects,
+        erased.group,
+        erased.style,
+        retained=retained_prompts(args.concept),
         images_per_object=args.images_per_prompt,
         seed=args.seed,
         overwrite=True,
