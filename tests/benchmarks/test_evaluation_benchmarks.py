@@ -1,10 +1,14 @@
-"""The benchmark of generation: a tiny run."""
+"""The benchmarks of generation: tiny runs."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from diffusers_safe.emoji.scenes import OBJECTS
 
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -14,9 +18,9 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 def main(on_cpu, monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
 
-    def run(words):
+    def run(words, name="generation_speed"):
         monkeypatch.setattr(sys, "argv", ["benchmark", *words.split()])
-        importlib.import_module("generation_speed").main()
+        importlib.import_module(name).main()
 
     return run
 
@@ -37,3 +41,13 @@ def test_bad_arguments_are_refused(main, capsys, words, message):
         main(words)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_pictures_of_every_object_and_a_blind_test(main, tiny_model_folder, tmp_path, capsys):
+    words = f"--model {tiny_model_folder} --output_dir {tmp_path / 'out'} --seeds 2 --num_inference_steps 1"
+    main(words, "emoji_pictures")
+    page = Image.open(capsys.readouterr().out.strip())
+    assert page.width > 600 and page.height > 2000
+    answers = json.loads((tmp_path / "out" / "blind" / "answers.json").read_text())
+    assert sorted(answers.values()) == sorted(OBJECTS) and list(answers.values()) != OBJECTS
+    assert len(list((tmp_path / "out" / "blind").glob("*.png"))) == len(OBJECTS)

@@ -1,0 +1,100 @@
+"""Pictures by which to judge an embedded model by eye.
+
+    python benchmarks/emoji_pictures.py --model emoji --output_dir runs/pictures
+    python benchmarks/emoji_pictures.py --model emoji --output_dir runs/pictures --page docs/images/emoji.jpg
+
+The page shows every object: the sprite, then what the model generates for `"a {object}"` with three seeds. Next to it,
+in a folder `blind`, lie as many pictures as there are objects, one of each, shuffled and without their names, to be
+named by someone who has not seen the prompts; `blind/answers.json` has the names.
+"""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image, ImageDraw, ImageFont
+
+from diffusers_safe.arguments import parse_dataclass, told_in_one_line, typed
+from diffusers_safe.emoji import MODEL_NAME
+from diffusers_safe.emoji.evaluation import SETTINGS, prompt_rows
+from diffusers_safe.emoji.render import load_sprite
+from diffusers_safe.emoji.scenes import OBJECTS, prompt_for
+from diffusers_safe.evaluation.generate import generate, load_images
+from diffusers_safe.loading import load_pipeline
+
+
+SIDE, COLUMNS, LABEL, GAP = 96, 3, 20, 12  # pixels; objects side by side
+
+
+@typed
+@dataclass
+class PicturesArguments:
+    output_dir: str = field(metadata={"help": "Folder for the images, the page and the blind test."})
+    model: str = field(default=MODEL_NAME, metadata={"help": "Name of an embedded model, or folder of a pipeline."})
+    seeds: int = field(default=3, metadata={"help": "Images of each object on the page."})
+    seed: int = field(default=0, metadata={"help": "Every image's own seed follows from it."})
+    num_inference_steps: int = field(default=SETTINGS.num_inference_steps, metadata={"help": "Sampler steps."})
+    guidance_scale: float = field(default=SETTINGS.guidance_scale, metadata={"help": "Classifier-free guidance."})
+    page: str | None = field(default=None, metadata={"help": "File of the page; default page.png in the folder."})
+
+    def __post_init__(self):
+        for name in ("seeds", "num_inference_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+
+
+def draw_page(images: dict[str, list[Image.Image]]) -> Image.Image:
+    """One page of all objects, each with its sprite, its name and its images."""
+    count = 1 + max(map(len, images.values()))
+    width, height = count * SIDE + (count - 1) * 4, LABEL + SIDE
+    rows = -(-len(images) // COLUMNS)
+    page = Image.new("RGB", (COLUMNS * (width + 3 * GAP) + GAP, rows * (height + GAP) + GAP), "#f6f5f1")
+    canvas, font = ImageDraw.Draw(page), ImageFont.load_default(16)
+    for place, (name, shown) in enumerate(images.items()):
+        left = GAP + (place // rows) * (width + 3 * GAP)
+        top = GAP + (place % rows) * (height + GAP)
+        canvas.text((left, top), name, "#1d2127", font)
+        sprite = load_sprite(name).convert("RGBA")
+        ground = Image.new("RGBA", sprite.size, "#ffffff")
+        for column, picture in enumerate([Image.alpha_composite(ground, sprite).convert("RGB"), *shown]):
+            large = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+            page.paste(large, (left + column * (SIDE + 4), top + LABEL))
+    return page
+
+
+def write_blind_test(images: dict[str, list[Image.Image]], folder: Path, seed: int) -> None:
+    """A picture of each object under a number, in a random order, and what they are."""
+    rng = np.random.default_rng(seed)
+    names = [str(name) for name in rng.permutation(list(images))]
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names, 1):
+        picture = images[name][rng.integers(len(images[name]))]
+        picture.resize((4 * SIDE, 4 * SIDE), Image.Resampling.LANCZOS).save(folder / f"{number:02}.png")
+    answers = {f"{number:02}": name for number, name in enumerate(names, 1)}
+    (folder / "answers.json").write_text(json.dumps(answers, indent=2) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_dataclass(PicturesArguments, __doc__, argv)
+    folder = Path(args.output_dir)
+    with told_in_one_line():
+        pipeline = load_pipeline(args.model, f"model '{args.model}'", dtype=torch.float32).to(PartialState().device)
+        settings = replace(SETTINGS, num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale)
+        rows = prompt_rows([(name, prompt_for(name), {}) for name in OBJECTS], args.seeds, args.seed)
+        manifest = generate(pipeline, rows, folder / "images", settings, 32, "images")
+        pictures = map(Image.fromarray, load_images(folder / "images", manifest))
+        images: dict[str, list[Image.Image]] = {}
+        for row, picture in zip(rows, pictures):
+            images.setdefault(row.labels["subject"], []).append(picture)
+        page = Path(args.page or folder / "page.png")
+        page.parent.mkdir(parents=True, exist_ok=True)
+        draw_page(images).save(page, **({"quality": 88} if page.suffix == ".jpg" else {}))
+        write_blind_test(images, folder / "blind", args.seed)
+        print(page.resolve())
+
+
+if __name__ == "__main__":
+    main()
