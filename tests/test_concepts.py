@@ -159,3 +159,16 @@ def test_a_list_in_one_text_is_refused(entry):
 def test_what_looks_like_two_concepts_is_reported(entry, caplog):
     assert read_concepts([entry]) == [entry]
     assert 'write --concepts "violence" "nudity"' in caplog.text
+
+
+@pytest.mark.parametrize("value", ["x.csv", "concepts.json", "list.YAML"])
+def test_a_file_of_another_kind_is_no_concept(value):
+    with pytest.raises(ValueError, match=f"concepts {value}: a file of a kind that is not read; write a .txt file"):
+        read_concepts([value])
+
+
+def test_what_cannot_be_seen_is_blank(tmp_path):
+    with pytest.raises(ValueError, match="none that is blank"):
+        read_concepts(["\u200b"])
+    (tmp_path / "a.TXT").write_text("knife\n")
+    assert read_concepts([str(tmp_path / "a.TXT")]) == ["knife"]

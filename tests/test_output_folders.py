@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_safe.files import write_text
 from diffusers_safe.output_folders import (
     LOCK,
     RECORD,
     OutputFolderError,
+    _Written,
     check_apart,
     check_claim,
     check_output_dir,
@@ -24,6 +26,7 @@ from diffusers_safe.output_folders import (
     make_way,
     put_in_place,
     record_written,
+    remove_leftover,
     states_of,
     write_own,
 )
@@ -369,3 +372,51 @@ def test_a_file_that_was_changed_after_the_run_is_the_users(tmp_path, final):
     (tmp_path / "file.json").write_text("mine")
     make_way(tmp_path, ["file.json"])
     assert (tmp_path / ".replaced-1" / "file.json").read_text() == "mine"
+
+
+# --- what lies under our own names -----------------------------------------------------------------------------------
+
+
+def test_a_lock_file_with_content_is_anothers(tmp_path):
+    (tmp_path / LOCK).write_text("mine")
+    for claim in (claimed(tmp_path).__enter__, lambda: check_claim(tmp_path)):
+        with pytest.raises(OutputFolderError, match="holds a file .lock of another program"):
+            claim()
+    assert (tmp_path / LOCK).read_text() == "mine"
+
+
+def test_a_record_that_is_no_file_or_damaged_owns_nothing(tmp_path):
+    os.mkfifo(tmp_path / RECORD)
+    assert not _Written(tmp_path).files  # and does not wait for a writer
+    for files in ('[["a", null], [1, null]]', '{"a": [1]}', '{"a": ["1", 2]}', '{"../a": null}', '{"\\ud800": null}',
+                  json.dumps({"a" * 300: None})):  # fmt: skip
+        other = tmp_path / "other"
+        other.mkdir(exist_ok=True)
+        (other / RECORD).write_text(f'{{"runs": {{}}, "files": {files}}}')
+        assert not _Written(other).files, files
+
+
+@pytest.mark.parametrize("name", ["erasure.json", RECORD])
+def test_a_folder_where_a_file_is_to_be_written_is_refused_before_any_work(tmp_path, name):
+    fill(tmp_path / name, x="mine")
+    with pytest.raises(OutputFolderError, match=f"{name} is a folder, where a file is to be written"):
+        check_claim(tmp_path, replaces=RESULTS, overwrite=True)
+
+
+def test_what_is_written_aside_never_follows_a_link(tmp_path):
+    (tmp_path / "out").mkdir()
+    fill(tmp_path, mine="mine")
+    (tmp_path / "out" / ".a.txt.partial").symlink_to(tmp_path / "mine")
+    write_text(tmp_path / "out" / "a.txt", "ours")
+    assert (tmp_path / "mine").read_text() == "mine" and (tmp_path / "out" / "a.txt").read_text() == "ours"
+
+
+def test_what_a_killed_run_wrote_aside_goes_and_anothers_file_stays(tmp_path):
+    aside = tmp_path / ".result.partial"
+    fill(aside, **{"unet__a.safetensors": "x", "model_index.json": "{}", "tokenizer__merges.txt": "x"})
+    remove_leftover(aside)
+    assert not aside.exists()
+    fill(aside, mine="mine")
+    with pytest.raises(OutputFolderError, match="holds mine, which this program did not write"):
+        remove_leftover(aside)
+    assert (aside / "mine").read_text() == "mine"

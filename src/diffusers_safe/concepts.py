@@ -14,6 +14,7 @@ from .arguments import choose, note, typed
 
 CONCEPT_SCHEDULES = ("iterative", "random", "composite", "sequential")
 PROMPT_ORDERS = ("paper", "repository", "matched")
+_OTHER_FILE = re.compile(r"\S+\.(csv|tsv|jsonl?|ya?ml|parquet|xlsx?|md|docx?|pdf)", re.IGNORECASE)
 _SEPARATORS = re.compile(r"[,;|/、，；]|\s(?:and|or|&)\s")
 
 
@@ -38,8 +39,10 @@ def read_concepts(values: list[str], name: str = "concepts") -> list[str]:
     """
     found = []
     for value in values:
-        found += _read_lines(Path(value), name) if value.strip().endswith(".txt") else [value.strip()]
-    if not found or not all(found):
+        if _OTHER_FILE.fullmatch(value.strip()):
+            raise ValueError(f"{name} {value:.200}: a file of a kind that is not read; write a .txt file, one a line")
+        found += _read_lines(Path(value), name) if value.strip().lower().endswith(".txt") else [value.strip()]
+    if not found or not all(map(_is_visible, found)):
         raise ValueError(f"{name} {list(values)!r:.200}: give at least one {_entry(name)}, and none that is blank")
     kept = {}
     for entry in found:
@@ -68,6 +71,10 @@ def _read_lines(path: Path, name: str) -> list[str]:
     if not (entries := [line for line in lines if line and not line.startswith("#")]):
         raise ValueError(f"{name} file {path}: holds no {_entry(name)}; write one a line")
     return entries
+
+
+def _is_visible(text: str) -> bool:
+    return any(character.isprintable() and not character.isspace() for character in text)
 
 
 def _entry(name: str) -> str:

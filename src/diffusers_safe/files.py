@@ -1,9 +1,11 @@
 """Files that are whole or absent, that the umask governs, and of which a kill costs no more than the last line."""
 
+import errno
 import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +52,8 @@ def save_tensors(
 def _partial(path: Path) -> Iterator[Path]:
     """Another name, which becomes the file's own when the block has ended well, and is gone otherwise."""
     partial = path.with_name(f".{path.name}.partial")
+    if partial.is_symlink():  # or what it points to would be written
+        partial.unlink()
     try:
         yield partial
         os.replace(partial, path)
@@ -93,7 +97,12 @@ def json_lines(path: Path) -> list[tuple[str, Any]]:
     """The lines of a JSON-lines file that grows, each with its value; `None` for the value of a broken one.
 
     What follows the last line break is what a kill or a full disk cut off, and is left out.
+
+    Raises:
+        `OSError`: If it cannot be read, or is no regular file.
     """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
     lines = []
     for line in path.read_bytes().split(b"\n")[:-1]:
         try:

@@ -36,6 +36,9 @@ _ROOM = 400  # bytes of a path, for the names of files in the folder
 _RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as accelerate reads them
 # Files that loaders look for: another's must not stay among those of a new result. All others stay where they are.
 _LOADED = (".safetensors", ".bin", ".json", ".jsonl", ".pt", ".pth", ".pkl", ".ckpt", ".msgpack", ".h5", ".onnx")
+_FILES = (".json", ".jsonl", ".html", ".md", ".png", ".csv")
+# Names of what we write aside before it is moved into its place.
+_WRITTEN_ASIDE = (*_LOADED, ".txt", ".model", ".md", ".png", ".py")
 _runs: dict[str, tuple[str, Any]] = {}  # folder -> kind and identity of the run of this process that has claimed it
 
 
@@ -153,6 +156,10 @@ def _in_the_way(
 def _locked(path: Path) -> Iterator[None]:
     """The kernel frees the lock of a process that is killed. The file is unlinked while it is held: filelock does not
     take an unlinked one for the lock."""
+    with suppress(FileNotFoundError):  # the lock of a run that ends just now
+        there = (path / LOCK).lstat()
+        if stat.S_ISREG(there.st_mode) and there.st_size:
+            raise OutputFolderError(f"output_dir {path}: holds a file {LOCK} of another program; give another folder")
     lock = FileLock(path / LOCK, timeout=0)
     try:
         lock.acquire()
@@ -186,6 +193,9 @@ def _found(path: Path, patterns: Sequence[str]) -> list[str]:
     """Names in a folder that fit a pattern and hold something, in the patterns' order."""
     names, written = sorted(os.listdir(path)) if patterns else [], _Written(path)
     found = [name for pattern in patterns for name in names if fnmatch(name, pattern)]
+    for name in [RECORD, *found]:
+        if Path(name).suffix in _FILES and (path / name).is_dir():
+            raise OutputFolderError(f"output_dir {path}: {name} is a folder, where a file is to be written")
     return [name for name in dict.fromkeys(found) if any(written.obstacles(name))]
 
 
@@ -255,12 +265,15 @@ class _Written:
     """
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.runs, self.files = folder, {}, {}
         try:
-            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-            self.runs, self.files = dict(record["runs"]), dict(record["files"])
+            if (folder / RECORD).is_file():
+                record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+                runs, files = dict(record["runs"]), dict(record["files"])
+                if all(map(_is_state, files.values())) and all(map(_is_name, files)):
+                    self.runs, self.files = runs, files
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            self.runs, self.files = {}, {}
+            pass  # damaged: nothing is known to be ours
 
     def save(self) -> None:
         kind, run = _runs.get(os.path.realpath(self.folder), ("", None))
@@ -303,6 +316,17 @@ class _Written:
                     yield path
 
 
+def _is_state(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and list(map(type, value)) == [int, int])
+
+
+def _is_name(name: Any) -> bool:
+    if not isinstance(name, str):
+        return False
+    parts = name.encode("utf-8", "surrogatepass").split(b"/")
+    return name.isprintable() and ".." not in name.split("/") and all(0 < len(part) < 256 for part in parts)
+
+
 def _state(path: Path) -> list[int]:
     facts = path.stat()
     return [facts.st_size, facts.st_mtime_ns]
@@ -338,6 +362,22 @@ def put_in_place(aside: Path, folder: Path, results: Sequence[str] = ()) -> None
     for name in sorted(states, key=lambda name: ("/" not in name and name.endswith(".json"), name)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(aside / name, folder / name)
+    shutil.rmtree(aside)
+
+
+def remove_leftover(aside: Path) -> None:
+    """Removes what a killed run had written aside.
+
+    Raises:
+        [`OutputFolderError`]: If the folder holds files of other kinds than we write, or is a link.
+    """
+    if aside.is_symlink() or (aside.exists() and not aside.is_dir()):
+        raise OutputFolderError(f"{aside}: is no folder of this program; move it away")
+    if not aside.is_dir():
+        return
+    for path in sorted(aside.rglob("*")):
+        if path.is_symlink() or (path.is_file() and path.suffix not in _WRITTEN_ASIDE):
+            raise OutputFolderError(f"{aside}: holds {path.name}, which this program did not write; move it away")
     shutil.rmtree(aside)
 
 

@@ -1,6 +1,9 @@
 import json
+import os
+import signal
+import sys
+import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -49,9 +52,9 @@ def test_the_demo_replaces_its_own_files_and_no_other(tmp_path, monkeypatch, cap
         commands.append(command)
         (folder / "model").mkdir(exist_ok=True)
         (folder / "model" / "erasure.json").write_text("{}")
-        return SimpleNamespace(returncode=3)
+        return 3
 
-    monkeypatch.setattr(demo.subprocess, "run", run)
+    monkeypatch.setattr(demo, "_run", run)
     for overwrites in (False, True):  # the second time it is its own
         with pytest.raises(SystemExit, match="3"):
             main(["demo", "--output_dir", str(tmp_path)])
@@ -64,6 +67,14 @@ def test_the_demo_replaces_its_own_files_and_no_other(tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit, match="3"):
         main(["demo", "--output_dir", str(tmp_path), "--overwrite"])
     assert "--overwrite" in commands[-1] and (folder / "notes.txt").read_text() == "mine"
+
+
+def test_the_training_is_stopped_with_the_demo():
+    code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); time.sleep(60)"
+    timer = threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    assert demo._run([sys.executable, "-c", code]) in (7, -signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 @pytest.mark.slow

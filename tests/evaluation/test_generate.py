@@ -473,3 +473,27 @@ def test_a_manifest_names_no_file_outside_of_its_folder(tiny_pipeline, tmp_path,
     with pytest.raises(ValueError, match="names a file outside") if not overwrite else nullcontext():
         generate(tiny_pipeline, rows_of(1), folder, QUICK, overwrite=overwrite)
     assert (tmp_path / "victim.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"id": []}, "line 1: id .. is of a wrong type"),
+        ({"prompt": {}}, "line 1: prompt .* is of a wrong type"),
+        ({"seed": "x"}, "line 1: seed .* is of a wrong type"),
+        ({"settings": "x"}, "line 1: settings .* is of a wrong type"),
+        ({"black": None}, "line 1: black .* is of a wrong type"),
+    ],
+)
+def test_a_damaged_line_of_a_manifest_is_named(tiny_pipeline, tmp_path, change, message):
+    (row,) = generate(tiny_pipeline, [PromptRow("a", "a cat", 0)], tmp_path, QUICK)
+    (tmp_path / "manifest.jsonl").write_text(json.dumps({**row, **change}) + "\n")
+    with pytest.raises(ValueError, match=message):
+        read_manifest(tmp_path)
+
+
+def test_a_text_of_somebody_in_the_place_of_the_manifest_is_kept(tiny_pipeline, tmp_path):
+    (tmp_path / "manifest.jsonl").write_text("my own text, no line break")
+    with pytest.raises(ValueError, match="no manifest of generated images; it has no whole line"):
+        generate(tiny_pipeline, [PromptRow("a", "a cat", 0)], tmp_path, QUICK)
+    assert (tmp_path / "manifest.jsonl").read_text() == "my own text, no line break"

@@ -342,6 +342,10 @@ CSV = "prompt,id,seed\n"
         ),
         ("p.jsonl", '{"prompt": "a"}\n{"prom', {}, r"cannot be read \(line 2: "),
         ("p.jsonl", '["a"]\n', {}, "line 1: holds"),
+        ("p.jsonl", '{"prompt": "a", "prompt": "b"}\n', {}, "an object has the key 'prompt' twice"),
+        ("p.csv", "Prompt,PROMPT\na,b\n", {}, "several columns are called 'prompt': Prompt, PROMPT; leave one"),
+        ("p.csv", "prompt,seed\na,1_000\n", {}, "row 1: seed '1_000' is no whole number"),
+        ("p.csv", "prompt,guidance\na,7_5\n", {}, "row 1: guidance '7_5' is no number"),
         ("p.json", '{"prompts": ["a"]}', {}, "must hold a list of prompts"),
         ("p.parquet", "nonsense", {}, "cannot be read"),
         ("p.yaml", "object: [cat]\n", {}, "must hold `template:`"),
@@ -387,6 +391,8 @@ def test_sources_that_are_not_there(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             read_prompts(source)
+    with pytest.raises(ValueError, match="prompts /: cannot be read"):
+        read_prompts(["/"])
     with pytest.raises(ValueError, match="prompts: there are none"):
         read_prompts([])
     with pytest.raises(ValueError, match="nobody/nothing: cannot be read"):

@@ -5,6 +5,7 @@ from collections import Counter
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -161,6 +162,12 @@ def build_scheduler() -> DDIMScheduler:
         set_alpha_to_one=False,
         steps_offset=1,
     )
+
+
+def build_sampler() -> DPMSolverMultistepScheduler:
+    """What the finished diffusion model samples with: DPM-Solver++ (Lu et al., arXiv 2211.01095), second order, in the
+    same noise schedule."""
+    return DPMSolverMultistepScheduler.from_config(build_scheduler().config, algorithm_type="dpmsolver++")
 
 
 def build_transformer() -> SD3Transformer2DModel:

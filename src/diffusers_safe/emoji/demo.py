@@ -6,13 +6,13 @@ train_sdd.py, which are the paper's.
 """
 
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from diffusers import StableDiffusionPipeline
 
 from ..arguments import parse_dataclass, told_in_one_line, typed
@@ -76,12 +76,9 @@ def erasure_command(model: str | Path, concept: str, output_dir: str | Path, see
     own = STYLE_SETTINGS if erased.style else {"target_prompt": target_prompt(concept)}
     options = {**SETTINGS, **({} if erased.group or erased.style else OBJECT_SETTINGS), **own}
     options |= {"checkpointing_steps": 0, "seed": seed}
-    threads = str(torch.get_num_threads())  # accelerate's own default on a CPU is one
     return [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1"),
-        *("--num_cpu_threads_per_process", threads, "--mixed_precision", "no", "--num_machines", "1"),
-        *("--dynamo_backend", "no"),
-        *("-m", "diffusers_safe.training.sdd", "--pretrained_model_name_or_path", str(model)),
+        *(sys.executable, "-m", "diffusers_safe.training.sdd"),
+        *("--pretrained_model_name_or_path", str(model), "--mixed_precision", "no"),
         *("--concepts", *erased_concepts(concept)),
         *("--retain_prompts", *retained_prompts(concept)),
         *(word for name, value in options.items() for word in (f"--{name}", str(value))),
@@ -146,7 +143,7 @@ def run(args: DemoArguments) -> None:
     if (folder / "model").exists():
         command += ["--overwrite", "true"]
     print(f"erasing with\n\n  {shlex.join(command)}\n", flush=True)
-    if code := subprocess.run(command).returncode:
+    if code := _run(command):
         raise SystemExit(code)
     places = {"before": MODEL_FOLDER, "after": folder / "model"}
     results = evaluate_erasure(
@@ -163,3 +160,13 @@ def run(args: DemoArguments) -> None:
     table = headline_table(results, turned=True)
     print(f"\n{table}\n\nin {time.monotonic() - started:.0f} s; the report with all pictures:")
     print((folder / "evaluation" / "report.html").resolve().as_uri())
+
+
+def _run(command: list[str]) -> int:
+    """Runs a program to its end, which comes with ours: it is stopped when this process is."""
+    with subprocess.Popen(command) as child:
+        before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        try:
+            return child.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)

@@ -32,7 +32,7 @@ from .pictures import PICTURES, VEILS, shown_flags
 from .processes import launched_processes
 from .report import PAGE_NAME, RESULTS_NAME
 from .summary import evaluation_report, results_table
-from .used_folder import IMAGES, check_used_folder, prompts_digest, say_what_was_replaced
+from .used_folder import IMAGES, check_used_folder, holds_report, prompts_digest, say_what_was_replaced
 
 
 MODEL_FACTS, TABLE_NAME = "model.json", "results.md"
@@ -163,7 +163,7 @@ def report_claim(kind: str, overwrite: bool) -> dict:
         "kind": kind,
         "continues": (RESULTS_NAME, PAGE_NAME, TABLE_NAME),
         "overwrite": overwrite,
-        "is_own": lambda folder: (folder / RESULTS_NAME).is_file(),
+        "is_own": holds_report,
     }
 
 

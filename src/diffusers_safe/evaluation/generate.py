@@ -240,9 +240,23 @@ def read_manifest(folder: str | Path) -> list[dict]:
     return _json_rows(path)
 
 
+_KINDS = {
+    "id": str,
+    "file": str,
+    "prompt": str,
+    "seed": int,
+    "model": (str, type(None)),
+    "settings": (dict, type(None)),
+    "labels": dict,
+    "black": bool,
+}
+
+
 def _json_rows(path: Path, skip_broken: bool = False) -> list[dict]:
     """The rows of a manifest. `skip_broken` leaves out lines that are no JSON, unless that is all of them."""
     lines = json_lines(path)
+    if not lines and path.stat().st_size:
+        raise OutputFolderError(f"{path}: no manifest of generated images; it has no whole line")
     rows = [(number, row) for number, (_, row) in enumerate(lines, 1) if row is not None]
     if len(rows) < len(lines) and not (skip_broken and rows):
         number = next(number for number, (_, row) in enumerate(lines, 1) if row is None)
@@ -252,7 +266,10 @@ def _json_rows(path: Path, skip_broken: bool = False) -> list[dict]:
         lacking = [name for name in _OF_A_LINE if name not in row] if isinstance(row, dict) else ["fields"]
         if lacking:
             raise OutputFolderError(f"{path}: no manifest of generated images; line {number} has no {lacking[0]}")
-        if not isinstance(row["file"], str) or Path(row["file"]).name != row["file"]:
+        for name, kinds in _KINDS.items():
+            if name in row and not isinstance(row[name], kinds):
+                raise OutputFolderError(f"{path}: line {number}: {name} {row[name]!r:.80} is of a wrong type")
+        if Path(row["file"]).name != row["file"]:
             raise OutputFolderError(f"{path}: line {number} names a file outside of the folder: {row['file']}")
     return [row for _, row in rows]
 

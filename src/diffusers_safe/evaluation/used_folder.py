@@ -123,6 +123,15 @@ def _results(folder: Path, attacks: bool) -> dict:
     return results
 
 
+def holds_report(folder: Path) -> bool:
+    """Whether the results of a comparison are in a folder."""
+    path = folder / RESULTS_NAME
+    try:
+        return path.is_file() and _is_report(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
 def _is_report(results: object) -> bool:
     """Whether a JSON value has the parts of a report that are read here."""
 
@@ -149,7 +158,7 @@ def _check_images(
         for key in _SETTINGS:
             wanted = getattr(row, key, None)
             wanted = getattr(settings, key) if wanted is None else wanted
-            if (found := known.get("settings", {}).get(key)) != wanted:
+            if (found := (known.get("settings") or {}).get(key)) != wanted:
                 raise _other(folder, f"its images of '{name}' have {key} {found}, not {wanted}")
 
 

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 
 from ..evaluation.grid import GRID_NAME
 from ..files import disk_errors
-from ..output_folders import make_way, put_in_place
+from ..output_folders import put_in_place, remove_leftover
 from ..provenance import FILE_NAME, STUDENT_FILE, Distillation, Provenance, write_text
 from .write import LORA_NAME, PARTIAL_NAME
 
@@ -42,9 +42,7 @@ def written_aside(folder: str | Path, record: Provenance | Distillation | None =
     """
     folder = Path(folder)
     aside = folder / ".result.partial"
-    if aside.is_dir() and not aside.is_symlink():  # of a run that was killed
-        shutil.rmtree(aside)
-    make_way(folder, [aside.name])
+    remove_leftover(aside)
     made = [path for path in aside.parents if not path.exists()]
     aside.mkdir(parents=True)
     try:

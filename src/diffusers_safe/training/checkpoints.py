@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from ..files import disk_errors, follow_umask
-from ..output_folders import make_way, record_written, states_of
+from ..output_folders import make_way, record_written, remove_leftover, states_of
 
 
 RUN_FILE = "run.json"  # in a checkpoint of a training: what a run that continues must share
@@ -27,8 +27,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, limit: in
     """
     target = folder / f"checkpoint-{step}"
     partial = folder / f".checkpoint-{step}.partial"
-    if accelerator.is_main_process and partial.exists():
-        shutil.rmtree(partial)
+    if accelerator.is_main_process:
+        remove_leftover(partial)
     accelerator.wait_for_everyone()
     try:
         with disk_errors(target):

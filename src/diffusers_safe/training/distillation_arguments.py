@@ -279,7 +279,7 @@ class DistillationArguments(SamplingArguments):
 
     @property
     def sources(self) -> dict[str, str | None]:
-        return {**super().sources, "the student": self.from_student}
+        return {**super().sources, "the student": self.from_student, "the training data": self.train_data_dir}
 
     def _claim(self, checkpoint: Path | None) -> dict:
         claim = super()._claim(checkpoint)
@@ -294,4 +294,7 @@ class DistillationArguments(SamplingArguments):
     def check_output(self) -> None:
         if self.cache_folder is not None:
             check_output_dir(self.cache_folder, "cache_folder")
+            for name in ("model_index.json", "config.json"):
+                if Path(self.cache_folder, name).exists():
+                    raise OutputFolderError(f"cache_folder {self.cache_folder}: holds a model ({name}); name another")
         super().check_output()

@@ -21,7 +21,7 @@ from ...arguments import parse_dataclass, told_in_one_line, typed
 from ...formats import written_aside
 from ...output_folders import check_output_dir
 from ...provenance import fingerprint
-from ..architecture import build_flow_scheduler, build_scheduler, build_t5_tokenizer, build_tokenizer
+from ..architecture import build_flow_scheduler, build_sampler, build_t5_tokenizer, build_tokenizer
 from ..render import ARTWORK
 from .autoencoder import autoencoder_stage
 from .judges import judge_stage, refresh_batch_norm, second_judge_stage
@@ -116,7 +116,7 @@ def assemble_diffusion(
         text_encoder=trained.text_encoder,
         tokenizer=build_tokenizer(),
         unet=trained.unet,
-        scheduler=build_scheduler(),
+        scheduler=build_sampler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

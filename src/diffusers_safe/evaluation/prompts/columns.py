@@ -41,6 +41,6 @@ def number_in(record: dict, column: str, kind: type) -> float | int | None:
         number = int(text.removesuffix(".0")) if kind is int else float(text)
     except ValueError:
         number = math.nan
-    if isinstance(value, bool) or not math.isfinite(number):
+    if isinstance(value, bool) or "_" in text or not math.isfinite(number):
         raise ValueError(f"{column} '{text}' is no {'whole ' if kind is int else ''}number")
     return number

@@ -59,8 +59,8 @@ SETTINGS = {
 # Keys of columns that look like settings of an image; those that are not in SETTINGS are reported.
 LIKE_A_SETTING = re.compile(
     r".*(seed|guidance|cfg|width|height|resolution|imagesize|inferencesteps|ddimsteps|negativeprompt"
-    r"|num(ber(of)?)?(images|samples|outputs)|imagesperprompt|nsamples).*"
-    r"|size|scale|steps?|sampler|scheduler|generator|rng|[wh]"
+    r"|num(ber(of)?)?(images|samples|outputs)|imagesperprompt|nsamples|aspectratio|negprompt).*"
+    r"|size(px|s)?|.*scale|(n|num)?(images|samples|steps?)|negative|strength|sampler|scheduler|generator|rng|[wh]"
 )
 # Labels of I2P's rows that are numbers.
 NUMBERS = (

@@ -138,6 +138,9 @@ def _records(
 
 
 def _prompt_column(name: str, where: str, columns: Sequence[str]) -> str:
+    alike = [column for column in columns if column_key(column) == column_key(name)]
+    if name not in columns and len(alike) > 1:
+        raise ValueError(f"{where}: several columns are called '{name}': {', '.join(alike)}; leave one")
     if (found := find_column(name, columns)) is None:
         there = ", ".join(f"{column:.40}" for column in columns if not is_index(column))
         raise ValueError(

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType
+from typing import Any
 
 import pyarrow.parquet
 import yaml
@@ -55,7 +56,16 @@ def read_records(source: str, prompt_column: str, config_name: str | None, split
             raise ValueError(f"{name} '{value}': means nothing for {source}, a file")
     try:
         records = _dataset(source, config_name, split) if is_dataset else reader(path, prompt_column)
-    except (OSError, ValueError, csv.Error, yaml.YAMLError, DatasetsError, RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        csv.Error,
+        yaml.YAMLError,
+        DatasetsError,
+        RecursionError,
+    ) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"prompts {source}: cannot be read ({reason})") from None
     if not records:
@@ -127,12 +137,23 @@ def _delimiter(text: str, path: Path, prompt_column: str) -> str:
     return usual
 
 
+def _load_json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_different_keys)
+
+
+def _different_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(keys := dict(pairs)) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object has the key '{next(name for name in keys if names.count(name) > 1)}' twice")
+    return keys
+
+
 def _json_lines(path: Path) -> list[dict]:
     records = []
     for number, line in enumerate(_read_text(path).split("\n"), 1):
         if line.strip():
             try:
-                record = json.loads(line)
+                record = _load_json(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"line {number}: {error}") from None
             if not isinstance(record, dict):
@@ -142,7 +163,7 @@ def _json_lines(path: Path) -> list[dict]:
 
 
 def _json(path: Path, prompt_column: str) -> list[dict]:
-    entries = json.loads(_read_text(path))
+    entries = _load_json(_read_text(path))
     if not isinstance(entries, list) or not all(isinstance(entry, (str, dict, NoneType)) for entry in entries):
         raise ValueError("must hold a list of prompts, or of objects of columns and values")
     return [entry if isinstance(entry, dict) else {prompt_column: entry} for entry in entries]

@@ -76,11 +76,11 @@ class LatentCache:
         path = self.folder / FILE_NAME
         if not path.is_file():
             return
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = _read_facts(path)
         if different := [name for name in {**there, **self.made_of} if there.get(name) != self.made_of.get(name)]:
             told = ", ".join(f"{name} {there.get(name)} there, {self.made_of.get(name)} here" for name in different)
-            raise ValueError(f"cache_latents {self.folder}: it was made of something else ({told}); delete it, or "
-                             "name another folder")  # fmt: skip
+            raise ValueError(f"cache_latents {self.folder}: it was made of something else ({told}); name "
+                             "another folder with --cache_folder")  # fmt: skip
 
     # --- building ----------------------------------------------------------------------------------------------------
 
@@ -299,3 +299,18 @@ def _in_order(pool: Executor, function: Callable, items: Iterable, ahead: int) -
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()
+
+
+def _read_facts(path: Path) -> dict:
+    """What a cache was made of.
+
+    Raises:
+        `ValueError`: If the file is none of a cache.
+    """
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict):
+        raise ValueError(f"cache_folder {path.parent}: {path.name} is none of a cache of latents; name another folder")
+    return facts
