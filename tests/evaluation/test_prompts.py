@@ -434,3 +434,15 @@ def test_what_i2p_records_of_itself(tmp_path):
 def test_a_file_of_another_kind_is_no_prompt_even_if_it_is_not_there():
     with pytest.raises(ValueError, match="nothere.xlsx: a file of a kind that is not read"):
         read_prompts("nothere.xlsx")
+
+
+def test_columns_that_look_like_settings_are_reported_under_many_names(tmp_path, caplog):
+    names = ["num_steps", "neg_prompt", "negative", "g_scale", "evaluation_scale", "n_images", "samples"]
+    for name in [*names, "aspect_ratio", "size_px", "strength", "Negative Prompt", "steps"]:
+        caplog.clear()
+        read_prompts(write(tmp_path / "p.csv", f"prompt,{name}\na cat,1\n"))
+        (message,) = messages(caplog)
+        assert f"the column '{name}' looks like a setting of images and is not used" in message
+    caplog.clear()
+    read_prompts(write(tmp_path / "p.csv", "prompt,artist,source,style,type,sampled_by\na cat,1,2,3,4,5\n"))
+    assert not messages(caplog)
