@@ -182,12 +182,15 @@ def check_state(folder: Path) -> None:
     """Whether what is written can take its place in a folder, if need be in that of other files.
 
     Raises:
-        `ValueError`: If `STATE` is no folder.
+        `ValueError`: If `STATE` is no folder, or something else is one.
     """
     state = folder / STATE
     if state.is_symlink() or (state.exists() and not state.is_dir()):
         what = "a link" if state.is_symlink() else "a file"
         raise OutputFolderError(f"output_dir {folder}: {STATE} is {what}, not a folder; remove it, or give another")
+    for path in folder.glob("*"):
+        if (path.name == REPORT or _OWN.fullmatch(path.name)) and path.is_dir():
+            raise OutputFolderError(f"output_dir {folder}: {path.name} is a folder; remove it, or give another")
 
 
 def check_folder(folder: Path, facts: dict[str, Any], rows: int) -> dict[str, Any] | None:
@@ -233,7 +236,7 @@ def _is_report(known: dict, rows: int, shard_size: int) -> bool:
         and _are_counts(dropped, known.get("changed"))
         and _are_texts(known.get("examples", {}))
         and known["rows"] == rows == kept + sum(dropped.values())
-        and shards == -(-kept // shard_size)
+        and shards == -(-kept // shard_size) > 0
     )
 
 
@@ -428,15 +431,11 @@ def read_progress(folder: Path, facts: dict[str, Any], most: int) -> Progress:
             raise OutputFolderError(
                 f"output_dir {folder}: {name} was finished and is gone; delete {path} to prepare it again"
             )
-        progress = Progress(
-            record["candidates"],
-            record["kept"],
-            progress.shards + 1,
-            Counter(record["dropped"]),
-            Counter(record["changed"]),
-            record.get("examples", {}),
-            progress.hashes | set(record["hashes"]),
-        )
+        progress.candidates, progress.kept = record["candidates"], record["kept"]
+        progress.dropped, progress.changed = Counter(record["dropped"]), Counter(record["changed"])
+        progress.examples = record.get("examples", {})
+        progress.hashes.update(record["hashes"])
+        progress.shards += 1
     return progress
 
 
@@ -452,8 +451,8 @@ def _is_record(record: Any, before: Progress, shard_size: int, most: int) -> boo
         and _are_texts(record.get("examples", {}))
         and isinstance(hashes, list)
         and all(isinstance(digest, str) for digest in hashes)
-        and 1 <= len(hashes) == kept - before.kept <= shard_size
-        and len({*hashes, *before.hashes}) == kept
+        and 1 <= len(hashes) == len(set(hashes)) == kept - before.kept <= shard_size
+        and before.hashes.isdisjoint(hashes)
         and kept + sum(dropped.values()) == candidates <= most
     )
 
