@@ -334,7 +334,9 @@ def _boundary(option: str, source: Any, cache_dir: str | None) -> Boundary | Non
 
 def _load(option: str, source: Any, split: str, streaming: bool, **settings):
     if option != "dataset_name" and settings["name"] is not None:
-        raise ValueError(f"dataset_config_name '{settings['name']}': means nothing for {option}, only for dataset_name")
+        raise ValueError(
+            f"dataset_config_name '{settings['name']}': means nothing for {option}, only for dataset_name"
+        )
     if option == "dataset_name":
         if os.path.isdir(source):
             check_depth(files_in(Path(source)))  # and no links that lead out
@@ -352,7 +354,6 @@ def _load(option: str, source: Any, split: str, streaming: bool, **settings):
     if not folder.is_dir():
         raise ValueError("no such folder")
     files = files_in(folder)
-    check_depth(files)
     kinds = {path.suffix.lower() for path in files}
     if (folder / "dataset_dict.json").is_file():
         splits = datasets.load_from_disk(source)
@@ -363,6 +364,7 @@ def _load(option: str, source: Any, split: str, streaming: bool, **settings):
         rows = datasets.load_from_disk(source)
     elif any((folder / name).is_file() for name in METADATA):
         # As diffusers' examples; to look for splits among its files, `datasets` would list them 66 times.
+        check_depth(path for path in files if path.name in METADATA)
         if streaming:
             metadata_of(folder)  # so that files that lie outside are reported now
         pattern = {"train": f"{escape(str(folder))}/**"}
@@ -380,6 +382,7 @@ def _load(option: str, source: Any, split: str, streaming: bool, **settings):
         tables = [path for path in files if path.suffix.lower() == ".parquet"]
         return _load_files("parquet", folder, tables, split, streaming, **settings)
     elif kinds.intersection((*_BUILDERS, ".zip")):
+        check_depth(files)
         return datasets.load_dataset(source, split=split, streaming=streaming, **settings)
     else:
         raise ValueError(
