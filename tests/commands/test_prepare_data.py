@@ -169,7 +169,9 @@ def prepare(source, folder, *options, private=True):
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    """Of all files but that with the times when they were written."""
+    files = sorted(path for path in folder.iterdir() if path.name != ".written.json")
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def members(folder: Path) -> list[tuple[str, bytes]]:
@@ -712,16 +714,20 @@ def test_a_stop_at_every_step_that_can_be_seen_on_disk(tmp_path, monkeypatch, fo
         assert prepare(folder, out, *options) == report
         assert hashes(out) == hashes(tmp_path / "whole")
         assert all(path.stat().st_ino == inode for path, inode in before.items())
-    assert stops == 6  # settings, two shards with their records, report
+    assert stops == 10  # settings, two shards with their records and notes in .written.json, report with two
 
 
 def test_a_stop_when_all_is_done_leaves_no_trace(tmp_path, monkeypatch):
-    def stop(*_, **__):
-        raise Killed
+    unlink = Path.unlink
+
+    def stop(path, **options):
+        if path.suffix == ".json":
+            raise Killed
+        unlink(path, **options)
 
     folder = picture_folder(tmp_path / "pictures", 1)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(preparation.shutil, "rmtree", stop)
+        patch.setattr(Path, "unlink", stop)
         prepare(folder, tmp_path / "out")
     assert (tmp_path / "out" / ".preparation").is_dir()
     assert prepare(folder, tmp_path / "out")["kept"] == 1
@@ -833,27 +839,34 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, capsys):
 def test_what_stopped_halfway_is_recognised(tmp_path, capsys, monkeypatch):
     folder, out = picture_folder(tmp_path / "pictures", 5), tmp_path / "out"
     options = ("--output_dir", out, "--shard_size", 2)
-    write_text = preparation.write_text
 
-    def stop_at_the_report(path, text):
-        if path.name == "report.json":
-            raise OSError("the disk is full")
-        write_text(path, text)
+    def stop(path, text):
+        raise OSError("the disk is full")
 
-    monkeypatch.setattr(preparation, "write_text", stop_at_the_report)
+    monkeypatch.setattr(preparation, "write_own", stop)  # of the report
     with pytest.raises(SystemExit, match="error: the disk is full"):
         cli.main(["prepare-data", str(folder), *map(str, options)])
     assert "holds another preparation (shard_size 2, not 3)" in refused(
         capsys, folder, "--output_dir", out, "--shard_size", 3
     )
-    with FileLock(out / ".lock"), pytest.raises(SystemExit, match="2"):
-        cli.main(["prepare-data", str(folder), *map(str, options)])
+    with FileLock(out / ".lock"):
+        assert "another run is at work there" in refused(capsys, folder, *options)
     (out / "train-00001.tar").unlink()
-    with pytest.raises(SystemExit, match="train-00001.tar was finished and is gone"):
-        cli.main(["prepare-data", str(folder), *map(str, options)])
-    (out / ".preparation" / "00001.json").write_text("{")
-    with pytest.raises(SystemExit, match="00001.json: broken record; delete it"):
-        cli.main(["prepare-data", str(folder), *map(str, options)])
+    assert "train-00001.tar was finished and is gone; delete " in refused(capsys, folder, *options)
+    record = out / ".preparation" / "00001.json"
+    good = json.loads(record.read_text())
+    damaged = [{"candidates": value} for value in (-1, 99, 10**30, "1", 1.5, True, None)]
+    damaged += [{"dropped": value} for value in ("abc", {"a": "b"}, {"a": -1}, {"a": 1}, [1], None)]
+    damaged += [{"kept": value} for value in (-3, "1", None, 5)]
+    damaged += [{"hashes": value} for value in ([], [1, 2], ["a", "a"], "ab", None)]
+    damaged += [{"changed": "x"}, {"examples": None}, {"examples": {"a": 1}}]
+    for text in ["{", "[1]", "[" * 100_000, *(json.dumps({**good, **wrong}) for wrong in damaged)]:
+        record.write_text(text)
+        assert "00001.json: broken record; delete it" in refused(capsys, folder, *options)
+    record.unlink()
+    monkeypatch.undo()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    assert prepare(folder, out, "--shard_size", 2)["shards"] == 3
 
 
 def test_overwrite_deletes_the_shards_of_another_preparation_and_nothing_else(tmp_path, capsys):
@@ -870,3 +883,71 @@ def test_overwrite_deletes_the_shards_of_another_preparation_and_nothing_else(tm
     assert shards == {"train-00000.tar", "train-00001.tar"} and (out / "notes.txt").read_text() == "mine"
     assert (out / ".replaced-1" / "train-00007.tar").read_text() == "mine"
     assert json.loads((out / "report.json").read_text())["settings"]["shard_size"] == 3
+
+
+def test_a_finished_preparation_that_was_damaged_is_told_and_made_again(tmp_path, capsys):
+    folder, out = picture_folder(tmp_path / "pictures", 3), tmp_path / "out"
+    report = prepare(folder, out, "--shard_size", 2)
+    whole, options = hashes(out), ("--output_dir", out, "--shard_size", 2)
+    damaged = [{"dropped": [1]}, {"rows": None}, {"rows": 4}, {"changed": "x"}, {"shards": "many"}, {"shards": 10**9},
+               {"examples": None}, {"kept": -3}, {"kept": "3"}]  # fmt: skip
+    texts = [json.dumps({key: value for key, value in report.items() if key != "rows"})]
+    for text in [*texts, *(json.dumps({**report, **wrong}) for wrong in damaged)]:
+        (out / "report.json").write_text(text)
+        assert "report.json is damaged; give an empty or a new folder, or --over" in refused(capsys, folder, *options)
+    (out / "report.json").write_text("[" * 100_000)
+    assert "report.json is none of a preparation" in refused(capsys, folder, *options)
+    (out / "report.json").write_text(json.dumps(report))
+    (out / "train-00001.tar").unlink()
+    assert "train-00001.tar was finished and is gone; give " in refused(capsys, folder, *options)
+    assert prepare(folder, out, "--shard_size", 2, "--overwrite") == report and not (out / "train-00002.tar").exists()
+    assert (out / ".replaced-1" / "report.json").is_file()  # a person wrote it
+    shards = sorted(path for path in out.glob("train-*"))
+    assert [hashlib.sha256(path.read_bytes()).hexdigest() for path in shards] == [whole[path.name] for path in shards]
+
+
+@pytest.mark.parametrize("shards", [3, 10**9])
+def test_files_that_a_strange_report_names_are_moved(tmp_path, shards):
+    folder, out = picture_folder(tmp_path / "pictures", 1), tmp_path / "out"
+    out.mkdir()
+    for number in range(3):
+        (out / f"train-0000{number}.tar").write_text("mine")
+    (out / "report.json").write_text(json.dumps({"shards": shards, "settings": {"format": "webdataset"}}))
+    assert prepare(folder, out, "--overwrite")["shards"] == 1
+    assert {path.name for path in out.glob("train-*")} == {"train-00000.tar"}
+    moved = {path.name for path in (out / ".replaced-1").iterdir()}
+    assert moved == {"report.json", *(f"train-0000{number}.tar" for number in range(3))}
+
+
+def test_notes_in_the_folder_of_the_state_stay(tmp_path):
+    folder, out = picture_folder(tmp_path / "pictures", 1), tmp_path / "out"
+    (out / ".preparation").mkdir(parents=True)
+    for name in ("my_notes.txt", "00000.json"):  # a record without settings is none
+        (out / ".preparation" / name).write_text("mine")
+    for options in ([], ["--overwrite", "--resize", "9"]):
+        cli.main(["prepare-data", str(folder), "--output_dir", str(out), *options])
+        assert [path.name for path in (out / ".preparation").iterdir()] == ["my_notes.txt"]
+    assert not (out / ".replaced-1").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+@pytest.mark.parametrize("name, kind", [(".preparation", "file"), (".preparation", "link"), ("report.json", "folder")])
+def test_what_cannot_make_way_is_refused_before_any_work(tmp_path, capsys, name, kind, options):
+    folder, out = picture_folder(tmp_path / "pictures", 1), tmp_path / "out"
+    out.mkdir()
+    make = {"file": Path.touch, "folder": Path.mkdir, "link": lambda path: path.symlink_to(tmp_path)}[kind]
+    make(out / name)
+    told = refused(capsys, folder, "--output_dir", out, *options)
+    assert f"{name} is a {kind}" in told and [path.name for path in out.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["pictures/metadata.jsonl", "table.jsonl", "table.json"])
+@pytest.mark.parametrize("between", ["", "\n"])
+def test_deep_json_is_told_before_its_reader_dies(tmp_path, capsys, name, between):
+    picture_folder(tmp_path / "pictures", 1)
+    deep = f"[{between}" * 20_000 + "]" * 20_000
+    path = tmp_path / name
+    path.write_text('{"file_name": "00.png", "text": "[[\\"{{"}\n' * 99 + f'{{"file_name": "00.png", "text": {deep}}}')
+    source = path.parent if path.parent.name == "pictures" else path
+    told = refused(capsys, source, "--output_dir", tmp_path / "out")
+    assert f"{path}, line {199 if between else 100}: JSON nested more than 100 levels deep" in told

@@ -23,6 +23,7 @@ from ..data import (
     Filters,
     PreparationSettings,
     check_folder,
+    check_state,
     first_of,
     prepare,
     read_table,
@@ -104,8 +105,9 @@ def check_surroundings(args: PrepareDataArguments) -> None:
     args.table = read_table(args.source, *columns, args.dataset_config_name, args.split)
     facts = args.settings.facts(args.table)
     check_claim(args.output_dir)
+    check_state(Path(args.output_dir))
     if not args.overwrite:
-        check_folder(Path(args.output_dir), facts)
+        check_folder(Path(args.output_dir), facts, len(args.table))
 
 
 def report_lines(report: dict) -> list[str]:

@@ -2,7 +2,7 @@
 
 from .downloads import DownloadSettings
 from .filters import Filters
-from .preparation import REPORT, PreparationSettings, check_folder, first_of, prepare
+from .preparation import REPORT, PreparationSettings, check_folder, check_state, first_of, prepare
 from .shards import FORMATS
 from .table import Table, read_table
 
@@ -15,6 +15,7 @@ __all__ = [
     "PreparationSettings",
     "Table",
     "check_folder",
+    "check_state",
     "first_of",
     "prepare",
     "read_table",

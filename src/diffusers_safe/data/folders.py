@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of an imagefolder
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+MAX_DEPTH = 100  # of JSON; pyarrow's reader dies of a deep one, without a word
 
 
 class Boundary:
@@ -72,6 +74,26 @@ def files_in(folder: Path) -> list[Path]:
     entries = sorted(folder.rglob("*"))
     Boundary(folder).check(path for path in entries if path.is_symlink())
     return [path for path in entries if path.is_file()]
+
+
+def check_depth(paths: Iterable[str | Path]) -> None:
+    """Whether JSON files are nested no deeper than `MAX_DEPTH`; of other files nothing is asked.
+
+    Raises:
+        `ValueError`: If one is.
+    """
+    for path in (path for path in map(Path, paths) if path.suffix.lower() in (".json", ".jsonl")):
+        depth = 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                quoted = False
+                for sign in (match[0] for match in re.finditer(rb'\\.|[][{}"]', line)):
+                    if sign == b'"':
+                        quoted = not quoted
+                    elif not quoted:
+                        depth += (sign in b"[{") - (sign in b"]}")
+                    if depth > MAX_DEPTH:
+                        raise ValueError(f"{path}, line {number}: JSON nested more than {MAX_DEPTH} levels deep")
 
 
 def captioned_pictures(files: Iterable[Path]) -> tuple[list[Path], list[str]] | None:
@@ -145,7 +167,7 @@ def tar_samples(path: Path) -> Iterator[TarSample]:
 def _object(text: str) -> dict:
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -8,10 +8,10 @@ from the moment its record is there; a run that was killed goes on behind the la
 import asyncio
 import json
 import os
-import shutil
+import re
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..arguments import choose, typed
-from ..output_folders import LOCK, OutputFolderError, claimed, make_way
+from ..output_folders import LOCK, RECORD, OutputFolderError, claimed, make_way, record_written, write_own
 from ..provenance import write_text
 from .downloads import UNREACHABLE, DownloadSettings, Fetcher
 from .filters import ROW_RULES, Dropped, Filters, reason_to_drop
@@ -32,6 +32,7 @@ REPORT = "report.json"
 _ADVICE = "give an empty or a new folder, or --overwrite to replace them"
 STATE = ".preparation"
 SETTINGS = "settings.json"  # in that folder
+_OWN = re.compile(r"train-\d{5,}\.\w+|\d{5,}\.json|settings\.json|\.(settings|\d{5,})\.json\.partial")  # names there
 SAME_ADDRESS, SAME_PICTURE = "same address as before", "same picture as before"
 AHEAD = 32  # pictures under way or waiting for an earlier one, times `concurrency`
 MAX_DEAD_HOSTS = 50  # different servers in a row that cannot be reached: it is the network
@@ -137,23 +138,28 @@ def _prepare(
     table: Table, folder: Path, settings: PreparationSettings, downloads: DownloadSettings, overwrite: bool
 ) -> dict[str, Any]:
     facts, state = settings.facts(table), folder / STATE
+    check_state(folder)
     try:
-        report = check_folder(folder, facts)
+        report = check_folder(folder, facts, len(table))
     except OutputFolderError:
         if not overwrite:
             raise
         report = discard(folder)
+    if report is not None or not (state / SETTINGS).is_file():
+        _clear(state)  # killed just before, or in the midst of this
     if report is not None:
-        shutil.rmtree(state, ignore_errors=True)  # killed just before this
         return report
     write_text(state / SETTINGS, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     positions, dropped = select(table, settings.filters)
-    progress = _resume(folder, settings.format)
+    progress = read_progress(folder, facts, len(positions))
+    for name in (shard_name(number, settings.format) for number in range(progress.shards)):
+        if (state / name).is_file():  # killed just before this
+            _put_in_place(folder, name)
     if positions:
         asyncio.run(_fill(table, positions, folder, settings, downloads, progress))
     dropped += progress.dropped
     if not progress.kept:
-        shutil.rmtree(state)
+        _clear(state)
         told = ", ".join(
             f"{reason} {count}{first_of(reason, progress.examples)}" for reason, count in dropped.most_common()
         )
@@ -167,56 +173,98 @@ def _prepare(
         "changed": _sorted(progress.changed),
         "settings": facts,
     }
-    write_text(folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    shutil.rmtree(state)
+    write_own(folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    _clear(state)
     return report
 
 
-def check_folder(folder: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
+def check_state(folder: Path) -> None:
+    """Whether what is written can take its place in a folder, if need be in that of other files.
+
+    Raises:
+        `ValueError`: If `STATE` is no folder, or something else is one.
+    """
+    state = folder / STATE
+    if state.is_symlink() or (state.exists() and not state.is_dir()):
+        what = "a link" if state.is_symlink() else "a file"
+        raise OutputFolderError(f"output_dir {folder}: {STATE} is {what}, not a folder; remove it, or give another")
+    for path in folder.glob("*"):
+        if (path.name == REPORT or _OWN.fullmatch(path.name)) and path.is_dir():
+            raise OutputFolderError(f"output_dir {folder}: {path.name} is a folder; remove it, or give another")
+
+
+def check_folder(folder: Path, facts: dict[str, Any], rows: int) -> dict[str, Any] | None:
     """Whether a folder may be filled; the report if this has been done already.
 
     Args:
         folder (`Path`): The output folder, which may be absent.
         facts (`dict`): [`PreparationSettings.facts`] about the table.
+        rows (`int`): Of the table.
 
     Raises:
-        `ValueError`: If it holds anything but this preparation.
+        `ValueError`: If it holds anything but this preparation, or that is damaged.
     """
     path = next((path for path in (folder / REPORT, folder / STATE / SETTINGS) if path.is_file()), None)
     if path is None:
-        if found := [item.name for item in folder.glob("*") if item.name not in (STATE, LOCK)]:
+        if found := [item.name for item in folder.glob("*") if item.name not in (STATE, LOCK, RECORD)]:
             raise OutputFolderError(f"output_dir {folder}: holds something else ({min(found)}); {_ADVICE}")
         return None
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
         earlier = known["settings"] if path.name == REPORT else known
         differing = [name for name in {**facts, **earlier} if earlier.get(name) != facts.get(name)]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        told = [f"{name} {earlier.get(name)!s:.200}, not {facts.get(name)!s:.200}" for name in differing[:1]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise OutputFolderError(f"output_dir {folder}: {path.name} is none of a preparation; {_ADVICE}") from None
-    if differing:
-        name = differing[0]
-        raise OutputFolderError(
-            f"output_dir {folder}: holds another preparation ({name} {earlier.get(name)}, not {facts.get(name)});"
-            f" {_ADVICE}"
-        )
-    return known if path.name == REPORT else None
+    if told:
+        raise OutputFolderError(f"output_dir {folder}: holds another preparation ({told[0]}); {_ADVICE}")
+    if path.name == SETTINGS:
+        read_progress(folder, facts, rows)
+        return None
+    if not _is_report(known, rows, facts["shard_size"]):
+        raise OutputFolderError(f"output_dir {folder}: {REPORT} is damaged; {_ADVICE}")
+    for name in (shard_name(number, facts["format"]) for number in range(known["shards"])):
+        if not (folder / name).is_file():
+            raise OutputFolderError(f"output_dir {folder}: {name} was finished and is gone; {_ADVICE}")
+    return known
+
+
+def _is_report(known: dict, rows: int, shard_size: int) -> bool:
+    kept, dropped, shards = (known.get(name) for name in ("kept", "dropped", "shards"))
+    return (
+        all(map(_is_count, (known.get("rows"), kept, shards)))
+        and _are_counts(dropped, known.get("changed"))
+        and _are_texts(known.get("examples", {}))
+        and known["rows"] == rows == kept + sum(dropped.values())
+        and shards == -(-kept // shard_size) > 0
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _are_counts(*values: Any) -> bool:
+    return all(isinstance(value, dict) and all(map(_is_count, value.values())) for value in values)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
 def discard(folder: Path) -> None:
-    """Deletes what another preparation wrote, as its report or its state says; other shards and reports are moved."""
-    for path in (folder / REPORT, folder / STATE / SETTINGS):
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-            form = (known["settings"] if path.name == REPORT else known)["format"]
-            number = known["shards"] if path.name == REPORT else len([*(folder / STATE).glob("[0-9]*.json")])
-            own = [shard_name(number, form) for number in range(number)]
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            continue
-        for name in (*own, *([REPORT] if path.name == REPORT else [])):
-            (folder / name).unlink(missing_ok=True)
-    if (folder / STATE).is_dir() and not (folder / STATE).is_symlink():
-        shutil.rmtree(folder / STATE)
-    make_way(folder, [STATE, REPORT, *(path.name for path in folder.glob("train-*"))])
+    """Deletes what another preparation wrote; other shards and reports are moved."""
+    _clear(folder / STATE)
+    make_way(folder, [REPORT, *(path.name for path in folder.glob("train-*"))])
+
+
+def _clear(state: Path) -> None:
+    """Deletes what is written there, the settings first; with anything else in it the folder stays."""
+    for path in sorted(state.glob("*"), key=lambda path: path.name != SETTINGS):
+        if _OWN.fullmatch(path.name) and (path.is_symlink() or path.is_file()):
+            path.unlink()
+    with suppress(OSError):
+        state.rmdir()
 
 
 def select(table: Table, filters: Filters) -> tuple[list[int], Counter]:
@@ -318,6 +366,7 @@ class _Shard:
         self.progress = progress
         self.name = shard_name(progress.shards, form)
         self.hashes = []
+        (folder / STATE / self.name).unlink(missing_ok=True)  # it may be a link
         self._file = FORMATS[form](folder / STATE / self.name)
 
     @property
@@ -331,13 +380,13 @@ class _Shard:
         self.progress.kept += 1
 
     def finish(self) -> None:
-        """The shard goes to disk, then its record, then the shard to its place, which [`_resume`] makes up for."""
+        """The shard goes to disk, then its record, then the shard to its place, which a new start makes up for."""
         self._file.close()
         record = {
             name: getattr(self.progress, name) for name in ("candidates", "kept", "dropped", "changed", "examples")
         }
         write_text(_record(self.folder, self.progress.shards), json.dumps({**record, "hashes": self.hashes}))
-        os.replace(self.folder / STATE / self.name, self.folder / self.name)
+        _put_in_place(self.folder, self.name)
         self.progress.shards += 1
 
 
@@ -350,25 +399,62 @@ def _record(folder: Path, number: int) -> Path:
     return folder / STATE / f"{number:05}.json"
 
 
-def _resume(folder: Path, form: str) -> Progress:
-    """What the records of finished shards say."""
+def _put_in_place(folder: Path, name: str) -> None:
+    """A finished shard."""
+    made = (folder / STATE / name).stat()
+    make_way(folder, [name])
+    record_written(folder, states={name: [made.st_size, made.st_mtime_ns]})
+    os.replace(folder / STATE / name, folder / name)
+
+
+def read_progress(folder: Path, facts: dict[str, Any], most: int) -> Progress:
+    """What the records of finished shards say.
+
+    Args:
+        folder (`Path`): The output folder.
+        facts (`dict`): [`PreparationSettings.facts`] about the table.
+        most (`int`): Candidates there can be.
+
+    Raises:
+        `ValueError`: If a record is damaged, or its shard is gone.
+    """
     progress = Progress()
     while (path := _record(folder, progress.shards)).is_file():
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            progress.candidates, progress.kept = record["candidates"], record["kept"]
-            progress.dropped, progress.changed = Counter(record["dropped"]), Counter(record["changed"])
-            progress.examples = record.get("examples", {})
-            progress.hashes.update(record["hashes"])
-        except (ValueError, LookupError, TypeError):
-            raise ValueError(f"{path}: broken record; delete it to prepare its shard again") from None
-        name = shard_name(progress.shards, form)
-        if (folder / STATE / name).is_file():  # killed just before this
-            os.replace(folder / STATE / name, folder / name)
-        if not (folder / name).is_file():
-            raise ValueError(f"output_dir {folder}: {name} was finished and is gone; give a new folder")
+        except (ValueError, RecursionError):
+            record = None
+        if not _is_record(record, progress, facts["shard_size"], most):
+            raise OutputFolderError(f"{path}: broken record; delete it to prepare its shard again")
+        name = shard_name(progress.shards, facts["format"])
+        if not any((place / name).is_file() for place in (folder / STATE, folder)):
+            raise OutputFolderError(
+                f"output_dir {folder}: {name} was finished and is gone; delete {path} to prepare it again"
+            )
+        progress.candidates, progress.kept = record["candidates"], record["kept"]
+        progress.dropped, progress.changed = Counter(record["dropped"]), Counter(record["changed"])
+        progress.examples = record.get("examples", {})
+        progress.hashes.update(record["hashes"])
         progress.shards += 1
     return progress
+
+
+def _is_record(record: Any, before: Progress, shard_size: int, most: int) -> bool:
+    """Whether this can be how far it had come with a shard, after that `before`."""
+    if not isinstance(record, dict):
+        return False
+    candidates, kept, dropped, hashes = (record.get(name) for name in ("candidates", "kept", "dropped", "hashes"))
+    return (
+        _is_count(candidates)
+        and _is_count(kept)
+        and _are_counts(dropped, record.get("changed"))
+        and _are_texts(record.get("examples", {}))
+        and isinstance(hashes, list)
+        and all(isinstance(digest, str) for digest in hashes)
+        and 1 <= len(hashes) == len(set(hashes)) == kept - before.kept <= shard_size
+        and before.hashes.isdisjoint(hashes)
+        and kept + sum(dropped.values()) == candidates <= most
+    )
 
 
 def _check_network(row: Row, outcome: Picture | str, dead_hosts: set[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from datasets import Dataset, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
-from .folders import METADATA, Boundary, captioned_pictures, described, files_in, tar_samples
+from .folders import METADATA, Boundary, captioned_pictures, check_depth, described, files_in, tar_samples
 
 
 LOADERS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}  # suffix -> builder of `datasets`
@@ -158,6 +158,7 @@ def _files(source: str, loader: str, split: str) -> Dataset:
     files = [source] if Path(source).is_file() else sorted(glob.glob(source))
     if not files:
         raise ValueError("no such file")
+    check_depth(files)
     return load_dataset(loader, data_files=[glob.escape(file) for file in files], split=split)
 
 

@@ -51,6 +51,10 @@ WRONG = {
     "one column for both": ({"caption_column": "image"}, "caption_column 'image': is the image_column, too"),
     "no source": ({"train_data_dir": None}, "give exactly one of dataset_name, train_data_dir, data_files"),
     "two sources": ({"dataset_name": "a/b"}, "dataset_name, train_data_dir: give exactly one of"),
+    "configuration of a folder": (
+        {"train_data_dir": "a", "dataset_config_name": "x"},
+        "train_data_dir a: dataset_config_name 'x': means nothing for train_data_dir, only for dataset_name",
+    ),
     "no folder": ({"train_data_dir": "no/such"}, "train_data_dir no/such: no such folder"),
     "no split": ({"split": "test"}, "est"),
     "no file": ({"train_data_dir": None, "data_files": ["no/such.tar"]}, r"data_files .*no/such.tar: no such file"),
@@ -254,6 +258,20 @@ def test_metadata_that_leads_out_of_its_folder_is_refused(name, kind, streaming,
     with pytest.raises(ValueError, match="private/0.png") as told:
         open_dataset(train_data_dir=str(folder), streaming=streaming, cache_dir=str(tmp_path / "cache"))
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_deep_json_is_told_before_its_reader_dies(streaming, emoji, tmp_path):
+    emoji[0][0].save(tmp_path / "0.png")
+    text = json.dumps({"file_name": "0.png", "text": "DEEP"}).replace('"DEEP"', "[" * 20_000 + "]" * 20_000)
+    (tmp_path / "metadata.jsonl").write_text(text)
+    for source in (
+        {"train_data_dir": str(tmp_path)},
+        {"dataset_name": str(tmp_path)},
+        {"data_files": [f"{tmp_path}/*.jsonl"]},
+    ):
+        with pytest.raises(ValueError, match="metadata.jsonl, line 1: JSON nested more than 100 levels deep"):
+            open_dataset(**source, streaming=streaming, cache_dir=str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -17,7 +17,15 @@ import torch
 from datasets.data_files import DataFilesList, get_data_patterns
 
 from ...concepts import naming_pattern
-from ...data.folders import METADATA, Boundary, captioned_pictures, described, files_in, is_empty_tar
+from ...data.folders import (
+    METADATA,
+    Boundary,
+    captioned_pictures,
+    check_depth,
+    described,
+    files_in,
+    is_empty_tar,
+)
 from ...data.table import metadata_of
 from ..generators import sample_generator
 
@@ -278,7 +286,7 @@ def open_dataset(
             a `.txt` file next to each (all of it is the split `"train"`), parquet files, tar files of WebDataset, or
             what `Dataset.save_to_disk` or `img2dataset` wrote. Files outside of it are not read.
         data_files (`list[str]`, *optional*): Files or patterns, local or URLs: parquet, arrow, tar, csv, json.
-        dataset_config_name (`str`, *optional*): Of a dataset on the Hub that has several.
+        dataset_config_name (`str`, *optional*): Of a dataset that has several; with `dataset_name` only.
         split (`str`, defaults to `"train"`): Which part.
         streaming (`bool`, defaults to `False`): Read it as training goes, without a copy on disk.
         cache_dir (`str`, *optional*): Where `datasets` keeps its files.
@@ -325,9 +333,13 @@ def _boundary(option: str, source: Any, cache_dir: str | None) -> Boundary | Non
 
 
 def _load(option: str, source: Any, split: str, streaming: bool, **settings):
+    if option != "dataset_name" and settings["name"] is not None:
+        raise ValueError(
+            f"dataset_config_name '{settings['name']}': means nothing for {option}, only for dataset_name"
+        )
     if option == "dataset_name":
         if os.path.isdir(source):
-            files_in(Path(source))  # no links that lead out
+            check_depth(files_in(Path(source)))  # and no links that lead out
         return datasets.load_dataset(source, split=split, streaming=streaming, **settings)
     if option == "data_files":
         kinds = {_BUILDERS.get(Path(file).suffix.lower()) for file in source}
@@ -335,6 +347,7 @@ def _load(option: str, source: Any, split: str, streaming: bool, **settings):
             raise ValueError(f"files of one kind are needed; kinds are {', '.join(_BUILDERS)}")
         if missing := [file for file in source if "://" not in file and not glob(file, recursive=True)]:
             raise ValueError(f"{missing[0]}: no such file")
+        check_depth(path for file in source for path in glob(file, recursive=True) if os.path.isfile(path))
         files = {split: list(source)}
         return datasets.load_dataset(kinds.pop(), data_files=files, split=split, streaming=streaming, **settings)
     folder = Path(source)
@@ -351,6 +364,7 @@ def _load(option: str, source: Any, split: str, streaming: bool, **settings):
         rows = datasets.load_from_disk(source)
     elif any((folder / name).is_file() for name in METADATA):
         # As diffusers' examples; to look for splits among its files, `datasets` would list them 66 times.
+        check_depth(path for path in files if path.name in METADATA)
         if streaming:
             metadata_of(folder)  # so that files that lie outside are reported now
         pattern = {"train": f"{escape(str(folder))}/**"}
@@ -368,6 +382,7 @@ def _load(option: str, source: Any, split: str, streaming: bool, **settings):
         tables = [path for path in files if path.suffix.lower() == ".parquet"]
         return _load_files("parquet", folder, tables, split, streaming, **settings)
     elif kinds.intersection((*_BUILDERS, ".zip")):
+        check_depth(files)
         return datasets.load_dataset(source, split=split, streaming=streaming, **settings)
     else:
         raise ValueError(
