@@ -99,7 +99,8 @@ def test_a_lora_by_other_names_is_the_same(tiny_model_folder, lora, tmp_path, pr
     plain = tmp_path / "plain.safetensors"
     save_file(tensors, plain)
     same, other = (Subject("lora", tiny_model_folder, lora=str(file)).load(SETTINGS)[0] for file in (plain, path))
-    assert pipeline_fingerprint(same) == pipeline_fingerprint(other)
+    for weight, own in zip(same.unet.parameters(), other.unet.parameters(), strict=True):
+        torch.testing.assert_close(own, weight, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage " * 99, "folder", "loop", "embedding"])
