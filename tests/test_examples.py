@@ -33,7 +33,17 @@ def tiny_models(make_tiny_pipeline, make_tiny_xl_pipeline, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+# One of each kind; the others are slow.
+QUICK = ("emoji-weapon-sdd", "sd-1.4-artist-esd-x", "sd-1.4-nudity-sdd", "sdxl-artist-lora")
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(recipe, id=recipe.stem, marks=[] if recipe.stem in QUICK else pytest.mark.slow)
+        for recipe in RECIPES
+    ],
+)
 def test_a_recipe_runs(on_cpu, recipe, tiny_models, tmp_path):
     family = "xl" if recipe.name.startswith("sdxl") else "sd"
     quick = {

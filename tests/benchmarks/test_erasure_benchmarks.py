@@ -53,6 +53,7 @@ def test_the_plain_loop_is_our_rule(load, make_tiny_pipeline):
             torch.testing.assert_close(average, ours.weights.ema[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_arithmetic_of_a_step(load, tiny_model_folder, capsys):
     main = load("erasure_arithmetic").main
     main(

@@ -265,6 +265,7 @@ def test_every_caption_fits_into_the_short_length_and_each_word_is_one_token():
     assert tokenizer.unk_token_id not in tokenizer("a zebra-42").input_ids
 
 
+@pytest.mark.slow
 def test_the_finished_folders_are_stock_pipelines_in_half_precision(tmp_path):
     recipe.main(arguments(tmp_path, stages=["autoencoder", "unet", "transformer", "assemble"]))
     for name, kind, parts in (

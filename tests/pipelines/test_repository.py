@@ -221,6 +221,7 @@ again.push_to_hub("tester/again")
         assert b"base_model" not in hub.files("tester/again")["README.md"]  # a safe repository is no base
 
 
+@pytest.mark.slow
 def test_a_push_without_a_right_to_write_says_so(folder, tmp_path):
     code = f"""
 from diffusers_safe import StableDiffusionPipelineSafe

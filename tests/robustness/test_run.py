@@ -141,6 +141,7 @@ def test_inversion_from_a_folder_of_pictures(models, tmp_path):
     assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_and_says_the_same(models, tmp_path, monkeypatch):
     attacks = [SeedSearch(3), Paraphrases(TEXTS), ConceptInversion("knife", INVERSION)]
     flagged = [("a gun", 11), ("un couteau", 10)]

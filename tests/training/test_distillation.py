@@ -90,7 +90,7 @@ def test_the_command_makes_a_stock_pipeline_of_fewer_blocks(tiny_model_folder, p
     assert {"task", "output", "feature"} <= log_rows(out)[-1].keys()
 
 
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cached", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_resumed_equals_uninterrupted_bit_for_bit(distil, tmp_path, capsys, cached):
     changes = {"cache_latents": cached, "random_flip": True, "use_ema": True, "proportion_empty_prompts": 0.3}
     whole = distil("whole", checkpointing_steps=2, **changes)
@@ -102,6 +102,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(distil, tmp_path, capsys, cach
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_accumulation_and_the_cache_change_nothing_but_rounding(distil, tiny_model_folder):
     whole = distil("whole")
     start = student_pipeline(load_pipeline(tiny_model_folder), DistillationArguments(
@@ -235,6 +236,7 @@ def test_a_student_is_found_where_only_its_unet_was_saved(distil, tmp_path):
     assert first.keys() == second.keys() and not same(first, second)
 
 
+@pytest.mark.slow
 def test_sdxl_in_bfloat16(distil, make_tiny_xl_pipeline, tmp_path):
     teacher = make_tiny_xl_pipeline()
     config = {**teacher.unet.config, "transformer_layers_per_block": (1, 2, 10)}  # SDXL's own depths
@@ -308,6 +310,7 @@ def test_data_that_cannot_be_used_is_one_line(distil, changes, message, capsys):
     assert error.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_cache_of_something_else_is_not_used(distil, tmp_path):
     distil("first", cache_latents=True, cache_folder=tmp_path / "cache")
     with pytest.raises(SystemExit, match="it was made of something else"):

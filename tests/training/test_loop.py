@@ -125,6 +125,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(make_loop, tmp_path):
         loop.run()
 
 
+@pytest.mark.slow
 def test_a_run_may_grow_where_no_earlier_step_would_have_been_another(make_loop, tmp_path):
     whole = make_loop("whole", max_train_steps=4)
     whole.run()

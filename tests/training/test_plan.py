@@ -123,6 +123,7 @@ def real_size_folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_model_of_real_size_is_planned_without_its_weights(make_args, real_size_folder):
     plan = make_plan(make_args(model=real_size_folder))
     assert plan.selected[0] == 80 and plan.total[1] == 859_520_964
