@@ -38,7 +38,7 @@ def arguments(folder, **changes):
         "num_pictures": 12,
         "judge_steps": 1,
         "autoencoder_steps": 1,
-        "unet_coarse_steps": 1,
+        "unet_coarse_steps": [1],
         "unet_steps": [1],
         "transformer_steps": [1],
     }
@@ -55,7 +55,7 @@ def arguments(folder, **changes):
         ("num_pictures", 0, "at least 1"),
         ("autoencoder_steps", 0, "at least 1"),
         ("judge_steps", -1, "at least 1"),
-        ("unet_coarse_steps", 0, "at least 1"),
+        ("unet_coarse_steps", [0], "at least 1"),
         ("unet_steps", [2, 0], "at least 1"),
         ("transformer_steps", [], "at least 1"),
     ],
@@ -242,7 +242,7 @@ def test_stratified_numbers_have_one_in_each_part():
 
 def test_noise_levels_are_high_and_t5_tokens_mostly_short():
     data = captioned_latents()
-    unet, transformer = unet_stage(data, 1, [1], 1e-3, {}), transformer_stage(data, [1], 1e-3, {})
+    unet, transformer = unet_stage(data, [1], [1], 1e-3, {}), transformer_stage(data, [1], 1e-3, {})
     (flow_round,), (coarse, whole) = transformer.rounds, unet.rounds
     batches = [flow_round.make_batch(np.random.default_rng(seed), 16) for seed in range(90)]
     lengths = [batch["t5_input_ids"].shape[1] for batch in batches]

@@ -98,14 +98,28 @@ def check_depth(paths: Iterable[str | Path]) -> None:
 
 def captioned_pictures(files: Iterable[Path]) -> tuple[list[Path], list[str]] | None:
     """The pictures among files, and the text of the `.txt` file next to each (`""` if there is none). `None` if no
-    picture has one."""
+    picture has one.
+
+    Raises:
+        `ValueError`: If one of them is not a text in UTF-8.
+    """
     pictures = [path for path in files if path.suffix.lower() in PICTURES]
     captions = [_text(path.with_suffix(".txt")) for path in pictures]
     return (pictures, captions) if any(captions) else None
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8-sig", errors="replace").strip() if path.is_file() else ""
+    return _decoded(path.read_bytes(), str(path)) if path.is_file() else ""
+
+
+def _decoded(content: bytes, where: str) -> str:
+    try:
+        text = content.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: a caption must be text in UTF-8 ({error.reason} at byte {error.start})") from None
+    if "\0" in text:
+        raise ValueError(f"{where}: a caption must be text, and it holds a null character")
+    return text
 
 
 def is_empty_tar(path: Path) -> bool:
@@ -139,7 +153,7 @@ def tar_samples(path: Path) -> Iterator[TarSample]:
     """The samples of a webdataset's tar file that have a picture: members whose names differ only in their ending.
 
     Raises:
-        `ValueError`: If it is not a tar file, or a member is a link.
+        `ValueError`: If it is not a tar file, a member is a link, or a caption is not text in UTF-8.
     """
     samples: dict[str, dict] = {}
     try:
@@ -155,8 +169,9 @@ def tar_samples(path: Path) -> Iterator[TarSample]:
                 if f".{ending}" in PICTURES:
                     sample.setdefault("picture", (member.name, member.offset_data, member.size))
                 elif ending in ("txt", "json"):
-                    content = tar.extractfile(member).read().decode("utf-8-sig", errors="replace")
-                    sample["facts"] |= {"txt": content.strip()} if ending == "txt" else _object(content)
+                    content = tar.extractfile(member).read()
+                    where = f"{path}: the member '{member.name}'"
+                    sample["facts"] |= {"txt": _decoded(content, where)} if ending == "txt" else _object(content)
     except (OSError, tarfile.TarError) as error:
         raise ValueError(f"{path}: cannot be read as a tar file ({error})") from None
     for sample in samples.values():
@@ -164,9 +179,9 @@ def tar_samples(path: Path) -> Iterator[TarSample]:
             yield TarSample(*sample["picture"], sample["facts"])
 
 
-def _object(text: str) -> dict:
+def _object(content: bytes) -> dict:
     try:
-        found = json.loads(text)
+        found = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

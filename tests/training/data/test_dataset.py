@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from diffusers_safe.concepts import names_concept
+from diffusers_safe.data.folders import tar_samples
 from diffusers_safe.training.data import CaptionedImages, open_dataset
 from diffusers_safe.training.data.images import decode_image
 from picture_files import encoded
@@ -205,6 +206,21 @@ def test_folders_of_other_tools_need_no_options(form, streaming, emoji, tmp_path
         assert ImageChops.difference(image, expected.convert("RGB")).getbbox() is None
     if not streaming:
         assert data.dropped == ({"without a caption": 1} if form == "texts" else {})
+
+
+@pytest.mark.parametrize("content, message", [(b"\xff\xfea", "must be text in UTF-8"), (b"a\0b", "holds a null char")])
+def test_a_caption_is_text(content, message, emoji, tmp_path):
+    texts_beside(tmp_path / "texts", emoji, 2)
+    caption = min((tmp_path / "texts").glob("*.txt"))
+    caption.write_bytes(content)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(caption, caption.name)
+    for read in (
+        lambda: open_dataset(train_data_dir=str(tmp_path / "texts"), cache_dir=str(tmp_path / "cache")),
+        lambda: list(tar_samples(tmp_path / "a.tar")),
+    ):
+        with pytest.raises(ValueError, match=f"{caption.name}.*{message}"):
+            read()
 
 
 def test_splits_of_tar_files_are_kept(emoji, tmp_path):

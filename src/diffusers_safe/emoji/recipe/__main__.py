@@ -42,8 +42,8 @@ class RecipeArguments:
     num_pictures: int = field(default=48000, metadata={"help": "Pictures rendered once and reused by every stage."})
     judge_steps: int = field(default=4000, metadata={"help": "Steps of 64 pictures, of each judge."})
     autoencoder_steps: int = field(default=6000, metadata={"help": "Steps of 16 pictures."})
-    unet_coarse_steps: int = field(
-        default=3000, metadata={"help": "Steps of 64 pictures, in latents of half the size."}
+    unet_coarse_steps: list[int] = field(
+        default_factory=lambda: [3000], metadata={"help": "Steps of 64 latents of half the size, of each round."}
     )
     unet_steps: list[int] = field(
         default_factory=lambda: [4000, 6000], metadata={"help": "Steps of 32 pictures, of each round that follows."}

@@ -37,9 +37,9 @@ class UNetLoss(nn.Module):
 
 
 def unet_stage(
-    data: CaptionedLatents, coarse_steps: int, rounds: list[int], learning_rate: float, identity: dict
+    data: CaptionedLatents, coarse_rounds: list[int], rounds: list[int], learning_rate: float, identity: dict
 ) -> Stage:
-    """A round in latents of half the size, in which a step is three times cheaper, then rounds in whole latents.
+    """Rounds in latents of half the size, in which a sample costs a third, then rounds in whole latents.
 
     Half of the timesteps lie above 750, where the caption matters.
     """
@@ -60,7 +60,10 @@ def unet_stage(
     return Stage(
         "unet",
         UNetLoss(build_text_encoder(build_tokenizer()), build_unet()),
-        [Round(coarse_steps, 64, make_coarse_batch), *(Round(steps, 32, make_batch) for steps in rounds)],
+        [
+            *(Round(steps, 64, make_coarse_batch) for steps in coarse_rounds),
+            *(Round(steps, 32, make_batch) for steps in rounds),
+        ],
         learning_rate,
         mixed_precision="bf16",
         identity=identity,
