@@ -78,7 +78,7 @@ def erasure_command(model: str | Path, concept: str, output_dir: str | Path, see
     options |= {"checkpointing_steps": 0, "seed": seed}
     return [
         *(sys.executable, "-m", "diffusers_safe.training.sdd"),
-        *("--pretrained_model_name_or_path", str(model), "--mixed_precision", "no"),
+        *("--pretrained_model_name_or_path", str(model)),
         *("--concepts", *erased_concepts(concept)),
         *("--retain_prompts", *retained_prompts(concept)),
         *(word for name, value in options.items() for word in (f"--{name}", str(value))),
