@@ -411,12 +411,22 @@ def test_what_is_written_aside_never_follows_a_link(tmp_path):
     assert (tmp_path / "mine").read_text() == "mine" and (tmp_path / "out" / "a.txt").read_text() == "ours"
 
 
-def test_what_a_killed_run_wrote_aside_goes_and_anothers_file_stays(tmp_path):
+@pytest.mark.parametrize("place", ["file", "folder", "link"])
+def test_what_a_killed_run_wrote_aside_goes_and_anothers_file_is_moved(tmp_path, place, caplog):
     aside = tmp_path / ".result.partial"
     fill(aside, **{"unet__a.safetensors": "x", "model_index.json": "{}", "tokenizer__merges.txt": "x"})
-    remove_leftover(aside)
-    assert not aside.exists()
-    fill(aside, mine="mine")
-    with pytest.raises(OutputFolderError, match="holds mine, which this program did not write"):
-        remove_leftover(aside)
-    assert (aside / "mine").read_text() == "mine"
+    remove_leftover(tmp_path, aside.name)
+    remove_leftover(tmp_path, aside.name)  # of what is not there nothing
+    assert not aside.exists() and not caplog.messages
+    moved = tmp_path / ".replaced-1" / aside.name
+    if place == "file":
+        aside.write_text("mine")
+    elif place == "folder":
+        fill(aside, mine="mine")
+        moved = moved / "mine"
+    else:
+        fill(tmp_path, target="mine")
+        aside.symlink_to(tmp_path / "target")
+    remove_leftover(tmp_path, aside.name)
+    assert not os.path.lexists(aside) and moved.read_text() == "mine"
+    assert "files that this program did not write were moved to" in caplog.text

@@ -49,7 +49,7 @@ _SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _JSON_TYPES = {list: "list", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
 _SCHEDULER_SETTINGS = {
-    "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction"),
+    "prediction_type": ("epsilon", "v_prediction", "sample", "original_sample", "flow_prediction"),
     "timestep_spacing": ("leading", "linspace", "trailing"),
 }
 _MOST_TOKENS = 1_000_000  # transformers' number for "not known" is 1e30

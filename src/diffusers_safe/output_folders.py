@@ -365,20 +365,32 @@ def put_in_place(aside: Path, folder: Path, results: Sequence[str] = ()) -> None
     shutil.rmtree(aside)
 
 
-def remove_leftover(aside: Path) -> None:
-    """Removes what a killed run had written aside.
-
-    Raises:
-        [`OutputFolderError`]: If the folder holds files of other kinds than we write, or is a link.
-    """
-    if aside.is_symlink() or (aside.exists() and not aside.is_dir()):
-        raise OutputFolderError(f"{aside}: is no folder of this program; move it away")
-    if not aside.is_dir():
+def remove_leftover(folder: Path, name: str) -> None:
+    """Removes a folder that a killed run had written aside; with other files than we write in it, it is moved to
+    `.replaced-1`."""
+    aside = folder / name
+    if not os.path.lexists(aside):
         return
-    for path in sorted(aside.rglob("*")):
-        if path.is_symlink() or (path.is_file() and path.suffix not in _WRITTEN_ASIDE):
-            raise OutputFolderError(f"{aside}: holds {path.name}, which this program did not write; move it away")
-    shutil.rmtree(aside)
+    is_ours = aside.is_dir() and not aside.is_symlink()
+    if is_ours and not any(_is_foreign(path) for path in aside.rglob("*")):
+        shutil.rmtree(aside)
+        return
+    kept = _replaced_folder(folder)
+    kept.mkdir()
+    os.replace(aside, kept / name)
+    _report_moved(folder, kept)
+
+
+def _is_foreign(path: Path) -> bool:
+    return path.is_symlink() or (not path.is_dir() and path.suffix not in _WRITTEN_ASIDE)
+
+
+def _replaced_folder(folder: Path) -> Path:
+    return next(place for n in range(1, 10**6) if not (place := folder / f".replaced-{n}").exists())
+
+
+def _report_moved(folder: Path, kept: Path) -> None:
+    logger.warning("%s: files that this program did not write were moved to %s", folder, kept)
 
 
 def prepare_files(folder: str | Path, *names: str) -> None:
@@ -414,7 +426,7 @@ def make_way(folder: Path, names: Sequence[str]) -> None:
         if written.owns(path):
             path.unlink()
         else:
-            kept = kept or next(place for n in range(1, 10**6) if not (place := folder / f".replaced-{n}").exists())
+            kept = kept or _replaced_folder(folder)
             (kept / written.name(path)).parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, kept / written.name(path))
         written.files.pop(written.name(path), None)
@@ -425,4 +437,4 @@ def make_way(folder: Path, names: Sequence[str]) -> None:
         with suppress(OSError):  # it holds something else
             parent.rmdir()
     if kept:
-        logger.warning("%s: files that this program did not write were moved to %s", folder, kept)
+        _report_moved(folder, kept)

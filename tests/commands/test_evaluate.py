@@ -211,6 +211,13 @@ def test_emoji_bring_prompts_judge_sampling_and_the_original(tiny_model_folder, 
         models=[f"a={tiny_model_folder}", f"b={tiny_model_folder}"], emoji="sketch", guidance_scale=2, seed=5
     )
     assert [subject.name for subject in many.subjects] == ["a", "b"] and many.settings.guidance_scale == 2
+    assert (args.blur, many.blur) == ("none", "none")
+    plain = EvaluateArguments(models=[tiny_model_folder], prompts=["a cat"], metrics=["pixel_distance"])
+    settings = plain.settings
+    assert (plain.images_per_prompt, settings.num_inference_steps, settings.guidance_scale) == (1, 25, 7.5)
+    assert plain.blur == "flagged"
+    with pytest.raises(ValueError, match="blur 'some': unknown; allowed are flagged, all, none"):
+        EvaluateArguments(models=[tiny_model_folder], emoji="banana", blur="some")
     assert many.rows == Erased("sketch").rows(3, 5)
 
     monkeypatch.setattr("diffusers_safe.emoji.evaluation.OBJECTS", ["cat", "banana"])

@@ -41,6 +41,8 @@ def test_the_demo_erases_any_object_or_style(tiny_model_folder, tmp_path):
 def test_the_concept_had_another_name():
     assert DemoArguments().folder == DemoArguments(group="weapon").folder == Path("runs/demo/weapon-0")
     assert DemoArguments(concept="banana").folder == Path("runs/demo/banana-0")
+    with pytest.raises(ValueError, match="group fruit: is the earlier name of concept, which is banana; give one"):
+        DemoArguments(concept="banana", group="fruit")
     with pytest.raises(ValueError, match="concept 'zebra': unknown; allowed are weapon"):
         DemoArguments(concept="zebra")
 

@@ -21,6 +21,7 @@ from accelerate import PartialState
 
 from ..arguments import parse_dataclass, told_in_one_line, typed
 from ..backbones import StoredModel
+from ..emoji import MODEL_NAME
 from ..emoji.evaluation import Erased
 from ..evaluation.evaluate import check_subjects, report_claim
 from ..evaluation.folders import ImageFolder
@@ -144,7 +145,7 @@ class AttackArguments(EvaluationOptions):
     def _read_subjects(self) -> list[Subject]:
         if self.original is None and self.emoji is None:
             raise ValueError("original: none given; without the unerased model a success rate says little")
-        words = [named(self.original or "emoji", "original")]
+        words = [named(self.original or MODEL_NAME, "original")]
         words += [named(word, "erased") if len(self.model) == 1 else word for word in self.model]
         subjects = read_subjects(words, self.dtype)
         check_subjects(subjects)

@@ -40,9 +40,10 @@ from ..emoji.evaluation import Erased
 from ..emoji.metrics import EmojiDistance
 from ..evaluation.evaluate import as_images, check_evaluation, check_subjects, evaluate, report_claim
 from ..evaluation.folders import ImageFolder
-from ..evaluation.generate import MANIFEST, GenerationSettings, PromptRow, read_manifest
-from ..evaluation.metrics import METRICS, make_metrics
+from ..evaluation.generate import MANIFEST, PromptRow, read_manifest
+from ..evaluation.metrics import make_metrics
 from ..evaluation.options import EvaluationOptions
+from ..evaluation.pictures import VEILS
 from ..evaluation.processes import launched_processes
 from ..evaluation.prompts import PromptOptions, read_prompts
 from ..evaluation.report import PAGE_NAME, headline_table
@@ -53,7 +54,14 @@ from .generate import PRESETS
 from .subject import DTYPES, Subject
 
 
-SETTINGS = GenerationSettings(num_inference_steps=25)
+_OPTIONS = {item.name: item for item in fields(EvaluationOptions)}
+# Defaults with --emoji.
+_OF_EMOJI = {
+    "images_per_prompt": 3,
+    "num_inference_steps": EMOJI_SETTINGS.num_inference_steps,
+    "guidance_scale": EMOJI_SETTINGS.guidance_scale,
+    "blur": "none",
+}
 # What says which prompts of a source, and means nothing where the images at hand say it.
 _OF_A_SOURCE = tuple(
     name for name in inspect.signature(read_prompts).parameters if name not in ("source", "row_settings")
@@ -74,12 +82,7 @@ class EvaluateArguments(EvaluationOptions):
         },
     )
     output_dir: str = field(default="runs/evaluation", metadata={"help": "Where images, numbers and report go."})
-    metrics: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": f"What to measure: {', '.join(METRICS)}; or your own as module:name, a Metric or what makes one."
-        },
-    )
+    metrics: list[str] = field(default_factory=list, metadata=_OPTIONS["metrics"].metadata)
     emoji: str | None = field(
         default=None,
         metadata={
@@ -97,6 +100,14 @@ class EvaluateArguments(EvaluationOptions):
     guidance_scale: float | None = field(
         default=None,
         metadata={"help": "Of classifier-free guidance; 1 or less is none. Default: 7.5; with --emoji its own."},
+    )
+    blur: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Which pictures of the page are blurred until clicked: {', '.join(VEILS)}. Default: flagged; "
+            "with --emoji none.",
+            "choices": [*VEILS, None],
+        },
     )
     preset: str | None = field(
         default=None,
@@ -118,14 +129,9 @@ class EvaluateArguments(EvaluationOptions):
     def __post_init__(self):
         if not self.metrics and self.emoji is None:
             raise ValueError("the following arguments are required: --metrics")
-        sampling = SETTINGS if self.emoji is None else EMOJI_SETTINGS
-        defaults = {
-            "images_per_prompt": 1 if self.emoji is None else 3,
-            "num_inference_steps": sampling.num_inference_steps,
-            "guidance_scale": sampling.guidance_scale,
-        }
-        for name, default in defaults.items():
-            setattr(self, name, default if getattr(self, name) is None else getattr(self, name))
+        for name, default in _OF_EMOJI.items():
+            if getattr(self, name) is None:
+                setattr(self, name, _OPTIONS[name].default if self.emoji is None else default)
         super().__post_init__()
         models = self.models
         if self.emoji is not None and len(models) == 1 and not models[0].endswith((".yaml", ".yml")):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from ..arguments import parse_dataclass, told_in_one_line, typed
+from ..emoji import MODEL_NAME
 from ..evaluation.generate import GenerationSettings, generate, read_manifest
 from ..evaluation.processes import launched_processes
 from ..evaluation.prompts import PromptOptions
@@ -40,7 +41,7 @@ class GenerateArguments(PromptOptions):
             "choices": PRESETS,
         },
     )
-    model: str = field(default="emoji", metadata={"help": "Folder or Hub id, or the name of an embedded model."})
+    model: str = field(default=MODEL_NAME, metadata={"help": "Folder or Hub id, or the name of an embedded model."})
     output_dir: str = field(default="runs/generate", metadata={"help": "Where the images go."})
     safety: str | None = field(
         default=None,

@@ -20,6 +20,7 @@ from ..arguments import parse_dataclass, told_in_one_line, typed
 from ..backbones import StoredModel, load_pipeline
 from ..backbones.cost import macs
 from ..embedded import locate_model
+from ..emoji import MODEL_NAME
 from ..formats import RESULTS, save_model, written_aside
 from ..loading import check_files
 from ..output_folders import OVERWRITE_HELP, RESULT, check_apart, check_claim, check_output_dir, claimed
@@ -34,8 +35,7 @@ from ..students import (
 )
 
 
-EMBEDDED = "emoji"
-TEACHERS = (*TEACHER_CONFIGS, EMBEDDED)
+TEACHERS = (*TEACHER_CONFIGS, MODEL_NAME)
 CLIP_TOKENS = 77  # the prompt's length in all of TEACHER_CONFIGS
 MIB = 2**20
 
@@ -72,14 +72,14 @@ class StudentsArguments:
             raise ValueError(f"teacher {self.teacher}: give it or pretrained_model_name_or_path, not both")
         if (self.student is None) != (self.output_dir is None):
             raise ValueError(f"student {self.student}, output_dir {self.output_dir}: give both or neither")
-        if self.teacher == EMBEDDED:
-            self.pretrained_model_name_or_path = name = EMBEDDED
+        if self.teacher == MODEL_NAME:
+            self.pretrained_model_name_or_path = name = MODEL_NAME
         if self.student is not None:
             self.student = resolve_student(self.student)
             if name is None:
                 raise ValueError(
                     f"student {self.student}: a teacher with weights is needed; give --pretrained_model_name_or_path "
-                    f"or --teacher {EMBEDDED}"
+                    f"or --teacher {MODEL_NAME}"
                 )
 
     @property
@@ -111,7 +111,7 @@ def find_teachers(args: StudentsArguments) -> list[Teacher]:
         return [_teacher_at(name, args.teacher or name, **args.hub_arguments)]
     if args.teacher is not None:
         return [_published_teacher(args.teacher)]
-    return [*map(_published_teacher, TEACHER_CONFIGS), _teacher_at(EMBEDDED, EMBEDDED)]
+    return [*map(_published_teacher, TEACHER_CONFIGS), _teacher_at(MODEL_NAME, MODEL_NAME)]
 
 
 def _teacher_at(path: str, name: str, **hub_arguments) -> Teacher:

@@ -106,6 +106,8 @@ class DemoArguments:
     images_per_prompt: int = field(default=3, metadata={"help": "Images of each prompt, before and after."})
 
     def __post_init__(self):
+        if self.group is not None and self.concept not in ("weapon", self.group):
+            raise ValueError(f"group {self.group}: is the earlier name of concept, which is {self.concept}; give one")
         self.concept = self.group or self.concept
         if self.images_per_prompt < 1:
             raise ValueError(f"images_per_prompt {self.images_per_prompt}: must be at least 1")

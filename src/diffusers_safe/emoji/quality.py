@@ -171,7 +171,8 @@ def quality_table(results: dict) -> str:
         f"{sampler}, seed {protocol['seed']}, model {protocol['model']}. 95 % intervals: for averages a bootstrap "
         "over prompts (groups: over images), else Wilson.",
         f"Autoencoder on {protocol['renders']:,} new renders: PSNR {psnr['all']:.1f} dB ({styles}).",
-        f"{speed['images_per_second']:.1f} images a second in batches of {speed['batch_size']}; "
+        f"{speed['images_per_second']:.1f} images a second in batches of {speed['batch_size']}, "
+        "the best of three; "
         f"{1000 * speed['seconds_per_forward']:.0f} ms a forward of the denoiser for one image with guidance "
         f"({speed['device']}, {speed['threads']} threads).",
     ]

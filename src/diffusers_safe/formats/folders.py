@@ -42,7 +42,7 @@ def written_aside(folder: str | Path, record: Provenance | Distillation | None =
     """
     folder = Path(folder)
     aside = folder / ".result.partial"
-    remove_leftover(aside)
+    remove_leftover(folder, aside.name)
     made = [path for path in aside.parents if not path.exists()]
     aside.mkdir(parents=True)
     try:

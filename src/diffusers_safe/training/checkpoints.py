@@ -28,7 +28,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, limit: in
     target = folder / f"checkpoint-{step}"
     partial = folder / f".checkpoint-{step}.partial"
     if accelerator.is_main_process:
-        remove_leftover(partial)
+        remove_leftover(folder, partial.name)
     accelerator.wait_for_everyone()
     try:
         with disk_errors(target):

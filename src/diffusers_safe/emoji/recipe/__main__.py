@@ -1,11 +1,11 @@
-"""Trains the embedded models and their judges from nothing but the sprites. On two CPU cores it takes a day:
+"""Trains embedded models and their judges from nothing but the sprites. On a CPU it takes many hours:
 
     python -m diffusers_safe.emoji.recipe --output_dir runs/emoji
 
-The models that ship were made by this command and these settings. It can be stopped at any moment and run again: it
-continues from its newest checkpoint. `--stages` limits it to some of its stages: once the autoencoder is trained,
-`unet` and `transformer` may run at the same time, a process each, and the judges at any time. Each stage runs in one
-process. Never compile the autoencoder (docs/architecture.md).
+The model that ships today was made by an earlier recipe (its card says how); this one has not been run to its end yet.
+It can be stopped at any moment and run again: it continues from its newest checkpoint. `--stages` limits it to some of
+its stages: once the autoencoder is trained, `unet` and `transformer` may run at the same time, a process each, and the
+judges at any time. Each stage runs in one process. Never compile the autoencoder (docs/architecture.md).
 """
 
 import json

@@ -60,8 +60,8 @@ class TransformerLoss(nn.Module):
 def transformer_stage(data: CaptionedLatents, rounds: list[int], learning_rate: float, identity: dict) -> Stage:
     """Noise levels are logit-normal around sigma 0.73, higher than SD3's: content is decided there.
 
-    One step in thirty pads T5's tokens as the stock pipeline does, the others as far as captions reach, which is
-    three times faster.
+    One step in thirty pads T5's tokens as the stock pipeline does, the others as far as captions reach: a third of
+    the tokens.
     """
     t5_tokenizer = build_t5_tokenizer()
 

@@ -39,7 +39,7 @@ class UNetLoss(nn.Module):
 def unet_stage(
     data: CaptionedLatents, coarse_rounds: list[int], rounds: list[int], learning_rate: float, identity: dict
 ) -> Stage:
-    """Rounds in latents of half the size, in which a sample costs a third, then rounds in whole latents.
+    """Rounds in latents of half the size, a quarter of the places, then rounds in whole latents.
 
     Half of the timesteps lie above 750, where the caption matters.
     """

@@ -305,12 +305,12 @@ def _read_facts(path: Path) -> dict:
     """What a cache was made of.
 
     Raises:
-        `ValueError`: If the file is none of a cache.
+        `ValueError`: If the file does not say so.
     """
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         facts = None
     if not isinstance(facts, dict):
-        raise ValueError(f"cache_folder {path.parent}: {path.name} is none of a cache of latents; name another folder")
+        raise ValueError(f"cache_folder {path.parent}: {path.name} is not that of a latent cache; name another folder")
     return facts
