@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_safe import ErasedStableDiffusionPipeline
 from diffusers_safe.commands import attack, evaluate, export, generate, students
-from diffusers_safe.loading import ModelError, check_files, describe_weights, load_pipeline
+from diffusers_safe.loading import ModelError, check_files, describe_weights, load_model, load_pipeline
 from diffusers_safe.training import distillation
 from diffusers_safe.training.erasure import erase, run_command
 from diffusers_safe.training.erasure_arguments import SDDArguments
@@ -365,6 +366,19 @@ def test_loading_shows_no_bars_of_the_libraries_and_leaves_their_switches_alone(
         for log, shown in zip(logs, bars):
             (log.enable_progress_bar if shown else log.disable_progress_bar)()
         (disable_progress_bars if hub else enable_progress_bars)()
+
+
+@pytest.mark.parametrize("spaces", [0, 8, 24])
+def test_weights_are_aligned_whatever_the_header_of_their_file(tiny_model_folder, spaces, tmp_path):
+    shutil.copytree(Path(tiny_model_folder) / "unet", tmp_path / "unet")
+    path = tmp_path / UNET
+    (length,) = struct.unpack("<Q", path.read_bytes()[:8])
+    header, values = path.read_bytes()[8 : 8 + length], path.read_bytes()[8 + length :]
+    path.write_bytes(struct.pack("<Q", length + spaces) + header + b" " * spaces + values)
+    unet = load_model(UNet2DConditionModel, tmp_path / "unet")
+    assert {value.data_ptr() % 64 for value in unet.parameters()} == {0}
+    stored = load_file(path)
+    assert all(torch.equal(value, stored[name]) for name, value in unet.named_parameters())
 
 
 def test_a_pipeline_is_the_stock_one(tiny_model_folder):

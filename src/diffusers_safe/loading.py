@@ -48,6 +48,7 @@ _CHECKED = (UNet2DConditionModel, AutoencoderKL)  # whose structure is built to 
 _SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _JSON_TYPES = {list: "list", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
+ALIGNMENT = 64  # bytes
 _SCHEDULER_SETTINGS = {
     "prediction_type": ("epsilon", "v_prediction", "sample", "original_sample", "flow_prediction"),
     "timestep_spacing": ("leading", "linspace", "trailing"),
@@ -498,7 +499,7 @@ def load_pipeline(
             else:
                 loaded[name] = part_class.from_pretrained(place)
                 check_component(loaded[name], f"{what}: {name}")
-    with naming(what), _without_progress_bars():
+    with naming(what), without_progress_bars():
         others = {name: value for name, value in options.items() if name not in (*HUB_ARGUMENTS, "variant")}
         if index.get("requires_safety_checker") and not any(index.get("safety_checker") or ()):
             others.setdefault("requires_safety_checker", False)  # or diffusers says that it was disabled
@@ -543,7 +544,19 @@ def load_model(
             more = f" and {len(odd) - 1} more" if odd[1:] else ""
             raise ModelError(f"{what}: the weights do not fit config.json: {fault} {odd[0]}{more}")
     check_finite(model, what)
+    align_weights(model)
     return model
+
+
+def align_weights(model: nn.Module) -> None:
+    """Copies weights on the CPU that do not begin at a multiple of 64 bytes to memory where they do.
+
+    Files are mapped into memory, and the length of a file's header decides where its tensors begin. Matrix products
+    round differently there, so the same weights would compute other last bits from another file, or after a move.
+    """
+    for value in (*model.parameters(), *model.buffers()):
+        if value.device.type == "cpu" and value.data_ptr() % ALIGNMENT:
+            value.data = value.data.clone()
 
 
 def check_finite(model: nn.Module, what: str) -> None:
@@ -579,7 +592,7 @@ def _quiet() -> Iterator[None]:
     for library, _ in before:
         library.set_verbosity_error()
     try:
-        with _without_progress_bars():
+        with without_progress_bars():
             yield
     finally:
         for library, verbosity in before:
@@ -587,7 +600,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
     """Without diffusers' bar for the parts of a pipeline and transformers' for the weights of a part; those of
     downloads, which transformers switches as well, stay."""
     shown = [library for library in _LIBRARIES if library.is_progress_bar_enabled()]

@@ -13,9 +13,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
-
 from ..arguments import parse_dataclass, told_in_one_line, typed
+from ..backbones import load_pipeline
 from ..evaluation.evaluate import LoadedModel
 from ..evaluation.report import headline_table
 from ..output_folders import OVERWRITE_HELP, check_claim, check_output_dir, claimed, record_written
@@ -149,7 +148,7 @@ def run(args: DemoArguments) -> None:
         raise SystemExit(code)
     places = {"before": MODEL_FOLDER, "after": folder / "model"}
     results = evaluate_erasure(
-        [LoadedModel(name, StableDiffusionPipeline.from_pretrained(place)) for name, place in places.items()],
+        [LoadedModel(name, load_pipeline(str(place))) for name, place in places.items()],
         folder / "evaluation",
         erased.objects,
         erased.group,

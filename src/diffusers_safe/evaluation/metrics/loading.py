@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from ...loading import without_progress_bars
+
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -114,7 +116,8 @@ def load_pretrained(kind: type, name: str, option: str, what: str, **arguments):
     try:
         if not is_model:
             return kind.from_pretrained(name, **arguments)
-        model, info = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **arguments)
+        with without_progress_bars():
+            model, info = kind.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **arguments)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
