@@ -46,7 +46,7 @@ class PicturesArguments:
                 raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
 
 
-def draw_page(images: dict[str, list[Image.Image]]) -> Image.Image:
+def make_page(images: dict[str, list[Image.Image]]) -> Image.Image:
     """One page of all objects, each with its sprite, its name and its images."""
     count = 1 + max(map(len, images.values()))
     width, height = count * SIDE + (count - 1) * 4, LABEL + SIDE
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
             images.setdefault(row.labels["subject"], []).append(picture)
         page = Path(args.page or folder / "page.png")
         page.parent.mkdir(parents=True, exist_ok=True)
-        draw_page(images).save(page, **({"quality": 88} if page.suffix == ".jpg" else {}))
+        make_page(images).save(page, **({"quality": 88} if page.suffix == ".jpg" else {}))
         write_blind_test(images, folder / "blind", args.seed)
         print(page.resolve())
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of an imagefolder
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-MAX_DEPTH = 100  # of JSON; pyarrow's reader dies of a deep one, without a word
+MAX_DEPTH = 100  # of JSON; pyarrow's reader crashes on deeper nesting
 
 
 class Boundary:

@@ -213,11 +213,11 @@ def check_folder(folder: Path, facts: dict[str, Any], rows: int) -> dict[str, An
         known = json.loads(path.read_text(encoding="utf-8"))
         earlier = known["settings"] if path.name == REPORT else known
         differing = [name for name in {**facts, **earlier} if earlier.get(name) != facts.get(name)]
-        told = [f"{name} {earlier.get(name)!s:.200}, not {facts.get(name)!s:.200}" for name in differing[:1]]
+        different = [f"{name} {earlier.get(name)!s:.200}, not {facts.get(name)!s:.200}" for name in differing[:1]]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise OutputFolderError(f"output_dir {folder}: {path.name} is none of a preparation; {_ADVICE}") from None
-    if told:
-        raise OutputFolderError(f"output_dir {folder}: holds another preparation ({told[0]}); {_ADVICE}")
+    if different:
+        raise OutputFolderError(f"output_dir {folder}: holds another preparation ({different[0]}); {_ADVICE}")
     if path.name == SETTINGS:
         read_progress(folder, facts, rows)
         return None

@@ -49,7 +49,7 @@ STYLE_SETTINGS = {"max_train_steps": 100, "negative_guidance_scale": 0.25}
 
 
 def erased_concepts(concept: str) -> list[str]:
-    """What the training is told to erase: a group with its members, an object, or a style."""
+    """The concepts that the training erases: a group with its members, an object, or a style."""
     erased = Erased(concept)
     return [f"{concept} style"] if erased.style else [*erased.objects, *([concept] if erased.group else [])]
 

@@ -149,7 +149,7 @@ def quality_rows(images_per_object: int, seed: int) -> list[PromptRow]:
 
 
 def quality_table(results: dict) -> str:
-    """The results of [`evaluate_model`] as Markdown: a table with a column for each judge, and what is said below."""
+    """The results of [`evaluate_model`] as Markdown: a table with a column for each judge, and the sentences below it."""
     judges, protocol = results["judges"], results["protocol"]
     first = next(iter(judges.values()))
     cells = {
@@ -167,7 +167,7 @@ def quality_table(results: dict) -> str:
     sampler = f"{protocol['steps']} steps of {protocol['scheduler']}, guidance {protocol['guidance_scale']:g}"
     psnr, speed = results["autoencoder"], protocol["speed"]
     styles = ", ".join(f"{style} {value:.1f}" for style, value in psnr.items() if style != "all")
-    said = [
+    sentences = [
         f"{sampler}, seed {protocol['seed']}, model {protocol['model']}. 95 % intervals: for averages a bootstrap "
         "over prompts (groups: over images), else Wilson.",
         f"Autoencoder on {protocol['renders']:,} new renders: PSNR {psnr['all']:.1f} dB ({styles}).",
@@ -177,8 +177,8 @@ def quality_table(results: dict) -> str:
         f"({speed['device']}, {speed['threads']} threads).",
     ]
     if "agreement" in results:
-        said.insert(1, f"All judges see the same object on {results['agreement']} of the images.")
-    return "\n\n".join(["\n".join(lines), *said])
+        sentences.insert(1, f"All judges see the same object on {results['agreement']} of the images.")
+    return "\n\n".join(["\n".join(lines), *sentences])
 
 
 def _least(shares: dict[str, Estimate]) -> str:

@@ -78,8 +78,10 @@ class LatentCache:
             return
         there = _read_facts(path)
         if different := [name for name in {**there, **self.made_of} if there.get(name) != self.made_of.get(name)]:
-            told = ", ".join(f"{name} {there.get(name)} there, {self.made_of.get(name)} here" for name in different)
-            raise ValueError(f"cache_latents {self.folder}: it was made of something else ({told}); name "
+            differences = ", ".join(
+                f"{name} {there.get(name)} there, {self.made_of.get(name)} here" for name in different
+            )
+            raise ValueError(f"cache_latents {self.folder}: it was made of something else ({differences}); name "
                              "another folder with --cache_folder")  # fmt: skip
 
     # --- building ----------------------------------------------------------------------------------------------------
