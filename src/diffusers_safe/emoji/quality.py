@@ -149,7 +149,7 @@ def quality_rows(images_per_object: int, seed: int) -> list[PromptRow]:
 
 
 def quality_table(results: dict) -> str:
-    """The results of [`evaluate_model`] as Markdown: a table with a column for each judge, and the sentences below it."""
+    """The results of [`evaluate_model`] as Markdown: a table with a column for each judge, and sentences below."""
     judges, protocol = results["judges"], results["protocol"]
     first = next(iter(judges.values()))
     cells = {
