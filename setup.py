@@ -14,7 +14,7 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={
-        "diffusers_safe.evaluation": ["*.css"],
+        "diffusers_safe.report": ["*.css"],
         "diffusers_safe.emoji": [
             "sprites/*/*.png",
             "sprites/*/*.txt",

@@ -20,16 +20,16 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from diffusers_safe.arguments import parse_dataclass, told_in_one_line
-from diffusers_safe.backbones import load_pipeline, make_backbone
+from diffusers_safe.diffusion.noise import NoiseSchedule
+from diffusers_safe.distillation.arguments import DistillationArguments
+from diffusers_safe.distillation.loop import DistillationLoop
+from diffusers_safe.distillation.objective import FeatureTap, feature_pairs
+from diffusers_safe.distillation.run import make_latents, open_rows, student_pipeline
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.dataset import FILE_NAME, emoji_dataset
-from diffusers_safe.students import build_student
-from diffusers_safe.training.data import Preprocessing, make_pictures, open_dataset
-from diffusers_safe.training.distillation import make_latents, open_rows, student_pipeline
-from diffusers_safe.training.distillation_arguments import DistillationArguments
-from diffusers_safe.training.distillation_loop import DistillationLoop
-from diffusers_safe.training.noise import NoiseSchedule
-from diffusers_safe.training.objectives.distillation import FeatureTap, feature_pairs
+from diffusers_safe.families import load_pipeline, make_backbone
+from diffusers_safe.families.students import build_student
+from diffusers_safe.training.pictures import Preprocessing, make_pictures, open_dataset
 
 
 @dataclass

@@ -28,14 +28,14 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from diffusers_safe.arguments import parse_dataclass, told_in_one_line
-from diffusers_safe.backbones import make_backbone
+from diffusers_safe.comparison.evaluate import LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.demo import retained_prompts
-from diffusers_safe.evaluation.evaluate import LoadedModel
+from diffusers_safe.erasure.arguments import ESDArguments, SDDArguments, parse_arguments
+from diffusers_safe.erasure.loop import ErasureLoop
+from diffusers_safe.erasure.plan import make_plan
+from diffusers_safe.families import make_backbone
 from diffusers_safe.output_folders import check_claim, claimed
-from diffusers_safe.training.erasure_arguments import ESDArguments, SDDArguments, parse_arguments
-from diffusers_safe.training.erasure_loop import ErasureLoop
-from diffusers_safe.training.plan import make_plan
 
 
 @dataclass

@@ -18,10 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_safe.arguments import parse_dataclass
-from diffusers_safe.backbones import make_backbone
+from diffusers_safe.erasure.arguments import SDDArguments
+from diffusers_safe.erasure.loop import ErasureLoop
+from diffusers_safe.families import make_backbone
 from diffusers_safe.training.arguments import MIXED_PRECISIONS
-from diffusers_safe.training.erasure_arguments import SDDArguments
-from diffusers_safe.training.erasure_loop import ErasureLoop
 
 
 DEVICES = ("cuda", "cpu")

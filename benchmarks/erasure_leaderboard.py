@@ -31,18 +31,18 @@ from students import student as train_student
 
 from diffusers_safe.arguments import parse_dataclass, told_in_one_line
 from diffusers_safe.commands.evaluate import read_subjects
-from diffusers_safe.commands.subject import Subject
+from diffusers_safe.comparison.evaluate import as_images, evaluate
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.evaluation import SETTINGS, erasure_rows
 from diffusers_safe.emoji.metrics import EmojiDistance, EmojiFID, EmojiRecognition, write_references
-from diffusers_safe.evaluation.evaluate import as_images, evaluate
-from diffusers_safe.evaluation.folders import ImageFolder
-from diffusers_safe.evaluation.generate import PromptRow, generate, load_image
-from diffusers_safe.evaluation.grid import draw_table
-from diffusers_safe.evaluation.plots import plot_file, scatter_svg
-from diffusers_safe.evaluation.report import Scatter, headline_table
+from diffusers_safe.generation.folders import ImageFolder
+from diffusers_safe.generation.generate import PromptRow, generate, load_image
+from diffusers_safe.generation.models import Subject
 from diffusers_safe.output_folders import check_claim, claimed, prepare_files, write_own
 from diffusers_safe.provenance import write_text
+from diffusers_safe.report.elements import Scatter, headline_table
+from diffusers_safe.report.grid import draw_table
+from diffusers_safe.report.plots import plot_file, scatter_svg
 
 
 STUDENT = "bk-small of the erased teacher"

@@ -15,9 +15,9 @@ from plain_loop import PlainLoop
 from random_models import UNETS, in_own_process, peak_bytes, random_pipeline
 
 from diffusers_safe.arguments import parse_dataclass
-from diffusers_safe.backbones import make_backbone
-from diffusers_safe.training.erasure_arguments import SDDArguments
-from diffusers_safe.training.erasure_loop import ErasureLoop
+from diffusers_safe.erasure.arguments import SDDArguments
+from diffusers_safe.erasure.loop import ErasureLoop
+from diffusers_safe.families import make_backbone
 
 
 GIB = 2**30

@@ -20,13 +20,13 @@ import yaml
 from erasure_table import Numbers
 
 from diffusers_safe.arguments import parse_dataclass, told_in_one_line
-from diffusers_safe.commands.subject import Subject
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.evaluation import evaluate_erasure
 from diffusers_safe.emoji.metrics import erased_name
 from diffusers_safe.emoji.scenes import GROUPS, OBJECTS, STYLES
-from diffusers_safe.evaluation.statistics import Estimate
+from diffusers_safe.generation.models import Subject
 from diffusers_safe.output_folders import check_claim, claimed, write_own
+from diffusers_safe.report.statistics import Estimate
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
 
+from diffusers_safe.comparison.evaluate import LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.demo import erasure_command
 from diffusers_safe.emoji.evaluation import evaluate_erasure
 from diffusers_safe.emoji.scenes import group_members
-from diffusers_safe.evaluation.evaluate import LoadedModel
-from diffusers_safe.evaluation.statistics import Estimate
 from diffusers_safe.output_folders import write_own
+from diffusers_safe.report.statistics import Estimate
 
 
 GROUP = "weapon"

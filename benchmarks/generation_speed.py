@@ -20,10 +20,10 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from diffusers_safe.arguments import parse_dataclass, told_in_one_line
-from diffusers_safe.commands.subject import DTYPES, Subject
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.scenes import OBJECTS, prompt_for
-from diffusers_safe.evaluation.generate import GenerationSettings, PromptRow, generate
+from diffusers_safe.generation.generate import GenerationSettings, PromptRow, generate
+from diffusers_safe.generation.models import DTYPES, Subject
 
 
 @dataclass

@@ -6,8 +6,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch.nn import functional
 
-from diffusers_safe.training.generators import sample_generator
-from diffusers_safe.weights import select_parameters
+from diffusers_safe.diffusion.generators import sample_generator
+from diffusers_safe.weights.trained import select_parameters
 
 
 class PlainLoop:

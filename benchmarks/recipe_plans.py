@@ -17,11 +17,11 @@ from random_models import TOKENS
 from transformers import CLIPTextConfig
 
 from diffusers_safe.arguments import parse_dataclass
+from diffusers_safe.distillation.arguments import DistillationArguments
 from diffusers_safe.emoji.architecture import build_tokenizer
-from diffusers_safe.students import TEACHER_CONFIGS
-from diffusers_safe.training.distillation_arguments import DistillationArguments
-from diffusers_safe.training.erasure_arguments import METHODS, preset_options
-from diffusers_safe.training.plan import GIB, make_distillation_plan, make_plan, told_duration
+from diffusers_safe.erasure.arguments import METHODS, preset_options
+from diffusers_safe.erasure.plan import GIB, make_distillation_plan, make_plan, told_duration
+from diffusers_safe.families.students import TEACHER_CONFIGS
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -13,9 +13,9 @@ from diffusers import StableDiffusionPipeline
 from erasure_table import GROUP, erasure_table, train_demo
 
 from diffusers_safe.arguments import parse_dataclass, told_in_one_line
+from diffusers_safe.comparison.evaluate import LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.demo import retained_prompts
-from diffusers_safe.evaluation.evaluate import LoadedModel
 from diffusers_safe.output_folders import check_claim, claimed
 
 

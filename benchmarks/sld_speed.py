@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 
 from diffusers_safe import enable_safe_latent_diffusion
 from diffusers_safe.arguments import parse_dataclass, told_in_one_line
-from diffusers_safe.commands.subject import DTYPES, load_any_pipeline
 from diffusers_safe.emoji import MODEL_FOLDER
-from diffusers_safe.guidance import SAFETY_CONFIGS
+from diffusers_safe.generation.models import DTYPES, load_any_pipeline
+from diffusers_safe.pipelines.guidance import SAFETY_CONFIGS
 
 
 @dataclass

@@ -17,11 +17,11 @@ from PIL import Image
 
 from diffusers_safe import SafetyConfig, StableDiffusionPipelineSafe
 from diffusers_safe.arguments import parse_dataclass, told_in_one_line
+from diffusers_safe.comparison.evaluate import IMAGES, LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
-from diffusers_safe.evaluation.evaluate import IMAGES, LoadedModel
-from diffusers_safe.evaluation.generate import load_images, read_manifest
-from diffusers_safe.guidance import SAFETY_CONFIGS
+from diffusers_safe.generation.generate import load_images, read_manifest
 from diffusers_safe.output_folders import check_claim, claimed, prepare_files
+from diffusers_safe.pipelines.guidance import SAFETY_CONFIGS
 
 
 SHOWN = ["a knife", "a bomb", "an axe", "a weapon", "a cat", "a pizza", "a car", "a rose"]

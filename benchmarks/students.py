@@ -22,16 +22,16 @@ from erasure_table import Numbers
 from transformers import CLIPTokenizer
 
 from diffusers_safe.arguments import parse_dataclass, told_in_one_line
-from diffusers_safe.backbones import make_backbone
-from diffusers_safe.backbones.cost import macs
+from diffusers_safe.comparison.evaluate import LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.evaluation import evaluate_erasure
 from diffusers_safe.emoji.scenes import group_members
-from diffusers_safe.evaluation.evaluate import LoadedModel
-from diffusers_safe.evaluation.plots import plot_file, scatter_svg
-from diffusers_safe.evaluation.report import Scatter
-from diffusers_safe.evaluation.statistics import Estimate
+from diffusers_safe.families import make_backbone
+from diffusers_safe.families.cost import macs
 from diffusers_safe.output_folders import check_claim, claimed, write_own
+from diffusers_safe.report.elements import Scatter
+from diffusers_safe.report.plots import plot_file, scatter_svg
+from diffusers_safe.report.statistics import Estimate
 
 
 GROUP = "weapon"
@@ -108,7 +108,7 @@ def student(name: str, args: StudentsArguments) -> StableDiffusionPipeline:
         command("diffusers_safe.emoji.dataset", "--num_images", str(args.num_images), "--output_dir", str(data))
     if not (out / "model_index.json").exists():
         cache = folder / ("cache-safe" if "--forbidden_concepts" in options else "cache")
-        command("diffusers_safe.training.distillation", "--config", str(RECIPE), "--student", kind,
+        command("diffusers_safe.distillation.run", "--config", str(RECIPE), "--student", kind,
                 "--pretrained_model_name_or_path", str(teacher), "--train_data_dir", str(data),
                 "--cache_folder", str(cache), "--output_dir", str(out), "--seed", str(args.seed),
                 "--max_train_steps", str(args.max_train_steps), "--checkpointing_steps", "200", *options,

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from diffusers_safe.formats import full_rank, low_rank, save_partial
 from diffusers_safe.provenance import Provenance, fingerprint
-from diffusers_safe.weights import select_parameters
+from diffusers_safe.weights.trained import select_parameters
 
 
 def to_compvis(state):

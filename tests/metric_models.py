@@ -11,8 +11,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
 from diffusers_safe.emoji.architecture import MAX_TOKENS, build_tokenizer
-from diffusers_safe.evaluation.generate import _save_png
-from diffusers_safe.evaluation.metrics.trunks import Trunk
+from diffusers_safe.generation.generate import _save_png
+from diffusers_safe.metrics.trunks import Trunk
 
 
 WIDTH = 24  # of a tiny CLIP's embeddings

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from diffusers_safe.evaluation.report import (
+from diffusers_safe.report.elements import (
     Change,
     Comparison,
     Curves,
@@ -17,7 +17,7 @@ from diffusers_safe.evaluation.report import (
     Strip,
     Table,
 )
-from diffusers_safe.evaluation.statistics import Estimate
+from diffusers_safe.report.statistics import Estimate
 
 
 def noise(side=64):

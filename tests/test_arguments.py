@@ -13,9 +13,9 @@ import torch
 
 from diffusers_safe.arguments import AT_MOST, check_value, choose, parse_dataclass, read_yaml, typed
 from diffusers_safe.cli import COMMANDS
-from diffusers_safe.guidance import SafetyConfig
-from diffusers_safe.training.distillation_arguments import DistillationArguments
-from diffusers_safe.training.erasure_arguments import METHODS
+from diffusers_safe.distillation.arguments import DistillationArguments
+from diffusers_safe.erasure.arguments import METHODS
+from diffusers_safe.pipelines.guidance import SafetyConfig
 from scripts import environment
 
 

@@ -6,11 +6,12 @@ import pytest
 import yaml
 from diffusers import DiffusionPipeline
 
+from diffusers_safe.distillation import run as distillation
 from diffusers_safe.emoji.dataset import emoji_dataset
 from diffusers_safe.emoji.demo import erasure_command
+from diffusers_safe.erasure.arguments import SDDArguments, parse_arguments
 from diffusers_safe.formats import LORA_NAME
-from diffusers_safe.training import distillation, esd, sdd
-from diffusers_safe.training.erasure_arguments import SDDArguments, parse_arguments
+from diffusers_safe.training import esd, sdd
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_safe.data.filters import Filters
-from diffusers_safe.data.pictures import read_picture
-from diffusers_safe.evaluation.folders import ImageFolder
-from diffusers_safe.evaluation.generate import PromptRow, load_image
-from diffusers_safe.evaluation.metrics.resizing import to_tensor
+from diffusers_safe.generation.folders import ImageFolder
+from diffusers_safe.generation.generate import PromptRow, load_image
 from diffusers_safe.images import UnreadableImage, open_rgb, to_rgb
-from diffusers_safe.training.data.images import decode_image
+from diffusers_safe.metrics.resizing import to_tensor
+from diffusers_safe.preparation.filters import Filters
+from diffusers_safe.preparation.pictures import read_picture
+from diffusers_safe.training.pictures.images import decode_image
 from picture_files import encoded
 
 

@@ -14,35 +14,25 @@ import diffusers_safe
 SOURCE = Path(diffusers_safe.__file__).parent
 # Each layer may import from those above it and from itself.
 LAYERS = [
-    {
-        "arguments",
-        "cards",
-        "concepts",
-        "embedded",
-        "files",
-        "guidance",
-        "images",
-        "weights",
-        "loading",
-        "lora",
-        "output_folders",
-        "provenance",
-        "students",
-    },
-    {"backbones", "trajectories", "evaluation", "data"},
+    {"arguments", "concepts", "embedded", "files", "images", "loading", "output_folders", "provenance"},
+    {"families"},
+    {"diffusion"},
+    {"weights"},
+    {"methods"},
+    {"report"},
     {"formats"},
     {"hub"},
-    {"training", "pipelines"},
-    {"robustness"},
+    {"pipelines"},
+    {"generation", "preparation"},
+    {"metrics"},
+    {"comparison"},
+    {"training"},
+    {"erasure", "distillation"},
+    {"attacks"},
     {"emoji"},
     {"commands", "cli"},
 ]
-STRANGERS = [
-    ("pipelines", "training"),
-    ("training", "pipelines"),
-    ("evaluation", "backbones"),
-    ("robustness", "pipelines"),
-]
+STRANGERS = [("pipelines", "training"), ("training", "pipelines"), ("attacks", "pipelines"), ("erasure", "distillation")]
 
 
 def package_imports():

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_safe import ErasedStableDiffusionPipeline
 from diffusers_safe.commands import attack, evaluate, export, generate, students
+from diffusers_safe.distillation import run as distillation
+from diffusers_safe.erasure.arguments import SDDArguments
+from diffusers_safe.erasure.run import erase, run_command
 from diffusers_safe.loading import ModelError, check_files, describe_weights, load_model, load_pipeline
-from diffusers_safe.training import distillation
-from diffusers_safe.training.erasure import erase, run_command
-from diffusers_safe.training.erasure_arguments import SDDArguments
 
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

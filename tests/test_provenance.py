@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusers_safe.hub.published import result_files
+from diffusers_safe.hub.contents import result_files
 from diffusers_safe.provenance import (
     FILE_NAME,
     Distillation,

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from diffusers_safe.emoji import demo
-from diffusers_safe.training.erasure_arguments import ESDArguments, SDDArguments, parse_arguments
+from diffusers_safe.erasure.arguments import ESDArguments, SDDArguments, parse_arguments
 from scripts import ROOT
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from diffusers_safe.backbones import make_backbone
-from diffusers_safe.evaluation.evaluate import LoadedModel
-from diffusers_safe.evaluation.statistics import Estimate
-from diffusers_safe.training.erasure_arguments import SDDArguments
-from diffusers_safe.training.erasure_loop import ErasureLoop
+from diffusers_safe.comparison.evaluate import LoadedModel
+from diffusers_safe.erasure.arguments import SDDArguments
+from diffusers_safe.erasure.loop import ErasureLoop
+from diffusers_safe.families import make_backbone
+from diffusers_safe.report.statistics import Estimate
 
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from diffusers_safe.emoji.evaluation import erasure_rows
-from diffusers_safe.evaluation.generate import GenerationSettings
+from diffusers_safe.generation.generate import GenerationSettings
 
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"

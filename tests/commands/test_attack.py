@@ -8,11 +8,11 @@ import pytest
 
 from diffusers_safe import cli
 from diffusers_safe.arguments import parse_dataclass
+from diffusers_safe.attacks import ConceptInversion, Paraphrases, SeedSearch
 from diffusers_safe.commands import attack as command
 from diffusers_safe.commands.attack import AttackArguments
-from diffusers_safe.commands.subject import Subject
 from diffusers_safe.emoji.evaluation import Erased
-from diffusers_safe.robustness import ConceptInversion, Paraphrases, SeedSearch
+from diffusers_safe.generation.models import Subject
 
 
 QUICK = ("--num_inference_steps", "1", "--guidance_scale", "1", "--height", "64", "--width", "64")

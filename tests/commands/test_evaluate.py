@@ -7,9 +7,9 @@ from PIL import Image
 
 from diffusers_safe import cli
 from diffusers_safe.commands.evaluate import EvaluateArguments, read_subjects
-from diffusers_safe.commands.subject import Subject
 from diffusers_safe.emoji.evaluation import SETTINGS, Erased
-from diffusers_safe.evaluation.folders import ImageFolder
+from diffusers_safe.generation.folders import ImageFolder
+from diffusers_safe.generation.models import Subject
 from scripts import in_two_processes
 
 

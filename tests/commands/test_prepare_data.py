@@ -23,9 +23,10 @@ from filelock import FileLock
 from PIL import Image
 
 from diffusers_safe import cli
-from diffusers_safe.data import Filters, downloads, pictures, preparation
-from diffusers_safe.data.filters import Dropped
-from diffusers_safe.data.pictures import read_picture
+from diffusers_safe.preparation import Filters, downloads, pictures
+from diffusers_safe.preparation import prepare as preparation
+from diffusers_safe.preparation.filters import Dropped
+from diffusers_safe.preparation.pictures import read_picture
 from scripts import environment
 
 
@@ -371,7 +372,7 @@ def test_a_dataset_of_the_hub(server, tmp_path, monkeypatch):
         assert (name, config, split) == ("user/laion", "small", "test")
         return datasets.Dataset.from_list([{"url": server.url("1.png"), "text": "one"}])
 
-    monkeypatch.setattr("diffusers_safe.data.table.load_dataset", load_dataset)
+    monkeypatch.setattr("diffusers_safe.preparation.table.load_dataset", load_dataset)
     prepare("user/laion", tmp_path / "out", "--dataset_config_name", "small", "--split", "test")
     assert captions(tmp_path / "out") == ["one"]
 

@@ -5,8 +5,8 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 
 from diffusers_safe import cli
+from diffusers_safe.families.students import build_student
 from diffusers_safe.output_folders import RECORD
-from diffusers_safe.students import build_student
 
 
 def students(*words):

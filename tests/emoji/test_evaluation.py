@@ -5,11 +5,11 @@ from dataclasses import asdict
 import pytest
 from PIL import Image
 
+from diffusers_safe.comparison.evaluate import LoadedModel
 from diffusers_safe.emoji.evaluation import Erased, erasure_rows, evaluate_erasure
 from diffusers_safe.emoji.scenes import OBJECTS, group_members
-from diffusers_safe.evaluation.evaluate import LoadedModel
-from diffusers_safe.evaluation.generate import GenerationSettings
-from diffusers_safe.evaluation.statistics import Estimate
+from diffusers_safe.generation.generate import GenerationSettings
+from diffusers_safe.report.statistics import Estimate
 
 
 QUICK = GenerationSettings(num_inference_steps=1, guidance_scale=1.0, height=16, width=16)

@@ -4,7 +4,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_safe.formats import load_partial, save_partial
 from diffusers_safe.provenance import Provenance, fingerprint
-from diffusers_safe.weights import select_parameters
+from diffusers_safe.weights.trained import select_parameters
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from diffusers_safe import (
     disable_safe_latent_diffusion,
     enable_safe_latent_diffusion,
 )
-from diffusers_safe.evaluation.generate import pipeline_fingerprint
-from diffusers_safe.guidance import SafetyState, guide_safely
+from diffusers_safe.generation.generate import pipeline_fingerprint
+from diffusers_safe.pipelines.guidance import SafetyState, guide_safely
 from diffusers_safe.pipelines.safe_denoiser import SafeDenoiser
 
 

@@ -30,7 +30,7 @@ from diffusers_safe import (
     StableDiffusionInpaintPipelineSafe,
     StableDiffusionPipelineSafe,
 )
-from diffusers_safe.guidance import SAFETY_CONFIGS
+from diffusers_safe.pipelines.guidance import SAFETY_CONFIGS
 
 
 SCHEDULERS = [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from closeness import ROUNDING, difference, trained
+from diffusers_safe.methods.sdd import SDD_TARGETS
 from diffusers_safe.training.arguments import LR_SCHEDULERS
-from diffusers_safe.training.objectives.sdd import SDD_TARGETS
 
 
 def result(loop):

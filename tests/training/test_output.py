@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from diffusers_safe.formats import read_erased_weights
-from diffusers_safe.lora import LoRAWeights, fused
 from diffusers_safe.output_folders import RECORD
 from diffusers_safe.provenance import Provenance, fingerprint
 from diffusers_safe.training.output import save_result
-from diffusers_safe.weights import TrainedWeights, select_parameters
+from diffusers_safe.weights.lora import LoRAWeights, fused
+from diffusers_safe.weights.trained import TrainedWeights, select_parameters
 
 
 PIPELINE = {"model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"}

@@ -7,13 +7,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_safe import erase
-from diffusers_safe.evaluation import grid
-from diffusers_safe.evaluation.generate import GenerationSettings
+from diffusers_safe.erasure.arguments import SDDArguments
+from diffusers_safe.generation.generate import GenerationSettings
 from diffusers_safe.provenance import fingerprint
+from diffusers_safe.report import grid
 from diffusers_safe.training import samples
-from diffusers_safe.training.erasure_arguments import SDDArguments
 from diffusers_safe.training.samples import Samples
-from diffusers_safe.weights import TrainedWeights, select_parameters
+from diffusers_safe.weights.trained import TrainedWeights, select_parameters
 
 
 @pytest.fixture

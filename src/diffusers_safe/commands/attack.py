@@ -20,23 +20,23 @@ from pathlib import Path
 from accelerate import PartialState
 
 from ..arguments import parse_dataclass, told_in_one_line, typed
-from ..backbones import StoredModel
+from ..attacks import Attack, ConceptInversion, InversionSettings, Paraphrases, SeedSearch, read_paraphrases
+from ..attacks.inversion import TEMPLATE, check_learnable, square_side
+from ..attacks.run import attack_models, check_attack, check_folder
+from ..comparison.evaluate import check_subjects, report_claim
+from ..comparison.options import EvaluationOptions
+from ..comparison.summary import FEW_IMAGES
+from ..diffusion.loss_weighting import LOSS_SPACES
 from ..emoji import MODEL_NAME
 from ..emoji.evaluation import Erased
-from ..evaluation.evaluate import check_subjects, report_claim
-from ..evaluation.folders import ImageFolder
-from ..evaluation.generate import PromptRow
-from ..evaluation.metrics import METRICS, make_metrics
-from ..evaluation.options import EvaluationOptions
-from ..evaluation.report import PAGE_NAME, headline_table
-from ..evaluation.summary import FEW_IMAGES
+from ..families import StoredModel
+from ..generation.folders import ImageFolder
+from ..generation.generate import PromptRow
+from ..generation.models import DTYPES, Subject
+from ..metrics import METRICS, make_metrics
 from ..output_folders import OVERWRITE_HELP, check_claim
-from ..robustness import Attack, ConceptInversion, InversionSettings, Paraphrases, SeedSearch, read_paraphrases
-from ..robustness.inversion import TEMPLATE, check_learnable, square_side
-from ..robustness.run import attack_models, check_attack, check_folder
-from ..training.loss_space import LOSS_SPACES
+from ..report.elements import PAGE_NAME, headline_table
 from .evaluate import named, read_subjects
-from .subject import DTYPES, Subject
 
 
 # Attack -> its options, or how their names begin.

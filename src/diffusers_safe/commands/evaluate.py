@@ -33,25 +33,25 @@ from ..arguments import (
     told_in_one_line,
     typed,
 )
+from ..comparison.evaluate import as_images, check_evaluation, check_subjects, evaluate, report_claim
+from ..comparison.options import EvaluationOptions
+from ..comparison.pictures import VEILS
 from ..embedded import EMBEDDED_MODELS
 from ..emoji import MODEL_NAME
 from ..emoji.evaluation import SETTINGS as EMOJI_SETTINGS
 from ..emoji.evaluation import Erased
 from ..emoji.metrics import EmojiDistance
-from ..evaluation.evaluate import as_images, check_evaluation, check_subjects, evaluate, report_claim
-from ..evaluation.folders import ImageFolder
-from ..evaluation.generate import MANIFEST, PromptRow, read_manifest
-from ..evaluation.metrics import make_metrics
-from ..evaluation.options import EvaluationOptions
-from ..evaluation.pictures import VEILS
-from ..evaluation.processes import launched_processes
-from ..evaluation.prompts import PromptOptions, read_prompts
-from ..evaluation.report import PAGE_NAME, headline_table
 from ..formats import INDEX
+from ..generation.folders import ImageFolder
+from ..generation.generate import MANIFEST, PromptRow, read_manifest
+from ..generation.models import DTYPES, Subject
+from ..generation.processes import launched_processes
+from ..generation.prompts import PromptOptions, read_prompts
+from ..metrics import make_metrics
 from ..output_folders import OVERWRITE_HELP, check_claim
 from ..provenance import erasure_of
+from ..report.elements import PAGE_NAME, headline_table
 from .generate import PRESETS
-from .subject import DTYPES, Subject
 
 
 _OPTIONS = {item.name: item for item in fields(EvaluationOptions)}

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..arguments import parse_dataclass, told_in_one_line, typed
-from ..backbones import StoredModel, load_pipeline, make_backbone
+from ..families import StoredModel, load_pipeline, make_backbone
 from ..formats import (
     LORA_NAME,
     PARTIAL_NAME,

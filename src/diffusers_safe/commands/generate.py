@@ -15,12 +15,12 @@ from pathlib import Path
 
 from ..arguments import parse_dataclass, told_in_one_line, typed
 from ..emoji import MODEL_NAME
-from ..evaluation.generate import GenerationSettings, generate, read_manifest
-from ..evaluation.processes import launched_processes
-from ..evaluation.prompts import PromptOptions
-from ..guidance import SAFETY_CONFIGS
+from ..generation.generate import GenerationSettings, generate, read_manifest
+from ..generation.models import DTYPES, Subject
+from ..generation.processes import launched_processes
+from ..generation.prompts import PromptOptions
 from ..output_folders import OVERWRITE_HELP, check_claim, claimed
-from .subject import DTYPES, Subject
+from ..pipelines.guidance import SAFETY_CONFIGS
 
 
 PRESETS = {

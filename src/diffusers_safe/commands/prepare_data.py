@@ -17,7 +17,8 @@ from pathlib import Path
 
 from ..arguments import parse_dataclass, told_in_one_line, typed
 from ..concepts import read_concepts
-from ..data import (
+from ..output_folders import OVERWRITE_HELP, check_claim
+from ..preparation import (
     FORMATS,
     DownloadSettings,
     Filters,
@@ -28,7 +29,6 @@ from ..data import (
     prepare,
     read_table,
 )
-from ..output_folders import OVERWRITE_HELP, check_claim
 
 
 @typed

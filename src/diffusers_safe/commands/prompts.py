@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..arguments import parse_dataclass, told_in_one_line, typed
-from ..evaluation.generate import PromptRow
-from ..evaluation.prompts import PromptOptions, recorded_inappropriateness
-from ..evaluation.prompts.recorded import COLUMN
-from ..evaluation.statistics import DRAWS
-from ..evaluation.summary import categories_of
+from ..comparison.summary import categories_of
+from ..generation.generate import PromptRow
+from ..generation.prompts import PromptOptions, recorded_inappropriateness
+from ..generation.prompts.recorded import COLUMN
+from ..report.statistics import DRAWS
 
 
 _MOST = 6  # values that are listed; more are told as a range

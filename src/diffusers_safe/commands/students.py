@@ -17,14 +17,11 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from ..arguments import parse_dataclass, told_in_one_line, typed
-from ..backbones import StoredModel, load_pipeline
-from ..backbones.cost import macs
 from ..embedded import locate_model
 from ..emoji import MODEL_NAME
-from ..formats import RESULTS, save_model, written_aside
-from ..loading import check_files
-from ..output_folders import OVERWRITE_HELP, RESULT, check_apart, check_claim, check_output_dir, claimed
-from ..students import (
+from ..families import StoredModel, load_pipeline
+from ..families.cost import macs
+from ..families.students import (
     ALIASES,
     STUDENTS,
     TEACHER_CONFIGS,
@@ -33,6 +30,9 @@ from ..students import (
     resolve_student,
     student_config,
 )
+from ..formats import RESULTS, save_model, written_aside
+from ..loading import check_files
+from ..output_folders import OVERWRITE_HELP, RESULT, check_apart, check_claim, check_output_dir, claimed
 
 
 TEACHERS = (*TEACHER_CONFIGS, MODEL_NAME)

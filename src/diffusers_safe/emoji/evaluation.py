@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..arguments import choose
-from ..evaluation.evaluate import Generator, evaluate
-from ..evaluation.folders import ImageFolder
-from ..evaluation.generate import GenerationSettings, PromptRow
+from ..comparison.evaluate import Generator, evaluate
+from ..generation.folders import ImageFolder
+from ..generation.generate import GenerationSettings, PromptRow
 from . import CLASSIFIER_FOLDER
 from .classifier import EmojiClassifier
 from .metrics import EmojiDistance, EmojiRecognition, erased_name

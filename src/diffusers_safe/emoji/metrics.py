@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from ..evaluation.metrics.base import Metric, Quantity
-from ..evaluation.metrics.fid import FID, LEAST_IMAGES, Extractor
+from ..metrics.base import Metric, Quantity
+from ..metrics.fid import FID, LEAST_IMAGES, Extractor
 from ..provenance import fingerprint
 from . import CLASSIFIER_FOLDER
 from .classifier import HEADS, EmojiClassifier, to_tensor

@@ -22,12 +22,12 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 
 from ..arguments import parse_dataclass, told_in_one_line, typed
 from ..embedded import locate_model
-from ..evaluation.generate import GenerationSettings, PromptRow, generate, load_images
-from ..evaluation.report import RESULTS_NAME, write_results
-from ..evaluation.statistics import Estimate
+from ..generation.generate import GenerationSettings, PromptRow, generate, load_images
 from ..loading import load_pipeline
 from ..output_folders import OVERWRITE_HELP, check_claim, claimed, prepare_files
 from ..provenance import library_versions, write_text
+from ..report.elements import RESULTS_NAME, write_results
+from ..report.statistics import Estimate
 from . import JUDGE_FOLDERS, MODEL_NAME
 from .classifier import HEADS, EmojiClassifier, to_tensor
 from .evaluation import SETTINGS, prompt_rows

@@ -9,10 +9,10 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from ..evaluation.grid import GRID_NAME
 from ..files import disk_errors
 from ..output_folders import put_in_place, remove_leftover
 from ..provenance import FILE_NAME, STUDENT_FILE, Distillation, Provenance, write_text
+from ..report.grid import GRID_NAME
 from .write import LORA_NAME, PARTIAL_NAME
 
 

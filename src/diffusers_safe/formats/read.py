@@ -15,7 +15,7 @@ from torch import nn
 
 from ..loading import ModelError, describe_weights, load_model, load_pickle, naming, shown
 from ..provenance import FILE_NAME, UNKNOWN, Provenance, fingerprint, located, stored_path
-from ..weights import TRAIN_METHODS, find_train_method, resolve_train_method
+from ..weights.trained import TRAIN_METHODS, find_train_method, resolve_train_method
 from .folders import INDEX, UNET_FOLDER
 from .lora import KOHYA, by_module_names, is_lora, plain_names, read_differences
 from .write import LORA_NAME, PARTIAL_FORMAT, PARTIAL_NAME, known_facts

@@ -12,8 +12,8 @@ from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 from ..files import save_tensors
-from ..lora import ADAPTER_NAME, adapted_component
 from ..provenance import Provenance
+from ..weights.lora import ADAPTER_NAME, adapted_component
 
 
 __all__ = ["LORA_NAME", "PARTIAL_FORMAT", "PARTIAL_NAME", "copy_with_facts", "facts", "known_facts", "save_lora",

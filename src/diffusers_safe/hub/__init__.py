@@ -2,8 +2,8 @@
 
 from .base import Base, find_base
 from .card import erasure_card
+from .contents import as_published, check_folder, published_record
 from .model_index import eval_results, write_benchmark
-from .published import as_published, check_folder, published_record
 from .push import (
     PUSH_FAILED,
     RETRY_WAITS,

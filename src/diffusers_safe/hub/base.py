@@ -10,8 +10,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from ..cards import CARD_NAME, card_on_hub
 from ..embedded import embedded_name, locate_model
+from .cards import CARD_NAME, card_on_hub
 from .failures import reason
 
 

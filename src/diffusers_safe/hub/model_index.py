@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..output_folders import check_own_file, record_written
 from ..provenance import write_text
-from .published import BENCHMARKS, find_results, read_results
+from .contents import BENCHMARKS, find_results, read_results
 
 
 def model_index(folder: Path, repo_id: str) -> dict[str, Any]:

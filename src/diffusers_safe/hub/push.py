@@ -16,12 +16,12 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from ..cards import CARD_NAME, card_on_hub, is_ours, write_card
 from ..provenance import FILE_NAME, STUDENT_FILE, Provenance, load_record
 from .base import find_base
 from .card import erasure_card
+from .cards import CARD_NAME, card_on_hub, is_ours, write_card
+from .contents import as_published, check_folder, is_replaced, published_record, result_files
 from .failures import may_pass, reason
-from .published import as_published, check_folder, is_replaced, published_record, result_files
 from .sections import listed
 from .student_card import student_card
 

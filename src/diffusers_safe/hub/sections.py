@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.report import headline_table
+from ..report.elements import headline_table
 from .base import Base
-from .published import evaluation_files, find_results, read_results
+from .contents import evaluation_files, find_results, read_results
 
 
 MOST_LISTED = 30  # names on a card; the record beside it has all of them

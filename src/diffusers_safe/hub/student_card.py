@@ -5,14 +5,14 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..cards import make_card
-from ..evaluation.grid import GRID_NAME
+from ..families.students import STUDENTS
 from ..formats import INDEX
 from ..provenance import STUDENT_FILE, Distillation
-from ..students import STUDENTS
+from ..report.grid import GRID_NAME
 from .base import Base
+from .cards import make_card
+from .contents import published_record
 from .model_index import model_index
-from .published import published_record
 from .sections import MOST_LISTED, base_link, code, facts_table, licence_text, listed, measured
 
 

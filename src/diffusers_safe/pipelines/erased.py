@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from ..cards import write_card
 from ..formats import (
     INDEX,
     UNET_FOLDER,
@@ -27,6 +26,7 @@ from ..formats import (
     written_aside,
 )
 from ..hub import erasure_card, find_base, published_record
+from ..hub.cards import write_card
 from ..loading import HUB_ARGUMENTS, load_pipeline, read_index
 from ..provenance import FILE_NAME, UNKNOWN, Provenance, fingerprint, stored_path
 from .repository import RepositoryMixin

@@ -18,12 +18,12 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, ModelCardData
 
-from ..cards import CARD_NAME, card_on_hub, is_ours, make_card, write_card
 from ..formats.folders import RESULTS, rename_entry, rewrite_index, written_aside
-from ..guidance import SAFETY_CONFIGS, SafetyConfig
 from ..hub import as_published
+from ..hub.cards import CARD_NAME, card_on_hub, is_ours, make_card, write_card
 from ..output_folders import RESULT, claimed
 from ..provenance import Provenance
+from .guidance import SAFETY_CONFIGS, SafetyConfig
 from .safe_latent_diffusion import SafeLatentDiffusionMixin, check_concept, check_either, check_known
 
 

@@ -6,7 +6,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..guidance import SafetyConfig, SafetyState, guide_safely
+from .guidance import SafetyConfig, SafetyState, guide_safely
 
 
 class SafeDenoiser:

@@ -13,8 +13,8 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 from ..arguments import typed
-from ..guidance import SAFETY_CONCEPT, SafetyConfig
 from ..images import to_8_bits, to_rgb
+from .guidance import SAFETY_CONCEPT, SafetyConfig
 from .safe_denoiser import SafeDenoiser
 
 

@@ -19,7 +19,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from ..guidance import SAFETY_CONCEPT
+from .guidance import SAFETY_CONCEPT
 from .output import StableDiffusionSafePipelineOutput
 from .repository import SafePipelineMixin
 

@@ -16,7 +16,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from ..guidance import SAFETY_CONCEPT
+from .guidance import SAFETY_CONCEPT
 from .output import StableDiffusionSafePipelineOutput
 from .repository import SafePipelineMixin
 

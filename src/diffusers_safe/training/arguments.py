@@ -14,6 +14,7 @@ from torch import nn
 
 from ..arguments import typed
 from ..concepts import read_concepts
+from ..diffusion.loss_weighting import LOSS_SPACES
 from ..embedded import locate_model
 from ..formats import RESULTS
 from ..hub import check_model_id, check_push, default_model_id
@@ -28,9 +29,8 @@ from ..output_folders import (
     claimed,
 )
 from ..provenance import load_record
-from ..weights import TRAIN_METHODS, resolve_train_method
+from ..weights.trained import TRAIN_METHODS, resolve_train_method
 from .checkpoints import check_same_run, checkpoint_step, list_checkpoints
-from .loss_space import LOSS_SPACES
 
 
 LOG_NAME, VALIDATION = "log.jsonl", "validation"  # in the output folder

@@ -1,7 +1,7 @@
 """ESD as a command: `accelerate launch train_esd.py`, or `-m diffusers_safe.training.esd` once installed."""
 
-from .erasure import run_command
-from .erasure_arguments import ESDArguments
+from ..erasure.arguments import ESDArguments
+from ..erasure.run import run_command
 
 
 DESCRIPTION = (

@@ -17,9 +17,9 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..lora import LoRAWeights
 from ..provenance import write_text
-from ..weights import TrainedWeights, select_parameters
+from ..weights.lora import LoRAWeights
+from ..weights.trained import TrainedWeights, select_parameters
 from .arguments import TrainingArguments
 from .checkpoints import RUN_FILE, check_same_run, checkpoint_step, save_checkpoint
 from .run_log import RunLog

@@ -5,9 +5,9 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 
 from ..formats import LORA_NAME, PARTIAL_NAME, save_lora, save_model, save_partial, written_aside
-from ..lora import LoRAWeights, fused
 from ..provenance import Distillation, Provenance
-from ..weights import TrainedWeights
+from ..weights.lora import LoRAWeights, fused
+from ..weights.trained import TrainedWeights
 
 
 def save_result(

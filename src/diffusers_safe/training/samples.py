@@ -10,12 +10,12 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ..concepts import names_concept
-from ..evaluation.generate import GenerationSettings, sample_images
-from ..evaluation.grid import SampleGroup, draw_grid
+from ..erasure.arguments import ErasureArguments
+from ..generation.generate import GenerationSettings, sample_images
 from ..output_folders import prepare_files
-from ..weights import TrainedWeights
+from ..report.grid import SampleGroup, draw_grid
+from ..weights.trained import TrainedWeights
 from .arguments import VALIDATION
-from .erasure_arguments import ErasureArguments
 
 
 MOST_PROMPTS = 4

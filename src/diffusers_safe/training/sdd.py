@@ -1,7 +1,7 @@
 """SDD as a command: `accelerate launch train_sdd.py`, or `-m diffusers_safe.training.sdd` once installed."""
 
-from .erasure import run_command
-from .erasure_arguments import SDDArguments
+from ..erasure.arguments import SDDArguments
+from ..erasure.run import run_command
 
 
 DESCRIPTION = "Erases concepts from a Stable Diffusion model by safe self-distillation (SDD, arXiv 2307.05977)."

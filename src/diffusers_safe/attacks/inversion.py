@@ -1,0 +1,467 @@
+"""Concept Inversion: a new word is learned on the erased model, from pictures, that means what was erased.
+
+Pham et al., Circumventing Concept Erasure Methods For Text-to-Image Generative Models, ICLR 2024, arXiv 2308.01508, by
+textual inversion (Gal et al., arXiv 2208.01618, equation 2): with all weights frozen, the one embedding v of the word
+minimises E || eps - eps_theta(z_t, t, c(v)) ||^2 over pictures of the concept.
+
+    attack = ConceptInversion("knife", InversionSettings(steps=200))  # "a knife" -> "a <inverted>"
+"""
+
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..arguments import choose, typed
+from ..comparison.evaluate import without_folder
+from ..diffusion.generators import sample_generator
+from ..diffusion.loss_weighting import LOSS_SPACES, LossSpace
+from ..diffusion.noise import NoiseSchedule
+from ..diffusion.sample_order import EpochOrder
+from ..families import Backbone, make_backbone
+from ..files import save_tensors
+from ..generation.generate import GenerationSettings, PromptRow, generate, load_image, read_manifest
+from ..output_folders import OutputFolderError
+from ..preparation.folders import PICTURES as SUFFIXES
+from ..provenance import fingerprint
+from ..training.pictures.images import Preprocessing, UnreadableImage, decode_image
+from .base import Attack, Target
+from .token import TOKEN_NAME, added_token, read_token, save_token, text_parts
+
+
+TOKEN = "<inverted>"
+CHECKPOINT_NAME = "checkpoint.safetensors"
+TEMPLATE = "a photo of {}"
+TOKENS_FOLDER, PICTURES_FOLDER = "tokens", "pictures"
+
+
+@typed
+@dataclass(frozen=True)
+class InversionSettings:
+    """How a word is learned.
+
+    Attributes:
+        steps (`int`, defaults to 1000): Steps of the optimizer.
+        batch_size (`int`, defaults to 4): Noisy pictures a step.
+        learning_rate (`float`, defaults to 5e-3): Of AdamW, constant, without weight decay; at most 1.
+        loss_space (`str`, defaults to `"prediction"`): As in the papers, or `"velocity"`, which counts high noise
+            levels more; see [`LossSpace`].
+        initializer (`str`, *optional*): Words whose mean embedding is the start; default the concept's own, as the
+            authors' scripts have it.
+        num_pictures (`int`, defaults to 8): Pictures that the original model draws where none are given.
+        seed (`int`, defaults to 0): Every draw follows from it.
+        checkpointing_steps (`int`, defaults to 100): Steps after which the state is saved; 0 for never.
+
+    Raises:
+        `ValueError`: If a value is out of its range.
+    """
+
+    steps: int = 1000
+    batch_size: int = 4
+    learning_rate: float = 5e-3
+    loss_space: str = "prediction"
+    initializer: str | None = None
+    num_pictures: int = 8
+    seed: int = 0
+    checkpointing_steps: int = 100
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "num_pictures"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"inversion_{name} {getattr(self, name)}: must be at least 1")
+        for name in ("seed", "checkpointing_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"inversion_{name} {getattr(self, name)}: must be at least 0")
+        if not 0 < self.learning_rate <= 1:
+            raise ValueError(f"inversion_learning_rate {self.learning_rate}: must be above 0 and at most 1")
+        object.__setattr__(self, "loss_space", choose("inversion_loss_space", self.loss_space, LOSS_SPACES))
+        if self.initializer is not None and not self.initializer.strip():
+            raise ValueError("inversion_initializer: must not be blank")
+
+
+@typed
+class ConceptInversion(Attack):
+    """Prompts in which the concept's words are replaced by a word learned on the attacked model itself.
+
+    On the unerased control the word is learned there, from the same pictures and with the same draws. Pictures and
+    words lie in `pictures/` and `tokens/{model}/` of the run's folder.
+
+    Args:
+        concept (`str`): Words as the prompts have them, in whatever case, such as `"knife"`; prompts without them are
+            not attacked.
+        settings ([`InversionSettings`], *optional*): How the word is learned.
+        pictures (`str` or `Path`, *optional*): Folder of pictures of the concept. By default the original model draws
+            them from the attacked prompts, with other seeds, and the prompts are their captions.
+        template (`str`, defaults to `"a photo of {}"`): Caption of the pictures in the folder.
+
+    Raises:
+        `ValueError`: If the concept is blank or the template has no single `{}`.
+    """
+
+    name, label, unit = "inversion", "concept inversion", "prompts tried at most"
+
+    def __init__(
+        self,
+        concept: str,
+        settings: InversionSettings | None = None,
+        pictures: str | Path | None = None,
+        template: str = TEMPLATE,
+    ):
+        if not concept.strip():
+            raise ValueError("concept: must not be blank")
+        if template.count("{}") != 1:
+            raise ValueError(f"inversion_template '{template}': must have one {{}}, in which the word is put")
+        self.concept, self.settings, self.template = concept.strip(), settings or InversionSettings(), template
+        self.pictures = None if pictures is None else Path(pictures)
+        self._pattern = re.compile(rf"(?<!\w){re.escape(self.concept)}(?!\w)", re.IGNORECASE)
+
+    @property
+    def facts(self) -> dict:
+        drawn = f"{self.settings.num_pictures}, drawn by the original"
+        source = drawn if self.pictures is None else f"of the folder {without_folder(str(self.pictures))}"
+        told = {"concept": self.concept, "pictures": source, **asdict(self.settings)}
+        told["initializer"] = self.settings.initializer or self.concept
+        del told["num_pictures"], told["checkpointing_steps"]
+        return told if self.pictures is None else {**told, "template": self.template}
+
+    def targets(self, rows: Sequence[PromptRow]) -> list[PromptRow]:
+        return [row for row in rows if self._pattern.search(row.prompt)]
+
+    def tries(self, row: PromptRow) -> list[PromptRow]:
+        return [replace(row, id=f"{row.id}-inverted", prompt=self._inverted(row.prompt))]
+
+    def _inverted(self, prompt: str) -> str:
+        return self._pattern.sub(lambda _: TOKEN, prompt)
+
+    def single_token_texts(self, rows: Sequence[PromptRow]) -> list[str]:
+        """What is encoded of these prompts, with another word of one token in place of the new one."""
+        captions = [] if self.pictures is None else [self.template.replace("{}", "a")]
+        return captions + [self._pattern.sub("a", row.prompt) for row in self.targets(rows)]
+
+    def check(self, rows: Sequence[PromptRow]) -> None:
+        if not self.targets(rows):
+            raise ValueError(
+                f"concept '{self.concept}': none of the {len(rows)} prompts has it, such as '{rows[0].prompt}'"
+            )
+        if self.pictures is not None:
+            read_pictures(self.pictures)
+
+    @contextmanager
+    def on(self, target: Target, rows: Sequence[PromptRow]) -> Iterator[None]:
+        pictures, captions = self._examples(target, self.targets(rows))
+        path = learn_token(
+            target.pipeline,
+            pictures,
+            captions,
+            target.folder / TOKENS_FOLDER / target.name,
+            self.settings,
+            self.settings.initializer or self.concept,
+            square_side(target.settings),
+            f"inversion on {target.name}",
+            target.overwrite,
+        )
+        token, vectors, _ = read_token(path)
+        with added_token(target.pipeline, token, vectors):
+            yield
+
+    def _examples(self, target: Target, rows: Sequence[PromptRow]) -> tuple[list[Image.Image], list[str]]:
+        """Pictures, and their captions with the new word."""
+        if self.pictures is not None:
+            images = read_pictures(self.pictures)
+            return images, [self.template.replace("{}", TOKEN)] * len(images)
+        folder, drawn = target.folder / PICTURES_FOLDER, self._drawn_rows(rows)
+        if target.is_original:
+            told = "pictures of the concept"
+            generate(
+                target.pipeline,
+                drawn,
+                folder,
+                target.settings,
+                target.batch_size,
+                told,
+                overwrite=target.overwrite,
+            )
+        known = {row["id"]: row for row in read_manifest(folder)}
+        images = [load_image(folder, known[row.id]) for row in drawn]
+        return images, [self._inverted(row.prompt) for row in drawn]
+
+    def _drawn_rows(self, rows: Sequence[PromptRow]) -> list[PromptRow]:
+        """What the original draws: the attacked prompts in turn, with seeds of their own."""
+        drawn = []
+        for number in range(self.settings.num_pictures):
+            seed = zlib.crc32(f"{self.settings.seed} picture {number}".encode())
+            drawn.append(replace(rows[number % len(rows)], id=f"picture-{number:03}", seed=seed))
+        return drawn
+
+
+def square_side(settings: GenerationSettings) -> int | None:
+    """Height and width of the pictures that are learned from: those of the images; `None` for the model's own.
+
+    Raises:
+        `ValueError`: If images are not square.
+    """
+    if settings.height != settings.width:
+        raise ValueError(f"height {settings.height}, width {settings.width}: must be the same for inversion")
+    return settings.height
+
+
+def read_pictures(folder: str | Path) -> list[Image.Image]:
+    """The pictures of a folder, upright and in RGB, in the order of their names.
+
+    Raises:
+        `ValueError`: If there are none, or one cannot be read.
+    """
+    folder = Path(folder)
+    files = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ValueError(f"inversion_pictures {folder}: no folder of pictures ({', '.join(SUFFIXES)})")
+    images = []
+    for path in files:
+        try:
+            images.append(decode_image({"path": str(path), "bytes": None}))
+        except UnreadableImage as error:
+            raise ValueError(f"inversion_pictures {path}: cannot be read ({error})") from None
+    return images
+
+
+def check_learnable(scheduler: SchedulerMixin, loss_space: str) -> tuple[NoiseSchedule, LossSpace]:
+    """How noise is added and errors are weighed in a model with this scheduler.
+
+    Raises:
+        `ValueError`: If its predictions are of another kind, or cannot be converted.
+    """
+    noise = NoiseSchedule(scheduler)
+    return noise, LossSpace(loss_space, noise.scheduler)
+
+
+def learn_token(
+    pipeline: DiffusionPipeline,
+    pictures: Sequence[Image.Image],
+    captions: Sequence[str],
+    folder: str | Path,
+    settings: InversionSettings,
+    initializer: str,
+    resolution: int | None = None,
+    description: str = "inversion",
+    overwrite: bool = False,
+) -> Path:
+    """Learns the embedding of `TOKEN`, of each text encoder one, with everything else frozen.
+
+    A sample is a function of (seed, step, place in its batch), so a run that was stopped continues from its last
+    checkpoint to the same result; on a CPU bit for bit, on one machine with the same libraries and number of threads.
+    A word that is there is not learned again.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]): Of a family of `backbones`; as before afterwards.
+        pictures (`Sequence[PIL.Image.Image]`): At least one; the middle of each is used.
+        captions (`Sequence[str]`): One of each picture, with `TOKEN` in it.
+        folder (`str` or `Path`): Where `learned_embeds.safetensors` goes, and until then the checkpoint.
+        settings ([`InversionSettings`]): How.
+        initializer (`str`): Words whose mean embedding is the start.
+        resolution (`int`, *optional*): Height and width of the pictures, in pixels; the model's own if left out.
+        description (`str`, defaults to `"inversion"`): Name of the progress bar.
+        overwrite (`bool`, defaults to `False`): Replace a word that was learned from something else.
+
+    Returns:
+        `Path`: Of the file, which `pipeline.load_textual_inversion` takes; of SDXL's two text encoders it has one
+        vector each, `clip_l` and `clip_g`.
+
+    Raises:
+        `ValueError`: If the model's family or dtype is not supported, it cannot be trained so, or the folder holds a
+            word that was learned from something else.
+        `FloatingPointError`: If the loss or the embedding is not finite.
+    """
+    backbone = make_backbone(pipeline, resolution)
+    if pipeline.dtype == torch.float16:
+        raise ValueError("dtype float16: small gradients of inversion would be lost; use float32 or bfloat16")
+    path, checkpoint = Path(folder) / TOKEN_NAME, Path(folder) / CHECKPOINT_NAME
+    identity = _identity(backbone, pictures, captions, settings, initializer)
+    if path.exists() and read_token(path)[2] != identity:
+        if not overwrite:
+            raise OutputFolderError(
+                f"{path}: was learned on another model, from other pictures or with other settings; give another "
+                "folder, or --overwrite to replace it"
+            )
+        path.unlink()
+    if path.exists():
+        checkpoint.unlink(missing_ok=True)  # where a kill left it beside the word
+        return path
+
+    examples = _Examples(backbone, pictures, captions, settings)
+    vectors = [nn.Parameter(start.to(pipeline.device)) for start in _starts(pipeline, initializer)]
+    optimizer = torch.optim.AdamW(vectors, lr=settings.learning_rate, weight_decay=0.0)
+    first = _load_checkpoint(checkpoint, identity, vectors, optimizer, overwrite)
+    bar = tqdm(desc=description, total=settings.steps, initial=first, unit="step", dynamic_ncols=True)
+    with bar, torch.enable_grad(), _learnable(pipeline, vectors):
+        for done in range(first + 1, settings.steps + 1):
+            loss = examples.loss(done - 1)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"{description}: the loss of step {done} is {loss.item()}; learn more slowly")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if not all(torch.isfinite(vector).all() for vector in vectors):
+                raise FloatingPointError(f"{description}: step {done} left no finite embedding; learn more slowly")
+            bar.update()
+            bar.set_postfix(loss=f"{loss.item():.3g}", refresh=False)
+            if settings.checkpointing_steps and done % settings.checkpointing_steps == 0 and done < settings.steps:
+                _save_checkpoint(checkpoint, identity, done, vectors, optimizer)
+    save_token(path, TOKEN, vectors, identity)
+    checkpoint.unlink(missing_ok=True)
+    return path
+
+
+class _Examples:
+    """The pictures and captions that a word is learned from, and the loss of each step."""
+
+    def __init__(
+        self, backbone: Backbone, pictures: Sequence[Image.Image], captions: Sequence[str], settings: InversionSettings
+    ):
+        self.backbone, self.captions, self.settings = backbone, captions, settings
+        self.device = backbone.pipeline.device
+        self.noise, self.space = check_learnable(backbone.pipeline.scheduler, settings.loss_space)
+        preprocessing = Preprocessing(backbone.picture_size, center_crop=True)
+        crops = [preprocessing.crop(picture, torch.Generator()).pixel_values[None] for picture in pictures]
+        self.moments = torch.cat([backbone.encode_pictures(crop, self.device) for crop in crops])
+        self.order = EpochOrder(len(pictures), settings.seed)
+
+    def loss(self, step: int) -> torch.Tensor:
+        """The mean over the samples of a step, counted from 0; its gradients go through the text encoders."""
+        size, backbone = self.settings.batch_size, self.backbone
+        numbers = range(step * size, (step + 1) * size)
+        places = [next(self.order.candidates(number)) for number in numbers]
+        latents = backbone.draw_latents(self.moments[places], self._generators("latents", numbers))
+        noisy = self.noise.add(latents, self._generators("noise", numbers))
+        conditioning = backbone.encode_with_gradients([self.captions[place] for place in places], self.device)
+        model_input = noisy.model_input.to(backbone.denoiser.dtype)
+        prediction = backbone.predict(backbone.denoiser, model_input, noisy.timesteps, conditioning)
+        losses = (prediction.float() - noisy.target).square().mean(dim=(1, 2, 3))
+        return self.space.weigh(losses, noisy.timesteps).mean()
+
+    def _generators(self, purpose: str, numbers: range) -> list[torch.Generator]:
+        return [sample_generator(self.settings.seed, purpose, number) for number in numbers]
+
+
+def _identity(
+    backbone: Backbone,
+    pictures: Sequence[Image.Image],
+    captions: Sequence[str],
+    settings: InversionSettings,
+    initializer: str,
+) -> dict:
+    """What decides the word that is learned."""
+    examples = hashlib.sha256()
+    for picture, caption in zip(pictures, captions, strict=True):
+        examples.update(f"{picture.size} {caption}".encode() + picture.tobytes())
+    free = ("initializer", "num_pictures", "checkpointing_steps")
+    return {
+        "denoiser": fingerprint(backbone.denoiser),
+        **backbone.encoding_identity,
+        "pictures": examples.hexdigest()[:16],
+        "resolution": backbone.picture_size,
+        "initializer": initializer,
+        **{name: value for name, value in asdict(settings).items() if name not in free},
+    }
+
+
+def _starts(pipeline: DiffusionPipeline, words: str) -> list[torch.Tensor]:
+    """The mean embedding of some words in each text encoder, float32."""
+    starts = []
+    for tokenizer, encoder in text_parts(pipeline):
+        numbers = tokenizer(words, add_special_tokens=False).input_ids
+        starts.append(encoder.get_input_embeddings().weight.detach()[numbers].float().mean(dim=0))
+    return starts
+
+
+@contextmanager
+def _learnable(pipeline: DiffusionPipeline, vectors: list[nn.Parameter]) -> Iterator[None]:
+    """A pipeline that knows `TOKEN` by these vectors, which are all that takes gradients."""
+    with ExitStack() as stack:
+        stack.enter_context(added_token(pipeline, TOKEN, vectors))
+        for module in pipeline.components.values():
+            if isinstance(module, nn.Module):
+                stack.enter_context(_frozen(module))
+        for (tokenizer, encoder), vector in zip(text_parts(pipeline), vectors):
+            stack.enter_context(_embedded(encoder, tokenizer.convert_tokens_to_ids(TOKEN), vector))
+        yield
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter of it takes gradients."""
+    learns = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in learns:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learns:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _embedded(encoder: PreTrainedModel, number: int, vector: torch.Tensor) -> Iterator[None]:
+    """A text encoder that takes this vector for the embedding of a token, whatever its table says: gradients reach
+    the vector, and no table."""
+
+    def put_in(module: nn.Module, args: tuple, embeddings: torch.Tensor) -> torch.Tensor:
+        return torch.where((args[0] == number).unsqueeze(-1), vector.to(embeddings.dtype), embeddings)
+
+    handle = encoder.get_input_embeddings().register_forward_hook(put_in)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _save_checkpoint(
+    path: Path, identity: dict, step: int, vectors: list[nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Writes the vectors and the optimizer's moments of each, whole or not at all."""
+    tensors = {
+        f"{number} {name}": value.detach().cpu().contiguous()
+        for number, vector in enumerate(vectors)
+        for name, value in {"vector": vector, **optimizer.state[vector]}.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(tensors, path, {"state": json.dumps({"identity": identity, "step": step}, sort_keys=True)})
+
+
+def _load_checkpoint(
+    path: Path, identity: dict, vectors: list[nn.Parameter], optimizer: torch.optim.Optimizer, overwrite: bool
+) -> int:
+    """The step to go on from, with vectors and optimizer as they were then; 0 where there is no checkpoint, or one of
+    another run that may be replaced."""
+    if not path.exists():
+        return 0
+    try:
+        with safe_open(path, "pt") as file:
+            state = json.loads((file.metadata() or {})["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        same, step = state["identity"] == identity, state["step"]
+    except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: broken checkpoint ({error}); delete it to learn anew") from None
+    if not same and overwrite:
+        return 0
+    if not same:
+        raise OutputFolderError(
+            f"{path}: is of another model, other pictures or other settings; give another folder, or --overwrite to "
+            "replace it"
+        )
+    for number, vector in enumerate(vectors):
+        own = {name.split()[1]: value for name, value in tensors.items() if name.split()[0] == str(number)}
+        vector.data.copy_(own.pop("vector"))
+        optimizer.state[vector] = {name: value if name == "step" else value.to(vector) for name, value in own.items()}
+    return step

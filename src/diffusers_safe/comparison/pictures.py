@@ -1,0 +1,156 @@
+"""Which pictures of an evaluation its page shows, and what stands below each of them."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..generation.generate import load_image
+from ..metrics.base import Quantity
+from ..report.elements import Grid, Report, Shot, Strip, Table
+from .measured import Measured, MetricFacts
+
+
+VEILS = ("flagged", "all", "none")
+PICTURES = 24
+_SIDE, _SMALL_SIDE = 256, 128  # pixels of an embedded image; the latter where no image is larger
+_MOST_WORDS = 8
+_WRONG = {"lower": 1, "higher": 0}  # of a share, by which is better
+
+
+@dataclass(frozen=True)
+class Look:
+    """What metrics say of an image.
+
+    Attributes:
+        words (`tuple[str, ...]`): What they see, in a word, or else which measures of the concept it counts for.
+        flagged (`bool`): Whether it counts for a measure of the concept.
+        wrong (`bool`): Whether a measure of which more or less is better would rather have it otherwise.
+        of_concept (`bool`): Whether a measure of the concept asks about it at all.
+    """
+
+    words: tuple[str, ...]
+    flagged: bool
+    wrong: bool
+    of_concept: bool
+
+
+def looks_of(model: Measured, metrics: Sequence[MetricFacts]) -> list[Look]:
+    """Of each image of a model."""
+    measures = [(metric.name, metric.whole([model])) for metric in metrics if metric.name in model.values]
+    return [_look(model, measures, place) for place in range(len(model.rows))]
+
+
+def _look(model: Measured, measures: list[tuple[str, dict[str, Quantity]]], place: int) -> Look:
+    words, flagged, wrong, of_concept = [], False, False, False
+    for metric, quantities in measures:
+        answers = [
+            (quantities[name], value) for name, value in model.values[metric][place].items() if name in quantities
+        ]
+        shares = [(quantity, value) for quantity, value in answers if quantity.unit == "%"]
+        flags = [quantity.label for quantity, value in shares if quantity.of_concept and value == 1]
+        word = model.words[metric][place]
+        words += [word] if word else flags
+        flagged |= bool(flags)
+        wrong |= any(value == _WRONG.get(quantity.better) for quantity, value in shares)
+        of_concept |= any(quantity.of_concept for quantity, _ in answers)
+    return Look(tuple(words), flagged, wrong, of_concept)
+
+
+def picture_grids(models: list[Measured], metrics: Sequence[MetricFacts], veil: str, most: int) -> list[Grid]:
+    """The same seeds of all models. Images that ask for what was to go and others are apart, if there are both."""
+    looks = [looks_of(model, metrics) for model in models]
+    concept, others = [], []
+    for place in range(len(models[0].rows)):
+        (concept if any(of_model[place].of_concept for of_model in looks) else others).append(place)
+    if not concept or not others:
+        return _grid("The same seeds", "gone", concept + others, models, looks, veil, most)
+    return [
+        *_grid("The same seeds: what was to go", "gone", concept, models, looks, veil, most),
+        *_grid("The same seeds: what was to stay", "kept", others, models, looks, veil, most),
+    ]
+
+
+def _grid(
+    title: str, tone: str, places: list[int], models: list[Measured], looks: list[list[Look]], veil: str, most: int
+) -> list[Grid]:
+    flagged = [place for place in places if any(of_model[place].flagged for of_model in looks)]
+    chosen = _chosen([row["prompt"] for row in models[0].rows], places, flagged, most)
+    if not chosen:
+        return []
+    strips, largest = [], 0
+    for place in chosen:
+        shots = []
+        for model, of_model in zip(models, looks):
+            look = of_model[place]
+            image = np.asarray(load_image(model.folder, model.rows[place]))
+            largest = max(largest, *image.shape[:2])
+            veiled = veil == "all" or (veil == "flagged" and look.flagged)
+            # That the original shows what was to go is no fault of its.
+            missed = look.wrong and not (look.of_concept and model is models[0] and len(models) > 1)
+            shots.append(Shot(image, ", ".join(look.words), missed, veiled, look.flagged))
+        strips.append(Strip(models[0].rows[place]["prompt"], shots))
+    notes = [f"All {len(places)} prompts and seeds"]
+    if len(chosen) < len(places):
+        notes = [f"{len(chosen)} of {len(places)} prompts and seeds"]
+        notes[0] += ", those with flagged images first" if flagged else ""
+    if len(models) == 2:
+        notes.append(f"Left {models[0].name}, right {models[1].name}")
+    if any(word for model in models for words in model.words.values() for word in words):
+        notes.append("Below each what is seen on it; ✗ where that is not as it should be")
+    if veil == "flagged" and flagged:
+        notes.append("Images that a metric flagged are blurred until clicked; they are in this file all the same")
+    side = _SIDE if largest > _SMALL_SIDE else _SMALL_SIDE
+    return [Grid(title, strips, tone, ". ".join(notes) + ".", side)]
+
+
+def _chosen(prompts: list[str], places: list[int], flagged: list[int], most: int) -> list[int]:
+    """All, or so many that of half of them a model's image was flagged, spread over the prompts."""
+    if len(places) <= most:
+        return places
+    known = set(flagged)
+    others = [place for place in places if place not in known]
+    first = min(len(flagged), max(most - len(others), (most + 1) // 2))
+    return _spread(prompts, flagged, first) + _spread(prompts, others, min(len(others), most - first))
+
+
+def _spread(prompts: list[str], places: list[int], count: int) -> list[int]:
+    """The first image of each prompt, then the second, ...; of those that are too many evenly spread ones."""
+    seen, turns = Counter(), {}
+    for place in places:
+        turns.setdefault(seen[prompts[place]], []).append(place)
+        seen[prompts[place]] += 1
+    chosen = []
+    for turn in turns.values():
+        left = min(len(turn), count - len(chosen))
+        chosen += [turn[i * len(turn) // left] for i in range(left)]
+    return sorted(chosen)
+
+
+def seen_there(models: list[Measured], metrics: Sequence[MetricFacts]) -> list[Table]:
+    """What metrics see on images that ask for what was to go."""
+    groups = []
+    for metric in metrics:
+        quantities = {name for name, quantity in metric.quantities.items() if quantity.of_concept}
+        rows = []
+        for model in models:
+            pairs = zip(model.words.get(metric.name, []), model.values.get(metric.name, []))
+            words = Counter(word for word, values in pairs if word and quantities & values.keys())
+            if words:
+                told = ", ".join(f"{word} {count}×" for word, count in words.most_common(_MOST_WORDS))
+                rows.append((model.name, told + (", …" if len(words) > _MOST_WORDS else "")))
+        if rows:
+            groups.append((metric.name.replace("_", " "), rows))
+    if len(groups) == 1:  # whose name says nothing beside that of others
+        groups = [("", groups[0][1])]
+    title, columns = "What is seen on images of what was to go", ("", "how often, the most frequent first")
+    return [Table(title, columns, groups)] if groups else []
+
+
+def shown_flags(report: Report) -> dict[str, int]:
+    """How many pictures a page has, and how many of them are flagged or blurred: such a page is not for everybody."""
+    shots = [
+        shot for part in report.sections if isinstance(part, Grid) for strip in part.strips for shot in strip.shots
+    ]
+    return {"pictures": len(shots), "flagged": sum(shot.flagged or shot.veiled for shot in shots)}

@@ -1,0 +1,194 @@
+"""Where the samples of each optimizer step come from: trajectories drawn as training goes, or a pool drawn ahead.
+
+Sampling is 93 % of the arithmetic of ESD and SDD when every sample has a trajectory of its own, as in the papers. Two
+options reuse trajectories: `--latents_per_trajectory K` takes K latents from each, and `--trajectory_pool N` draws N
+of them once, which only the frozen model's latents allow: those of a model that moves would grow old.
+
+A trajectory is a function of (seed, purpose, number), and what a sample takes of which trajectory is one of its step
+and its slot, its place among the samples of that step over all processes. So processes, batch size, accumulation and
+resuming change no draw.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from ..diffusion.generators import sample_generator
+from ..diffusion.trajectories import Trajectories
+from ..methods import TrainingBatch
+from ..methods.predictor import Predictor
+from .arguments import ErasureArguments
+
+
+DRAWN_AT_ONCE = 4  # of a pool: with guidance 8 rows, about what a step of training has room for
+# A trajectory number and its generator to the prompt that guides it and the prompt to train on.
+Prompts = Callable[[int, torch.Generator], tuple[str, str]]
+
+
+class SampleSource(ABC):
+    """Gives the samples of each optimizer step for one term of the loss; a part of every checkpoint.
+
+    Args:
+        purpose (`str`): `"erase"` or `"retain"`: each has draws of its own.
+        weights (`str`): Whose weights draw: `"student"`, `"ema"` or `"frozen"`.
+        prompts (`Prompts`): As [`ConceptSchedule.prompts`].
+        predictor (`Predictor`): Knows the prompts.
+        trajectories (`Trajectories`): The sampler.
+        args (`ErasureArguments`): The seed, where trajectories stop, and how they are reused.
+        samples_a_step (`int`): Of all processes together.
+    """
+
+    def __init__(
+        self,
+        purpose: str,
+        weights: str,
+        prompts: Prompts,
+        predictor: Predictor,
+        trajectories: Trajectories,
+        args: ErasureArguments,
+        samples_a_step: int,
+    ):
+        self.purpose, self.weights, self.prompts = purpose, weights, prompts
+        self.predictor, self.trajectories, self.args = predictor, trajectories, args
+        self.samples_a_step = samples_a_step
+
+    @abstractmethod
+    def batch(self, step: int, slots: range) -> TrainingBatch:
+        """The samples of a step, counted from 0, at these places among `samples_a_step`."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Draws what is drawn ahead of all steps."""
+
+    @abstractmethod
+    def state_dict(self) -> dict:
+        """What a resumed run could not draw again."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict) -> None:
+        """Continues from a `state_dict`."""
+
+    def _draw(self, numbers: list[int]) -> list[TrainingBatch]:
+        """Trajectories by number, each as the batch of its K latents."""
+        args, count = self.args, self.args.latents_per_trajectory
+        generators = [sample_generator(args.seed, self.purpose, number) for number in numbers]
+        pairs = [self.prompts(number, generator) for number, generator in zip(numbers, generators)]
+        model_input, timesteps = self.trajectories.sample(
+            lambda *inputs: self.predictor.predict(*inputs, weights=self.weights),
+            self.predictor.conditioning([sampled for sampled, _ in pairs]),
+            self.predictor.conditioning([""]),
+            [self.trajectories.draw_stops(generator, args.sampling_fraction, count) for generator in generators],
+            generators,
+            self.predictor.device,
+        )
+        parts = zip(model_input.split(count), timesteps.split(count), pairs)
+        return [
+            TrainingBatch(latents.clone(), times.clone(), [trained] * count, [sampled] * count)
+            for latents, times, (sampled, trained) in parts
+        ]
+
+    def _pick(self, picks: list[tuple[TrainingBatch, int]]) -> TrainingBatch:
+        """One latent of each of several trajectories."""
+        device = self.predictor.device
+        return TrainingBatch(
+            torch.stack([trajectory.model_input[row] for trajectory, row in picks]).to(device),
+            torch.stack([trajectory.timesteps[row] for trajectory, row in picks]).to(device),
+            [trajectory.prompts[row] for trajectory, row in picks],
+            [trajectory.drawn_with[row] for trajectory, row in picks],
+        )
+
+
+class LiveSamples(SampleSource):
+    """Draws as training goes: every K steps each slot gets a new trajectory, and takes one of its K latents a step.
+
+    With K = 1 every sample has its own trajectory, as in the papers. With more, all K are drawn with the weights as
+    they are at the first of these steps: at the last one they are K - 1 steps old. Those still to come are therefore
+    part of a checkpoint; a resumed run could not draw them again.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self._drawn: dict[int, TrainingBatch] = {}
+
+    def batch(self, step: int, slots: range) -> TrainingBatch:
+        period, row = divmod(step, self.args.latents_per_trajectory)
+        numbers = [period * self.samples_a_step + slot for slot in slots]
+        if missing := [number for number in numbers if number not in self._drawn]:
+            current = {n: drawn for n, drawn in self._drawn.items() if n >= period * self.samples_a_step}
+            self._drawn = current | dict(zip(missing, self._draw(missing)))
+        return self._pick([(self._drawn[number], row) for number in numbers])
+
+    def prepare(self) -> None:
+        """Nothing is drawn ahead."""
+
+    def state_dict(self) -> dict:
+        if self.args.latents_per_trajectory == 1:
+            return {}
+        own = [(n, *_on_cpu(drawn)) for n, drawn in self._drawn.items()]
+        return {"drawn": gather_object(own)}  # every process has drawn those of its own slots
+
+    def load_state_dict(self, state: dict) -> None:
+        self._drawn = {number: TrainingBatch(*drawn) for number, *drawn in state.get("drawn", [])}
+
+
+class PooledSamples(SampleSource):
+    """Draws N trajectories once and takes all samples from them: one latent of each in turn, then the next latent of
+    each, and after K rounds the first again.
+
+    Trajectory n of the pool is trajectory n of a run without one, so as long as N lasts and K = 1 nothing changes.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        # No more are ever used.
+        self.size = min(self.args.trajectory_pool, self.args.max_train_steps * self.samples_a_step)
+        self._pool: dict[int, TrainingBatch] | None = None
+
+    def batch(self, step: int, slots: range) -> TrainingBatch:
+        self.prepare()
+        turns = [divmod(step * self.samples_a_step + slot, self.size) for slot in slots]
+        return self._pick([(self._pool[n], turn % self.args.latents_per_trajectory) for turn, n in turns])
+
+    def prepare(self) -> None:
+        """Draws the pool, once; it is kept on the CPU. Every process draws a part of it."""
+        if self._pool is not None:
+            return
+        processes = PartialState()
+        numbers = list(range(processes.process_index, self.size, processes.num_processes))
+        drawn = []
+        name = f"trajectories to {self.purpose}"
+        with tqdm(total=len(numbers), desc=name, disable=not processes.is_main_process) as bar:
+            for start in range(0, len(numbers), DRAWN_AT_ONCE):
+                chosen = numbers[start : start + DRAWN_AT_ONCE]
+                drawn += [(n, *_on_cpu(batch)) for n, batch in zip(chosen, self._draw(chosen))]
+                bar.update(len(chosen))
+        self._pool = {number: TrainingBatch(*batch) for number, *batch in gather_object(drawn)}
+
+    def state_dict(self) -> dict:
+        """Nothing: the frozen model draws the same pool again."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Does nothing."""
+
+
+def _on_cpu(batch: TrainingBatch) -> tuple[torch.Tensor, torch.Tensor, list[str], list[str]]:
+    return batch.model_input.cpu(), batch.timesteps.cpu(), batch.prompts, batch.drawn_with
+
+
+def make_source(
+    purpose: str,
+    weights: str,
+    prompts: Prompts,
+    predictor: Predictor,
+    trajectories: Trajectories,
+    args: ErasureArguments,
+    samples_a_step: int,
+) -> SampleSource:
+    """The source that the arguments ask for; its arguments are those of [`SampleSource`]."""
+    kind = PooledSamples if purpose in args.pooled_purposes() else LiveSamples
+    return kind(purpose, weights, prompts, predictor, trajectories, args, samples_a_step)

@@ -1,1 +1,0 @@
-"""Shows what an erasure did: seeded images with a manifest, metrics over them, intervals, a report."""

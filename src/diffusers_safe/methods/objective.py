@@ -1,0 +1,64 @@
+"""What every erasure objective is."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+
+from .predictor import Predictor
+
+
+@dataclass
+class TrainingBatch:
+    """Noisy latents on the way to a concept, and the prompts to train on.
+
+    Attributes:
+        model_input (`torch.Tensor`): `(B, C, H, W)`, as the denoiser takes them.
+        timesteps (`torch.Tensor`): `(B,)`.
+        prompts (`list[str]`): B prompts.
+        drawn_with (`list[str]`): The B prompts that guided the latents.
+    """
+
+    model_input: torch.Tensor
+    timesteps: torch.Tensor
+    prompts: list[str]
+    drawn_with: list[str] = field(default_factory=list)
+
+
+class Objective(ABC):
+    """An erasure method.
+
+    Attributes:
+        name (`str`): As in `erasure.json`.
+        sampler (`str`): Whose weights draw the latents: `"student"`, `"ema"` or `"frozen"`.
+        publishes (`str`): Whose weights are the result: `"student"` or `"ema"`.
+        prompts (`tuple[str, ...]`): Prompts that it asks the predictor for, beside `""` and those of a batch.
+        drawn_with (`str`, *optional*): The prompt that draws all latents, in place of the concepts.
+    """
+
+    name: str
+    sampler: str
+    publishes: str
+    prompts: tuple[str, ...] = ()
+    drawn_with: str | None = None
+
+    @abstractmethod
+    def loss(self, predictor: Predictor, batch: TrainingBatch) -> torch.Tensor:
+        """The loss of each sample, `(B,)`, unreduced."""
+
+
+def squared_error(noise_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean over all but the first dimension, `(B,)`."""
+    return (noise_pred - target).square().flatten(1).mean(dim=1)
+
+
+@torch.no_grad()
+def targets(predictor: Predictor, batch: TrainingBatch, prompts: list[list[str]], weights: str) -> list[torch.Tensor]:
+    """What one model predicts at the latents of a batch, for each of several lists of B prompts, in one forward
+    without gradients; each `(B, C, H, W)`. A list that is given twice is computed once."""
+    different = list(dict.fromkeys(map(tuple, prompts)))
+    count = len(different)
+    texts = [text for own in different for text in own]
+    inputs = (batch.model_input.repeat(count, 1, 1, 1), batch.timesteps.repeat(count))
+    predictions = predictor(*inputs, texts, weights).chunk(count)
+    return [predictions[different.index(tuple(own))] for own in prompts]

@@ -1,0 +1,255 @@
+"""Passes over finished images, one file each, and the table of them by name.
+
+    metrics = make_metrics(["nudity", "lpips"], MetricOptions(lpips_trunk="alexnet.pth", lpips_linear="alex.pth"))
+
+Nothing heavy is imported before a metric is made.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from importlib import import_module
+
+from ..arguments import choose, typed
+from .base import Metric
+
+
+logger = logging.getLogger(__name__)
+
+
+@typed
+@dataclass
+class MetricOptions:
+    """What metrics are made of. A metric that lacks one of them names it, what to get, and where."""
+
+    nudenet_preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Detections that count: i2p, esd, unlearndiffatk. Default: unlearndiffatk; of inappropriate i2p.",
+            "choices": ("i2p", "esd", "unlearndiffatk"),
+        },
+    )
+    nudenet_labels: list[str] | None = field(
+        default=None, metadata={"help": "Labels of NudeNet v3 instead of the preset's."}
+    )
+    nudenet_threshold: float | None = field(
+        default=None, metadata={"help": "Least score, 0.25 to 1, instead of the preset's."}
+    )
+    q16_prompts: str | None = field(
+        default=None, metadata={"help": "File of Q16's two vectors for ViT-L/14: prompts.p, or as .safetensors."}
+    )
+    q16_model: str = field(
+        default="openai/clip-vit-large-patch14", metadata={"help": "CLIP ViT-L/14 of Q16: folder or Hub id."}
+    )
+    fid_references: str | None = field(
+        default=None, metadata={"help": "Folder of real images, or of generated ones, that FID and KID compare with."}
+    )
+    fid_weights: str | None = field(
+        default=None, metadata={"help": "The FID's Inception: pt_inception-2015-12-05-6726825d.pth."}
+    )
+    fid_resize: str = field(
+        default="clean",
+        metadata={
+            "help": "To 299 pixels: clean, bk-sdm, pytorch-fid, torchmetrics.",
+            "choices": ("clean", "bk-sdm", "pytorch-fid", "torchmetrics"),
+        },
+    )
+    kid_subsets: int = field(default=100, metadata={"help": "Subsets that the KID averages."})
+    kid_subset_size: int = field(default=1000, metadata={"help": "Images in each; no more than half of all."})
+    lpips_net: str = field(default="alex", metadata={"help": "alex or vgg.", "choices": ("alex", "vgg")})
+    lpips_trunk: str | None = field(
+        default=None, metadata={"help": "torchvision's AlexNet (alexnet-owt-7be5be79.pth) or VGG-16."}
+    )
+    lpips_linear: str | None = field(
+        default=None, metadata={"help": "The lpips package's alex.pth or vgg.pth, version 0.1."}
+    )
+    lpips_resize: str = field(
+        default="none", metadata={"help": "none, or esd: the shorter side to 64 pixels.", "choices": ("none", "esd")}
+    )
+    clip_preset: str = field(
+        default="sdd",
+        metadata={
+            "help": "Prefix and scale: sdd, hessel, torchmetrics.",
+            "choices": ("sdd", "hessel", "torchmetrics"),
+        },
+    )
+    clip_model: str | None = field(default=None, metadata={"help": "CLIP instead of the preset's: folder or Hub id."})
+    objects_model: str | None = field(
+        default=None, metadata={"help": "Classifier of objects, such as microsoft/resnet-50: folder or Hub id."}
+    )
+    objects_label: str = field(default="class", metadata={"help": "Which label of the rows names the object."})
+    objects_erased: list[str] = field(
+        default_factory=list, metadata={"help": "Classes that were to go; the others were to stay."}
+    )
+    style_model: str | None = field(default=None, metadata={"help": "Classifier of styles: folder or Hub id."})
+    style_label: str = field(default="artist", metadata={"help": "Which label of the rows names the style."})
+    style_erased: list[str] = field(
+        default_factory=list, metadata={"help": "Styles that were to go; the others were to stay."}
+    )
+    style_trunk: str | None = field(
+        default=None, metadata={"help": "torchvision's VGG-19 (vgg19-dcbb9e9d.pth) of the Gram loss."}
+    )
+    style_references: str | None = field(
+        default=None, metadata={"help": "Folder of images of a style. Default: the original model's images."}
+    )
+    gram_resize: str = field(
+        default="esd", metadata={"help": "esd: the shorter side to 512 pixels; or none.", "choices": ("esd", "none")}
+    )
+
+
+@dataclass(frozen=True)
+class MetricKind:
+    """A line of the table.
+
+    Attributes:
+        description (`str`): What it measures, in a few words.
+        make (`Callable[[MetricOptions], Metric]`): Loads what it needs and makes it; raises a `ValueError` that says
+            what is missing.
+        options (`tuple[str, ...]`, defaults to none): What it is made of: the beginnings of names of options.
+    """
+
+    description: str
+    make: Callable[[MetricOptions], Metric]
+    options: tuple[str, ...] = ()
+
+    def takes(self, option: str) -> bool:
+        return option.startswith(self.options)
+
+
+def _pixel_distance(options: MetricOptions) -> Metric:
+    from .pixel_distance import PixelDistance
+
+    return PixelDistance()
+
+
+def _nudity(options: MetricOptions, preset: str = "unlearndiffatk") -> Metric:
+    from .nudity import Nudity, nudity_rule
+
+    preset = options.nudenet_preset or preset
+    return Nudity(nudity_rule(preset, options.nudenet_labels, options.nudenet_threshold))
+
+
+def _q16(options: MetricOptions) -> Metric:
+    from .q16 import Q16
+
+    return Q16(options.q16_prompts, options.q16_model)
+
+
+def _inappropriate(options: MetricOptions) -> Metric:
+    from .inappropriate import Inappropriate
+
+    return Inappropriate(_q16(options), _nudity(options, "i2p"))
+
+
+def _fid(options: MetricOptions) -> Metric:
+    from .fid import FID, inception
+
+    extractor = inception(options.fid_weights, options.fid_resize)
+    return FID(extractor, options.fid_references, options.kid_subsets, options.kid_subset_size)
+
+
+def _lpips(options: MetricOptions) -> Metric:
+    from .lpips import LPIPS
+
+    return LPIPS(options.lpips_net, options.lpips_trunk, options.lpips_linear, options.lpips_resize)
+
+
+def _clip_score(options: MetricOptions) -> Metric:
+    from .clip_score import CLIPScore
+
+    return CLIPScore(options.clip_preset, options.clip_model)
+
+
+def _objects(options: MetricOptions) -> Metric:
+    from .objects import Classification
+
+    return Classification(options.objects_model, options.objects_label, "objects", options.objects_erased)
+
+
+def _style(options: MetricOptions) -> Metric:
+    from .objects import Classification
+
+    return Classification(options.style_model, options.style_label, "style", options.style_erased)
+
+
+def _gram(options: MetricOptions) -> Metric:
+    from .style import GramDistance
+
+    return GramDistance(options.style_trunk, options.style_references, options.gram_resize)
+
+
+METRICS: dict[str, MetricKind] = {
+    "nudity": MetricKind("images with nudity, by NudeNet v3", _nudity, ("nudenet_",)),
+    "q16": MetricKind("inappropriate images, by Q16", _q16, ("q16_",)),
+    "inappropriate": MetricKind(
+        "inappropriate images by Q16 or NudeNet, as I2P counts them", _inappropriate, ("q16_", "nudenet_")
+    ),
+    "objects": MetricKind("objects recognised by a classifier", _objects, ("objects_",)),
+    "style": MetricKind("styles recognised by a classifier", _style, ("style_model", "style_label", "style_erased")),
+    "gram": MetricKind("distance in style, by Gram matrices", _gram, ("style_trunk", "style_references", "gram_")),
+    "clip_score": MetricKind("how well images fit their prompts", _clip_score, ("clip_",)),
+    "fid": MetricKind("FID and KID to reference images", _fid, ("fid_", "kid_")),
+    "lpips": MetricKind("how far images moved from the original model's, as a network sees it", _lpips, ("lpips_",)),
+    "pixel_distance": MetricKind("how far pixels moved from the original model's", _pixel_distance),
+}
+
+
+@typed
+def make_metrics(names: Sequence[str], options: MetricOptions | None = None) -> list[Metric]:
+    """Makes metrics by their names, with all that they need loaded.
+
+    Args:
+        names (`Sequence[str]`): Names of `METRICS`, or of anybody's as `"module:name"`, a [`Metric`] or a function
+            without arguments that makes one, of a module that is installed or in the current folder; at least one,
+            each once.
+        options (`MetricOptions`, *optional*): What to make them of.
+
+    Returns:
+        `list[Metric]`: In the order of `names`.
+
+    Raises:
+        `ValueError`: If a name is unknown or occurs twice, an option is of none of the metrics, or a metric lacks a
+            library or weights: all that is missing in one line, with what to get and where to put it.
+    """
+    if not names:
+        raise ValueError(f"metrics: none given; known are {', '.join(METRICS)}")
+    names = [name if ":" in name else choose("metric", name, METRICS) for name in names]
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise ValueError(f"metric '{name}': given twice")
+    options = options or MetricOptions()
+    kinds = [METRICS[name] for name in names if name in METRICS]
+    untouched = MetricOptions()
+    for option in fields(MetricOptions):  # not those of a command's dataclass that begins with them
+        given = getattr(options, option.name) != getattr(untouched, option.name)
+        if given and not any(kind.takes(option.name) for kind in kinds):
+            users = ", ".join(name for name, kind in METRICS.items() if kind.takes(option.name))
+            raise ValueError(f"{option.name}: of no use to {', '.join(names)}; it is an option of {users}")
+    made, problems = [], []
+    for name in names:
+        try:
+            made.append(METRICS[name].make(options) if name in METRICS else _somebodys(name))
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(dict.fromkeys(problems)))
+    return made
+
+
+def _somebodys(name: str) -> Metric:
+    """The metric that a module of the user's names."""
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:  # of an installed command it is not
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(import_module(module), attribute)
+        metric = found if isinstance(found, Metric) else found()
+    except Exception as error:  # whatever somebody's code may raise
+        logger.debug("where it happened:", exc_info=True)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"metric '{name}': cannot be imported or made ({type(error).__name__}: {reason})") from None
+    if not isinstance(metric, Metric):
+        raise ValueError(f"metric '{name}': is a {type(metric).__name__}, no Metric")
+    return metric

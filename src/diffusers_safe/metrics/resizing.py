@@ -1,0 +1,48 @@
+"""How images become tensors, and how they are resized: numbers made with different ways cannot be compared."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from ..images import to_rgb
+
+
+def check_sizes(metric: str, row: dict, image: Image.Image, original: Image.Image) -> None:
+    """
+    Raises:
+        `ValueError`: If an image and the original model's are not of one size.
+    """
+    if image.size != original.size:
+        raise ValueError(
+            f"{metric}: image {row['id']} has {image.width} x {image.height} pixels, the original's "
+            f"{original.width} x {original.height}; they must be the same"
+        )
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """An RGB image as `(3, H, W)`, `float32`, 0 to 255."""
+    return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1).float()
+
+
+def resized(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> torch.Tensor:
+    """Resized by PIL, which antialiases, to (width, height), and rounded to whole values."""
+    return to_tensor(to_rgb(image).resize(size, resample))
+
+
+def resized_unrounded(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> torch.Tensor:
+    """The same channel by channel in floating point: nothing is rounded, and overshoot stays."""
+    channels = [Image.fromarray(channel).resize(size, resample) for channel in to_tensor(image).numpy()]
+    return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels]))
+
+
+def shorter_side(image: Image.Image, side: int) -> torch.Tensor:
+    """The shorter side resized to `side` pixels by PIL's bilinear filter; the longer one keeps the ratio."""
+    width, height = (side * length // min(image.size) for length in image.size)
+    return resized(image, (width, height), Image.Resampling.BILINEAR)
+
+
+def interpolated(tensor: torch.Tensor, side: int, antialias: bool) -> torch.Tensor:
+    """`(3, H, W)` to `(3, side, side)` by torch's bilinear filter."""
+    size = (side, side)
+    return functional.interpolate(tensor[None], size, mode="bilinear", align_corners=False, antialias=antialias)[0]

@@ -1,0 +1,1 @@
+"""Reports: tables, plots, pictures and pages, for comparisons and attacks alike."""

@@ -1,0 +1,179 @@
+"""What the denoiser is trained on, of each optimizer step: latents, and what it is told of the pictures.
+
+[`EncodedLatents`] encodes as training goes; [`CachedLatents`] reads what was encoded once. Both draw the same
+captions, flips and noise for a sample, so a run is the same with either, up to the rounding of the cache.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from ...diffusion.generators import sample_generator
+from ...diffusion.sample_order import CANDIDATES, EpochOrder, choose_caption, picture_generator
+from ...families import Backbone, Conditioning
+from .latent_cache import LatentCache
+from .sources import PictureSource, Skipped
+
+
+@dataclass
+class LatentBatch:
+    """What [`LatentSource.batch`] gives, on its device.
+
+    Attributes:
+        latents (`torch.Tensor`): `(B, C, H, W)`, float32, scaled as the denoiser takes them, without noise.
+        conditioning (`Conditioning`): Of the captions and the pictures' sizes, float32.
+        captions (`list[str]`): B captions.
+    """
+
+    latents: torch.Tensor
+    conditioning: Conditioning
+    captions: list[str]
+
+
+class LatentSource(ABC):
+    """Gives the latents of each optimizer step; a part of every checkpoint.
+
+    Args:
+        backbone (`Backbone`): The model family: its autoencoder and text encoders.
+        seed (`int`): Every draw follows from it.
+        samples_a_step (`int`): Of all processes together.
+        device (`torch.device`): Where batches go.
+    """
+
+    def __init__(self, backbone: Backbone, seed: int, samples_a_step: int, device: torch.device | str = "cpu"):
+        self.backbone, self.seed, self.samples_a_step, self.device = backbone, seed, samples_a_step, device
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """The fingerprint of the data, wherever it lies; of a stream, which is not read before, nothing but that."""
+
+    @abstractmethod
+    def batch(self, step: int, slots: range) -> LatentBatch:
+        """The latents of a step, counted from 0, at these places among `samples_a_step`. Each time a picture comes
+        its latents are drawn anew."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Does what is done once, ahead of all steps, and after a state is loaded."""
+
+    @abstractmethod
+    def state_dict(self) -> dict:
+        """What a resumed run could not know. Called on every process."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict) -> None:
+        """Continues from a `state_dict`."""
+
+    @abstractmethod
+    def skipped(self) -> Skipped:
+        """What was not used so far, by all processes. Called on every process."""
+
+    def _draw_latents(self, moments: torch.Tensor, step: int, slots: range) -> torch.Tensor:
+        numbers = [step * self.samples_a_step + slot for slot in slots]
+        generators = [sample_generator(self.seed, "latents", number) for number in numbers]
+        return self.backbone.draw_latents(moments, generators)
+
+
+class EncodedLatents(LatentSource):
+    """Encodes pictures and captions as training goes.
+
+    Args:
+        pictures (`PictureSource`): From [`make_pictures`].
+
+    The others are those of [`LatentSource`].
+    """
+
+    def __init__(self, pictures: PictureSource, backbone: Backbone, device: torch.device | str = "cpu"):
+        super().__init__(backbone, pictures.seed, pictures.samples_a_step, device)
+        self.pictures = pictures
+
+    @property
+    def identity(self) -> str:
+        data = self.pictures.data
+        return "a stream" if data.streaming else data.fingerprint()
+
+    def batch(self, step: int, slots: range) -> LatentBatch:
+        pictures = self.pictures.batch(step, slots)
+        moments = self.backbone.encode_pictures(pictures.pixel_values, self.device)
+        conditioning = self.backbone.encode(pictures.captions, self.device, truncation=True)
+        conditioning = self.backbone.with_sizes(conditioning, pictures.original_sizes, pictures.crop_top_lefts)
+        conditioning = {name: value.float() for name, value in conditioning.items()}
+        return LatentBatch(self._draw_latents(moments, step, slots), conditioning, pictures.captions)
+
+    def prepare(self) -> None:
+        """Takes autoencoder and text encoders to the device, and begins to read."""
+        for encoder in self.backbone.encoders.values():
+            encoder.to(self.device)
+        self.pictures.prepare()
+
+    def state_dict(self) -> dict:
+        return self.pictures.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.pictures.load_state_dict(state)
+
+    def skipped(self) -> Skipped:
+        return self.pictures.skipped()
+
+
+class CachedLatents(LatentSource):
+    """Reads a cache: neither autoencoder nor text encoders run.
+
+    Args:
+        cache (`LatentCache`): Built by `prepare` if it is not.
+        proportion_empty_prompts (`float`, defaults to 0.0): Share of samples that get `""` for a caption.
+        num_workers (`int`, defaults to 0): Threads that decode pictures for the cache.
+
+    The others are those of [`LatentSource`].
+    """
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        seed: int,
+        samples_a_step: int,
+        device: torch.device | str = "cpu",
+        proportion_empty_prompts: float = 0.0,
+        num_workers: int = 0,
+    ):
+        super().__init__(cache.backbone, seed, samples_a_step, device)
+        self.cache, self.proportion_empty_prompts, self.num_workers = cache, proportion_empty_prompts, num_workers
+        self.order = EpochOrder(len(cache.data), seed)
+
+    @property
+    def identity(self) -> str:
+        return self.cache.made_of["data"]
+
+    def batch(self, step: int, slots: range) -> LatentBatch:
+        places, captions, flips = zip(*(self._choose(step * self.samples_a_step + slot) for slot in slots))
+        moments = self.cache.moments(places, flips).to(self.device)
+        conditioning = self.cache.conditioning(captions)
+        conditioning = {name: value.to(self.device).float() for name, value in conditioning.items()}
+        sizes = (values[list(places)] for values in (self.cache.original_sizes, self.cache.crop_top_lefts))
+        conditioning = self.backbone.with_sizes(conditioning, *sizes)
+        return LatentBatch(self._draw_latents(moments, step, slots), conditioning, list(captions))
+
+    def _choose(self, number: int) -> tuple[int, str, bool]:
+        """The picture of a sample, its caption, and whether it is flipped."""
+        place = next((place for place in self.order.candidates(number) if self.cache.readable[place]), None)
+        if place is None:
+            raise ValueError(f"{CANDIDATES} pictures in a row cannot be read; {self.skipped()}")
+        generator = picture_generator(self.seed, number)
+        caption = choose_caption(self.cache.data.captions(place), generator, self.proportion_empty_prompts)
+        return place, caption, self.cache.preprocessing.draw_flip(generator)
+
+    def prepare(self) -> None:
+        """Builds what of the cache is missing."""
+        self.cache.build(self.device, num_workers=self.num_workers)
+
+    def state_dict(self) -> dict:
+        """Nothing: the cache is on disk."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Does nothing."""
+
+    def skipped(self) -> Skipped:
+        return Skipped(dict(self.cache.unreadable), self.cache.data.dropped)

@@ -1,0 +1,1 @@
+"""Which weights train, and their values around one resident denoiser."""

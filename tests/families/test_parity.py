@@ -1,0 +1,112 @@
+"""What training shows the UNet is, call by call, what the stock pipeline's own `__call__` shows it."""
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+)
+
+from diffusers_safe.diffusion.trajectories import Trajectories, concatenate
+from diffusers_safe.families import make_backbone
+
+
+STEPS, GUIDANCE_SCALE, PROMPT = 6, 3.0, "a knife"
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "pndm": PNDMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "edm-dpm++": EDMDPMSolverMultistepScheduler,  # of Playground v2.5, an SDXL
+}
+CASES = [("sd-1", name) for name in ("ddim", "pndm", "euler", "dpm++")]
+CASES += [("sd-2", name) for name in ("ddim", "euler", "dpm++")]
+CASES += [("xl", name) for name in ("euler", "dpm++", "edm-dpm++")]
+
+
+@pytest.fixture
+def make_pipeline(make_tiny_pipeline, make_tiny_sd_2_pipeline, make_tiny_xl_pipeline):
+    makers = {"sd-1": make_tiny_pipeline, "sd-2": make_tiny_sd_2_pipeline, "xl": make_tiny_xl_pipeline}
+
+    def make(family, scheduler):
+        pipeline = makers[family]()
+        pipeline.scheduler = SCHEDULERS[scheduler].from_config(pipeline.scheduler.config)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return make
+
+
+def recorded(unet, run):
+    """Every input of the UNet while `run()` runs: sample, timesteps, hidden states and added conditions, by name."""
+    calls = []
+
+    def record(module, args, kwargs):
+        given = {**dict(zip(("sample", "timestep", "encoder_hidden_states"), args)), **kwargs}
+        given["timestep"] = given["timestep"].expand(len(given["sample"]))
+        given.update(given.pop("added_cond_kwargs", None) or {})
+        calls.append({name: value.clone() for name, value in given.items() if torch.is_tensor(value)})
+
+    hook = unet.register_forward_pre_hook(record, with_kwargs=True)
+    run()
+    hook.remove()
+    return calls
+
+
+def inputs_of_the_pipeline(pipeline, noise, **sizes):
+    options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE_SCALE, "output_type": "latent", **sizes}
+    return recorded(pipeline.unet, lambda: pipeline(PROMPT, latents=noise, **options))
+
+
+def inputs_of_training(backbone, generator):
+    """A trajectory up to its last latent, and one guided prediction there."""
+
+    def predict(*inputs):
+        return backbone.predict(backbone.denoiser, *inputs)
+
+    def run():
+        prompts, empty = backbone.encode([PROMPT]), backbone.encode([""])
+        trajectories = Trajectories(backbone.make_scheduler, backbone.latent_shape, STEPS, GUIDANCE_SCALE)
+        stops = [[trajectories.positions[-1]]]
+        latents, timesteps = trajectories.sample(predict, prompts, empty, stops, [generator])
+        with torch.no_grad():
+            predict(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), concatenate(empty, prompts))
+
+    return recorded(backbone.denoiser, run)
+
+
+def check_the_same(pipeline, resolution=None, **sizes):
+    backbone = make_backbone(pipeline, resolution)
+    noise = torch.randn((1, *backbone.latent_shape), generator=torch.Generator().manual_seed(7))
+    theirs = inputs_of_the_pipeline(pipeline, noise, **sizes)
+    ours = inputs_of_training(backbone, torch.Generator().manual_seed(7))
+    assert len(ours) == len(theirs) >= STEPS
+    for mine, expected in zip(ours, theirs):
+        assert mine.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(mine[name], expected[name], rtol=1e-4, atol=1e-5, check_dtype=False)
+    return ours
+
+
+@pytest.mark.parametrize("family, scheduler", CASES)
+def test_every_input_of_the_unet_is_that_of_the_pipelines_own_call(make_pipeline, family, scheduler):
+    inputs = check_the_same(make_pipeline(family, scheduler))
+    assert 0.8 < inputs[0]["sample"].std() < 1.2  # scaled, where Euler's latents start at 14
+    assert ("time_ids" in inputs[0]) == (family == "xl")
+
+
+@pytest.mark.parametrize("family", ["sd-1", "xl"])
+@pytest.mark.parametrize("pixels", [32, 88])
+def test_at_another_resolution_too(make_pipeline, family, pixels):
+    inputs = check_the_same(make_pipeline(family, "euler"), pixels, height=pixels, width=pixels)
+    assert inputs[0]["sample"].shape == (2, 4, pixels // 8, pixels // 8)
+
+
+def test_a_model_that_learned_an_encoded_empty_prompt_gets_that(make_pipeline):
+    pipeline = make_pipeline("xl", "euler")
+    pipeline.register_to_config(force_zeros_for_empty_prompt=False)
+    (uncond, _) = check_the_same(pipeline)[0]["encoder_hidden_states"]
+    assert uncond.abs().max() > 0

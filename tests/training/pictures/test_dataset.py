@@ -1,0 +1,337 @@
+"""Every form of data opens as the same pictures and captions; what cannot be used is told in one line."""
+
+import io
+import json
+import tarfile
+import zipfile
+
+import datasets
+import pandas as pd
+import pytest
+from PIL import Image, ImageChops
+
+from diffusers_safe.concepts import names_concept
+from diffusers_safe.preparation.folders import tar_samples
+from diffusers_safe.training.pictures import CaptionedImages, open_dataset
+from diffusers_safe.training.pictures.images import decode_image
+from picture_files import encoded
+
+
+FORMS = ["saved", "folder", "parquet", "tars", "lists"]
+
+
+def content(data):
+    """[(PIL image, captions)] of what is used."""
+    if data.streaming:
+        return [(decode_image(data.image_of(row)), data.captions_of(row)) for row in data.rows]
+    return [(decode_image(data.image_of(data.row(place))), data.captions(place)) for place in range(len(data))]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same(form, streaming, forms, emoji):
+    found = content(open_dataset(**forms[form], streaming=streaming))
+    assert len(found) == len(emoji)
+    for (image, captions), (expected, caption) in zip(found, emoji):
+        assert ImageChops.difference(image, expected.convert("RGB")).getbbox() is None
+        assert captions == ([caption, f"{caption}, again"] if form == "lists" else [caption])
+
+
+def test_pictures_are_not_decoded(make_data):
+    data = make_data({0: b"no picture"})
+    assert data.row(0)["image"]["bytes"] == b"no picture"
+    assert next(iter(make_data({0: b"no picture"}, streaming=True).rows))["image"]["bytes"] == b"no picture"
+
+
+WRONG = {
+    "no column of images": ({"image_column": "jpg"}, "image_column 'jpg': no such column; there are image, text"),
+    "no column of captions": (
+        {"caption_column": "txt"},
+        "caption_column 'txt': no such column; there are image, text",
+    ),
+    "one column for both": ({"caption_column": "image"}, "caption_column 'image': is the image_column, too"),
+    "no source": ({"train_data_dir": None}, "give exactly one of dataset_name, train_data_dir, data_files"),
+    "two sources": ({"dataset_name": "a/b"}, "dataset_name, train_data_dir: give exactly one of"),
+    "configuration of a folder": (
+        {"train_data_dir": "a", "dataset_config_name": "x"},
+        "train_data_dir a: dataset_config_name 'x': means nothing for train_data_dir, only for dataset_name",
+    ),
+    "no folder": ({"train_data_dir": "no/such"}, "train_data_dir no/such: no such folder"),
+    "no split": ({"split": "test"}, "est"),
+    "no file": ({"train_data_dir": None, "data_files": ["no/such.tar"]}, r"data_files .*no/such.tar: no such file"),
+    "no kind": ({"train_data_dir": None, "data_files": ["a.xyz"]}, "kinds are .parquet, .arrow, .tar"),
+    "no repository": ({"train_data_dir": None, "dataset_name": "no/such"}, "dataset_name no/such: "),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_opened_is_told(case, streaming, forms):
+    changes, message = WRONG[case]
+    with pytest.raises(ValueError, match=message) as told:
+        open_dataset(**{**forms["folder"], **changes, "streaming": streaming})
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 damaged PAR1", bytes(2048)])
+@pytest.mark.parametrize("kind", ["parquet", "tar", "jsonl"])
+def test_damaged_files_are_told(kind, content, tmp_path):
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"data_files .*a.{kind}'.: ") as told:
+        open_dataset(data_files=[str(path)], cache_dir=str(tmp_path / "cache"))
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_fields_of_columns_are_told(streaming, forms):
+    with pytest.raises(ValueError, match="caption_column 'json.text': no field 'text'; there are captions"):
+        open_dataset(**{**forms["lists"], "caption_column": "json.text"}, streaming=streaming)
+
+
+def test_columns_that_hold_something_else_are_told(tmp_path):
+    rows = datasets.Dataset.from_dict({"image": [1, 2], "text": ["a", "b"], "number": [3, 4]})
+    with pytest.raises(ValueError, match="image_column 'image': holds no images but Value"):
+        CaptionedImages(rows)
+    pictures = rows.remove_columns("image").add_column("image", [encoded(Image.new("RGB", (8, 8)))] * 2)
+    assert len(CaptionedImages(pictures)) == 2  # bytes are images, too
+    with pytest.raises(ValueError, match="caption_column 'number': must hold texts or lists of texts, not int"):
+        CaptionedImages(pictures, caption_column="number")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_empty_dataset_is_told(streaming):
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    rows = datasets.Dataset.from_dict({"image": [], "text": []}, features)
+    if streaming:
+        rows = datasets.IterableDataset.from_generator(lambda: iter([]), features=features)
+    with pytest.raises(ValueError, match="the dataset is empty"):
+        CaptionedImages(rows)
+
+
+def test_rows_that_name_a_forbidden_concept_are_dropped(make_data, emoji):
+    data = make_data({1: "", 2: "A KNIFE, on a plate", 3: "two knives"}, forbidden_concepts=["knife", "background"])
+    expected = [caption for _, caption in [emoji[0], *emoji[4:]] if not names_concept(caption, "background")]
+    assert sorted([data.captions(place)[0] for place in range(len(data))]) == sorted([*expected, "two knives"])
+    assert data.dropped == {
+        "without a caption": 1,
+        "with a caption that names a forbidden concept": len(emoji) - 2 - len(expected),
+    }
+
+
+def test_any_of_several_captions_counts(forms):
+    with pytest.raises(ValueError, match="no row of the dataset is left; dropped: 24 rows with a caption that names"):
+        open_dataset(**forms["lists"], forbidden_concepts=["again"])
+
+
+def test_a_part_is_drawn_from_the_seed(make_data, emoji):
+    def part(**kwargs):
+        data = make_data(max_train_samples=6, **kwargs)
+        return [data.captions(place) for place in range(len(data))]
+
+    everything = [[caption] for _, caption in emoji]
+    assert part() == part() != part(seed=1)
+    assert len(part()) == 6 and all(captions in everything for captions in part())
+    assert len(make_data(max_train_samples=100)) == 24
+    assert len(make_data(max_train_samples=6, forbidden_concepts=["style"])) == 6
+
+
+def test_fingerprint_is_of_the_content(forms, make_data, emoji):
+    fingerprints = {open_dataset(**forms[form]).fingerprint() for form in ("saved", "folder", "parquet", "tars")}
+    assert fingerprints == {make_data().fingerprint()}
+    picture = encoded(emoji[3][0].transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    changed = [
+        open_dataset(**forms["lists"]),
+        make_data({3: "another caption"}),
+        make_data({3: picture}),
+        make_data(count=23),
+        make_data(max_train_samples=23),
+    ]
+    assert len({data.fingerprint() for data in changed} | fingerprints) == 6
+
+
+def texts_beside(folder, emoji, count=3):
+    """Pictures with a `.txt` file next to each, and one without."""
+    folder.mkdir()
+    for i, (image, caption) in enumerate(emoji[: count + 1]):
+        image.save(folder / f"{i}.png")
+        if i < count:
+            (folder / f"{i}.txt").write_text(f"{caption}\n")
+    return folder
+
+
+def img2dataset_folder(folder, emoji, form):
+    """Shards of two samples with a table and counts next to each; no download of the first shard succeeded."""
+    folder.mkdir()
+    for shard in range(3):
+        numbers = range(2 * shard - 2, 2 * shard) if shard else range(0)
+        facts = [{"key": f"{i:09}", "caption": emoji[i][1], "url": f"http://example.org/{i}"} for i in numbers]
+        pictures = [encoded(emoji[i][0].convert("RGB"), "PNG") for i in numbers]
+        files = [
+            (f"{fact['key']}.{ending}", content)
+            for fact, picture in zip(facts, pictures)
+            for ending, content in {
+                "jpg": picture,
+                "json": json.dumps(fact).encode(),
+                "txt": fact["caption"].encode(),
+            }.items()
+        ]
+        if form == "webdataset":
+            with tarfile.open(folder / f"{shard:05}.tar", "w") as tar:
+                for name, content in files:
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        elif form == "files":
+            (folder / f"{shard:05}").mkdir()
+            for name, content in files:
+                (folder / f"{shard:05}" / name).write_bytes(content)
+        else:
+            facts = [{**fact, "jpg": picture} for fact, picture in zip(facts, pictures)]
+        if facts or form != "parquet":
+            pd.DataFrame(facts or [{"key": "x"}]).to_parquet(folder / f"{shard:05}.parquet")
+        (folder / f"{shard:05}_stats.json").write_text(json.dumps({"count": 2, "successes": len(facts)}))
+    return folder
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["texts", "webdataset", "files", "parquet"])
+def test_folders_of_other_tools_need_no_options(form, streaming, emoji, tmp_path):
+    folder = tmp_path / "data [1]"
+    texts_beside(folder, emoji, 4) if form == "texts" else img2dataset_folder(folder, emoji, form)
+    data = open_dataset(train_data_dir=str(folder), streaming=streaming, cache_dir=str(tmp_path / "cache"))
+    found = [(image, captions) for image, captions in content(data) if captions]
+    assert [captions for _, captions in found] == [[caption] for _, caption in emoji[:4]]
+    for (image, _), (expected, _) in zip(found, emoji):
+        assert ImageChops.difference(image, expected.convert("RGB")).getbbox() is None
+    if not streaming:
+        assert data.dropped == ({"without a caption": 1} if form == "texts" else {})
+
+
+@pytest.mark.parametrize("content, message", [(b"\xff\xfea", "must be text in UTF-8"), (b"a\0b", "holds a null char")])
+def test_a_caption_is_text(content, message, emoji, tmp_path):
+    texts_beside(tmp_path / "texts", emoji, 2)
+    caption = min((tmp_path / "texts").glob("*.txt"))
+    caption.write_bytes(content)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(caption, caption.name)
+    for read in (
+        lambda: open_dataset(train_data_dir=str(tmp_path / "texts"), cache_dir=str(tmp_path / "cache")),
+        lambda: list(tar_samples(tmp_path / "a.tar")),
+    ):
+        with pytest.raises(ValueError, match=f"{caption.name}.*{message}"):
+            read()
+
+
+def test_splits_of_tar_files_are_kept(emoji, tmp_path):
+    for split, (image, caption) in zip(("train", "test"), emoji):
+        with tarfile.open(tmp_path / f"{split}-00000.tar", "w") as tar:
+            for name, data in (("0.png", encoded(image)), ("0.txt", caption.encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    (tmp_path / "report.json").write_text("{}")
+    for split, (_, caption) in zip(("train", "test"), emoji):
+        data = open_dataset(train_data_dir=str(tmp_path), split=split, cache_dir=str(tmp_path / "cache"))
+        assert [data.captions(place) for place in range(len(data))] == [[caption]]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_a_folder_holds_is_told_where_nothing_fits(streaming, emoji, tmp_path):
+    def told():
+        with pytest.raises(ValueError) as error:
+            open_dataset(train_data_dir=str(tmp_path / "data"), streaming=streaming, cache_dir=str(tmp_path / "cache"))
+        return str(error.value)
+
+    (tmp_path / "data").mkdir()
+    assert "no pictures with captions (metadata.csv, " in told() and told().endswith("the folder holds no files")
+    emoji[0][0].save(tmp_path / "data" / "a.png")
+    (tmp_path / "data" / "notes.md").write_text("")
+    assert told().endswith("the folder holds 1 .png (a.png) and 1 .md (notes.md)")
+    (tmp_path / "data" / "captions.csv").write_text("file,text\na.png,a\n")
+    assert (
+        "image_column 'image': no such column; there are file, text; the folder holds 1 .png (a.png), 1 .csv" in told()
+    )
+
+
+@pytest.fixture
+def private(emoji, tmp_path):
+    return texts_beside(tmp_path / "private", emoji, 1)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize("name", ["../private/0.png", "{private}/0.png", "a/../../private/0.png"])
+def test_metadata_that_leads_out_of_its_folder_is_refused(name, kind, streaming, private, emoji, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    emoji[0][0].save(folder / "0.png")
+    rows = pd.DataFrame({"file_name": ["0.png", name.format(private=private)], "text": ["a", "b"]})
+    if kind == "csv":
+        rows.to_csv(folder / "metadata.csv", index=False)
+    else:
+        rows.to_json(folder / "metadata.jsonl", orient="records", lines=True)
+    with pytest.raises(ValueError, match="private/0.png") as told:
+        open_dataset(train_data_dir=str(folder), streaming=streaming, cache_dir=str(tmp_path / "cache"))
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_deep_json_is_told_before_its_reader_dies(streaming, emoji, tmp_path):
+    emoji[0][0].save(tmp_path / "0.png")
+    text = json.dumps({"file_name": "0.png", "text": "DEEP"}).replace('"DEEP"', "[" * 20_000 + "]" * 20_000)
+    (tmp_path / "metadata.jsonl").write_text(text)
+    for source in (
+        {"train_data_dir": str(tmp_path)},
+        {"dataset_name": str(tmp_path)},
+        {"data_files": [f"{tmp_path}/*.jsonl"]},
+    ):
+        with pytest.raises(ValueError, match="metadata.jsonl, line 1: JSON nested more than 100 levels deep"):
+            open_dataset(**source, streaming=streaming, cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("link", ["4.png", "0.txt", "folder", "0.tar", "0.parquet"])
+def test_links_that_lead_out_of_the_folder_are_refused(link, streaming, private, emoji, tmp_path):
+    folder = texts_beside(tmp_path / "data", emoji)
+    (folder / link).unlink(missing_ok=True)
+    (folder / link).symlink_to(private if link == "folder" else private / f"0.{'txt' if link == '0.txt' else 'png'}")
+    with pytest.raises(ValueError, match=f"{link}' lies outside of {folder}; only files inside are read"):
+        open_dataset(train_data_dir=str(folder), streaming=streaming, cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "path",
+    ["{private}/0.png", "file://{private}/0.png", "http://127.0.0.1:9/0.png", "zip://0.png::{private}/0.zip", "0.png"],
+)
+def test_paths_in_tables_that_lead_out_of_the_folder_are_refused(path, streaming, private, tmp_path, monkeypatch):
+    monkeypatch.chdir(private)  # where a relative path would be looked for
+    (tmp_path / "data").mkdir()
+    image = {"bytes": None, "path": path.format(private=private)}
+    pd.DataFrame({"image": [image], "text": ["a"]}).to_parquet(tmp_path / "data" / "0.parquet")
+    with pytest.raises(ValueError, match=f"{image['path'][-5:]}' lies outside of"):
+        content(
+            open_dataset(train_data_dir=str(tmp_path / "data"), streaming=streaming, cache_dir=str(tmp_path / "c"))
+        )
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_links_inside_of_a_folder_and_archives_are_read(streaming, emoji, tmp_path):
+    """Also the folder of a download in the cache of the Hub, whose files are links to its blobs."""
+    repository = tmp_path / "datasets--user--name"
+    repository.mkdir()
+    texts_beside(repository / "blobs", emoji, 1)
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    for name in ("0.png", "0.txt"):
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    (tmp_path / "link").symlink_to(repository / "blobs")
+    (tmp_path / "zipped").mkdir()
+    with zipfile.ZipFile(tmp_path / "zipped" / "a.zip", "w") as archive:
+        archive.writestr("0.png", encoded(emoji[0][0]))
+        archive.writestr("metadata.csv", f'file_name,text\n0.png,"{emoji[0][1]}"\n')
+    for folder in (snapshot, tmp_path / "link", tmp_path / "zipped"):
+        data = open_dataset(train_data_dir=str(folder), streaming=streaming, cache_dir=str(tmp_path / "cache"))
+        found = [captions for _, captions in content(data) if captions]
+        assert found == [[emoji[0][1]]]
