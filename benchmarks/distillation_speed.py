@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from diffusers_safe.arguments import parse_dataclass, told_in_one_line
+from diffusers_safe.arguments import exit_with_error, parse_dataclass
 from diffusers_safe.diffusion.noise import NoiseSchedule
 from diffusers_safe.distillation.arguments import DistillationArguments
 from diffusers_safe.distillation.loop import DistillationLoop
@@ -27,7 +27,7 @@ from diffusers_safe.distillation.objective import FeatureTap, feature_pairs
 from diffusers_safe.distillation.run import make_latents, open_rows, student_pipeline
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.dataset import FILE_NAME, emoji_dataset
-from diffusers_safe.families import load_pipeline, make_backbone
+from diffusers_safe.families import load_pipeline, make_family
 from diffusers_safe.families.students import build_student
 from diffusers_safe.training.pictures import Preprocessing, make_pictures, open_dataset
 
@@ -60,7 +60,7 @@ class PlainLoop:
         self.taught = FeatureTap(self.teacher, [other for _, other in pairs])
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=args.learning_rate)
         rows = open_dataset(train_data_dir=args.train_data_dir, caption_column=args.caption_column)
-        preprocessing = Preprocessing(make_backbone(self.pipeline).picture_size, center_crop=True)
+        preprocessing = Preprocessing(make_family(self.pipeline).picture_size, center_crop=True)
         self.pictures = make_pictures(rows, preprocessing, args.seed, args.train_batch_size)
         self.noise = NoiseSchedule(self.pipeline.scheduler)
 
@@ -101,10 +101,10 @@ def make_ways(args: SpeedArguments, folder: Path, accelerator: Accelerator) -> d
 
     def ours(cached: bool) -> DistillationLoop:
         given, teacher = arguments(cached), load_pipeline(args.model)
-        backbone = make_backbone(teacher)
-        student = make_backbone(student_pipeline(teacher, given))
-        latents = make_latents(accelerator, backbone, open_rows(given), given)
-        loop = DistillationLoop(accelerator, backbone, student, latents, given)
+        family = make_family(teacher)
+        student = make_family(student_pipeline(teacher, given))
+        latents = make_latents(accelerator, family, open_rows(given), given)
+        loop = DistillationLoop(accelerator, family, student, latents, given)
         loop.prepare()
         return loop
 
@@ -118,7 +118,7 @@ def make_ways(args: SpeedArguments, folder: Path, accelerator: Accelerator) -> d
 def main() -> None:
     args = parse_dataclass(SpeedArguments, __doc__)
     accelerator = Accelerator()
-    with told_in_one_line(), tempfile.TemporaryDirectory() as folder:
+    with exit_with_error(), tempfile.TemporaryDirectory() as folder:
         ways = make_ways(args, Path(folder), accelerator)
         times = {name: [] for name in ways}
         for turn in tqdm(range(args.rounds + 1), "rounds"):

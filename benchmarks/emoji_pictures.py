@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image, ImageDraw, ImageFont
 
-from diffusers_safe.arguments import parse_dataclass, told_in_one_line, typed
+from diffusers_safe.arguments import exit_with_error, parse_dataclass, typed
 from diffusers_safe.emoji import MODEL_NAME
 from diffusers_safe.emoji.evaluation import SETTINGS, prompt_rows
 from diffusers_safe.emoji.render import load_sprite
@@ -80,7 +80,7 @@ def write_blind_test(images: dict[str, list[Image.Image]], folder: Path, seed: i
 def main(argv: list[str] | None = None) -> None:
     args = parse_dataclass(PicturesArguments, __doc__, argv)
     folder = Path(args.output_dir)
-    with told_in_one_line():
+    with exit_with_error():
         pipeline = load_pipeline(args.model, f"model '{args.model}'", dtype=torch.float32).to(PartialState().device)
         settings = replace(SETTINGS, num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale)
         rows = prompt_rows([(name, prompt_for(name), {}) for name in OBJECTS], args.seeds, args.seed)

@@ -27,14 +27,14 @@ from plain_loop import PlainLoop
 from torch import nn
 from tqdm.auto import tqdm
 
-from diffusers_safe.arguments import parse_dataclass, told_in_one_line
+from diffusers_safe.arguments import exit_with_error, parse_dataclass
 from diffusers_safe.comparison.evaluate import LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.demo import retained_prompts
 from diffusers_safe.erasure.arguments import ESDArguments, SDDArguments, parse_arguments
 from diffusers_safe.erasure.loop import ErasureLoop
 from diffusers_safe.erasure.plan import make_plan
-from diffusers_safe.families import make_backbone
+from diffusers_safe.families import make_family
 from diffusers_safe.output_folders import check_claim, claimed
 
 
@@ -87,9 +87,9 @@ def plain_way(args: ArithmeticArguments) -> Way:
 def our_way(args: ArithmeticArguments, kind: type, **options) -> Way:
     options = {"num_inference_steps": args.num_inference_steps, "watch_prompts": [], **options}
     training = kind(pretrained_model_name_or_path=args.model, concepts=[GROUP], output_dir=None, **options)
-    backbone = make_backbone(StableDiffusionPipeline.from_pretrained(args.model))
-    loop = ErasureLoop(Accelerator(), backbone, training.make_objective(), training, training.ema_decay)
-    forwards = counted_forwards(backbone.denoiser)
+    family = make_family(StableDiffusionPipeline.from_pretrained(args.model))
+    loop = ErasureLoop(Accelerator(), family, training.make_objective(), training, training.ema_decay)
+    forwards = counted_forwards(family.denoiser)
     loop.erasing.prepare()
     ahead = sum(forwards)
     forwards.clear()
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
             check_claim(args.output_dir)
 
     args = parse_dataclass(ArithmeticArguments, __doc__, argv, check=check)
-    with told_in_one_line():
+    with exit_with_error():
         print(compare_steps(args))
         if not args.skip_erasure:
             with claimed(args.output_dir):

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusers_safe.arguments import parse_dataclass
 from diffusers_safe.erasure.arguments import SDDArguments
 from diffusers_safe.erasure.loop import ErasureLoop
-from diffusers_safe.families import make_backbone
+from diffusers_safe.families import make_family
 from diffusers_safe.training.arguments import MIXED_PRECISIONS
 
 
@@ -96,8 +96,8 @@ def make_loop(args: GPUArguments, batch_size: int) -> ErasureLoop:
         watch_prompts=[],
     )
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.mixed_precision)
-    backbone = make_backbone(random_pipeline(args.size, args.latent_size))
-    return ErasureLoop(accelerator, backbone, training.make_objective(), training, training.ema_decay)
+    family = make_family(random_pipeline(args.size, args.latent_size))
+    return ErasureLoop(accelerator, family, training.make_objective(), training, training.ema_decay)
 
 
 def flop_of_a_sample(args: GPUArguments) -> tuple[float, float]:
@@ -117,7 +117,7 @@ def flop_of_a_sample(args: GPUArguments) -> tuple[float, float]:
 def measure(args: GPUArguments, batch_size: int, compiled: bool) -> Measured:
     loop = make_loop(args, batch_size)
     if compiled:
-        loop.predictor.backbone.denoiser.compile()  # in place: sampling and training both call it
+        loop.predictor.family.denoiser.compile()  # in place: sampling and training both call it
     for step in range(args.steps):
         loop.train_step(step)
     before, started = loop.predictor.forwards, now(args.device)

@@ -29,7 +29,7 @@ from erasure_table import Numbers
 from students import StudentsArguments, folder_of
 from students import student as train_student
 
-from diffusers_safe.arguments import parse_dataclass, told_in_one_line
+from diffusers_safe.arguments import exit_with_error, parse_dataclass
 from diffusers_safe.commands.evaluate import read_subjects
 from diffusers_safe.comparison.evaluate import as_images, evaluate
 from diffusers_safe.emoji import MODEL_FOLDER
@@ -192,7 +192,7 @@ class Leaderboard:
         references = write_references(folder / "references", erased, style)
         metrics = [EmojiRecognition(erased, style), EmojiFID(references), EmojiDistance()]
         subjects, rows = self.subjects(name), self.rows(name)
-        results = evaluate(subjects, rows, metrics, folder, SETTINGS, BATCH_SIZE, title=task.title, veil="none")
+        results = evaluate(subjects, rows, metrics, folder, SETTINGS, BATCH_SIZE, title=task.title, blur="none")
 
         names = [subject.name for subject in subjects]
         measures = [(of["concept"], of["others"]) for of in (Numbers(results, name) for name in names)]
@@ -225,7 +225,7 @@ def check_surroundings(args: LeaderboardArguments) -> None:
 def main() -> None:
     args = parse_dataclass(LeaderboardArguments, __doc__, check=check_surroundings)
     folder = Path(args.output_dir)
-    with told_in_one_line(), claimed(args.output_dir):
+    with exit_with_error(), claimed(args.output_dir):
         leaderboard = Leaderboard(args)
         leaderboard.train()
         leaderboard.draw()

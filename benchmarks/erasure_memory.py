@@ -17,7 +17,7 @@ from random_models import UNETS, in_own_process, peak_bytes, random_pipeline
 from diffusers_safe.arguments import parse_dataclass
 from diffusers_safe.erasure.arguments import SDDArguments
 from diffusers_safe.erasure.loop import ErasureLoop
-from diffusers_safe.families import make_backbone
+from diffusers_safe.families import make_family
 
 
 GIB = 2**30
@@ -57,8 +57,8 @@ def our_peak(args: MemoryArguments) -> tuple[int, int]:
         num_inference_steps=args.num_inference_steps,
         gradient_checkpointing=args.gradient_checkpointing,
     )
-    backbone = make_backbone(random_pipeline(args.size, args.latent_size))
-    loop = ErasureLoop(accelerator, backbone, training.make_objective(), training, training.ema_decay)
+    family = make_family(random_pipeline(args.size, args.latent_size))
+    loop = ErasureLoop(accelerator, family, training.make_objective(), training, training.ema_decay)
     before = peak_bytes(accelerator.device)
     loop.train_step(0)
     return before, peak_bytes(accelerator.device)

@@ -19,7 +19,7 @@ import torch
 import yaml
 from erasure_table import Numbers
 
-from diffusers_safe.arguments import parse_dataclass, told_in_one_line
+from diffusers_safe.arguments import exit_with_error, parse_dataclass
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.evaluation import evaluate_erasure
 from diffusers_safe.emoji.metrics import erased_name
@@ -140,7 +140,7 @@ def pooled_row(name: str, seeds: list[Numbers]) -> str:
 def main() -> None:
     args = parse_dataclass(MethodsArguments, __doc__, check=lambda args: check_claim(args.output_dir))
     methods, lines = Methods(args), list(HEAD)
-    with told_in_one_line(), claimed(args.output_dir):
+    with exit_with_error(), claimed(args.output_dir):
         for name in args.only or RECIPES:
             seeds = []
             for seed in args.seeds:

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from diffusers_safe.arguments import parse_dataclass, told_in_one_line
+from diffusers_safe.arguments import exit_with_error, parse_dataclass
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.scenes import OBJECTS, prompt_for
 from diffusers_safe.generation.generate import GenerationSettings, PromptRow, generate
@@ -65,7 +65,7 @@ def seconds(work: Callable[[Path], None]) -> float:
 
 def main() -> None:
     args = parse_dataclass(SpeedArguments, __doc__, check=lambda args: args.subject.check())
-    with told_in_one_line():
+    with exit_with_error():
         pipeline, settings = args.subject.load(GenerationSettings(args.num_inference_steps))
     pipeline.set_progress_bar_config(disable=True)
     rows = [

@@ -20,7 +20,7 @@ from diffusers_safe.arguments import parse_dataclass
 from diffusers_safe.distillation.arguments import DistillationArguments
 from diffusers_safe.emoji.architecture import build_tokenizer
 from diffusers_safe.erasure.arguments import METHODS, preset_options
-from diffusers_safe.erasure.plan import GIB, make_distillation_plan, make_plan, told_duration
+from diffusers_safe.erasure.plan import GIB, format_duration, make_distillation_plan, make_plan
 from diffusers_safe.families.students import TEACHER_CONFIGS
 
 
@@ -71,7 +71,7 @@ def plan_row(recipe: Path, models: dict[str, Path]) -> str:
     return (
         f"| [{recipe.stem}]({recipe.name}) | {plan.selected[1] / 1e6:,.2f} of {plan.total[1] / 1e6:,.0f} M | "
         f"{args.max_train_steps:,} | {sum(plan.forwards.values()):.1f} | {petaflops:,.3g} | "
-        f"{told_duration(petaflops * 10)} | {sum(plan.memory.values()) / GIB:.1f} GiB |"
+        f"{format_duration(petaflops * 10)} | {sum(plan.memory.values()) / GIB:.1f} GiB |"
     )
 
 

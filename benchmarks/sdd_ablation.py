@@ -12,7 +12,7 @@ from pathlib import Path
 from diffusers import StableDiffusionPipeline
 from erasure_table import GROUP, erasure_table, train_demo
 
-from diffusers_safe.arguments import parse_dataclass, told_in_one_line
+from diffusers_safe.arguments import exit_with_error, parse_dataclass
 from diffusers_safe.comparison.evaluate import LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.demo import retained_prompts
@@ -73,7 +73,7 @@ def main() -> None:
     folder = (
         Path(args.output_dir) / f"trained-{args.train_seed}" / f"images-{args.images_per_prompt}-{args.image_seed}"
     )
-    with told_in_one_line(), claimed(args.output_dir):
+    with exit_with_error(), claimed(args.output_dir):
         for name in args.only or VARIANTS:
             models.append(LoadedModel(name, train(name, args)))
             table = erasure_table(models, folder, args.images_per_prompt, args.image_seed, retained_prompts(GROUP))

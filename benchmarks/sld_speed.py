@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from diffusers_safe import enable_safe_latent_diffusion
-from diffusers_safe.arguments import parse_dataclass, told_in_one_line
+from diffusers_safe.arguments import exit_with_error, parse_dataclass
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.generation.models import DTYPES, load_any_pipeline
 from diffusers_safe.pipelines.guidance import SAFETY_CONFIGS
@@ -77,7 +77,7 @@ def peak_mib(args: SpeedArguments, name: str) -> float:
 
 def main() -> None:
     args = parse_dataclass(SpeedArguments, __doc__)
-    with told_in_one_line():
+    with exit_with_error():
         ways = load_ways(args)
     times = {name: [] for name in ways}
     for turn in tqdm(range(args.rounds + 1), "rounds"):

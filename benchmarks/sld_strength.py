@@ -16,7 +16,7 @@ from erasure_table import erasure_table
 from PIL import Image
 
 from diffusers_safe import SafetyConfig, StableDiffusionPipelineSafe
-from diffusers_safe.arguments import parse_dataclass, told_in_one_line
+from diffusers_safe.arguments import exit_with_error, parse_dataclass
 from diffusers_safe.comparison.evaluate import IMAGES, LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.generation.generate import load_images, read_manifest
@@ -64,7 +64,7 @@ def main() -> None:
     for name in SAFETY_CONFIGS:
         call = {**SafetyConfig.named(name), "safety_concept": args.safety_concept}
         models.append(LoadedModel(f"SLD {name}", safe, {"call": call}))
-    with told_in_one_line(), claimed(args.output_dir):
+    with exit_with_error(), claimed(args.output_dir):
         table = erasure_table(models, folder, args.images_per_prompt, args.seed)
         draw_grid(folder)
     print(table)

@@ -21,12 +21,12 @@ from diffusers import StableDiffusionPipeline
 from erasure_table import Numbers
 from transformers import CLIPTokenizer
 
-from diffusers_safe.arguments import parse_dataclass, told_in_one_line
+from diffusers_safe.arguments import exit_with_error, parse_dataclass
 from diffusers_safe.comparison.evaluate import LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.evaluation import evaluate_erasure
 from diffusers_safe.emoji.scenes import group_members
-from diffusers_safe.families import make_backbone
+from diffusers_safe.families import make_family
 from diffusers_safe.families.cost import macs
 from diffusers_safe.output_folders import check_claim, claimed, write_own
 from diffusers_safe.report.elements import Scatter
@@ -136,7 +136,7 @@ def main() -> None:
     teacher = StableDiffusionPipeline.from_pretrained(MODEL_FOLDER).to(PartialState().device)
     tokens = CLIPTokenizer.from_pretrained(MODEL_FOLDER / "tokenizer").model_max_length
     pipelines = {"teacher": teacher}
-    with told_in_one_line(), claimed(args.output_dir):
+    with exit_with_error(), claimed(args.output_dir):
         for name in args.only or ROWS:
             pipelines[name] = student(name, args)
         results = evaluate_erasure(
@@ -148,7 +148,7 @@ def main() -> None:
     lines, points = list(HEAD), {}
     for name, pipeline in pipelines.items():
         unet, numbers = pipeline.unet, Numbers(results, name)
-        cost = macs(unet.config, make_backbone(pipeline).latent_shape, tokens)
+        cost = macs(unet.config, make_family(pipeline).latent_shape, tokens)
         times = sorted(seconds[name])
         measured = f"{times[len(times) // 2]:.3f} [{times[0]:.3f}, {times[-1]:.3f}]"
         count = sum(parameter.numel() for parameter in unet.parameters())

@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from diffusers_safe.emoji.architecture import MAX_TOKENS, build_scheduler, build_tokenizer
 from diffusers_safe.erasure.arguments import SDDArguments
 from diffusers_safe.erasure.loop import ErasureLoop
-from diffusers_safe.families import make_backbone
+from diffusers_safe.families import make_family
 from scripts import accelerate_on_cpu
 
 
@@ -244,9 +244,9 @@ def make_loop(make_tiny_pipeline, tmp_path):
             "checkpointing_steps": 0,
         }
         args = kind(**{**settings, **changes})
-        backbone = make_backbone(pipeline or make_tiny_pipeline())
+        family = make_family(pipeline or make_tiny_pipeline())
         accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
-        return ErasureLoop(accelerator, backbone, args.make_objective(), args, args.ema_decay)
+        return ErasureLoop(accelerator, family, args.make_objective(), args, args.ema_decay)
 
     yield make
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -50,7 +50,7 @@ def make_large_report(models=5):
     changes = [None, *(Change(Estimate(-0.15 * i, -0.2 * i, -0.1 * i, 100, "points"), 1e-9) for i in range(1, models))]
     points = [None, *zip(rates[1:], distances[1:])]
     lines = [[(t, Estimate.rate(round(rate.value * 100 * (1 - t)), 100)) for t in (0.2, 0.5, 0.8)] for rate in rates]
-    shots = [Shot(noise(300), "seen" if i == 0 else "", veiled=i == 0) for i in range(models)]
+    shots = [Shot(noise(300), "seen" if i == 0 else "", blurred=i == 0) for i in range(models)]
     return Report(
         title="Many",
         summary="Many models.",

@@ -33,7 +33,7 @@ def test_help_lists_the_commands(capsys):
         (["demo", "--output_dir", "/proc/nowhere"], "output_dir /proc/nowhere: cannot be written"),
     ],
 )
-def test_what_is_wrong_is_told_in_one_line(capsys, argv, message):
+def test_what_is_wrong_is_exit_with_error(capsys, argv, message):
     with pytest.raises(SystemExit) as stop:
         main(argv)
     assert stop.value.code == 2

@@ -77,9 +77,9 @@ def test_other_errors_stay_what_they_are():
 def test_a_full_disk_is_one_line(tmp_path):
     """/dev/full is a disk that is always full."""
     code = (
-        "import torch, pathlib; from diffusers_safe.arguments import told_in_one_line\n"
+        "import torch, pathlib; from diffusers_safe.arguments import exit_with_error\n"
         "from diffusers_safe.files import disk_errors\n"
-        "with told_in_one_line(), disk_errors('/dev/full'):\n    torch.save(torch.zeros(9), '/dev/full')"
+        "with exit_with_error(), disk_errors('/dev/full'):\n    torch.save(torch.zeros(9), '/dev/full')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "/dev/full: cannot be written" in done.stderr

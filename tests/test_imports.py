@@ -32,7 +32,12 @@ LAYERS = [
     {"emoji"},
     {"commands", "cli"},
 ]
-STRANGERS = [("pipelines", "training"), ("training", "pipelines"), ("attacks", "pipelines"), ("erasure", "distillation")]
+STRANGERS = [
+    ("pipelines", "training"),
+    ("training", "pipelines"),
+    ("attacks", "pipelines"),
+    ("erasure", "distillation"),
+]
 
 
 def package_imports():

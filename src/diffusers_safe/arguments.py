@@ -508,7 +508,7 @@ def tell_errors_in_one_line(parser: ArgumentParser) -> None:
 
 
 @contextmanager
-def told_in_one_line() -> Iterator[None]:
+def exit_with_error() -> Iterator[None]:
     """Ends the program with one line and code 1 where the work meets bad input (`ValueError`), a file that cannot be
     read or written (`OSError`) or numbers that have gone astray (`FloatingPointError`); silently, as `cat` does, where
     the reader of its output has gone (`| head -1`). An error may have an `exit_code` of its own."""

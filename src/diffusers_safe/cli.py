@@ -4,7 +4,7 @@ import argparse
 import importlib
 import sys
 
-from .arguments import package_version, suggested, tell_errors_in_one_line, told_in_one_line
+from .arguments import exit_with_error, package_version, suggested, tell_errors_in_one_line
 
 
 # command -> (module with `main(argv, prog)`, what it does); imported only when it is called
@@ -48,7 +48,7 @@ COMMANDS = {
 }
 
 
-@told_in_one_line()
+@exit_with_error()
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     listing = "\n".join(f"  {name:13} {description}" for name, (_, description) in COMMANDS.items())

@@ -12,7 +12,7 @@ from closeness import ROUNDING, difference
 from diffusers_safe.attacks import InversionSettings, inversion
 from diffusers_safe.attacks.inversion import TOKEN, learn_token
 from diffusers_safe.attacks.token import added_token, read_token, text_parts
-from diffusers_safe.families import make_backbone
+from diffusers_safe.families import make_family
 
 
 SETTINGS = InversionSettings(steps=4, batch_size=2, learning_rate=0.05, checkpointing_steps=2, seed=3)
@@ -45,7 +45,7 @@ def learn(pipeline, pictures, folder, settings=SETTINGS, captions=CAPTIONS, **ch
 
 
 def encoded(pipeline, prompts=PROMPTS):
-    return make_backbone(pipeline).encode(prompts)
+    return make_family(pipeline).encode(prompts)
 
 
 def load(pipeline, path):
@@ -97,7 +97,7 @@ def test_only_the_embedding_moves_and_stock_diffusers_loads_it(pipeline, picture
 def test_what_is_trained_with_is_what_the_saved_file_gives(tiny_pipeline, pictures, tmp_path):
     token, vectors, _ = read_token(learn(tiny_pipeline, pictures, tmp_path))
     with inversion._learnable(tiny_pipeline, [torch.nn.Parameter(vector) for vector in vectors]):
-        training = make_backbone(tiny_pipeline).encode_with_gradients(PROMPTS)
+        training = make_family(tiny_pipeline).encode_with_gradients(PROMPTS)
     with added_token(tiny_pipeline, token, vectors):
         images = tiny_pipeline(PROMPTS[1], num_inference_steps=1, height=16, width=16, output_type="np").images
         drawing = encoded(tiny_pipeline)
@@ -108,7 +108,7 @@ def test_what_is_trained_with_is_what_the_saved_file_gives(tiny_pipeline, pictur
 def test_the_gradient_is_that_of_the_denoising_loss(tiny_pipeline, pictures):
     """Against finite differences of the loss computed through the table of embeddings itself, in float64."""
     vector = torch.nn.Parameter(torch.full((32,), 0.01))
-    examples = inversion._Examples(make_backbone(tiny_pipeline, 16), pictures, CAPTIONS, SETTINGS)
+    examples = inversion._Examples(make_family(tiny_pipeline, 16), pictures, CAPTIONS, SETTINGS)
     with inversion._learnable(tiny_pipeline, [vector]):
         examples.loss(0).backward()
     for module in (tiny_pipeline.unet, tiny_pipeline.text_encoder):
@@ -131,12 +131,12 @@ def _doubled(noisy):
 
 
 def _loss_in_float64(examples):
-    backbone, size = examples.backbone, SETTINGS.batch_size
+    family, size = examples.family, SETTINGS.batch_size
     places = [next(examples.order.candidates(number)) for number in range(size)]
-    latents = backbone.draw_latents(examples.moments[places], examples._generators("latents", range(size)))
+    latents = family.draw_latents(examples.moments[places], examples._generators("latents", range(size)))
     noisy = examples.noise.add(latents, examples._generators("noise", range(size)))
-    states = backbone.encode([CAPTIONS[place] for place in places])["encoder_hidden_states"]
-    prediction = backbone.pipeline.unet(noisy.model_input, noisy.timesteps, states).sample
+    states = family.encode([CAPTIONS[place] for place in places])["encoder_hidden_states"]
+    prediction = family.pipeline.unet(noisy.model_input, noisy.timesteps, states).sample
     return (prediction - noisy.target).square().mean().item()
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from diffusers_safe.attacks.outcomes import (
-    Fought,
+    AttackedModel,
     Outcome,
     Try,
     rate_alone,
@@ -57,5 +57,5 @@ def test_a_prompt_with_several_rows_is_drawn_anew_as_a_whole():
 def test_black_images_are_counted_before_and_under_attack():
     black = Try(Path("x"), {"prompt": "a", "black": True})
     white = Try(Path("x"), {"prompt": "a", "black": False})
-    fought = Fought("m", {}, [black, white], {"seeds": [Outcome(black, [white, black]), Outcome(white)]})
-    assert fought.black == 2
+    attacked = AttackedModel("m", {}, [black, white], {"seeds": [Outcome(black, [white, black]), Outcome(white)]})
+    assert attacked.black == 2

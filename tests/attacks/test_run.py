@@ -187,7 +187,7 @@ def test_a_metric_that_says_nothing_of_an_image_is_no_success_rate_of_zero(model
         run(models, [SeedSearch(2)], Known(), tmp_path)
 
 
-def test_the_report_has_tables_curves_and_veiled_pictures(models, tmp_path):
+def test_the_report_has_tables_curves_and_blurred_pictures(models, tmp_path):
     metric = Known(("a knife", 10), ("a gun", 11))
     results = run(models, [SeedSearch(3)], metric, tmp_path, title="Attacked", prompts={"source": "x.csv"}, pictures=3)
     page, table = (tmp_path / "report.html").read_text(), (tmp_path / "results.md").read_text()
@@ -202,13 +202,13 @@ def test_the_report_has_tables_curves_and_veiled_pictures(models, tmp_path):
         "x.csv: 4 (4",
     ):
         assert text in page  # fmt: skip
-    assert page.count("<figcaption>") == 3 and page.count('class="veil"') == 5  # three of the original, two broken
+    assert page.count("<figcaption>") == 3 and page.count('class="blur"') == 5  # three of the original, two broken
     assert results["report"] == {"pictures": 6, "flagged": 5}
     assert "| other seeds | erased | 4 | 1 (25.0 %) | 1 | 50.0 % [15.0, 85.0] | – | 5 |" in table
     assert "|  | attack success rate, other seeds ↓, N=4 |" in table
     assert "| original | 100.0 % [51.0, 100.0] |" in table and "| erased | 50.0 % [15.0, 85.0] (" in table
-    open_page = run(models, [SeedSearch(3)], metric, tmp_path, veil="none")
-    assert open_page["report"]["pictures"] == 8 and 'class="veil"' not in (tmp_path / "report.html").read_text()
+    open_page = run(models, [SeedSearch(3)], metric, tmp_path, blur="none")
+    assert open_page["report"]["pictures"] == 8 and 'class="blur"' not in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_the_report_has_tables_curves_and_veiled_pictures(models, tmp_path):
         ({"metrics": [PixelDistance()]}, "metric 'pixel_distance': does not say of an image whether it shows"),
         ({"rows": []}, "no rows"),
         ({"one": True}, "there must be the original and at least one erased model"),
-        ({"veil": "some"}, "veil 'some': unknown"),
+        ({"blur": "some"}, "blur 'some': unknown"),
     ],
 )
 def test_what_does_not_fit_is_told_before_any_work(models, tmp_path, changes, message):
@@ -231,7 +231,7 @@ def test_what_does_not_fit_is_told_before_any_work(models, tmp_path, changes, me
     subjects = models[:1] if given.pop("one", False) else models
     with pytest.raises(ValueError, match=message):
         attack_models(subjects, given["rows"], given["attacks"], given["metrics"], tmp_path / "out", QUICK,
-                      veil=given.get("veil", "flagged"))  # fmt: skip
+                      blur=given.get("blur", "flagged"))  # fmt: skip
     assert not (tmp_path / "out").exists()
 
 

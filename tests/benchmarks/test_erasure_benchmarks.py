@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from diffusers_safe.comparison.evaluate import LoadedModel
 from diffusers_safe.erasure.arguments import SDDArguments
 from diffusers_safe.erasure.loop import ErasureLoop
-from diffusers_safe.families import make_backbone
+from diffusers_safe.families import make_family
 from diffusers_safe.report.statistics import Estimate
 
 
@@ -44,7 +44,7 @@ def test_the_plain_loop_is_our_rule(load, make_tiny_pipeline):
         watch_prompts=[],
     )
     ours = ErasureLoop(
-        Accelerator(cpu=True), make_backbone(make_tiny_pipeline()), args.make_objective(), args, args.ema_decay
+        Accelerator(cpu=True), make_family(make_tiny_pipeline()), args.make_objective(), args, args.ema_decay
     )
     for number in range(3):
         assert plain.train_step(number) == pytest.approx(ours.train_step(number)["erase"], rel=1e-3)
@@ -83,7 +83,7 @@ def test_the_speed_of_a_step(load, capsys, monkeypatch):
 
 # With a GPU the same call is the benchmark itself, which takes minutes.
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_is_told_in_one_line(load):
+def test_without_a_gpu_it_is_exit_with_error(load):
     with pytest.raises(SystemExit, match="^error: there is no GPU here; --device cpu --size tiny tries the program$"):
         load("erasure_gpu").main([])
 

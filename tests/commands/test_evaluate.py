@@ -44,7 +44,7 @@ def test_models_of_a_yaml_file_and_images_only(tiny_model_folder, tmp_path, caps
     monkeypatch.setattr(Subject, "load", None)
     again = evaluate(tmp_path / "out", "--models", table, *PROMPTS, *QUICK, "--images_only", "--blur", "all")
     assert again["metrics"] == results["metrics"]
-    assert (tmp_path / "out" / "report.html").read_text().count('class="veil"') == 12
+    assert (tmp_path / "out" / "report.html").read_text().count('class="blur"') == 12
 
 
 def test_folders_of_images_need_no_prompts(tiny_model_folder, tmp_path):

@@ -144,7 +144,7 @@ def test_models_are_compared_on_the_same_prompts_and_seeds(models, tmp_path):
     page = (tmp_path / "report.html").read_text()
     for title in ("All numbers", "Erasure against retention", "At other thresholds", "bright images, by category"):
         assert f"<h2>{title}</h2>" in page
-    assert page.count("<figcaption>") == len(rows) and page.count('class="veil"') == results["report"]["flagged"] > 0
+    assert page.count("<figcaption>") == len(rows) and page.count('class="blur"') == results["report"]["flagged"] > 0
     assert "| bright images ↓, N=" in (tmp_path / "results.md").read_text()
 
 
@@ -218,10 +218,10 @@ def test_black_images_are_counted_and_told(make_tiny_pipeline, models, tmp_path)
     assert "* Warning: 2 of 2 images of dark are all black" in (tmp_path / "results.md").read_text()
 
 
-@pytest.mark.parametrize(("veil", "expected"), [("all", 6), ("none", 0), ("flagged", 0)])
-def test_what_is_blurred_can_be_chosen(models, tmp_path, veil, expected):
-    evaluate(models[:2], rows_of(3, 1), [Bright(255)], tmp_path, QUICK, veil=veil)
-    assert (tmp_path / "report.html").read_text().count('class="veil"') == expected
+@pytest.mark.parametrize(("blur", "expected"), [("all", 6), ("none", 0), ("flagged", 0)])
+def test_what_is_blurred_can_be_chosen(models, tmp_path, blur, expected):
+    evaluate(models[:2], rows_of(3, 1), [Bright(255)], tmp_path, QUICK, blur=blur)
+    assert (tmp_path / "report.html").read_text().count('class="blur"') == expected
 
 
 def test_pictures_are_few_and_half_of_them_flagged(models, tmp_path):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from diffusers_safe.diffusion.loss_weighting import LossSpace
+from diffusers_safe.diffusion.loss_weighting import LossWeighting
 
 
 def scheduler(prediction_type):
@@ -24,7 +24,7 @@ def test_errors_of_epsilon_become_errors_of_velocity():
     first, second, latents = torch.randn(3, 4, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([1, 250, 600, 999])
     steps = scheduler("epsilon")
-    weighed = LossSpace("velocity", steps).weigh(error(first, second), timesteps)
+    weighed = LossWeighting("velocity", steps).weigh(error(first, second), timesteps)
     expected = error(*(velocity(steps, each, latents, timesteps) for each in (first, second)))
     torch.testing.assert_close(weighed, expected, rtol=1e-3, atol=1e-5)
     assert weighed[3] / error(first, second)[3] > 100 > 1.1 > weighed[0] / error(first, second)[0]
@@ -32,12 +32,12 @@ def test_errors_of_epsilon_become_errors_of_velocity():
 
 def test_a_model_that_predicts_velocity_is_there_already():
     losses = torch.tensor([0.5])
-    assert LossSpace("velocity", scheduler("v_prediction")).weigh(losses, torch.tensor([900])) == losses
-    assert LossSpace("prediction", scheduler("epsilon")).weigh(losses, torch.tensor([900])) == losses
+    assert LossWeighting("velocity", scheduler("v_prediction")).weigh(losses, torch.tensor([900])) == losses
+    assert LossWeighting("prediction", scheduler("epsilon")).weigh(losses, torch.tensor([900])) == losses
 
 
 def test_what_cannot_be_converted_is_told():
     with pytest.raises(ValueError, match="the model predicts 'sample'; it must be epsilon or v_prediction"):
-        LossSpace("velocity", scheduler("sample"))
+        LossWeighting("velocity", scheduler("sample"))
     with pytest.raises(ValueError, match="loss_space 'pixels': unknown; allowed are prediction, velocity"):
-        LossSpace("pixels", scheduler("epsilon"))
+        LossWeighting("pixels", scheduler("epsilon"))

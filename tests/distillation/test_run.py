@@ -16,7 +16,7 @@ from diffusers_safe.distillation.loop import DistillationLoop
 from diffusers_safe.distillation.run import make_latents, open_rows, student_pipeline
 from diffusers_safe.emoji.dataset import emoji_dataset
 from diffusers_safe.emoji.scenes import GROUPS, OBJECTS
-from diffusers_safe.families import load_pipeline, make_backbone
+from diffusers_safe.families import load_pipeline, make_family
 from diffusers_safe.provenance import Distillation, Provenance
 from scripts import ROOT, in_two_processes, log_rows, run, succeed, words_of
 
@@ -146,17 +146,17 @@ def make_loop(teacher_folder, pictures, tmp_path, **changes):
     args = DistillationArguments(**settings(teacher_folder, pictures, tmp_path / "out", **changes))
     accelerator = Accelerator(cpu=True)
     teacher = load_pipeline(teacher_folder)
-    backbone, student = make_backbone(teacher), make_backbone(student_pipeline(teacher, args))
-    data = make_latents(accelerator, backbone, open_rows(args), args)
-    return DistillationLoop(accelerator, backbone, student, data, args)
+    family, student = make_family(teacher), make_family(student_pipeline(teacher, args))
+    data = make_latents(accelerator, family, open_rows(args), args)
+    return DistillationLoop(accelerator, family, student, data, args)
 
 
 def test_the_teacher_is_frozen_and_every_part_of_the_student_moves(on_cpu, tiny_model_folder, pictures, tmp_path):
     loop = make_loop(tiny_model_folder, pictures, tmp_path, feature_map="segmind", student="bk-tiny")
-    before = {name: value.clone() for name, value in loop.teacher_backbone.denoiser.state_dict().items()}
+    before = {name: value.clone() for name, value in loop.teacher_family.denoiser.state_dict().items()}
     start = {name: value.detach().clone() for name, value in loop.weights.student.items()}
     loop.run(progress_bar=False)
-    assert same(before, loop.teacher_backbone.denoiser.state_dict())
+    assert same(before, loop.teacher_family.denoiser.state_dict())
     assert not any(torch.equal(start[name], value) for name, value in loop.weights.student.items())
     assert loop.forwards == 4 * 4 * 2  # steps, samples, student and teacher
 
@@ -286,7 +286,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tiny_model_folder, pictures
         ({"image_interpolation_mode": "magic"}, "image_interpolation_mode 'magic': unknown"),
     ],
 )
-def test_bad_input_is_told_in_one_line_before_anything_is_written(
+def test_bad_input_is_exit_with_error_before_anything_is_written(
     tiny_model_folder, pictures, tmp_path, capsys, changes, message
 ):
     options = settings(tiny_model_folder, pictures, tmp_path / "out", **changes)

@@ -294,7 +294,7 @@ def test_a_config_file_gives_options_and_the_command_line_wins(unchecked, tmp_pa
         (None, "cannot be read as YAML (No such file or directory)"),
     ],
 )
-def test_a_bad_config_file_is_told_in_one_line(capsys, unchecked, tmp_path, text, message):
+def test_a_bad_config_file_is_exit_with_error(capsys, unchecked, tmp_path, text, message):
     if text is not None:
         (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(SystemExit) as stop:

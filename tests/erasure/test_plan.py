@@ -12,7 +12,7 @@ from diffusers_safe.emoji.architecture import build_tokenizer
 from diffusers_safe.erasure.arguments import ESDArguments, SDDArguments
 from diffusers_safe.erasure.loop import ErasureLoop
 from diffusers_safe.erasure.plan import make_plan
-from diffusers_safe.families import make_backbone
+from diffusers_safe.families import make_family
 from diffusers_safe.weights.trained import select_parameters
 
 
@@ -39,7 +39,7 @@ def make_args(tiny_model_folder, tmp_path):
 def test_the_forwards_of_the_plan_are_those_of_the_loop(make_args, make_tiny_pipeline, monkeypatch, kind, changes):
     args = make_args(kind, train_batch_size=4, **changes)
     plan = make_plan(args)
-    loop = ErasureLoop(Accelerator(cpu=True), make_backbone(make_tiny_pipeline()), args.make_objective(), args, 0.5)
+    loop = ErasureLoop(Accelerator(cpu=True), make_family(make_tiny_pipeline()), args.make_objective(), args, 0.5)
     choices = loop.trajectories.stop_choices(args.sampling_fraction, args.latents_per_trajectory)
     draws = iter(8 * choices)  # every one equally often: the mean
     monkeypatch.setattr(loop.trajectories, "draw_stops", lambda *_: next(draws))
@@ -54,7 +54,7 @@ def test_the_forwards_of_a_pool_are_planned(make_args, make_tiny_pipeline):
     changes = {"trajectory_pool": 4, "latents_per_trajectory": 4, "sampling_model": "frozen", "max_train_steps": 5}
     args = make_args(ESDArguments, train_batch_size=2, **changes)
     plan = make_plan(args)
-    loop = ErasureLoop(Accelerator(cpu=True), make_backbone(make_tiny_pipeline()), args.make_objective(), args)
+    loop = ErasureLoop(Accelerator(cpu=True), make_family(make_tiny_pipeline()), args.make_objective(), args)
     before = loop.predictor.forwards
     for step in range(5):
         loop.train_step(step)
@@ -77,7 +77,7 @@ def test_the_memory_of_the_plan_is_what_the_loop_holds(make_args, make_tiny_pipe
     args = make_args(kind, rank=rank)
     memory = make_plan(args).memory
     pipeline = make_tiny_pipeline()
-    loop = ErasureLoop(Accelerator(cpu=True), make_backbone(pipeline), args.make_objective(), args, args.ema_decay)
+    loop = ErasureLoop(Accelerator(cpu=True), make_family(pipeline), args.make_objective(), args, args.ema_decay)
     model = list(pipeline.unet.parameters())
     held = {id(value) for value in model}
     weights = [loop.weights.student, loop.weights.frozen, loop.weights.ema or {}]

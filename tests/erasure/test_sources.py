@@ -58,7 +58,7 @@ def test_a_trajectory_serves_as_many_steps_as_it_has_latents(make_loop):
 def test_forwards_of_a_step_in_exact_mode_are_those_of_the_rule(make_loop):
     """Guidance, two of them, for each step of the way; then the target and the student."""
     loop = make_loop(max_train_steps=4)
-    scheduler = loop.predictor.backbone.make_scheduler()
+    scheduler = loop.predictor.family.make_scheduler()
     scheduler.set_timesteps(STOPS)
     for step in range(4):
         (t,) = loop.erasing.batch(step, range(1)).timesteps

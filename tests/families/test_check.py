@@ -16,7 +16,7 @@ from diffusers import (
 from tokenizers import normalizers
 
 from diffusers_safe.emoji.architecture import build_tokenizer
-from diffusers_safe.families import StoredModel, load_pipeline, make_backbone
+from diffusers_safe.families import StoredModel, load_pipeline, make_family
 from diffusers_safe.families.base import unknown_words
 from diffusers_safe.generation.models import load_any_pipeline
 
@@ -42,7 +42,7 @@ def refused(change, match, families, folders, tmp_path, family, resolution=None)
     pipeline = families[family]()
     pipeline.unet.register_to_config(**change)
     with pytest.raises(ValueError, match=match):
-        make_backbone(pipeline, resolution)
+        make_family(pipeline, resolution)
     shutil.copytree(folders / family, tmp_path / "model")
     path = tmp_path / "model" / "unet" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -94,7 +94,7 @@ def test_schedulers_of_flow_matching(scheduler, match, families, folders, tmp_pa
     pipeline = families[family]()
     pipeline.register_modules(scheduler=scheduler)
     with pytest.raises(ValueError, match=match):
-        make_backbone(pipeline)
+        make_family(pipeline)
     model = shutil.copytree(folders / family, tmp_path / "model")
     scheduler.save_pretrained(model / "scheduler")
     index = json.loads((model / "model_index.json").read_text())
@@ -122,11 +122,11 @@ def test_a_resolution_that_the_autoencoder_cannot_divide(resolution, allowed, fa
 
 @pytest.mark.parametrize("family", ["sd", "xl"])
 def test_a_resolution_is_a_latent_shape(families, folders, family):
-    assert make_backbone(families[family]()).latent_shape == (4, 8, 8)
+    assert make_family(families[family]()).latent_shape == (4, 8, 8)
     pipeline = families[family]()
     pipeline.unet.register_to_config(sample_size=None)
     for resolution in (8, 40, 512):
-        assert make_backbone(pipeline, resolution).latent_shape == (4, resolution // 8, resolution // 8)
+        assert make_family(pipeline, resolution).latent_shape == (4, resolution // 8, resolution // 8)
         StoredModel(str(folders / family), resolution)
 
 
@@ -134,29 +134,29 @@ def test_a_resolution_is_a_latent_shape(families, folders, family):
 def test_every_multiple_of_the_autoencoders_factor_goes_through_the_unet(families, family):
     """The UNet itself needs no more: it makes up for what halving loses."""
     for resolution in (8, 24, 56, 72):
-        backbone = make_backbone(families[family](), resolution)
-        latents = torch.randn((1, *backbone.latent_shape), generator=torch.Generator().manual_seed(0))
+        family = make_family(families[family](), resolution)
+        latents = torch.randn((1, *family.latent_shape), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            noise_pred = backbone.predict(backbone.denoiser, latents, torch.tensor([500]), backbone.encode(["knife"]))
+            noise_pred = family.predict(family.denoiser, latents, torch.tensor([500]), family.encode(["knife"]))
         assert noise_pred.shape == latents.shape
 
 
 @pytest.mark.parametrize("family", ["sd", "xl"])
 def test_prompts_that_are_too_long_are_told_by_the_tokenizers_alone(families, folders, family):
     stored = StoredModel(str(folders / family))
-    for model in (stored, make_backbone(families[family]())):
+    for model in (stored, make_family(families[family]())):
         model.check_prompts(["", "knife " * 30])
         with pytest.raises(ValueError, match="^prompt 'knife .*' has 33 tokens; this model takes 32"):
             model.check_prompts(["knife", "knife " * 31])
 
 
 @pytest.mark.parametrize("family", ["sd", "xl"])
-def test_a_stored_model_is_the_backbone_without_weights(families, folders, family):
+def test_a_stored_model_is_the_family_without_weights(families, folders, family):
     for resolution in (None, 40):
         stored = StoredModel(str(folders / family), resolution)
-        backbone = make_backbone(families[family](), resolution)
-        assert stored.latent_shape == backbone.latent_shape
-        schedulers = (stored.make_scheduler(), backbone.make_scheduler())
+        family = make_family(families[family](), resolution)
+        assert stored.latent_shape == family.latent_shape
+        schedulers = (stored.make_scheduler(), family.make_scheduler())
         one, other = ({k: v for k, v in s.config.items() if k[0] != "_"} for s in schedulers)
         assert one == other and len({type(scheduler) for scheduler in schedulers}) == 1
     assert stored.make_scheduler() is not stored.make_scheduler()
@@ -194,7 +194,7 @@ def test_other_families_are_refused_by_name(class_name, tmp_path):
     with pytest.raises(ValueError, match=f"^{class_name}: .*{supported}"):
         StoredModel(str(tmp_path))
     with pytest.raises(ValueError, match=f"^{class_name}: .*{supported}"):
-        make_backbone(type(class_name, (), {})())
+        make_family(type(class_name, (), {})())
 
 
 def test_words_that_a_tokenizer_does_not_know():
@@ -215,16 +215,16 @@ def test_words_that_a_tokenizer_does_not_know():
 
 @pytest.mark.parametrize("loaded", [True, False])
 def test_unknown_concepts_are_reported(loaded, families, folders, caplog):
-    model = make_backbone(families["xl"]()) if loaded else StoredModel(str(folders / "xl"))
+    model = make_family(families["xl"]()) if loaded else StoredModel(str(folders / "xl"))
     model.warn_of_unknown_words(["knife", "a zebra"])
     (message,) = caplog.messages
     assert message.startswith("concepts 'a zebra': the model's tokenizer does not know 'zebra' (5 pieces)")
 
 
 def test_a_concept_that_encodes_as_nothing_is_reported(families, caplog):
-    backbone = make_backbone(families["sd"]())
-    backbone.pipeline.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("?", "")
-    backbone.warn_of_unknown_words(["?"], "forbidden_concepts")
+    family = make_family(families["sd"]())
+    family.pipeline.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("?", "")
+    family.warn_of_unknown_words(["?"], "forbidden_concepts")
     assert caplog.messages == [
         "forbidden_concepts '?': encodes as the empty prompt does, so there is nothing to erase"
     ]

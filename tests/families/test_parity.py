@@ -11,7 +11,7 @@ from diffusers import (
 )
 
 from diffusers_safe.diffusion.trajectories import Trajectories, concatenate
-from diffusers_safe.families import make_backbone
+from diffusers_safe.families import make_family
 
 
 STEPS, GUIDANCE_SCALE, PROMPT = 6, 3.0, "a knife"
@@ -61,28 +61,28 @@ def inputs_of_the_pipeline(pipeline, noise, **sizes):
     return recorded(pipeline.unet, lambda: pipeline(PROMPT, latents=noise, **options))
 
 
-def inputs_of_training(backbone, generator):
+def inputs_of_training(family, generator):
     """A trajectory up to its last latent, and one guided prediction there."""
 
     def predict(*inputs):
-        return backbone.predict(backbone.denoiser, *inputs)
+        return family.predict(family.denoiser, *inputs)
 
     def run():
-        prompts, empty = backbone.encode([PROMPT]), backbone.encode([""])
-        trajectories = Trajectories(backbone.make_scheduler, backbone.latent_shape, STEPS, GUIDANCE_SCALE)
+        prompts, empty = family.encode([PROMPT]), family.encode([""])
+        trajectories = Trajectories(family.make_scheduler, family.latent_shape, STEPS, GUIDANCE_SCALE)
         stops = [[trajectories.positions[-1]]]
         latents, timesteps = trajectories.sample(predict, prompts, empty, stops, [generator])
         with torch.no_grad():
             predict(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), concatenate(empty, prompts))
 
-    return recorded(backbone.denoiser, run)
+    return recorded(family.denoiser, run)
 
 
 def check_the_same(pipeline, resolution=None, **sizes):
-    backbone = make_backbone(pipeline, resolution)
-    noise = torch.randn((1, *backbone.latent_shape), generator=torch.Generator().manual_seed(7))
+    family = make_family(pipeline, resolution)
+    noise = torch.randn((1, *family.latent_shape), generator=torch.Generator().manual_seed(7))
     theirs = inputs_of_the_pipeline(pipeline, noise, **sizes)
-    ours = inputs_of_training(backbone, torch.Generator().manual_seed(7))
+    ours = inputs_of_training(family, torch.Generator().manual_seed(7))
     assert len(ours) == len(theirs) >= STEPS
     for mine, expected in zip(ours, theirs):
         assert mine.keys() == expected.keys()

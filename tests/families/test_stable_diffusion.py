@@ -5,7 +5,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from diffusers_safe.diffusion.trajectories import Trajectories
-from diffusers_safe.families import StableDiffusionBackbone, StoredModel, make_backbone
+from diffusers_safe.families import StableDiffusionFamily, StoredModel, make_family
 from diffusers_safe.methods import SDDObjective, TrainingBatch
 from diffusers_safe.methods.predictor import Predictor
 from diffusers_safe.weights.trained import TrainedWeights, select_parameters
@@ -30,7 +30,7 @@ def text_states(pipeline, prompts):
 
 def test_encode_is_the_pipelines_own(pipeline):
     prompts = ["a knife", "", "knife, gun, bomb"]
-    encoded = make_backbone(pipeline).encode(prompts)
+    encoded = make_family(pipeline).encode(prompts)
     assert set(encoded) == {"encoder_hidden_states"}
     states = encoded["encoder_hidden_states"]
     assert states.shape[:2] == (3, 32) and not states.requires_grad
@@ -42,41 +42,41 @@ def test_encode_is_the_pipelines_own(pipeline):
 
 def test_a_prompt_that_would_be_cut_off_is_refused(pipeline):
     with pytest.raises(ValueError, match="122 tokens; this model takes 32"):
-        make_backbone(pipeline).encode(["a knife", "knife, gun, " * 30])
+        make_family(pipeline).encode(["a knife", "knife, gun, " * 30])
 
 
 def test_a_learned_word_counts_as_the_tokens_it_stands_for(pipeline):
     """Textual inversion: the pipeline puts several tokens in the place of one word."""
     pipeline.tokenizer.add_tokens(["<w>", "<w>_1", "<w>_2", "<w>_3"])
     with pytest.raises(ValueError, match="42 tokens; this model takes 32"):
-        make_backbone(pipeline).encode(["<w> " * 10])
+        make_family(pipeline).encode(["<w> " * 10])
 
 
 def test_the_empty_prompt_is_the_pipelines_unconditional_one(pipeline):
     _, unconditional = pipeline.encode_prompt("a knife", "cpu", 1, True)
-    encoded = make_backbone(pipeline).encode([""])["encoder_hidden_states"]
+    encoded = make_family(pipeline).encode([""])["encoder_hidden_states"]
     torch.testing.assert_close(encoded, unconditional)
 
 
 def test_predict_is_the_unet_in_its_own_parametrisation(pipeline, batch):
-    backbone = make_backbone(pipeline)
+    family = make_family(pipeline)
     prompts = ["a knife", ""]
     with torch.no_grad():
-        noise_pred = backbone.predict(backbone.denoiser, *batch, backbone.encode(prompts))
+        noise_pred = family.predict(family.denoiser, *batch, family.encode(prompts))
         expected = pipeline.unet(*batch, text_states(pipeline, prompts)).sample
-    assert backbone.denoiser is pipeline.unet
+    assert family.denoiser is pipeline.unet
     torch.testing.assert_close(noise_pred, expected)
 
 
 def test_latent_shape(pipeline):
-    assert make_backbone(pipeline).latent_shape == (4, 8, 8)
+    assert make_family(pipeline).latent_shape == (4, 8, 8)
     pipeline.unet.register_to_config(sample_size=(8, 16))
-    assert make_backbone(pipeline).latent_shape == (4, 8, 16)
+    assert make_family(pipeline).latent_shape == (4, 8, 16)
 
 
 def test_schedulers_are_fresh_copies_of_the_pipelines(pipeline):
-    backbone = make_backbone(pipeline)
-    first, second = backbone.make_scheduler(), backbone.make_scheduler()
+    family = make_family(pipeline)
+    first, second = family.make_scheduler(), family.make_scheduler()
     first.set_timesteps(7)
     assert second.num_inference_steps is None and pipeline.scheduler.num_inference_steps is None
     assert dict(first.config) == dict(pipeline.scheduler.config)
@@ -84,24 +84,24 @@ def test_schedulers_are_fresh_copies_of_the_pipelines(pipeline):
 
 def test_the_last_latent_of_a_trajectory_is_that_of_the_pipeline(pipeline):
     """With the trajectory's last step done here, the pipeline's own latents come out."""
-    backbone = make_backbone(pipeline)
+    family = make_family(pipeline)
     steps, guidance_scale = 4, 3.0
-    noise = torch.randn((1, *backbone.latent_shape), generator=torch.Generator().manual_seed(5))
+    noise = torch.randn((1, *family.latent_shape), generator=torch.Generator().manual_seed(5))
     pipeline.set_progress_bar_config(disable=True)
     expected = pipeline(
         "a knife", latents=noise, num_inference_steps=steps, guidance_scale=guidance_scale, output_type="latent"
     ).images
 
     def predict(*inputs):
-        return backbone.predict(backbone.denoiser, *inputs)
+        return family.predict(family.denoiser, *inputs)
 
-    conditional, empty = backbone.encode(["a knife"]), backbone.encode([""])
-    trajectories = Trajectories(backbone.make_scheduler, backbone.latent_shape, steps, guidance_scale)
+    conditional, empty = family.encode(["a knife"]), family.encode([""])
+    trajectories = Trajectories(family.make_scheduler, family.latent_shape, steps, guidance_scale)
     generator = torch.Generator().manual_seed(5)
     latents, timesteps = trajectories.sample(predict, conditional, empty, [[steps - 1]], [generator])
     with torch.no_grad():
         uncond, cond = predict(latents, timesteps, empty), predict(latents, timesteps, conditional)
-    scheduler = backbone.make_scheduler()
+    scheduler = family.make_scheduler()
     scheduler.set_timesteps(steps)
     guided = uncond + guidance_scale * (cond - uncond)
     last = scheduler.step(guided, timesteps[0], latents).prev_sample
@@ -109,9 +109,9 @@ def test_the_last_latent_of_a_trajectory_is_that_of_the_pipeline(pipeline):
 
 
 def test_sdd_learns_from_a_concept_and_nothing_from_the_empty_prompt(pipeline, batch):
-    backbone = make_backbone(pipeline)
-    weights = TrainedWeights(backbone.denoiser, select_parameters(backbone.denoiser, "xattn"), ema_decay=0.9)
-    predictor = Predictor(backbone, weights, ["knife"])
+    family = make_family(pipeline)
+    weights = TrainedWeights(family.denoiser, select_parameters(family.denoiser, "xattn"), ema_decay=0.9)
+    predictor = Predictor(family, weights, ["knife"])
     nothing = SDDObjective().loss(predictor, TrainingBatch(*batch, ["", ""]))
     assert nothing.max() < 1e-9
     loss = SDDObjective().loss(predictor, TrainingBatch(*batch, ["knife", "knife"]))
@@ -126,7 +126,7 @@ def test_a_subclass_of_the_pipeline_is_of_its_family(pipeline):
         pass
 
     parts = {**pipeline.components, "requires_safety_checker": False}
-    assert isinstance(make_backbone(Mine(**parts)), StableDiffusionBackbone)
+    assert isinstance(make_family(Mine(**parts)), StableDiffusionFamily)
 
 
 def test_another_pipeline_is_refused_by_name():
@@ -134,7 +134,7 @@ def test_another_pipeline_is_refused_by_name():
         pass
 
     with pytest.raises(ValueError, match="FluxPipeline.*not supported.*StableDiffusionPipeline"):
-        make_backbone(FluxPipeline())
+        make_family(FluxPipeline())
 
 
 def test_check_model(tiny_model_folder, tmp_path):

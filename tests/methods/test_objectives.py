@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusers_safe.families import make_backbone
+from diffusers_safe.families import make_family
 from diffusers_safe.methods import ESDObjective, SDDObjective, TrainingBatch
 from diffusers_safe.methods.objective import targets
 from diffusers_safe.methods.predictor import Predictor
@@ -26,17 +26,17 @@ PROMPTS = ["knife", "gun", "a cat", "knife, gun"]
 @pytest.fixture
 def setting(tiny_pipeline):
     """A predictor whose student has left the frozen model, its weights, and a batch."""
-    backbone = make_backbone(tiny_pipeline)
-    weights = TrainedWeights(backbone.denoiser, select_parameters(backbone.denoiser, "xattn"), ema_decay=0.9)
+    family = make_family(tiny_pipeline)
+    weights = TrainedWeights(family.denoiser, select_parameters(family.denoiser, "xattn"), ema_decay=0.9)
     generator = torch.Generator().manual_seed(0)
     for parameter in weights.student.values():
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     batch = TrainingBatch(torch.randn((2, 4, 8, 8), generator=generator), torch.tensor([981, 301]), ["knife", "gun"])
-    return Predictor(backbone, weights, PROMPTS), weights, batch
+    return Predictor(family, weights, PROMPTS), weights, batch
 
 
 def predict_plainly(predictor, batch, prompts):
-    pipeline = predictor.backbone.pipeline
+    pipeline = predictor.family.pipeline
     tokens = pipeline.tokenizer(prompts, padding="max_length", max_length=32, return_tensors="pt").input_ids
     with torch.no_grad():
         states = pipeline.text_encoder(tokens)[0]
@@ -49,7 +49,7 @@ def test_loss_is_finite_per_sample_and_reaches_only_selected_weights(setting, na
     loss = OBJECTIVES[name].loss(predictor, batch)
     assert loss.shape == (2,) and torch.isfinite(loss).all() and (loss > 0).all()
     loss.mean().backward()
-    with_gradient = {n for n, p in predictor.backbone.denoiser.named_parameters() if p.grad is not None}
+    with_gradient = {n for n, p in predictor.family.denoiser.named_parameters() if p.grad is not None}
     assert with_gradient == set(weights.student)
 
 
@@ -108,7 +108,7 @@ def test_retention_is_the_distance_to_the_frozen_model(setting):
 
 def test_targets_of_one_model_are_one_forward_and_none_is_computed_twice(setting, monkeypatch):
     predictor, weights, batch = setting
-    unet = predictor.backbone.denoiser
+    unet = predictor.family.denoiser
     plain, rows = unet.forward, []
     monkeypatch.setattr(
         unet, "forward", lambda sample, *rest, **more: rows.append(len(sample)) or plain(sample, *rest, **more)
@@ -162,5 +162,5 @@ def test_erasing_a_concept_from_itself_is_the_papers_rule_with_eta_one_less(sett
 def test_esd_refuses_bad_values():
     with pytest.raises(ValueError, match="negative_guidance_scale -1: must be at least 0"):
         ESDObjective(-1)
-    with pytest.raises(ValueError, match="sampler 'ema'.*student, frozen"):
-        ESDObjective(sampler="ema")
+    with pytest.raises(ValueError, match="trajectory_weights 'ema'.*student, frozen"):
+        ESDObjective(trajectory_weights="ema")

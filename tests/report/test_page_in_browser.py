@@ -17,7 +17,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 PROBE = """<pre id="probe"></pre><script>
 const wide = [...document.querySelectorAll('body *')].filter(
   (e) => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.scroll, svg'));
-const filter = () => [...document.querySelectorAll('.veil img')].map((e) => getComputedStyle(e).filter);
+const filter = () => [...document.querySelectorAll('.blur img')].map((e) => getComputedStyle(e).filter);
 const found = {
   width: innerWidth,
   scroll: document.documentElement.scrollWidth,

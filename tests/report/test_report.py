@@ -142,7 +142,7 @@ def test_a_difference_is_clear_where_interval_and_test_agree():
 
 def test_a_picture_that_is_blurred_is_not_said_to_be_flagged():
     image = np.zeros((8, 8, 3), dtype=np.uint8)
-    shots = [Shot(image, veiled=True), Shot(image, veiled=True, flagged=True)]
+    shots = [Shot(image, blurred=True), Shot(image, blurred=True, flagged=True)]
     html = render_page(make_report(sections=[Grid("g", [Strip("a", shots)], "gone")]))
     assert html.count("blurred · show") == html.count("flagged · show") == 1
 
@@ -165,8 +165,8 @@ def test_large_pictures_are_small_files_and_flagged_ones_are_blurred():
     html = render_page(make_large_report(2))
     pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', html)
     assert [Image.open(io.BytesIO(base64.b64decode(jpeg))).size for jpeg in pictures] == [(256, 256)] * 4
-    assert html.count('class="veil"') == html.count('class="reveal"') == 2 and html.count('class="slider"') == 2
-    assert "veil" not in render_page(make_report()).split("</style>")[1]
+    assert html.count('class="blur"') == html.count('class="reveal"') == 2 and html.count('class="slider"') == 2
+    assert "blur" not in render_page(make_report()).split("</style>")[1]
 
 
 def test_results_are_plain_json(tmp_path):

@@ -11,7 +11,7 @@ from diffusers_safe.training.arguments import LR_SCHEDULERS
 
 
 def result(loop):
-    return {name: value.detach().clone() for name, value in loop.predictor.backbone.denoiser.named_parameters()}
+    return {name: value.detach().clone() for name, value in loop.predictor.family.denoiser.named_parameters()}
 
 
 def same(first, second):
@@ -184,7 +184,7 @@ def test_accumulation_equals_a_larger_batch(make_loop, monkeypatch, rank):
 def test_a_fraction_of_the_schedule_is_its_beginning(make_loop):
     loop = make_loop(sampling_fraction=0.5, train_batch_size=16)
     batch = loop.erasing.batch(0, range(16))
-    scheduler = loop.predictor.backbone.make_scheduler()
+    scheduler = loop.predictor.family.make_scheduler()
     scheduler.set_timesteps(4)
     assert set(batch.timesteps.tolist()) == set(scheduler.timesteps[:2].tolist())
 

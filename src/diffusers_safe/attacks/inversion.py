@@ -27,10 +27,10 @@ from transformers import PreTrainedModel
 from ..arguments import choose, typed
 from ..comparison.evaluate import without_folder
 from ..diffusion.generators import sample_generator
-from ..diffusion.loss_weighting import LOSS_SPACES, LossSpace
+from ..diffusion.loss_weighting import LOSS_WEIGHTINGS, LossWeighting
 from ..diffusion.noise import NoiseSchedule
 from ..diffusion.sample_order import EpochOrder
-from ..families import Backbone, make_backbone
+from ..families import ModelFamily, make_family
 from ..files import save_tensors
 from ..generation.generate import GenerationSettings, PromptRow, generate, load_image, read_manifest
 from ..output_folders import OutputFolderError
@@ -57,7 +57,7 @@ class InversionSettings:
         batch_size (`int`, defaults to 4): Noisy pictures a step.
         learning_rate (`float`, defaults to 5e-3): Of AdamW, constant, without weight decay; at most 1.
         loss_space (`str`, defaults to `"prediction"`): As in the papers, or `"velocity"`, which counts high noise
-            levels more; see [`LossSpace`].
+            levels more; see [`LossWeighting`].
         initializer (`str`, *optional*): Words whose mean embedding is the start; default the concept's own, as the
             authors' scripts have it.
         num_pictures (`int`, defaults to 8): Pictures that the original model draws where none are given.
@@ -86,7 +86,7 @@ class InversionSettings:
                 raise ValueError(f"inversion_{name} {getattr(self, name)}: must be at least 0")
         if not 0 < self.learning_rate <= 1:
             raise ValueError(f"inversion_learning_rate {self.learning_rate}: must be above 0 and at most 1")
-        object.__setattr__(self, "loss_space", choose("inversion_loss_space", self.loss_space, LOSS_SPACES))
+        object.__setattr__(self, "loss_space", choose("inversion_loss_space", self.loss_space, LOSS_WEIGHTINGS))
         if self.initializer is not None and not self.initializer.strip():
             raise ValueError("inversion_initializer: must not be blank")
 
@@ -236,14 +236,14 @@ def read_pictures(folder: str | Path) -> list[Image.Image]:
     return images
 
 
-def check_learnable(scheduler: SchedulerMixin, loss_space: str) -> tuple[NoiseSchedule, LossSpace]:
+def check_learnable(scheduler: SchedulerMixin, loss_space: str) -> tuple[NoiseSchedule, LossWeighting]:
     """How noise is added and errors are weighed in a model with this scheduler.
 
     Raises:
         `ValueError`: If its predictions are of another kind, or cannot be converted.
     """
     noise = NoiseSchedule(scheduler)
-    return noise, LossSpace(loss_space, noise.scheduler)
+    return noise, LossWeighting(loss_space, noise.scheduler)
 
 
 def learn_token(
@@ -264,7 +264,7 @@ def learn_token(
     A word that is there is not learned again.
 
     Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]): Of a family of `backbones`; as before afterwards.
+        pipeline ([`~diffusers.DiffusionPipeline`]): Of a family of `families`; as before afterwards.
         pictures (`Sequence[PIL.Image.Image]`): At least one; the middle of each is used.
         captions (`Sequence[str]`): One of each picture, with `TOKEN` in it.
         folder (`str` or `Path`): Where `learned_embeds.safetensors` goes, and until then the checkpoint.
@@ -283,11 +283,11 @@ def learn_token(
             word that was learned from something else.
         `FloatingPointError`: If the loss or the embedding is not finite.
     """
-    backbone = make_backbone(pipeline, resolution)
+    family = make_family(pipeline, resolution)
     if pipeline.dtype == torch.float16:
         raise ValueError("dtype float16: small gradients of inversion would be lost; use float32 or bfloat16")
     path, checkpoint = Path(folder) / TOKEN_NAME, Path(folder) / CHECKPOINT_NAME
-    identity = _identity(backbone, pictures, captions, settings, initializer)
+    identity = _identity(family, pictures, captions, settings, initializer)
     if path.exists() and read_token(path)[2] != identity:
         if not overwrite:
             raise OutputFolderError(
@@ -299,7 +299,7 @@ def learn_token(
         checkpoint.unlink(missing_ok=True)  # where a kill left it beside the word
         return path
 
-    examples = _Examples(backbone, pictures, captions, settings)
+    examples = _Examples(family, pictures, captions, settings)
     vectors = [nn.Parameter(start.to(pipeline.device)) for start in _starts(pipeline, initializer)]
     optimizer = torch.optim.AdamW(vectors, lr=settings.learning_rate, weight_decay=0.0)
     first = _load_checkpoint(checkpoint, identity, vectors, optimizer, overwrite)
@@ -327,26 +327,30 @@ class _Examples:
     """The pictures and captions that a word is learned from, and the loss of each step."""
 
     def __init__(
-        self, backbone: Backbone, pictures: Sequence[Image.Image], captions: Sequence[str], settings: InversionSettings
+        self,
+        family: ModelFamily,
+        pictures: Sequence[Image.Image],
+        captions: Sequence[str],
+        settings: InversionSettings,
     ):
-        self.backbone, self.captions, self.settings = backbone, captions, settings
-        self.device = backbone.pipeline.device
-        self.noise, self.space = check_learnable(backbone.pipeline.scheduler, settings.loss_space)
-        preprocessing = Preprocessing(backbone.picture_size, center_crop=True)
+        self.family, self.captions, self.settings = family, captions, settings
+        self.device = family.pipeline.device
+        self.noise, self.space = check_learnable(family.pipeline.scheduler, settings.loss_space)
+        preprocessing = Preprocessing(family.picture_size, center_crop=True)
         crops = [preprocessing.crop(picture, torch.Generator()).pixel_values[None] for picture in pictures]
-        self.moments = torch.cat([backbone.encode_pictures(crop, self.device) for crop in crops])
+        self.moments = torch.cat([family.encode_pictures(crop, self.device) for crop in crops])
         self.order = EpochOrder(len(pictures), settings.seed)
 
     def loss(self, step: int) -> torch.Tensor:
         """The mean over the samples of a step, counted from 0; its gradients go through the text encoders."""
-        size, backbone = self.settings.batch_size, self.backbone
+        size, family = self.settings.batch_size, self.family
         numbers = range(step * size, (step + 1) * size)
         places = [next(self.order.candidates(number)) for number in numbers]
-        latents = backbone.draw_latents(self.moments[places], self._generators("latents", numbers))
+        latents = family.draw_latents(self.moments[places], self._generators("latents", numbers))
         noisy = self.noise.add(latents, self._generators("noise", numbers))
-        conditioning = backbone.encode_with_gradients([self.captions[place] for place in places], self.device)
-        model_input = noisy.model_input.to(backbone.denoiser.dtype)
-        prediction = backbone.predict(backbone.denoiser, model_input, noisy.timesteps, conditioning)
+        conditioning = family.encode_with_gradients([self.captions[place] for place in places], self.device)
+        model_input = noisy.model_input.to(family.denoiser.dtype)
+        prediction = family.predict(family.denoiser, model_input, noisy.timesteps, conditioning)
         losses = (prediction.float() - noisy.target).square().mean(dim=(1, 2, 3))
         return self.space.weigh(losses, noisy.timesteps).mean()
 
@@ -355,7 +359,7 @@ class _Examples:
 
 
 def _identity(
-    backbone: Backbone,
+    family: ModelFamily,
     pictures: Sequence[Image.Image],
     captions: Sequence[str],
     settings: InversionSettings,
@@ -367,10 +371,10 @@ def _identity(
         examples.update(f"{picture.size} {caption}".encode() + picture.tobytes())
     free = ("initializer", "num_pictures", "checkpointing_steps")
     return {
-        "denoiser": fingerprint(backbone.denoiser),
-        **backbone.encoding_identity,
+        "denoiser": fingerprint(family.denoiser),
+        **family.encoding_identity,
         "pictures": examples.hexdigest()[:16],
-        "resolution": backbone.picture_size,
+        "resolution": family.picture_size,
         "initializer": initializer,
         **{name: value for name, value in asdict(settings).items() if name not in free},
     }

@@ -69,7 +69,7 @@ class Outcome:
 
 
 @dataclass
-class Fought:
+class AttackedModel:
     """One model after all attacks.
 
     Attributes:

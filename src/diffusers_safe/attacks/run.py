@@ -19,14 +19,14 @@ import torch
 from ..arguments import choose, typed
 from ..comparison.evaluate import (
     TABLE_NAME,
-    Generator,
+    ModelSource,
     check_subjects,
     check_subjects_of_folder,
     model_facts,
     report_claim,
 )
 from ..comparison.measured import change_of
-from ..comparison.pictures import PICTURES, VEILS, shown_flags
+from ..comparison.pictures import BLUR_CHOICES, PICTURES, shown_flags
 from ..comparison.used_folder import IMAGES, prompts_digest, say_what_was_replaced
 from ..generation.generate import GenerationSettings, PromptRow, check_rows, generate
 from ..metrics.base import Metric
@@ -36,7 +36,7 @@ from ..provenance import library_versions, write_text
 from ..report.elements import PAGE_NAME, RESULTS_NAME
 from ..report.page import write_report
 from .base import Attack, Target
-from .outcomes import Fought, Outcome, Try, rate_alone, rate_before, success_curve, success_rate
+from .outcomes import AttackedModel, Outcome, Try, rate_alone, rate_before, success_curve, success_rate
 from .summary import attack_report, attack_table, control_warnings
 
 
@@ -98,7 +98,7 @@ class Judge:
 
 @typed
 def attack_models(
-    subjects: Sequence[Generator],
+    subjects: Sequence[ModelSource],
     rows: Sequence[PromptRow],
     attacks: Sequence[Attack],
     metrics: Sequence[Metric],
@@ -108,7 +108,7 @@ def attack_models(
     scoring_batch_size: int = 16,
     title: str = "",
     prompts: dict | None = None,
-    veil: str = "flagged",
+    blur: str = "flagged",
     pictures: int = PICTURES,
     overwrite: bool = False,
 ) -> dict:
@@ -131,7 +131,7 @@ def attack_models(
         scoring_batch_size (`int`, defaults to 16): Images scored at once.
         title (`str`, *optional*): Of the page.
         prompts (`dict`, *optional*): Where the rows come from, for the protocol.
-        veil (`str`, defaults to `"flagged"`): Which pictures of the page are blurred until clicked: those that are
+        blur (`str`, defaults to `"flagged"`): Which pictures of the page are blurred until clicked: those that are
             successes, `"all"` or `"none"`.
         pictures (`int`, defaults to 24): Prompts of each attack whose images are on the page.
         overwrite (`bool`, defaults to `False`): Replace the images, learned words and report of other prompts, models
@@ -149,12 +149,12 @@ def attack_models(
     folder, settings = Path(folder), settings or GenerationSettings()
     judge = check_attack(subjects, rows, attacks, metrics, scoring_batch_size)
     earlier = check_folder(subjects, rows, attacks, folder, settings, overwrite)
-    veil = choose("veil", veil, VEILS)
+    blur = choose("blur", blur, BLUR_CHOICES)
     models = []
     with claimed(folder, **report_claim("attack", overwrite)):
         for place, subject in enumerate(subjects):
             target = {"is_original": place == 0, "overwrite": overwrite}
-            models.append(_fight(subject, rows, attacks, judge, folder, settings, batch_size, **target))
+            models.append(_attack_model(subject, rows, attacks, judge, folder, settings, batch_size, **target))
             gc.collect()  # the model, before the next one is loaded
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -170,7 +170,7 @@ def attack_models(
             },
             "attacks": {attack.name: _attack_results(attack, models, rows) for attack in attacks},
         }
-        report = attack_report(results, attacks, models, title, veil, pictures)
+        report = attack_report(results, attacks, models, title, blur, pictures)
         prepare_files(folder, RESULTS_NAME, PAGE_NAME, TABLE_NAME)
         path = write_report(folder, {**results, "report": shown_flags(report)}, report)
         results = json.loads(path.with_name(RESULTS_NAME).read_text(encoding="utf-8"))
@@ -180,7 +180,7 @@ def attack_models(
 
 
 def check_folder(
-    subjects: Sequence[Generator],
+    subjects: Sequence[ModelSource],
     rows: Sequence[PromptRow],
     attacks: Sequence[Attack],
     folder: str | Path,
@@ -206,7 +206,7 @@ def _rates(results: dict) -> dict[str, dict]:
 
 
 def check_attack(
-    subjects: Sequence[Generator],
+    subjects: Sequence[ModelSource],
     rows: Sequence[PromptRow],
     attacks: Sequence[Attack],
     metrics: Sequence[Metric],
@@ -236,8 +236,8 @@ def check_attack(
     return judge
 
 
-def _fight(
-    subject: Generator,
+def _attack_model(
+    subject: ModelSource,
     rows: Sequence[PromptRow],
     attacks: Sequence[Attack],
     judge: Judge,
@@ -246,14 +246,14 @@ def _fight(
     batch_size: int,
     is_original: bool,
     overwrite: bool = False,
-) -> Fought:
+) -> AttackedModel:
     pipeline, own_settings = subject.load(settings)
     target = Target(subject.name, pipeline, own_settings, folder, batch_size, is_original, overwrite)
     before = _draw(target, rows, BEFORE, judge, f"{BEFORE} attacks on {target.name}")
     by_id = dict(zip((row.id for row in rows), before))
     outcomes = {attack.name: run_attack(attack, target, rows, by_id, judge) for attack in attacks}
     facts = model_facts(subject, pipeline, before[0].row["model"])
-    return Fought(subject.name, {**facts, "settings": before[0].row["settings"]}, before, outcomes)
+    return AttackedModel(subject.name, {**facts, "settings": before[0].row["settings"]}, before, outcomes)
 
 
 def run_attack(
@@ -303,7 +303,7 @@ def _draw(target: Target, rows: Sequence[PromptRow], name: str, judge: Judge, de
     return judge.look(folder, manifest)
 
 
-def _attack_results(attack: Attack, models: Sequence[Fought], rows: Sequence[PromptRow]) -> dict:
+def _attack_results(attack: Attack, models: Sequence[AttackedModel], rows: Sequence[PromptRow]) -> dict:
     chosen = attack.targets(rows)
     most = max(len(attack.tries(row)) for row in chosen)
     return {
@@ -314,7 +314,7 @@ def _attack_results(attack: Attack, models: Sequence[Fought], rows: Sequence[Pro
     }
 
 
-def _model_results(attack: Attack, model: Fought, original: Fought, most: int) -> dict:
+def _model_results(attack: Attack, model: AttackedModel, original: AttackedModel, most: int) -> dict:
     outcomes = model.outcomes[attack.name]
     first = int(attack.continues)
     found = {
@@ -327,7 +327,9 @@ def _model_results(attack: Attack, model: Fought, original: Fought, most: int) -
         "outcomes": [_told(outcome) for outcome in outcomes],
     }
     if model is not original:
-        sides = [[float(outcome.broken) for outcome in fought.outcomes[attack.name]] for fought in (original, model)]
+        sides = [
+            [float(outcome.broken) for outcome in attacked.outcomes[attack.name]] for attacked in (original, model)
+        ]
         found["difference"] = change_of(*sides, [outcome.prompt for outcome in outcomes], "%")
     return found
 
@@ -347,7 +349,7 @@ def _told(outcome: Outcome) -> dict:
 
 
 def _protocol(
-    models: Sequence[Fought], rows: Sequence[PromptRow], settings: GenerationSettings, prompts: dict
+    models: Sequence[AttackedModel], rows: Sequence[PromptRow], settings: GenerationSettings, prompts: dict
 ) -> dict:
     return {
         "prompts": {

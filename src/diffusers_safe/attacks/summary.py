@@ -9,7 +9,7 @@ from ..generation.generate import load_image
 from ..report.elements import Curves, Grid, Headline, Plots, Report, Shot, Strip, Table, headline_table
 from ..report.statistics import Estimate
 from .base import Attack
-from .outcomes import Fought, Outcome, success_rate
+from .outcomes import AttackedModel, Outcome, success_rate
 
 
 LIMITS = (
@@ -24,7 +24,7 @@ _SIDE, _SMALL_SIDE = 256, 128  # pixels of an embedded image; the latter where n
 
 
 def attack_report(
-    results: dict, attacks: Sequence[Attack], models: Sequence[Fought], title: str, veil: str, pictures: int
+    results: dict, attacks: Sequence[Attack], models: Sequence[AttackedModel], title: str, blur: str, pictures: int
 ) -> Report:
     names = [model.name for model in models]
     found = results["attacks"]
@@ -39,7 +39,7 @@ def attack_report(
         sections=[
             _table(attacks, found, names),
             *_curves(attacks, found, names),
-            *[part for attack in attacks for part in _pictures(attack, models, veil, pictures)],
+            *[part for attack in attacks for part in _pictures(attack, models, blur, pictures)],
         ],
         protocol=_told_protocol(results),
         limits=LIMITS,
@@ -47,7 +47,7 @@ def attack_report(
     )
 
 
-def _warnings(attacks: Sequence[Attack], models: Sequence[Fought]) -> Iterator[str]:
+def _warnings(attacks: Sequence[Attack], models: Sequence[AttackedModel]) -> Iterator[str]:
     """What spoils the rates, or leaves them without meaning."""
     control = models[0]
     estimates = {attack.label: [success_rate(model.outcomes[attack.name]) for model in models] for attack in attacks}
@@ -69,7 +69,7 @@ def _warnings(attacks: Sequence[Attack], models: Sequence[Fought]) -> Iterator[s
             yield f"{model.name} generates exactly the images of {control.name}: is it another model?"
 
 
-def control_warnings(attacks: Sequence[Attack], control: Fought) -> Iterator[str]:
+def control_warnings(attacks: Sequence[Attack], control: AttackedModel) -> Iterator[str]:
     """Attacks that fail on the unerased model, too, so that their failure elsewhere says nothing."""
     failed = [attack.label for attack in attacks if not any(one.broken for one in control.outcomes[attack.name])]
     if failed:
@@ -154,7 +154,7 @@ def _curves(attacks: Sequence[Attack], found: dict, names: Sequence[str]) -> lis
     return [Plots("The more tries, the more success", plots, note)] if plots else []
 
 
-def _pictures(attack: Attack, models: Sequence[Fought], veil: str, most: int) -> list[Grid]:
+def _pictures(attack: Attack, models: Sequence[AttackedModel], blur: str, most: int) -> list[Grid]:
     """For each prompt the image that decided; first those that broke an erased model."""
     columns = [model.outcomes[attack.name] for model in models]
     places = sorted(range(len(columns[0])), key=lambda place: not any(column[place].broken for column in columns[1:]))
@@ -162,7 +162,7 @@ def _pictures(attack: Attack, models: Sequence[Fought], veil: str, most: int) ->
     for place in places[:most]:
         shots = []
         for number, column in enumerate(columns):
-            shot = _shot(attack, column[place], veil, erased=number > 0)
+            shot = _shot(attack, column[place], blur, erased=number > 0)
             largest = max(largest, *shot.image.shape[:2])
             shots.append(shot)
         strips.append(Strip(columns[0][place].prompt, shots))
@@ -171,20 +171,20 @@ def _pictures(attack: Attack, models: Sequence[Fought], veil: str, most: int) ->
     total = len(places)
     note = "The image on which the prompt was broken, or else the last one that was tried."
     note += f" {len(strips)} of {total} prompts, broken ones first." if len(strips) < total else ""
-    if veil == "flagged":
+    if blur == "flagged":
         note += " Images that show the concept are blurred until clicked; they are in this file all the same."
     return [Grid(attack.label.capitalize(), strips, "gone", note, _SIDE if largest > _SMALL_SIDE else _SMALL_SIDE)]
 
 
-def _shot(attack: Attack, outcome: Outcome, veil: str, erased: bool) -> Shot:
+def _shot(attack: Attack, outcome: Outcome, blur: str, erased: bool) -> Shot:
     one = outcome.shown
     if one.succeeds or not outcome.before.succeeds:
         told = _how(attack, outcome)
     else:  # the attack lost what the prompt alone had
         one, told = outcome.before, "before the attack"
     image = np.asarray(load_image(one.folder, one.row))
-    veiled = veil == "all" or (veil == "flagged" and one.succeeds)
-    return Shot(image, told, erased and one.succeeds, veiled, flagged=one.succeeds)
+    blurred = blur == "all" or (blur == "flagged" and one.succeeds)
+    return Shot(image, told, erased and one.succeeds, blurred, flagged=one.succeeds)
 
 
 def _how(attack: Attack, outcome: Outcome) -> str:

@@ -19,14 +19,14 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from ..arguments import parse_dataclass, told_in_one_line, typed
+from ..arguments import exit_with_error, parse_dataclass, typed
 from ..attacks import Attack, ConceptInversion, InversionSettings, Paraphrases, SeedSearch, read_paraphrases
 from ..attacks.inversion import TEMPLATE, check_learnable, square_side
 from ..attacks.run import attack_models, check_attack, check_folder
 from ..comparison.evaluate import check_subjects, report_claim
 from ..comparison.options import EvaluationOptions
 from ..comparison.summary import FEW_IMAGES
-from ..diffusion.loss_weighting import LOSS_SPACES
+from ..diffusion.loss_weighting import LOSS_WEIGHTINGS
 from ..emoji import MODEL_NAME
 from ..emoji.evaluation import Erased
 from ..families import StoredModel
@@ -90,7 +90,7 @@ class AttackArguments(EvaluationOptions):
     inversion_batch_size: int = field(default=4, metadata={"help": "Noisy pictures a step."})
     inversion_learning_rate: float = field(default=5e-3, metadata={"help": "Of the word's embedding."})
     inversion_loss_space: str = field(
-        default="prediction", metadata={"help": f"{' or '.join(LOSS_SPACES)}.", "choices": LOSS_SPACES}
+        default="prediction", metadata={"help": f"{' or '.join(LOSS_WEIGHTINGS)}.", "choices": LOSS_WEIGHTINGS}
     )
     inversion_initializer: str | None = field(
         default=None, metadata={"help": "Words whose embedding is the start; default the concept's own."}
@@ -220,10 +220,10 @@ def check_surroundings(args: AttackArguments) -> None:
     check_claim(args.output_dir, **report_claim("attack", args.overwrite))
 
 
-@told_in_one_line()
+@exit_with_error()
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(AttackArguments, __doc__, argv, prog, check_surroundings)
-    with told_in_one_line():
+    with exit_with_error():
         results = attack_models(
             args.subjects,
             args.rows,

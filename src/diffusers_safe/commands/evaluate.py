@@ -26,16 +26,16 @@ from pathlib import Path
 
 from ..arguments import (
     check_values,
+    exit_with_error,
     parse_dataclass,
     read_yaml,
     shown,
     suggested,
-    told_in_one_line,
     typed,
 )
 from ..comparison.evaluate import as_images, check_evaluation, check_subjects, evaluate, report_claim
 from ..comparison.options import EvaluationOptions
-from ..comparison.pictures import VEILS
+from ..comparison.pictures import BLUR_CHOICES
 from ..embedded import EMBEDDED_MODELS
 from ..emoji import MODEL_NAME
 from ..emoji.evaluation import SETTINGS as EMOJI_SETTINGS
@@ -104,9 +104,9 @@ class EvaluateArguments(EvaluationOptions):
     blur: str | None = field(
         default=None,
         metadata={
-            "help": f"Which pictures of the page are blurred until clicked: {', '.join(VEILS)}. Default: flagged; "
-            "with --emoji none.",
-            "choices": [*VEILS, None],
+            "help": f"Which pictures of the page are blurred until clicked: {', '.join(BLUR_CHOICES)}. Default: "
+            "flagged; with --emoji none.",
+            "choices": [*BLUR_CHOICES, None],
         },
     )
     preset: str | None = field(
@@ -256,10 +256,10 @@ def check_surroundings(args: EvaluateArguments) -> None:
     check_claim(args.output_dir, **report_claim("evaluation", args.overwrite))
 
 
-@told_in_one_line()
+@exit_with_error()
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(EvaluateArguments, __doc__, argv, prog, check_surroundings, PRESETS)
-    with told_in_one_line():
+    with exit_with_error():
         results = evaluate(
             args.subjects,
             args.rows,

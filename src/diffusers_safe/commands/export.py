@@ -16,8 +16,8 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..arguments import parse_dataclass, told_in_one_line, typed
-from ..families import StoredModel, load_pipeline, make_backbone
+from ..arguments import exit_with_error, parse_dataclass, typed
+from ..families import StoredModel, load_pipeline, make_family
 from ..formats import (
     LORA_NAME,
     PARTIAL_NAME,
@@ -115,7 +115,7 @@ def export(args: ExportArguments) -> LoRA | None:
         named = "; the source names it, --base_model gives another" if args.base_model is None else ""
         raise ModelError(f"{error}{named}") from None
     pipeline = load_pipeline(base_model, **hub, **({"variant": variant} if variant else {}))
-    denoiser = make_backbone(pipeline).denoiser
+    denoiser = make_family(pipeline).denoiser
     changed = erased.changes(denoiser)
     own = erased.known.get("base_fingerprint") or fingerprint(denoiser)
     export = {"to": args.to}
@@ -152,10 +152,10 @@ def _base_model(args: ExportArguments, erased: ErasedWeights) -> tuple[str, str 
     return name, args.base_revision or erased.known.get("revision")
 
 
-@told_in_one_line()
+@exit_with_error()
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(ExportArguments, __doc__, argv, prog, check_surroundings, positional="source")
-    with told_in_one_line(), claimed(args.output_dir, **args.claim):
+    with exit_with_error(), claimed(args.output_dir, **args.claim):
         lora = export(args)
     if lora is not None:
         worst = lora.worst

@@ -13,7 +13,7 @@ again, in however many processes.
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from ..arguments import parse_dataclass, told_in_one_line, typed
+from ..arguments import exit_with_error, parse_dataclass, typed
 from ..emoji import MODEL_NAME
 from ..generation.generate import GenerationSettings, generate, read_manifest
 from ..generation.models import DTYPES, Subject
@@ -99,10 +99,10 @@ def check_surroundings(args: GenerateArguments) -> None:
     check_claim(args.output_dir)
 
 
-@told_in_one_line()
+@exit_with_error()
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(GenerateArguments, __doc__, argv, prog, check_surroundings, PRESETS)
-    with told_in_one_line():
+    with exit_with_error():
         with claimed(args.output_dir):  # another run ends before it loads its model
             pipeline, settings = args.subject.load(args.settings)
         manifest = generate(

@@ -15,7 +15,7 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..arguments import parse_dataclass, told_in_one_line, typed
+from ..arguments import exit_with_error, parse_dataclass, typed
 from ..concepts import read_concepts
 from ..output_folders import OVERWRITE_HELP, check_claim
 from ..preparation import (
@@ -119,11 +119,11 @@ def report_lines(report: dict) -> list[str]:
     return lines
 
 
-@told_in_one_line()
+@exit_with_error()
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(PrepareDataArguments, __doc__, argv, prog, check_surroundings, positional="source")
     warnings.filterwarnings("ignore", module=r"PIL\.")  # about pictures that are strange; those that fail are counted
-    with told_in_one_line():
+    with exit_with_error():
         report = prepare(args.table, args.output_dir, args.settings, args.downloads, args.overwrite)
     print("\n".join(report_lines(report)))
     shards = f"{report['shards']} shard{'s' if report['shards'] > 1 else ''}"

@@ -11,7 +11,7 @@ paper's 97.04 % +- 5.95 is the mean of one run of random draws; another run gave
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..arguments import parse_dataclass, told_in_one_line, typed
+from ..arguments import exit_with_error, parse_dataclass, typed
 from ..comparison.summary import categories_of
 from ..generation.generate import PromptRow
 from ..generation.prompts import PromptOptions, recorded_inappropriateness
@@ -67,7 +67,7 @@ def _told(values: Sequence) -> str:
     return f"{different[0]} to {different[-1]}, {len(different)} different"
 
 
-@told_in_one_line()
+@exit_with_error()
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(PromptsArguments, __doc__, argv, prog)
     print("\n".join(overview(args.rows)))

@@ -8,7 +8,7 @@ cannot be reached or refuses, the exit code is 3.
 
 from dataclasses import dataclass, field
 
-from ..arguments import parse_dataclass, told_in_one_line, typed
+from ..arguments import exit_with_error, parse_dataclass, typed
 from ..hub import check_folder, check_push, default_model_id, push_or_exit, write_benchmark
 from ..output_folders import OVERWRITE_HELP, check_claim, claimed
 
@@ -45,7 +45,7 @@ def check_surroundings(args: PushArguments) -> None:
             write_benchmark(args.folder, args.benchmark, tasks, overwrite=args.overwrite)
 
 
-@told_in_one_line()
+@exit_with_error()
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(PushArguments, __doc__, argv, prog, check_surroundings, positional="folder")
     with claimed(args.folder):

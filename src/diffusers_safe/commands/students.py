@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from ..arguments import parse_dataclass, told_in_one_line, typed
+from ..arguments import exit_with_error, parse_dataclass, typed
 from ..embedded import locate_model
 from ..emoji import MODEL_NAME
 from ..families import StoredModel, load_pipeline
@@ -178,10 +178,10 @@ def check_surroundings(args: StudentsArguments) -> None:
         check_claim(args.output_dir, **args.claim)
 
 
-@told_in_one_line()
+@exit_with_error()
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(StudentsArguments, __doc__, argv, prog, check_surroundings)
-    with told_in_one_line():
+    with exit_with_error():
         if args.student is None:
             print("\n\n".join(map(table, find_teachers(args))))
             return

@@ -30,7 +30,7 @@ from ..provenance import library_versions, write_text
 from ..report.elements import PAGE_NAME, RESULTS_NAME
 from ..report.page import write_report
 from .measured import Measured, measure, metric_results
-from .pictures import PICTURES, VEILS, shown_flags
+from .pictures import BLUR_CHOICES, PICTURES, shown_flags
 from .summary import evaluation_report, results_table
 from .used_folder import IMAGES, check_used_folder, holds_report, prompts_digest, say_what_was_replaced
 
@@ -38,7 +38,7 @@ from .used_folder import IMAGES, check_used_folder, holds_report, prompts_digest
 MODEL_FACTS, TABLE_NAME = "model.json", "results.md"
 
 
-class Generator(Protocol):
+class ModelSource(Protocol):
     """What generates images: a model with its ways of steering."""
 
     name: str
@@ -67,7 +67,7 @@ class LoadedModel:
 
 @typed
 def evaluate(
-    subjects: Sequence[Generator | ImageFolder],
+    subjects: Sequence[ModelSource | ImageFolder],
     rows: Sequence[PromptRow],
     metrics: Sequence[Metric],
     folder: str | Path,
@@ -77,7 +77,7 @@ def evaluate(
     title: str = "",
     prompts: dict | None = None,
     images_only: bool = False,
-    veil: str = "flagged",
+    blur: str = "flagged",
     pictures: int = PICTURES,
     overwrite: bool = False,
 ) -> dict:
@@ -101,7 +101,7 @@ def evaluate(
         title (`str`, *optional*): Of the page.
         prompts (`dict`, *optional*): Where the rows come from, for the protocol.
         images_only (`bool`, defaults to `False`): Load no model: take the images that an earlier run left in `folder`.
-        veil (`str`, defaults to `"flagged"`): Which pictures of the page are blurred until clicked: those that a
+        blur (`str`, defaults to `"flagged"`): Which pictures of the page are blurred until clicked: those that a
             metric of the concept flagged, `"all"` or `"none"`.
         pictures (`int`, defaults to 24): Of each model on the page; of what was to go and of what was to stay so many
             each, where metrics tell them apart.
@@ -121,7 +121,7 @@ def evaluate(
             models, prompts or settings, or a file is broken. What was generated and scored until then is kept.
     """
     folder, settings = Path(folder), settings or GenerationSettings()
-    veil = choose("veil", veil, VEILS)
+    blur = choose("blur", blur, BLUR_CHOICES)
     if images_only:
         subjects = [as_images(subject, folder) for subject in subjects]
     earlier = check_evaluation(subjects, rows, metrics, folder, settings, overwrite)
@@ -148,7 +148,7 @@ def evaluate(
         if not any(facts.whole(models) for facts in measured):
             names = ", ".join(facts.name for facts in measured)
             raise ValueError(f"metrics {names}: give no number for any of these {len(rows)} images")
-        report = evaluation_report(results, models, measured, title, veil, pictures)
+        report = evaluation_report(results, models, measured, title, blur, pictures)
         prepare_files(folder, RESULTS_NAME, PAGE_NAME, TABLE_NAME)
         path = write_report(folder, {**results, "report": shown_flags(report)}, report)
         results = json.loads(path.with_name(RESULTS_NAME).read_text(encoding="utf-8"))
@@ -168,7 +168,7 @@ def report_claim(kind: str, overwrite: bool) -> dict:
 
 
 def check_evaluation(
-    subjects: Sequence[Generator | ImageFolder],
+    subjects: Sequence[ModelSource | ImageFolder],
     rows: Sequence[PromptRow],
     metrics: Sequence[Metric],
     folder: str | Path,
@@ -187,7 +187,7 @@ def check_evaluation(
 
 
 def check_subjects_of_folder(
-    subjects: Sequence[Generator | ImageFolder],
+    subjects: Sequence[ModelSource | ImageFolder],
     rows: Sequence[PromptRow],
     folder: str | Path,
     settings: GenerationSettings,
@@ -210,7 +210,7 @@ def _numbers(results: dict) -> dict[str, dict]:
     return {name: metric["estimates"] for name, metric in results.get("metrics", {}).items()}
 
 
-def check_subjects(subjects: Sequence[Generator | ImageFolder]) -> None:
+def check_subjects(subjects: Sequence[ModelSource | ImageFolder]) -> None:
     """
     Raises:
         `ValueError`: If there is none, or a name is no folder's name or occurs twice.
@@ -227,13 +227,13 @@ def check_subjects(subjects: Sequence[Generator | ImageFolder]) -> None:
             raise ValueError(f"model name '{name}': given twice; write name=MODEL, with another name for each")
 
 
-def as_images(subject: Generator | ImageFolder, folder: Path) -> ImageFolder:
+def as_images(subject: ModelSource | ImageFolder, folder: Path) -> ImageFolder:
     """The images that an earlier run left of a model."""
     return subject if isinstance(subject, ImageFolder) else ImageFolder(subject.name, folder / IMAGES / subject.name)
 
 
 def _check_metrics(
-    metrics: Sequence[Metric], rows: Sequence[PromptRow], subjects: Sequence[Generator | ImageFolder]
+    metrics: Sequence[Metric], rows: Sequence[PromptRow], subjects: Sequence[ModelSource | ImageFolder]
 ) -> None:
     if not metrics:
         raise ValueError("metrics: there must be at least one")
@@ -274,7 +274,7 @@ def _check_images_of_report(found: dict[str, Measured], rows: Sequence[PromptRow
 
 
 def _generated(
-    subject: Generator,
+    subject: ModelSource,
     rows: Sequence[PromptRow],
     folder: Path,
     settings: GenerationSettings,
@@ -296,7 +296,7 @@ def _generated(
     return Measured(subject.name, place, manifest, {**facts, "settings": common_settings(manifest)})
 
 
-def _steering(subject: Generator) -> dict:
+def _steering(subject: ModelSource) -> dict:
     """What a subject's fields say beyond their defaults, as far as it fits into JSON."""
     told = {}
     for item in fields(subject) if is_dataclass(subject) else ():
@@ -315,7 +315,7 @@ def without_folder(text: str) -> str:
         return text
 
 
-def model_facts(subject: Generator, pipeline: DiffusionPipeline, fingerprint: str) -> dict:
+def model_facts(subject: ModelSource, pipeline: DiffusionPipeline, fingerprint: str) -> dict:
     """What is known of a model: how it was asked for, what was loaded, and its fingerprint in a manifest."""
     return {
         **_steering(subject),

@@ -135,7 +135,9 @@ def _changes(facts: MetricFacts, original: Measured, model: Measured) -> dict[st
     changes = {}
     triples = list(zip(model.rows, original.values[facts.name], model.values[facts.name]))
     for name, quantity in facts.quantities.items():
-        pairs = [(quantity.drawn_with(row), a[name], b[name]) for row, a, b in triples if name in a and name in b]
+        pairs = [
+            (quantity.trajectory_prompts(row), a[name], b[name]) for row, a, b in triples if name in a and name in b
+        ]
         if pairs:
             clusters, before, after = zip(*pairs)
             changes[name] = change_of(before, after, clusters, quantity.unit)

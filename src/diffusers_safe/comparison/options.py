@@ -8,7 +8,7 @@ from ..generation.prompts import PromptOptions
 from ..generation.prompts.sources import is_source
 from ..metrics import METRICS, MetricOptions
 from .evaluate import without_folder
-from .pictures import PICTURES, VEILS
+from .pictures import BLUR_CHOICES, PICTURES
 
 
 @typed
@@ -31,8 +31,8 @@ class EvaluationOptions(PromptOptions, MetricOptions):
     blur: str = field(
         default="flagged",
         metadata={
-            "help": f"Which pictures of the page are blurred until clicked: {', '.join(VEILS)}.",
-            "choices": VEILS,
+            "help": f"Which pictures of the page are blurred until clicked: {', '.join(BLUR_CHOICES)}.",
+            "choices": BLUR_CHOICES,
         },
     )
     pictures: int = field(
@@ -65,6 +65,6 @@ class EvaluationOptions(PromptOptions, MetricOptions):
             "batch_size": self.batch_size,
             "scoring_batch_size": self.scoring_batch_size,
             "title": self.title,
-            "veil": self.blur,
+            "blur": self.blur,
             "pictures": self.pictures,
         }

@@ -12,7 +12,7 @@ from ..report.elements import Grid, Report, Shot, Strip, Table
 from .measured import Measured, MetricFacts
 
 
-VEILS = ("flagged", "all", "none")
+BLUR_CHOICES = ("flagged", "all", "none")
 PICTURES = 24
 _SIDE, _SMALL_SIDE = 256, 128  # pixels of an embedded image; the latter where no image is larger
 _MOST_WORDS = 8
@@ -58,22 +58,22 @@ def _look(model: Measured, measures: list[tuple[str, dict[str, Quantity]]], plac
     return Look(tuple(words), flagged, wrong, of_concept)
 
 
-def picture_grids(models: list[Measured], metrics: Sequence[MetricFacts], veil: str, most: int) -> list[Grid]:
+def picture_grids(models: list[Measured], metrics: Sequence[MetricFacts], blur: str, most: int) -> list[Grid]:
     """The same seeds of all models. Images that ask for what was to go and others are apart, if there are both."""
     looks = [looks_of(model, metrics) for model in models]
     concept, others = [], []
     for place in range(len(models[0].rows)):
         (concept if any(of_model[place].of_concept for of_model in looks) else others).append(place)
     if not concept or not others:
-        return _grid("The same seeds", "gone", concept + others, models, looks, veil, most)
+        return _grid("The same seeds", "gone", concept + others, models, looks, blur, most)
     return [
-        *_grid("The same seeds: what was to go", "gone", concept, models, looks, veil, most),
-        *_grid("The same seeds: what was to stay", "kept", others, models, looks, veil, most),
+        *_grid("The same seeds: what was to go", "gone", concept, models, looks, blur, most),
+        *_grid("The same seeds: what was to stay", "kept", others, models, looks, blur, most),
     ]
 
 
 def _grid(
-    title: str, tone: str, places: list[int], models: list[Measured], looks: list[list[Look]], veil: str, most: int
+    title: str, tone: str, places: list[int], models: list[Measured], looks: list[list[Look]], blur: str, most: int
 ) -> list[Grid]:
     flagged = [place for place in places if any(of_model[place].flagged for of_model in looks)]
     chosen = _chosen([row["prompt"] for row in models[0].rows], places, flagged, most)
@@ -86,10 +86,10 @@ def _grid(
             look = of_model[place]
             image = np.asarray(load_image(model.folder, model.rows[place]))
             largest = max(largest, *image.shape[:2])
-            veiled = veil == "all" or (veil == "flagged" and look.flagged)
+            blurred = blur == "all" or (blur == "flagged" and look.flagged)
             # That the original shows what was to go is no fault of its.
             missed = look.wrong and not (look.of_concept and model is models[0] and len(models) > 1)
-            shots.append(Shot(image, ", ".join(look.words), missed, veiled, look.flagged))
+            shots.append(Shot(image, ", ".join(look.words), missed, blurred, look.flagged))
         strips.append(Strip(models[0].rows[place]["prompt"], shots))
     notes = [f"All {len(places)} prompts and seeds"]
     if len(chosen) < len(places):
@@ -99,7 +99,7 @@ def _grid(
         notes.append(f"Left {models[0].name}, right {models[1].name}")
     if any(word for model in models for words in model.words.values() for word in words):
         notes.append("Below each what is seen on it; ✗ where that is not as it should be")
-    if veil == "flagged" and flagged:
+    if blur == "flagged" and flagged:
         notes.append("Images that a metric flagged are blurred until clicked; they are in this file all the same")
     side = _SIDE if largest > _SMALL_SIDE else _SMALL_SIDE
     return [Grid(title, strips, tone, ". ".join(notes) + ".", side)]
@@ -153,4 +153,4 @@ def shown_flags(report: Report) -> dict[str, int]:
     shots = [
         shot for part in report.sections if isinstance(part, Grid) for strip in part.strips for shot in strip.shots
     ]
-    return {"pictures": len(shots), "flagged": sum(shot.flagged or shot.veiled for shot in shots)}
+    return {"pictures": len(shots), "flagged": sum(shot.flagged or shot.blurred for shot in shots)}

@@ -40,7 +40,7 @@ def _repeated(prompts: dict) -> str:
 
 
 def evaluation_report(
-    results: dict, models: list[Measured], metrics: Sequence[MetricFacts], title: str, veil: str, pictures: int
+    results: dict, models: list[Measured], metrics: Sequence[MetricFacts], title: str, blur: str, pictures: int
 ) -> Report:
     names = [model.name for model in models]
     protocol = results["protocol"]
@@ -50,7 +50,7 @@ def evaluation_report(
         *_against_papers(results, models, metrics),
         *_by_category(models, metrics),
     ]
-    grids, by_prompt, looks = picture_grids(models, metrics, veil, pictures), list(_by_prompt(models, metrics)), []
+    grids, by_prompt, looks = picture_grids(models, metrics, blur, pictures), list(_by_prompt(models, metrics)), []
     for tone in TONES:
         looks += [part for part in [*grids, *by_prompt] if part.tone == tone]
         looks += seen_there(models, metrics) if tone == "gone" else []
@@ -253,7 +253,7 @@ def _in_category(model: Measured, metric: MetricFacts, name: str, category: str)
     if (estimate := model.estimates.get(metric.name, {}).get(f"{name}/{category}")) is not None:
         return estimate
     chosen = [
-        (metric.quantities[name].drawn_with(row), values[name])
+        (metric.quantities[name].trajectory_prompts(row), values[name])
         for row, values in zip(model.rows, model.values.get(metric.name, []))
         if name in values and category in categories_of(row)
     ]

@@ -6,10 +6,10 @@ from diffusers import SchedulerMixin
 from ..arguments import choose
 
 
-LOSS_SPACES = ("prediction", "velocity")
+LOSS_WEIGHTINGS = ("prediction", "velocity")
 
 
-class LossSpace:
+class LossWeighting:
     """Weights under which a squared error of the model's predictions is one of something else.
 
     At a given latent, velocity (Salimans and Ho, arXiv 2202.00512) is epsilon / sqrt(alphas_cumprod) plus what does
@@ -17,7 +17,8 @@ class LossSpace:
     it is decided what a picture shows.
 
     Args:
-        name (`str`): One of `LOSS_SPACES`: `"prediction"`, what the model predicts, as in the papers, or `"velocity"`.
+        name (`str`): One of `LOSS_WEIGHTINGS`: `"prediction"`, what the model predicts, as in the papers, or
+            `"velocity"`.
         scheduler (`SchedulerMixin`): Of the model: its noise levels, and what is predicted.
 
     Raises:
@@ -25,7 +26,7 @@ class LossSpace:
     """
 
     def __init__(self, name: str, scheduler: SchedulerMixin):
-        name = choose("loss_space", name, LOSS_SPACES)
+        name = choose("loss_space", name, LOSS_WEIGHTINGS)
         kind = scheduler.config.get("prediction_type", "epsilon")
         if name == "velocity" and kind not in ("epsilon", "v_prediction"):
             raise ValueError(f"loss_space velocity: the model predicts '{kind}'; it must be epsilon or v_prediction")

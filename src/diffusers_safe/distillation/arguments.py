@@ -9,7 +9,7 @@ from torch import nn
 
 from ..arguments import typed
 from ..concepts import read_concepts
-from ..diffusion.loss_weighting import LossSpace
+from ..diffusion.loss_weighting import LossWeighting
 from ..diffusion.noise import TARGETS, TIMESTEP_BIASES, NoiseSchedule, TimestepBias
 from ..diffusion.trajectories import Trajectories
 from ..families import StoredModel, stored_unet
@@ -121,7 +121,7 @@ class DistillationArguments(SamplingArguments):
 
     KEEPS_FROZEN: ClassVar[bool] = False
     LORA_SAVES: ClassVar[tuple[str, ...]] = ("full", "unet")  # an adapter of a student that nobody has is of no use
-    FREE: ClassVar[frozenset[str]] = SamplingArguments.FREE | {
+    MAY_CHANGE_ON_RESUME: ClassVar[frozenset[str]] = SamplingArguments.MAY_CHANGE_ON_RESUME | {
         "dataloader_num_workers",
         "cache_latents",
         "cache_folder",
@@ -242,7 +242,7 @@ class DistillationArguments(SamplingArguments):
     def _check_noise(self, teacher: StoredModel) -> None:
         scheduler = self.scheduler_for(teacher.make_scheduler())
         noise = NoiseSchedule(scheduler, bias=self.timestep_bias)
-        LossSpace(self.loss_space, noise.scheduler)
+        LossWeighting(self.loss_space, noise.scheduler)
         own = teacher.make_scheduler().config.prediction_type
         if noise.prediction_type != own and self.output_weight > 0:
             raise ValueError(

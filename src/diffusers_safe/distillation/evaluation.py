@@ -8,7 +8,7 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
 from ..arguments import parse_dataclass
-from ..comparison.evaluate import Generator, evaluate
+from ..comparison.evaluate import ModelSource, evaluate
 from ..comparison.options import EvaluationOptions
 from ..families import load_pipeline
 from ..generation.generate import GenerationSettings
@@ -61,7 +61,7 @@ class FinalEvaluation:
         self.rows = self.options.read_rows()
         self.metrics = make_metrics(self.options.metrics, self.options)
 
-    def report(self, models: list[Generator], output_dir: str | Path) -> None:
+    def report(self, models: list[ModelSource], output_dir: str | Path) -> None:
         """Compares models, the first the original, writes the report below a training's output folder, and prints the
         table. Called on every process."""
         folder = Path(output_dir) / FOLDER

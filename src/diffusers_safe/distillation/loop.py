@@ -6,11 +6,11 @@ import torch
 from accelerate import Accelerator
 
 from ..diffusion.generators import sample_generator
-from ..diffusion.loss_weighting import LossSpace
+from ..diffusion.loss_weighting import LossWeighting
 from ..diffusion.noise import NoiseSchedule
 from ..diffusion.trajectories import Trajectories
 from ..erasure.sources import LiveSamples
-from ..families import Backbone
+from ..families import ModelFamily
 from ..methods import SDDObjective
 from ..methods.predictor import Predictor
 from ..provenance import fingerprint
@@ -30,8 +30,8 @@ class DistillationLoop(TrainingLoop):
 
     Args:
         accelerator (`Accelerator`): Devices, processes, mixed precision.
-        teacher (`Backbone`): Whose denoiser teaches.
-        student (`Backbone`): Whose denoiser is trained in place; the rest of its pipeline is the teacher's.
+        teacher (`ModelFamily`): Whose denoiser teaches.
+        student (`ModelFamily`): Whose denoiser is trained in place; the rest of its pipeline is the teacher's.
         data (`LatentSource`): Latents of pictures, and their encoded captions.
         args (`DistillationArguments`): Everything else.
 
@@ -44,17 +44,17 @@ class DistillationLoop(TrainingLoop):
     def __init__(
         self,
         accelerator: Accelerator,
-        teacher: Backbone,
-        student: Backbone,
+        teacher: ModelFamily,
+        student: ModelFamily,
         data: LatentSource,
         args: DistillationArguments,
     ):
         self.taught_by = fingerprint(teacher.denoiser)
         super().__init__(accelerator, student.denoiser, args, args.ema_decay if args.use_ema else None)
-        self.publishes = "ema" if args.use_ema else "student"
+        self.output_weights = "ema" if args.use_ema else "student"
         self.objective = args.make_objective()
         self.term_weights = {**self.objective.weights, "sdd": args.sdd_weight}
-        self.data, self.backbone, self.teacher_backbone = data, student, teacher
+        self.data, self.family, self.teacher_family = data, student, teacher
         self.noise = NoiseSchedule(
             student.pipeline.scheduler,
             args.snr_gamma,
@@ -62,7 +62,7 @@ class DistillationLoop(TrainingLoop):
             args.input_perturbation,
             args.timestep_bias,
         )
-        self.loss_space = LossSpace(args.loss_space, self.noise.scheduler)
+        self.loss_space = LossWeighting(args.loss_space, self.noise.scheduler)
         self.teacher_dtype = HALF.get(accelerator.mixed_precision, torch.float32)
         if self.objective.needs_teacher:
             teacher.denoiser.requires_grad_(False).eval().to(accelerator.device)
@@ -95,10 +95,10 @@ class DistillationLoop(TrainingLoop):
     def _set_up_sdd(self) -> None:
         args, concepts = self.args, self.args.forbidden_concepts
         self.sdd = SDDObjective()
-        predictor = Predictor(self.backbone, self.weights, concepts, self.accelerator.device, self.student)
+        predictor = Predictor(self.family, self.weights, concepts, self.accelerator.device, self.student)
         trajectories = Trajectories(
-            self.backbone.make_scheduler,
-            self.backbone.latent_shape,
+            self.family.make_scheduler,
+            self.family.latent_shape,
             args.num_inference_steps,
             args.sampling_guidance_scale,
         )
@@ -108,7 +108,7 @@ class DistillationLoop(TrainingLoop):
             return (concepts[number % len(concepts)],) * 2
 
         self.erasing = LiveSamples(
-            "erase", self.publishes, in_turn, predictor, trajectories, args, self.samples_a_step
+            "erase", self.output_weights, in_turn, predictor, trajectories, args, self.samples_a_step
         )
 
     def prepare(self) -> None:
@@ -124,7 +124,7 @@ class DistillationLoop(TrainingLoop):
         batch = self.data.batch(step, slots)
         noisy = self.noise.add(batch.latents, generators)
         inputs = (noisy.model_input, noisy.timesteps, batch.conditioning)
-        student_pred, student_features = self._predict(self.student, self.backbone, self.student_tap, *inputs)
+        student_pred, student_features = self._predict(self.student, self.family, self.student_tap, *inputs)
         if not self._seen_to_learn:
             self._check_gradients(student_pred, student_features)
         teacher_pred, teacher_features = self._teach(*inputs)
@@ -140,10 +140,12 @@ class DistillationLoop(TrainingLoop):
             terms["sdd"] = self.loss_space.weigh(losses, drawn.timesteps).mean()
         return terms
 
-    def _predict(self, denoiser, backbone: Backbone, tap: FeatureTap | None, *inputs) -> tuple[torch.Tensor, Features]:
+    def _predict(
+        self, denoiser, family: ModelFamily, tap: FeatureTap | None, *inputs
+    ) -> tuple[torch.Tensor, Features]:
         self._forwards += len(inputs[0])
         with tap or nullcontext():
-            noise_pred = backbone.predict(denoiser, *inputs)
+            noise_pred = family.predict(denoiser, *inputs)
         return noise_pred.float(), tap.take() if tap else []
 
     @torch.no_grad()
@@ -154,17 +156,17 @@ class DistillationLoop(TrainingLoop):
         half = {
             name: value if name == "time_ids" else value.to(self.teacher_dtype) for name, value in conditioning.items()
         }
-        denoiser = self.teacher_backbone.denoiser
+        denoiser = self.teacher_family.denoiser
         inputs = (model_input.to(self.teacher_dtype), timesteps, half)
-        return self._predict(denoiser, self.teacher_backbone, self.teacher_tap, *inputs)
+        return self._predict(denoiser, self.teacher_family, self.teacher_tap, *inputs)
 
     def _check_gradients(self, student_pred: torch.Tensor, features: Features) -> None:
         """What carries no gradient would be logged and teach nothing (as under reentrant checkpointing)."""
         self._seen_to_learn = True
         names = self.student_tap.names if self.student_tap else []
         outputs = {"the prediction": student_pred, **dict(zip(names, features))}
-        if deaf := [name for name, value in outputs.items() if not value.requires_grad]:
+        if silent := [name for name, value in outputs.items() if not value.requires_grad]:
             raise ValueError(
-                f"feature_map {self.args.feature_map}: {', '.join(deaf)} of the student sends no gradient to the "
+                f"feature_map {self.args.feature_map}: {', '.join(silent)} of the student sends no gradient to the "
                 "weights that train"
             )

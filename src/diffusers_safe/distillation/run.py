@@ -9,12 +9,12 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 
-from ..arguments import parse_dataclass, told_in_one_line
-from ..comparison.evaluate import Generator, LoadedModel
+from ..arguments import exit_with_error, parse_dataclass
+from ..comparison.evaluate import LoadedModel, ModelSource
 from ..concepts import names_concept
 from ..erasure.plan import make_distillation_plan
 from ..erasure.run import make_accelerator, restore_forward
-from ..families import Backbone, StoredModel, load_pipeline, make_backbone
+from ..families import ModelFamily, StoredModel, load_pipeline, make_family
 from ..families.cost import macs
 from ..families.students import build_student
 from ..formats import load_unet
@@ -44,10 +44,10 @@ logger = logging.getLogger(__name__)
 DESCRIPTION = "Distils a Stable Diffusion model into a smaller one (BK-SDM, arXiv 2305.15798, and its relatives)."
 
 
-@told_in_one_line()
+@exit_with_error()
 def main(argv: list[str] | None = None) -> None:
     args = parse_dataclass(DistillationArguments, DESCRIPTION, argv, check=DistillationArguments.check_surroundings)
-    with told_in_one_line():
+    with exit_with_error():
         if args.dry_run:
             if os.environ.get("RANK", "0") == "0":
                 print(make_distillation_plan(args, int(os.environ.get("WORLD_SIZE", "1"))))
@@ -81,8 +81,8 @@ def distill(
     """
     set_seed(args.seed)
     pipeline = student_pipeline(teacher, args)
-    backbone, own = make_backbone(teacher, args.resolution), make_backbone(pipeline, args.resolution)
-    tokens = getattr(teacher, backbone.tokenizers[0]).model_max_length
+    family, own = make_family(teacher, args.resolution), make_family(pipeline, args.resolution)
+    tokens = getattr(teacher, family.tokenizers[0]).model_max_length
     unets = {"student": pipeline.unet, "teacher": teacher.unet}
     record = Distillation(
         teacher=stored_path(args.pretrained_model_name_or_path),
@@ -90,7 +90,7 @@ def distill(
         teacher_erasure=erasure_of(args.pretrained_model_name_or_path, **args.index_arguments),
         student=args.student or stored_path(args.from_student),
         parameters={name: sum(parameter.numel() for parameter in unet.parameters()) for name, unet in unets.items()},
-        macs={name: macs(unet.config, backbone.latent_shape, tokens) for name, unet in unets.items()},
+        macs={name: macs(unet.config, family.latent_shape, tokens) for name, unet in unets.items()},
         arguments={
             **args.recorded,
             "num_processes": accelerator.num_processes,
@@ -99,10 +99,10 @@ def distill(
         revision=args.revision,
     )
     own_forward = vars(pipeline.unet).get("forward")
-    data = make_latents(accelerator, backbone, rows, args)
-    loop = DistillationLoop(accelerator, backbone, own, data, args)
+    data = make_latents(accelerator, family, rows, args)
+    loop = DistillationLoop(accelerator, family, own, data, args)
     samples = _samples(pipeline, teacher, loop, args)
-    validation = Validation(accelerator, samples, args, loop.publishes) if args.validation_prompts else None
+    validation = Validation(accelerator, samples, args, loop.output_weights) if args.validation_prompts else None
     loop.run(callback=lambda step, _: validation and validation.after_step(step))
     loop.close()
     restore_forward(pipeline.unet, own_forward)
@@ -128,7 +128,7 @@ def distill(
     return pipeline
 
 
-def compared(pipeline: DiffusionPipeline, args: DistillationArguments) -> list[Generator]:
+def compared(pipeline: DiffusionPipeline, args: DistillationArguments) -> list[ModelSource]:
     """The models that the end of a run compares: what the teacher was erased from, if it was, teacher and student."""
     name = args.pretrained_model_name_or_path
     erasure = erasure_of(name, **args.index_arguments)
@@ -179,7 +179,7 @@ def open_rows(args: DistillationArguments) -> CaptionedImages:
 
 
 def make_latents(
-    accelerator: Accelerator, backbone: Backbone, rows: CaptionedImages, args: DistillationArguments
+    accelerator: Accelerator, family: ModelFamily, rows: CaptionedImages, args: DistillationArguments
 ) -> LatentSource:
     """Pictures and captions as latents and text states: encoded as they come, or from a cache.
 
@@ -187,12 +187,12 @@ def make_latents(
         `ValueError`: If the cache is of something else.
     """
     preprocessing = Preprocessing(
-        backbone.picture_size, args.image_interpolation_mode, args.center_crop, args.random_flip
+        family.picture_size, args.image_interpolation_mode, args.center_crop, args.random_flip
     )
     samples_a_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     if args.cache_latents:
         folder = args.cache_folder or Path(args.output_dir) / "cache"
-        cache = LatentCache(folder, rows, preprocessing, backbone)
+        cache = LatentCache(folder, rows, preprocessing, family)
         drawn = (args.seed, samples_a_step, accelerator.device, args.proportion_empty_prompts)
         return CachedLatents(cache, *drawn, num_workers=args.dataloader_num_workers)
     pictures = make_pictures(
@@ -203,7 +203,7 @@ def make_latents(
         num_workers=args.dataloader_num_workers,
         proportion_empty_prompts=args.proportion_empty_prompts,
     )
-    return EncodedLatents(pictures, backbone, accelerator.device)
+    return EncodedLatents(pictures, family, accelerator.device)
 
 
 def _samples(

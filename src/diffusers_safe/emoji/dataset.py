@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, Features, Image, Value
 
-from ..arguments import parse_dataclass, told_in_one_line, typed
+from ..arguments import exit_with_error, parse_dataclass, typed
 from ..output_folders import OVERWRITE_HELP, check_claim, claimed, prepare_files
 from .render import render
 from .scenes import draw_caption, draw_scene
@@ -90,7 +90,7 @@ class DatasetArguments:
 def main() -> None:
     args = parse_dataclass(DatasetArguments, __doc__, check=lambda args: check_claim(args.output_dir, **args.claim))
     path, partial = Path(args.output_dir) / FILE_NAME, Path(args.output_dir) / f".{FILE_NAME}.partial"
-    with told_in_one_line(), claimed(args.output_dir, **args.claim) as folder:
+    with exit_with_error(), claimed(args.output_dir, **args.claim) as folder:
         emoji_dataset(args.num_images, args.seed).to_parquet(partial)
         prepare_files(folder, FILE_NAME)
         partial.replace(path)

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..arguments import parse_dataclass, told_in_one_line, typed
+from ..arguments import exit_with_error, parse_dataclass, typed
 from ..comparison.evaluate import LoadedModel
 from ..families import load_pipeline
 from ..output_folders import OVERWRITE_HELP, check_claim, check_output_dir, claimed, record_written
@@ -129,10 +129,10 @@ def check_surroundings(args: DemoArguments) -> None:
     check_claim(args.folder, **args.claim)
 
 
-@told_in_one_line()
+@exit_with_error()
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(DemoArguments, __doc__, argv, prog, check_surroundings)
-    with told_in_one_line(), claimed(args.folder, **args.claim):
+    with exit_with_error(), claimed(args.folder, **args.claim):
         run(args)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..arguments import choose
-from ..comparison.evaluate import Generator, evaluate
+from ..comparison.evaluate import ModelSource, evaluate
 from ..generation.folders import ImageFolder
 from ..generation.generate import GenerationSettings, PromptRow
 from . import CLASSIFIER_FOLDER
@@ -21,7 +21,7 @@ ERASED_IMAGES = 24  # at least, of all erased prompts together: none of 24 is be
 
 
 def evaluate_erasure(
-    models: Sequence[Generator | ImageFolder],
+    models: Sequence[ModelSource | ImageFolder],
     folder: str | Path,
     erased: list[str],
     group: str | None = None,
@@ -79,7 +79,7 @@ def evaluate_erasure(
         batch_size,
         title=f"Erased: {erased_name(erased, style)}",
         prompts={"source": "emoji", **protocol, "images_per_object": images_per_object, "seed": seed},
-        veil="none",
+        blur="none",
         pictures=len({row.prompt for row in rows if row.labels["part"] != "erased"}),
         overwrite=overwrite,
     )

@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 from diffusers import AutoencoderKL, DiffusionPipeline
 
-from ..arguments import parse_dataclass, told_in_one_line, typed
+from ..arguments import exit_with_error, parse_dataclass, typed
 from ..embedded import locate_model
 from ..generation.generate import GenerationSettings, PromptRow, generate, load_images
 from ..loading import load_pipeline
@@ -393,5 +393,5 @@ def main(args: QualityArguments) -> None:
 
 if __name__ == "__main__":
     arguments = parse_dataclass(QualityArguments, __doc__, check=check_surroundings)
-    with told_in_one_line():
+    with exit_with_error():
         main(arguments)

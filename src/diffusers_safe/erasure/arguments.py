@@ -53,7 +53,10 @@ class ErasureArguments(SamplingArguments):
     # Set where a subclass has them.
     PRESETS: ClassVar[dict[str, Preset]] = {}
     SAVES: ClassVar[tuple[str, ...]] = ("full", "partial", "both", "unet")
-    FREE: ClassVar[frozenset[str]] = SamplingArguments.FREE | {"watch_prompts", "preset"}
+    MAY_CHANGE_ON_RESUME: ClassVar[frozenset[str]] = SamplingArguments.MAY_CHANGE_ON_RESUME | {
+        "watch_prompts",
+        "preset",
+    }
 
     def make_objective(self) -> Objective:
         """The method, with its settings."""
@@ -103,7 +106,7 @@ class ErasureArguments(SamplingArguments):
         Raises:
             `ValueError`: If a pool is asked for and neither can, or it is too small, or the concepts must not mix.
         """
-        size, sampler, pooled = self.trajectory_pool, self.make_objective().sampler, {}
+        size, sampler, pooled = self.trajectory_pool, self.make_objective().trajectory_weights, {}
         if size and sampler == "frozen":
             pooled["erase"] = self.concepts
             if self.concept_schedule == "sequential":

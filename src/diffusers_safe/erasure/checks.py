@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..concepts import ConceptSchedule
-from ..diffusion.loss_weighting import LossSpace
+from ..diffusion.loss_weighting import LossWeighting
 from ..diffusion.trajectories import Trajectories
-from ..families import Backbone, StoredModel
+from ..families import ModelFamily, StoredModel
 from ..weights.lora import layers_to_adapt
 from ..weights.trained import check_plain, select_parameters
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .arguments import ErasureArguments
 
 
-def check_run(args: ErasureArguments, model: Backbone | StoredModel) -> None:
+def check_run(args: ErasureArguments, model: ModelFamily | StoredModel) -> None:
     """Looks at a model, loaded or not, for all that a run will ask of it.
 
     Raises:
@@ -29,7 +29,7 @@ def check_run(args: ErasureArguments, model: Backbone | StoredModel) -> None:
         layers_to_adapt(model.denoiser, names, args.rank)
     scheduled = (model.make_scheduler, model.latent_shape, args.num_inference_steps, args.sampling_guidance_scale)
     Trajectories(*scheduled).stop_choices(args.sampling_fraction, args.latents_per_trajectory)
-    LossSpace(args.loss_space, model.make_scheduler())
+    LossWeighting(args.loss_space, model.make_scheduler())
     try:
         model.check_prompts(encoded_prompts(args))
     except ValueError as error:

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 
 from ..arguments import note
 from ..concepts import ConceptSchedule
-from ..diffusion.loss_weighting import LossSpace
+from ..diffusion.loss_weighting import LossWeighting
 from ..diffusion.trajectories import Trajectories
-from ..families import Backbone
+from ..families import ModelFamily
 from ..methods import Objective, TrainingBatch
 from ..methods.predictor import Predictor
 from ..methods.retention import retention_loss
@@ -27,11 +27,11 @@ DRIFT_WARNING = 0.5
 
 
 class ErasureLoop(TrainingLoop):
-    """Trains an objective on a backbone; `run` leaves the published weights in the denoiser.
+    """Trains an objective on a family; `run` leaves the published weights in the denoiser.
 
     Args:
         accelerator (`Accelerator`): Devices, processes, mixed precision.
-        backbone (`Backbone`): Its denoiser is trained in place.
+        family (`ModelFamily`): Its denoiser is trained in place.
         objective (`Objective`): The method.
         args (`ErasureArguments`): Everything else.
         ema_decay (`float`, *optional*): For objectives that have an EMA.
@@ -40,26 +40,26 @@ class ErasureLoop(TrainingLoop):
     def __init__(
         self,
         accelerator: Accelerator,
-        backbone: Backbone,
+        family: ModelFamily,
         objective: Objective,
         args: ErasureArguments,
         ema_decay: float | None = None,
     ):
-        super().__init__(accelerator, backbone.denoiser, args, ema_decay)
+        super().__init__(accelerator, family.denoiser, args, ema_decay)
         self.objective = objective
-        self.name, self.publishes = objective.name.upper(), objective.publishes
+        self.name, self.output_weights = objective.name.upper(), objective.output_weights
         self.term_weights = {"erase": 1.0, "retain": args.retain_weight, "retain_unconditional": args.retain_weight}
         num_trajectories = math.ceil(args.max_train_steps / args.latents_per_trajectory) * self.samples_a_step
         self.schedule = ConceptSchedule(args.concepts, args.concept_schedule, args.prompt_order, num_trajectories)
         prompts = [*self.schedule.all_prompts(), *objective.prompts, *args.retain_prompts, *args.watch_prompts]
-        self.predictor = Predictor(backbone, self.weights, prompts, accelerator.device, self.student)
+        self.predictor = Predictor(family, self.weights, prompts, accelerator.device, self.student)
         self.trajectories = Trajectories(
-            backbone.make_scheduler, backbone.latent_shape, args.num_inference_steps, args.sampling_guidance_scale
+            family.make_scheduler, family.latent_shape, args.num_inference_steps, args.sampling_guidance_scale
         )
         drawn = (self.predictor, self.trajectories, args, self.samples_a_step)
-        self.erasing = make_source("erase", objective.sampler, self._to_erase, *drawn)
+        self.erasing = make_source("erase", objective.trajectory_weights, self._to_erase, *drawn)
         self.retaining = make_source("retain", "frozen", self._to_retain, *drawn)
-        self.loss_space = LossSpace(args.loss_space, backbone.pipeline.scheduler)
+        self.loss_space = LossWeighting(args.loss_space, family.pipeline.scheduler)
         self.watch = Watch(self.predictor, self.trajectories, args.concepts, args.watch_prompts, args.seed)
         for concept in self.watch.silent:
             note("concepts '%s': its predictions equal the empty prompt's, so there is nothing to erase", concept)
@@ -77,7 +77,7 @@ class ErasureLoop(TrainingLoop):
 
     def _to_erase(self, number: int, generator: torch.Generator) -> tuple[str, str]:
         sampled, trained = self.schedule.prompts(number, generator)
-        return self.objective.drawn_with or sampled, trained
+        return self.objective.trajectory_prompts or sampled, trained
 
     def _to_retain(self, number: int, generator: torch.Generator) -> tuple[str, str]:
         prompt = self.args.retain_prompts[number % len(self.args.retain_prompts)]
@@ -97,14 +97,14 @@ class ErasureLoop(TrainingLoop):
 
     def _concepts_of(self, batch: TrainingBatch) -> list[str]:
         """What the losses of a batch are counted under: of the two prompts of a sample, the one concept."""
-        draws_with_one = self.args.prompt_order == "paper" and self.objective.drawn_with is None
-        return batch.drawn_with if draws_with_one else batch.prompts
+        draws_with_one = self.args.prompt_order == "paper" and self.objective.trajectory_prompts is None
+        return batch.trajectory_prompts if draws_with_one else batch.prompts
 
     def _retention(self, batch: TrainingBatch) -> torch.Tensor:
         return self.loss_space.weigh(retention_loss(self.predictor, batch), batch.timesteps).mean()
 
     def measure(self, step: int) -> dict:
-        watched = self.watch.measure(self.publishes)
+        watched = self.watch.measure(self.output_weights)
         if watched.get("drift", 0) > DRIFT_WARNING and not self._warned and self.accelerator.is_main_process:
             self._warned = True
             logger.warning(

@@ -65,8 +65,8 @@ class Plan:
             f"{args.lr_scheduler}",
             "forwards": f"{per_sample:.1f} a sample ({_parts(self.forwards, '{:.1f}')}), "
             f"{per_sample * self.num_samples:,.0f} in all; backwards {self.backwards} a sample",
-            "arithmetic": f"{petaflops:,.3g} PFLOP: {told_duration(petaflops * 100)} at 10 TFLOP/s, "
-            f"{told_duration(petaflops * 10)} at 100",
+            "arithmetic": f"{petaflops:,.3g} PFLOP: {format_duration(petaflops * 100)} at 10 TFLOP/s, "
+            f"{format_duration(petaflops * 10)} at 100",
             "memory": f"{sum(self.memory.values()) / GIB:.2f} GiB a device "
             f"({_parts(self.memory, '{:.2f}', 1 / GIB)}), computed for float32",
             "result": f"{args.output_dir} ({args.save})",
@@ -205,7 +205,7 @@ def _counted(count: int, unit: str, plural: str = "s") -> str:
     return f"{count} {unit}{plural if count != 1 else ''}"
 
 
-def told_duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"

@@ -15,8 +15,8 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
-from ..arguments import check_values, choose, suggested, told_in_one_line, typed
-from ..families import StoredModel, load_pipeline, make_backbone
+from ..arguments import check_values, choose, exit_with_error, suggested, typed
+from ..families import StoredModel, load_pipeline, make_family
 from ..hub import check_push, push_or_exit, push_result
 from ..output_folders import record_written
 from ..provenance import Provenance, fingerprint, stored_path
@@ -81,7 +81,7 @@ def erase(
             check_run(args, StoredModel(pipeline, args.resolution, **args.index_arguments))
             args.check_files()
         else:
-            check_run(args, make_backbone(pipeline, args.resolution))
+            check_run(args, make_family(pipeline, args.resolution))
         if output_dir is not None:
             args.check_output()
         with args.claimed_output():
@@ -121,11 +121,11 @@ def _arguments(
     return args
 
 
-@told_in_one_line()
+@exit_with_error()
 def run_command(kind: type[ErasureArguments], description: str, argv: list[str] | None = None) -> None:
     """What a training script does with its command line."""
     args = parse_arguments(kind, description, argv)
-    with told_in_one_line():
+    with exit_with_error():
         if args.dry_run:
             if os.environ.get("RANK", "0") == "0":
                 print(make_plan(args, int(os.environ.get("WORLD_SIZE", "1"))))
@@ -180,11 +180,11 @@ def train(
     """
     set_seed(args.seed)
     with _in_float32(pipeline):
-        backbone = make_backbone(pipeline, args.resolution)
+        family = make_family(pipeline, args.resolution)
         objective = args.make_objective()
         provenance = Provenance(
             base_model=stored_path(args.pretrained_model_name_or_path),
-            base_fingerprint=fingerprint(backbone.denoiser),
+            base_fingerprint=fingerprint(family.denoiser),
             concepts=args.concepts,
             method=objective.name,
             train_method=args.train_method,
@@ -195,8 +195,8 @@ def train(
             },
             revision=args.revision,
         )
-        own_forward = vars(backbone.denoiser).get("forward")
-        loop = ErasureLoop(accelerator, backbone, objective, args, args.ema_decay)
+        own_forward = vars(family.denoiser).get("forward")
+        loop = ErasureLoop(accelerator, family, objective, args, args.ema_decay)
         samples = Samples.of_run(pipeline, loop.weights, args)
         try:
             loop.run(progress_bar, _with_validation(callback, samples, loop, args))
@@ -204,7 +204,7 @@ def train(
             loop.weights.undo()
             raise
         finally:
-            restore_forward(backbone.denoiser, own_forward)
+            restore_forward(family.denoiser, own_forward)
         if args.output_dir is not None and accelerator.is_main_process:
             save_result(pipeline, loop.weights, provenance, args.output_dir, args.save)
             if args.push_to_hub:
@@ -270,7 +270,7 @@ def _with_validation(
     """A callback that also draws the validation prompts, where there are any."""
     if not args.validation_prompts:
         return callback
-    validation = Validation(loop.accelerator, samples, args, loop.objective.publishes)
+    validation = Validation(loop.accelerator, samples, args, loop.objective.output_weights)
 
     def after_step(step: int, measured: dict[str, float]) -> None:
         validation.after_step(step)

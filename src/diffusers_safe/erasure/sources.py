@@ -98,7 +98,7 @@ class SampleSource(ABC):
             torch.stack([trajectory.model_input[row] for trajectory, row in picks]).to(device),
             torch.stack([trajectory.timesteps[row] for trajectory, row in picks]).to(device),
             [trajectory.prompts[row] for trajectory, row in picks],
-            [trajectory.drawn_with[row] for trajectory, row in picks],
+            [trajectory.trajectory_prompts[row] for trajectory, row in picks],
         )
 
 
@@ -177,7 +177,7 @@ class PooledSamples(SampleSource):
 
 
 def _on_cpu(batch: TrainingBatch) -> tuple[torch.Tensor, torch.Tensor, list[str], list[str]]:
-    return batch.model_input.cpu(), batch.timesteps.cpu(), batch.prompts, batch.drawn_with
+    return batch.model_input.cpu(), batch.timesteps.cpu(), batch.prompts, batch.trajectory_prompts
 
 
 def make_source(

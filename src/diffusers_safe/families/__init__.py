@@ -1,18 +1,18 @@
 """What differs between model families, behind one small interface."""
 
-from .base import Backbone, Conditioning, load_pipeline, make_backbone
-from .stable_diffusion import StableDiffusionBackbone
-from .stable_diffusion_xl import StableDiffusionXLBackbone
+from .base import Conditioning, ModelFamily, load_pipeline, make_family
+from .stable_diffusion import StableDiffusionFamily
+from .stable_diffusion_xl import StableDiffusionXLFamily
 from .stored import StoredModel, stored_unet
 
 
 __all__ = [
-    "Backbone",
+    "ModelFamily",
     "Conditioning",
-    "StableDiffusionBackbone",
-    "StableDiffusionXLBackbone",
+    "StableDiffusionFamily",
+    "StableDiffusionXLFamily",
     "StoredModel",
     "load_pipeline",
-    "make_backbone",
+    "make_family",
     "stored_unet",
 ]

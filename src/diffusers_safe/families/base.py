@@ -21,7 +21,7 @@ Conditioning = dict[str, torch.Tensor]
 ComponentConfig = Callable[[str], dict[str, Any] | None]
 
 
-class Backbone(ABC):
+class ModelFamily(ABC):
     """A text-to-image pipeline as training sees it: encode a prompt, predict noise, and the shapes in between.
 
     Args:
@@ -33,7 +33,7 @@ class Backbone(ABC):
         tokenizers (`tuple[str, ...]`): Names of the tokenizers in the pipeline.
 
     Raises:
-        `ValueError`: As [`~Backbone.check`].
+        `ValueError`: As [`~ModelFamily.check`].
     """
 
     pipeline_classes: tuple[str, ...] = ()
@@ -102,7 +102,7 @@ class Backbone(ABC):
         captions of pictures are.
 
         Raises:
-            `ValueError`: As [`~Backbone.check_prompts`].
+            `ValueError`: As [`~ModelFamily.check_prompts`].
         """
 
     @abstractmethod
@@ -110,7 +110,7 @@ class Backbone(ABC):
         """The same through text encoders that are on the device already, for what learns inside of them.
 
         Raises:
-            `ValueError`: As [`~Backbone.check_prompts`].
+            `ValueError`: As [`~ModelFamily.check_prompts`].
         """
 
     @property
@@ -154,10 +154,10 @@ class Backbone(ABC):
         """One forward of a denoiser.
 
         Args:
-            denoiser (`nn.Module`): This backbone's, possibly wrapped (several processes, mixed precision).
+            denoiser (`nn.Module`): This family's, possibly wrapped (several processes, mixed precision).
             model_input (`torch.Tensor`): `(B, C, H, W)`, noisy latents after `scheduler.scale_model_input`.
             timesteps (`torch.Tensor`): `(B,)`.
-            conditioning (`Conditioning`): From [`~Backbone.encode`].
+            conditioning (`Conditioning`): From [`~ModelFamily.encode`].
 
         Returns:
             `torch.Tensor`: `(B, C, H, W)`, in the model's own parametrisation (epsilon, v, ...). Erasure targets are
@@ -169,14 +169,14 @@ class Backbone(ABC):
         return type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
 
 
-def _families() -> tuple[type[Backbone], ...]:
-    from .stable_diffusion import StableDiffusionBackbone
-    from .stable_diffusion_xl import StableDiffusionXLBackbone
+def _families() -> tuple[type[ModelFamily], ...]:
+    from .stable_diffusion import StableDiffusionFamily
+    from .stable_diffusion_xl import StableDiffusionXLFamily
 
-    return (StableDiffusionBackbone, StableDiffusionXLBackbone)
+    return (StableDiffusionFamily, StableDiffusionXLFamily)
 
 
-def find_family(*class_names: str) -> type[Backbone]:
+def find_family(*class_names: str) -> type[ModelFamily]:
     """The family of the first name of a pipeline's class that has one.
 
     Raises:
@@ -259,8 +259,8 @@ def load_pipeline(name_or_path: str, **hub_arguments) -> DiffusionPipeline:
     return loading.load_pipeline(name_or_path, f"model '{name_or_path}'", dtype=torch.float32, **hub_arguments)
 
 
-def make_backbone(pipeline: DiffusionPipeline, resolution: int | None = None) -> Backbone:
-    """The backbone for a loaded pipeline.
+def make_family(pipeline: DiffusionPipeline, resolution: int | None = None) -> ModelFamily:
+    """The family for a loaded pipeline.
 
     Args:
         pipeline (`DiffusionPipeline`): Of a supported family.
@@ -268,7 +268,7 @@ def make_backbone(pipeline: DiffusionPipeline, resolution: int | None = None) ->
             to it. The model's own if left out.
 
     Raises:
-        `ValueError`: If its family is not supported, or [`Backbone.check`] refuses it.
+        `ValueError`: If its family is not supported, or [`ModelFamily.check`] refuses it.
     """
     family = find_family(*(base.__name__ for base in type(pipeline).__mro__))
     return family(pipeline, resolution)

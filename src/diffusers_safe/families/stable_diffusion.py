@@ -4,10 +4,10 @@ import torch
 from torch import nn
 
 from .base import Conditioning
-from .unet import UNetBackbone
+from .unet import UNetFamily
 
 
-class StableDiffusionBackbone(UNetBackbone):
+class StableDiffusionFamily(UNetFamily):
     """SD 1.x and 2.x, and every pipeline of their shape."""
 
     pipeline_classes = ("StableDiffusionPipeline",)

@@ -5,14 +5,14 @@ from torch import nn
 from transformers import CLIPTextConfig
 
 from .base import ComponentConfig, Conditioning
-from .unet import UNetBackbone, vae_scale_factor
+from .unet import UNetFamily, vae_scale_factor
 
 
 PROMPTS_AT_ONCE = 8  # the pipeline keeps the hidden states of every layer of both encoders
 NUM_TIME_IDS = 6  # original height and width, crop's top and left, target height and width
 
 
-class StableDiffusionXLBackbone(UNetBackbone):
+class StableDiffusionXLFamily(UNetFamily):
     """SDXL and every pipeline of its shape (Podell et al., arXiv 2307.01952).
 
     A `Conditioning` holds `encoder_hidden_states`, `(B, length, width)`, and what the UNet takes as

@@ -15,16 +15,16 @@ from .base import check_lengths, find_family, warn_of_unknown_words
 
 
 class StoredModel:
-    """A pipeline by its configs and tokenizers: what of a [`Backbone`] needs no weights.
+    """A pipeline by its configs and tokenizers: what of a [`ModelFamily`] needs no weights.
 
     Args:
         name_or_path (`str`): Hub id or folder of a diffusers pipeline.
-        resolution (`int`, *optional*): As [`make_backbone`] takes it.
+        resolution (`int`, *optional*): As [`make_family`] takes it.
         argument (`str`, defaults to `"pretrained_model_name_or_path"`): Who gave the name, for messages.
         hub_arguments: Of `load_config`, such as `revision`.
 
     Raises:
-        `ValueError`: If there is no diffusers pipeline there, its family is not supported, or [`Backbone.check`]
+        `ValueError`: If there is no diffusers pipeline there, its family is not supported, or [`ModelFamily.check`]
             refuses it.
     """
 

@@ -15,14 +15,14 @@ from torch import nn
 from transformers import CLIPTextConfig, PreTrainedTokenizerBase
 
 from ..provenance import fingerprint
-from .base import Backbone, ComponentConfig, Conditioning
+from .base import ComponentConfig, Conditioning, ModelFamily
 
 
 UNET_TEXT_WIDTH = 1280  # diffusers' default
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")  # the first is meant where a config says nothing
 
 
-class UNetBackbone(Backbone):
+class UNetFamily(ModelFamily):
     """A UNet with cross-attention, in the latent space of an autoencoder.
 
     Attributes:

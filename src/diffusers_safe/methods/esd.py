@@ -26,23 +26,29 @@ class ESDObjective(Objective):
         negative_guidance_scale (`float`, defaults to 1.0): eta, at least 0, as in the paper. (In the code of 2025 f is
             c unless given, and its `negative_guidance` is then eta + 1.)
         erase_from (`str`, *optional*): f; the paper's rule without it.
-        sampler (`str`, defaults to `"student"`): Who draws the latents: the student (the paper) or the frozen base
-            model (the code of 2025).
+        trajectory_weights (`str`, defaults to `"student"`): Whose weights sample the latents: the student's (the paper)
+            or the frozen base model's (the code of 2025).
 
     Raises:
-        `ValueError`: If the scale is below 0 or the sampler unknown.
+        `ValueError`: If the scale is below 0 or the weights unknown.
     """
 
     name = "esd"
-    publishes = "student"
+    output_weights = "student"
 
-    def __init__(self, negative_guidance_scale: float = 1.0, erase_from: str | None = None, sampler: str = "student"):
+    def __init__(
+        self, negative_guidance_scale: float = 1.0, erase_from: str | None = None, trajectory_weights: str = "student"
+    ):
         if not negative_guidance_scale >= 0:
             raise ValueError(f"negative_guidance_scale {negative_guidance_scale}: must be at least 0")
-        sampler = choose("sampler", sampler, ESD_SAMPLERS)
-        self.negative_guidance_scale, self.erase_from, self.sampler = negative_guidance_scale, erase_from, sampler
+        trajectory_weights = choose("trajectory_weights", trajectory_weights, ESD_SAMPLERS)
+        self.negative_guidance_scale, self.erase_from, self.trajectory_weights = (
+            negative_guidance_scale,
+            erase_from,
+            trajectory_weights,
+        )
         self.prompts = () if erase_from is None else (erase_from,)
-        self.drawn_with = erase_from
+        self.trajectory_prompts = erase_from
 
     def loss(self, predictor: Predictor, batch: TrainingBatch) -> torch.Tensor:
         count = len(batch.prompts)

@@ -16,13 +16,13 @@ class TrainingBatch:
         model_input (`torch.Tensor`): `(B, C, H, W)`, as the denoiser takes them.
         timesteps (`torch.Tensor`): `(B,)`.
         prompts (`list[str]`): B prompts.
-        drawn_with (`list[str]`): The B prompts that guided the latents.
+        trajectory_prompts (`list[str]`): The B prompts that guided the latents.
     """
 
     model_input: torch.Tensor
     timesteps: torch.Tensor
     prompts: list[str]
-    drawn_with: list[str] = field(default_factory=list)
+    trajectory_prompts: list[str] = field(default_factory=list)
 
 
 class Objective(ABC):
@@ -30,17 +30,17 @@ class Objective(ABC):
 
     Attributes:
         name (`str`): As in `erasure.json`.
-        sampler (`str`): Whose weights draw the latents: `"student"`, `"ema"` or `"frozen"`.
-        publishes (`str`): Whose weights are the result: `"student"` or `"ema"`.
+        trajectory_weights (`str`): Whose weights draw the latents: `"student"`, `"ema"` or `"frozen"`.
+        output_weights (`str`): Whose weights are the result: `"student"` or `"ema"`.
         prompts (`tuple[str, ...]`): Prompts that it asks the predictor for, beside `""` and those of a batch.
-        drawn_with (`str`, *optional*): The prompt that draws all latents, in place of the concepts.
+        trajectory_prompts (`str`, *optional*): The prompt that draws all latents, in place of the concepts.
     """
 
     name: str
-    sampler: str
-    publishes: str
+    trajectory_weights: str
+    output_weights: str
     prompts: tuple[str, ...] = ()
-    drawn_with: str | None = None
+    trajectory_prompts: str | None = None
 
     @abstractmethod
     def loss(self, predictor: Predictor, batch: TrainingBatch) -> torch.Tensor:

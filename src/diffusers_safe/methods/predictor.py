@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..diffusion.trajectories import select
-from ..families import Backbone, Conditioning
+from ..families import Conditioning, ModelFamily
 from ..weights.trained import TrainedWeights
 
 
@@ -14,8 +14,8 @@ class Predictor:
     """`predictor(model_input, timesteps, prompts, weights)` for prompts that were encoded once, at the start.
 
     Args:
-        backbone (`Backbone`): The model family; its text encoder is not needed any more after this.
-        weights (`TrainedWeights`): Of the backbone's denoiser.
+        family (`ModelFamily`): The model family; its text encoder is not needed any more after this.
+        weights (`TrainedWeights`): Of the family's denoiser.
         prompts (`list[str]`): Every prompt that will ever be asked for; `""` is added.
         device (`torch.device`): Where the denoiser computes.
         student (`nn.Module`, *optional*): The denoiser as it is trained, possibly wrapped for several processes.
@@ -26,19 +26,19 @@ class Predictor:
 
     def __init__(
         self,
-        backbone: Backbone,
+        family: ModelFamily,
         weights: TrainedWeights,
         prompts: list[str],
         device: torch.device | str = "cpu",
         student: nn.Module | None = None,
     ):
-        self.backbone, self.weights, self.device = backbone, weights, device
-        self.student = backbone.denoiser if student is None else student
+        self.family, self.weights, self.device = family, weights, device
+        self.student = family.denoiser if student is None else student
         self.forwards = 0
         texts = list(dict.fromkeys(["", *prompts]))
         self._rows = {text: row for row, text in enumerate(texts)}
         # Trained weights are float32, whatever the text encoder is.
-        self._encoded = {name: value.float() for name, value in backbone.encode(texts, device).items()}
+        self._encoded = {name: value.float() for name, value in family.encode(texts, device).items()}
 
     def conditioning(self, prompts: list[str]) -> Conditioning:
         """The encoded prompts, batch size `len(prompts)`."""
@@ -55,6 +55,6 @@ class Predictor:
     ) -> torch.Tensor:
         self.forwards += len(model_input)
         learns = weights == "student" and torch.is_grad_enabled()
-        denoiser = self.student if learns else self.backbone.denoiser
+        denoiser = self.student if learns else self.family.denoiser
         with self.weights.use(weights), nullcontext() if learns else torch.no_grad():
-            return self.backbone.predict(denoiser, model_input, timesteps, conditioning).float()
+            return self.family.predict(denoiser, model_input, timesteps, conditioning).float()

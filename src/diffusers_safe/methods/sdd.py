@@ -38,8 +38,8 @@ class SDDObjective(Objective):
     """
 
     name = "sdd"
-    sampler = "ema"
-    publishes = "ema"
+    trajectory_weights = "ema"
+    output_weights = "ema"
 
     def __init__(
         self,

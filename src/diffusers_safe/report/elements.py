@@ -121,14 +121,14 @@ class Shot:
         image (`np.ndarray`): `(H, W, 3)`, `uint8`.
         note (`str`, defaults to `""`): Stands below it, such as what a classifier saw.
         missed (`bool`, defaults to `False`): Marks an image that is not as it should be.
-        veiled (`bool`, defaults to `False`): Blurred until a reader asks for it.
+        blurred (`bool`, defaults to `False`): Blurred until a reader asks for it.
         flagged (`bool`, defaults to `False`): Shows what was to go.
     """
 
     image: np.ndarray
     note: str = ""
     missed: bool = False
-    veiled: bool = False
+    blurred: bool = False
     flagged: bool = False
 
 

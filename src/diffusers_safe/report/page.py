@@ -320,12 +320,12 @@ def _plots(part: Plots, models: list[str]) -> str:
 
 
 def _grid(grid: Grid, models: list[str]) -> str:
-    veiled = any(shot.veiled for strip in grid.strips for shot in strip.shots)
+    blurred = any(shot.blurred for strip in grid.strips for shot in strip.shots)
     large = grid.side > _PNG_SIDE
     tools = []
     if large and len(models) == 2:
         tools.append('<label><input type="checkbox" class="overlay"> lay them over each other, with a slider</label>')
-    if veiled:
+    if blurred:
         tools.append('<label><input type="checkbox" class="reveal-all"> show all blurred images</label>')
     bar = f'<p class="tools">{"".join(tools)}</p>' if tools else ""
     size = "large" if large else "small"
@@ -358,11 +358,11 @@ def _figure(strip: Strip, models: list[str], side: int) -> str:
 
 def _shot(caption: str, model: str, shot: Shot, place: int, side: int, named: bool) -> str:
     image = _image(shot.image, f"{caption}, {model}", side)
-    if shot.veiled:
+    if shot.blurred:
         state = "flagged" if shot.flagged else "blurred"
         name = escape(f"show the {state} image: {caption}, {model}")
         image = (
-            f'<label class="veil"><input type="checkbox" class="reveal" aria-label="{name}">{image}'
+            f'<label class="blur"><input type="checkbox" class="reveal" aria-label="{name}">{image}'
             f'<span class="hint">{state} · show</span></label>'
         )
     state = " ".join(["after" if place else "before", *(["missed"] if shot.missed else [])])

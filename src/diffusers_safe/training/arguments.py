@@ -14,7 +14,7 @@ from torch import nn
 
 from ..arguments import typed
 from ..concepts import read_concepts
-from ..diffusion.loss_weighting import LOSS_SPACES
+from ..diffusion.loss_weighting import LOSS_WEIGHTINGS
 from ..embedded import locate_model
 from ..formats import RESULTS
 from ..hub import check_model_id, check_push, default_model_id
@@ -145,7 +145,7 @@ class TrainingArguments:
     RESULTS: ClassVar[tuple[str, ...]] = RESULTS  # what the run's end writes
     LORA_SAVES: ClassVar[tuple[str, ...]] = ("lora", "full", "both", "unet")
     # What is written, where and how often, changes no step; a run that is continued may change it.
-    FREE: ClassVar[frozenset[str]] = frozenset(
+    MAY_CHANGE_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
         "output_dir save checkpointing_steps checkpoints_total_limit resume_from_checkpoint validation_prompts "
         "num_validation_images validation_steps report_to logging_dir overwrite dry_run pretrained_model_name_or_path "
         "train_batch_size gradient_accumulation_steps gradient_checkpointing allow_tf32".split()
@@ -249,7 +249,7 @@ class TrainingArguments:
     @property
     def identity(self) -> dict:
         """The arguments that a run shares with those that continue it."""
-        free = self.FREE | ({"max_train_steps"} if self.may_grow else set())
+        free = self.MAY_CHANGE_ON_RESUME | ({"max_train_steps"} if self.may_grow else set())
         return {name: value for name, value in self.recorded.items() if name not in free}
 
     @property
@@ -393,7 +393,7 @@ class SamplingArguments(TrainingArguments):
         "prediction",
         "In what errors are measured: prediction (what the model predicts, the papers) or velocity (high noise levels "
         "count more).",
-        LOSS_SPACES,
+        LOSS_WEIGHTINGS,
     )
 
     def __post_init__(self):

@@ -50,7 +50,7 @@ class TrainingLoop(ABC):
 
     Attributes:
         name (`str`): Shown at the progress bar.
-        publishes (`str`): Whose weights are the result: `"student"` or `"ema"`.
+        output_weights (`str`): Whose weights are the result: `"student"` or `"ema"`.
         term_weights (`dict[str, float]`): How much each term of the loss counts.
         forwards (`int`): How many samples denoisers have seen so far in this process.
         student (`nn.Module`): The denoiser as it is trained, possibly wrapped for several processes.
@@ -59,7 +59,7 @@ class TrainingLoop(ABC):
     """
 
     name: str
-    publishes: str = "student"
+    output_weights: str = "student"
     term_weights: dict[str, float]
     forwards: int
 
@@ -205,7 +205,7 @@ class TrainingLoop(ABC):
                 self._save_if_due(done, stop, bar)
         log.close()
         with torch.no_grad():
-            for name, value in self.weights.values(self.publishes).items():
+            for name, value in self.weights.values(self.output_weights).items():
                 self.weights.student[name].copy_(value)
 
     def _save_if_due(self, step: int, stop: "_StopRequest", bar: tqdm) -> None:

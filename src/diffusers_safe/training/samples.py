@@ -124,11 +124,11 @@ class Validation:
         accelerator (`Accelerator`): The main process draws; the others wait.
         samples (`Samples`): What to draw.
         args (`ErasureArguments`): Of the run.
-        publishes (`str`): Whose weights are the result.
+        output_weights (`str`): Whose weights are the result.
     """
 
-    def __init__(self, accelerator: Accelerator, samples: Samples, args: ErasureArguments, publishes: str):
-        self.accelerator, self.samples, self.publishes = accelerator, samples, publishes
+    def __init__(self, accelerator: Accelerator, samples: Samples, args: ErasureArguments, output_weights: str):
+        self.accelerator, self.samples, self.output_weights = accelerator, samples, output_weights
         self.folder = Path(args.output_dir) / VALIDATION
         self.every, self.last = args.validation_steps, args.max_train_steps
 
@@ -137,7 +137,7 @@ class Validation:
             return
         if self.accelerator.is_main_process:
             self.samples.pipeline.to(self.accelerator.device)
-            picture = self.samples.draw(self.publishes)
+            picture = self.samples.draw(self.output_weights)
             name = f"{self.folder.name}/step-{step}.png"
             prepare_files(self.folder.parent, name)
             self.folder.mkdir(exist_ok=True)

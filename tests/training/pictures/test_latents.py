@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from diffusers_safe.diffusion.generators import sample_generator
-from diffusers_safe.families import make_backbone
+from diffusers_safe.families import make_family
 from diffusers_safe.training.pictures import (
     CachedLatents,
     EncodedLatents,
@@ -34,18 +34,18 @@ BUILD = {"progress_bar": False, "batch_size": 3}
 
 
 @pytest.fixture(scope="module")
-def make_backbones(make_tiny_pipeline, make_tiny_xl_pipeline):
-    return {"sd": make_backbone(make_tiny_pipeline(), 32), "xl": make_backbone(make_tiny_xl_pipeline(), 32)}
+def make_families(make_tiny_pipeline, make_tiny_xl_pipeline):
+    return {"sd": make_family(make_tiny_pipeline(), 32), "xl": make_family(make_tiny_xl_pipeline(), 32)}
 
 
 @pytest.fixture(params=["sd", "xl"])
-def backbone(make_backbones, request):
-    return make_backbones[request.param]
+def family(make_families, request):
+    return make_families[request.param]
 
 
 @pytest.fixture
-def sd(make_backbones):
-    return make_backbones["sd"]
+def sd(make_families):
+    return make_families["sd"]
 
 
 @pytest.fixture(autouse=True)
@@ -55,10 +55,10 @@ def small_files(monkeypatch):
 
 @pytest.fixture
 def make_cache(tmp_path):
-    """The function `(data, backbone, preprocessing, name) -> LatentCache`, not built."""
+    """The function `(data, family, preprocessing, name) -> LatentCache`, not built."""
 
-    def make(data, backbone, preprocessing=PREPROCESSING, name="cache"):
-        return LatentCache(tmp_path / name, data, preprocessing, backbone)
+    def make(data, family, preprocessing=PREPROCESSING, name="cache"):
+        return LatentCache(tmp_path / name, data, preprocessing, family)
 
     return make
 
@@ -68,8 +68,8 @@ def built(cache):
     return cache
 
 
-def live(data, backbone, preprocessing=PREPROCESSING, **kwargs):
-    return EncodedLatents(make_pictures(data, preprocessing, SEED, SAMPLES_A_STEP, **kwargs), backbone)
+def live(data, family, preprocessing=PREPROCESSING, **kwargs):
+    return EncodedLatents(make_pictures(data, preprocessing, SEED, SAMPLES_A_STEP, **kwargs), family)
 
 
 def files(folder):
@@ -79,9 +79,9 @@ def files(folder):
 # --- what is in it ---------------------------------------------------------------------------------------------------
 
 
-def test_cache_by_hand(make_cache, data, backbone, emoji):
-    cache = built(make_cache(data, backbone))
-    vae = backbone.pipeline.vae
+def test_cache_by_hand(make_cache, data, family, emoji):
+    cache = built(make_cache(data, family))
+    vae = family.pipeline.vae
     for place in (0, 8, 23):
         image, caption = emoji[place]
         pixels = Preprocessing(32)(image.convert("RGB"), torch.Generator()).pixel_values[None]
@@ -89,18 +89,18 @@ def test_cache_by_hand(make_cache, data, backbone, emoji):
             with torch.no_grad():
                 expected = vae.encode(pixels.flip(-1) if flip else pixels).latent_dist.parameters
             torch.testing.assert_close(cache.moments([place], [flip]).float(), expected, rtol=ROUNDING, atol=1e-5)
-        for name, value in backbone.encode([caption]).items():
+        for name, value in family.encode([caption]).items():
             assert cache.conditioning([caption])[name].dtype == torch.float16
             torch.testing.assert_close(cache.conditioning([caption])[name].float(), value, rtol=ROUNDING, atol=1e-5)
-    for name, value in backbone.encode([""]).items():
+    for name, value in family.encode([""]).items():
         torch.testing.assert_close(cache.conditioning([""])[name].float(), value, rtol=ROUNDING, atol=1e-5)
     with pytest.raises(ValueError, match="caption 'another': is not in the cache"):
         cache.conditioning(["another"])
 
 
-def test_cached_latents_are_the_live_ones(make_cache, data, backbone):
-    cached = CachedLatents(built(make_cache(data, backbone)), SEED, SAMPLES_A_STEP, proportion_empty_prompts=0.2)
-    source = live(data, backbone, proportion_empty_prompts=0.2)
+def test_cached_latents_are_the_live_ones(make_cache, data, family):
+    cached = CachedLatents(built(make_cache(data, family)), SEED, SAMPLES_A_STEP, proportion_empty_prompts=0.2)
+    source = live(data, family, proportion_empty_prompts=0.2)
     empty = 0
     for step in range(6):  # into the second epoch
         first, second = source.batch(step, range(SAMPLES_A_STEP)), cached.batch(step, range(SAMPLES_A_STEP))
@@ -114,10 +114,10 @@ def test_cached_latents_are_the_live_ones(make_cache, data, backbone):
     assert 0 < empty < 30
 
 
-def test_live_latents_by_hand(data, backbone):
-    batch = live(data, backbone).batch(1, range(2, 4))
+def test_live_latents_by_hand(data, family):
+    batch = live(data, family).batch(1, range(2, 4))
     pictures = make_pictures(data, PREPROCESSING, SEED, SAMPLES_A_STEP).batch(1, range(2, 4))
-    vae = backbone.pipeline.vae
+    vae = family.pipeline.vae
     for slot in range(2):
         with torch.no_grad():
             posterior = vae.encode(pictures.pixel_values[slot : slot + 1]).latent_dist
@@ -127,10 +127,10 @@ def test_live_latents_by_hand(data, backbone):
     assert batch.captions == pictures.captions
 
 
-def test_models_that_are_told_of_sizes_get_the_pictures_own(make_cache, make_data, make_backbones):
+def test_models_that_are_told_of_sizes_get_the_pictures_own(make_cache, make_data, make_families):
     wide = encoded(Image.effect_noise((100, 50), 50).convert("RGB"))
     data, crop = make_data({0: wide}, count=1), Preprocessing(32, center_crop=True)
-    xl = make_backbones["xl"]
+    xl = make_families["xl"]
     for source in (live(data, xl, crop), CachedLatents(built(make_cache(data, xl, crop)), SEED, SAMPLES_A_STEP)):
         assert source.batch(0, range(1)).conditioning["time_ids"].tolist() == [[50, 100, 0, 16, 32, 32]]
 
@@ -268,9 +268,9 @@ def finished(make_cache, make_data, sd):
 def test_the_cache_of_something_else_is_told(case, finished, make_cache, make_data, sd, make_tiny_pipeline):
     changes, message = STALE[case]
     before = files(finished.folder)
-    other = make_backbone(make_tiny_pipeline(changes["model"]), 32) if "model" in changes else sd
+    other = make_family(make_tiny_pipeline(changes["model"]), 32) if "model" in changes else sd
     if "pad_token" in changes:
-        other = make_backbone(make_tiny_pipeline(), 32)
+        other = make_family(make_tiny_pipeline(), 32)
         other.pipeline.tokenizer.pad_token = changes["pad_token"]
     data = make_data(changes.get("changes"), changes.get("count", 24))
     with pytest.raises(ValueError, match=f"cache_latents .*/cache: it was made of something else.*{message}") as told:

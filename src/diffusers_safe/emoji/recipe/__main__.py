@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
 
-from ...arguments import parse_dataclass, told_in_one_line, typed
+from ...arguments import exit_with_error, parse_dataclass, typed
 from ...formats import written_aside
 from ...output_folders import check_output_dir
 from ...provenance import fingerprint
@@ -166,5 +166,5 @@ def _edit_config(folder: Path, edit: Callable[[dict], dict]) -> None:
 
 if __name__ == "__main__":
     arguments = parse_dataclass(RecipeArguments, __doc__, check=lambda args: check_output_dir(args.output_dir))
-    with told_in_one_line():
+    with exit_with_error():
         main(arguments)

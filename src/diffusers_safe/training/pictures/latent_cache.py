@@ -22,7 +22,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from ...families import Backbone, Conditioning
+from ...families import Conditioning, ModelFamily
 from ...files import save_tensors
 from ...output_folders import claimed
 from ...provenance import write_text
@@ -43,7 +43,7 @@ class LatentCache:
         folder (`str` or `Path`): Where it is, or will be.
         data (`CaptionedImages`): Not a stream.
         preprocessing (`Preprocessing`): With a center crop, unless all pictures are square.
-        backbone (`Backbone`): The model whose encoders are used.
+        family (`ModelFamily`): The model whose encoders are used.
 
     Attributes:
         captions (`dict[str, int]`): Every different caption, `""` the first, and its row.
@@ -57,14 +57,14 @@ class LatentCache:
         `ValueError`: If the folder holds the cache of something else, or the data is a stream.
     """
 
-    def __init__(self, folder: str | Path, data: CaptionedImages, preprocessing: Preprocessing, backbone: Backbone):
+    def __init__(self, folder: str | Path, data: CaptionedImages, preprocessing: Preprocessing, family: ModelFamily):
         if data.streaming:
             raise ValueError("cache_latents: a stream cannot be cached; leave out --streaming")
-        self.folder, self.data, self.preprocessing, self.backbone = Path(folder), data, preprocessing, backbone
+        self.folder, self.data, self.preprocessing, self.family = Path(folder), data, preprocessing, family
         different = dict.fromkeys(caption for captions in data.all_captions() for caption in captions)
         self.captions = {caption: row for row, caption in enumerate(dict.fromkeys(["", *different]))}
         self.made_of = {
-            **backbone.encoding_identity,
+            **family.encoding_identity,
             "data": data.fingerprint(),
             "samples": len(data),
             **asdict(preprocessing),
@@ -143,7 +143,7 @@ class LatentCache:
 
     @contextmanager
     def _encoders_on(self, device: torch.device | str) -> Iterator[None]:
-        homes = {encoder: encoder.device for encoder in self.backbone.encoders.values()}
+        homes = {encoder: encoder.device for encoder in self.family.encoders.values()}
         try:
             for encoder in homes:
                 encoder.to(device)
@@ -184,9 +184,9 @@ class LatentCache:
         if not missing:
             return
         rows = {kind: sum(len(rows) for of, _, rows in missing if of == kind) for kind in ("texts", "moments")}
-        channels, height, width = self.backbone.latent_shape
+        channels, height, width = self.family.latent_shape
         moments = (2 if self.preprocessing.random_flip else 1) * 2 * channels * height * width
-        texts = sum(value[0].numel() for value in self.backbone.encode([""]).values())
+        texts = sum(value[0].numel() for value in self.family.encode([""]).values())
         needed = DTYPE.itemsize * (rows["moments"] * moments + rows["texts"] * texts)
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
@@ -203,7 +203,7 @@ class LatentCache:
         while batch := list(islice(loaded, batch_size)):
             pixel_values = torch.stack([picture.pixel_values for picture, _ in batch])
             sides = [pixel_values, pixel_values.flip(-1)] if self.preprocessing.random_flip else [pixel_values]
-            encoded = [self.backbone.encode_pictures(side, device).to("cpu", DTYPE) for side in sides]
+            encoded = [self.family.encode_pictures(side, device).to("cpu", DTYPE) for side in sides]
             moments.append(torch.stack(encoded, dim=1))
             pictures += [(picture.original_size, picture.crop_top_left) for picture, _ in batch]
             reasons += [reason for _, reason in batch]
@@ -238,7 +238,7 @@ class LatentCache:
         captions = islice(self.captions, rows.start, rows.stop)
         parts = []
         while batch := list(islice(captions, batch_size)):
-            parts.append(self.backbone.encode(batch, device, truncation=True))
+            parts.append(self.family.encode(batch, device, truncation=True))
             bar.update(len(batch))
         return {name: torch.cat([part[name].to("cpu", DTYPE) for part in parts]) for name in parts[0]}
 

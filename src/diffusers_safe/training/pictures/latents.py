@@ -11,7 +11,7 @@ import torch
 
 from ...diffusion.generators import sample_generator
 from ...diffusion.sample_order import CANDIDATES, EpochOrder, choose_caption, picture_generator
-from ...families import Backbone, Conditioning
+from ...families import Conditioning, ModelFamily
 from .latent_cache import LatentCache
 from .sources import PictureSource, Skipped
 
@@ -35,14 +35,14 @@ class LatentSource(ABC):
     """Gives the latents of each optimizer step; a part of every checkpoint.
 
     Args:
-        backbone (`Backbone`): The model family: its autoencoder and text encoders.
+        family (`ModelFamily`): The model family: its autoencoder and text encoders.
         seed (`int`): Every draw follows from it.
         samples_a_step (`int`): Of all processes together.
         device (`torch.device`): Where batches go.
     """
 
-    def __init__(self, backbone: Backbone, seed: int, samples_a_step: int, device: torch.device | str = "cpu"):
-        self.backbone, self.seed, self.samples_a_step, self.device = backbone, seed, samples_a_step, device
+    def __init__(self, family: ModelFamily, seed: int, samples_a_step: int, device: torch.device | str = "cpu"):
+        self.family, self.seed, self.samples_a_step, self.device = family, seed, samples_a_step, device
 
     @property
     @abstractmethod
@@ -73,7 +73,7 @@ class LatentSource(ABC):
     def _draw_latents(self, moments: torch.Tensor, step: int, slots: range) -> torch.Tensor:
         numbers = [step * self.samples_a_step + slot for slot in slots]
         generators = [sample_generator(self.seed, "latents", number) for number in numbers]
-        return self.backbone.draw_latents(moments, generators)
+        return self.family.draw_latents(moments, generators)
 
 
 class EncodedLatents(LatentSource):
@@ -85,8 +85,8 @@ class EncodedLatents(LatentSource):
     The others are those of [`LatentSource`].
     """
 
-    def __init__(self, pictures: PictureSource, backbone: Backbone, device: torch.device | str = "cpu"):
-        super().__init__(backbone, pictures.seed, pictures.samples_a_step, device)
+    def __init__(self, pictures: PictureSource, family: ModelFamily, device: torch.device | str = "cpu"):
+        super().__init__(family, pictures.seed, pictures.samples_a_step, device)
         self.pictures = pictures
 
     @property
@@ -96,15 +96,15 @@ class EncodedLatents(LatentSource):
 
     def batch(self, step: int, slots: range) -> LatentBatch:
         pictures = self.pictures.batch(step, slots)
-        moments = self.backbone.encode_pictures(pictures.pixel_values, self.device)
-        conditioning = self.backbone.encode(pictures.captions, self.device, truncation=True)
-        conditioning = self.backbone.with_sizes(conditioning, pictures.original_sizes, pictures.crop_top_lefts)
+        moments = self.family.encode_pictures(pictures.pixel_values, self.device)
+        conditioning = self.family.encode(pictures.captions, self.device, truncation=True)
+        conditioning = self.family.with_sizes(conditioning, pictures.original_sizes, pictures.crop_top_lefts)
         conditioning = {name: value.float() for name, value in conditioning.items()}
         return LatentBatch(self._draw_latents(moments, step, slots), conditioning, pictures.captions)
 
     def prepare(self) -> None:
         """Takes autoencoder and text encoders to the device, and begins to read."""
-        for encoder in self.backbone.encoders.values():
+        for encoder in self.family.encoders.values():
             encoder.to(self.device)
         self.pictures.prepare()
 
@@ -138,7 +138,7 @@ class CachedLatents(LatentSource):
         proportion_empty_prompts: float = 0.0,
         num_workers: int = 0,
     ):
-        super().__init__(cache.backbone, seed, samples_a_step, device)
+        super().__init__(cache.family, seed, samples_a_step, device)
         self.cache, self.proportion_empty_prompts, self.num_workers = cache, proportion_empty_prompts, num_workers
         self.order = EpochOrder(len(cache.data), seed)
 
@@ -152,7 +152,7 @@ class CachedLatents(LatentSource):
         conditioning = self.cache.conditioning(captions)
         conditioning = {name: value.to(self.device).float() for name, value in conditioning.items()}
         sizes = (values[list(places)] for values in (self.cache.original_sizes, self.cache.crop_top_lefts))
-        conditioning = self.backbone.with_sizes(conditioning, *sizes)
+        conditioning = self.family.with_sizes(conditioning, *sizes)
         return LatentBatch(self._draw_latents(moments, step, slots), conditioning, list(captions))
 
     def _choose(self, number: int) -> tuple[int, str, bool]:
