@@ -26,8 +26,8 @@ class ESDObjective(Objective):
         negative_guidance_scale (`float`, defaults to 1.0): eta, at least 0, as in the paper. (In the code of 2025 f is
             c unless given, and its `negative_guidance` is then eta + 1.)
         erase_from (`str`, *optional*): f; the paper's rule without it.
-        trajectory_weights (`str`, defaults to `"student"`): Whose weights sample the latents: the student's (the paper)
-            or the frozen base model's (the code of 2025).
+        trajectory_weights (`str`, defaults to `"student"`): Whose weights sample the latents: the student's (the
+            paper) or the frozen base model's (the code of 2025).
 
     Raises:
         `ValueError`: If the scale is below 0 or the weights unknown.
