@@ -271,7 +271,7 @@ def check_value(name: str, value: Any, kind: Any, choices: Iterable[str | None] 
         raise ValueError(f"{name} {value}: must be at most {most:,}")
     if limits and isinstance(value, (int, float)):
         if not all(_LIMITS[limit][1](value, bound) for limit, bound in limits.items()):
-            allowed = " and ".join(f"{_LIMITS[limit][0]} {bound:g}" for limit, bound in limits.items())
+            allowed = " and ".join(f"{_LIMITS[limit][0]} {bound:,}" for limit, bound in limits.items())
             raise ValueError(f"{name} {value}: must be {allowed}")
     if choices is None or value is None:
         return value
@@ -424,6 +424,7 @@ def parse_dataclass(
     check: Callable[[Arguments], None] | None = None,
     presets: dict[str, dict[str, Any]] | None = None,
     positional: str | None = None,
+    fixed: dict[str, str] | None = None,
 ) -> Arguments:
     """Reads a command line into a dataclass; its types are checked by [`check_values`], its values by `__post_init__`.
 
@@ -439,6 +440,7 @@ def parse_dataclass(
         presets (`dict[str, dict]`, *optional*): Values that `--preset NAME` puts in place of the defaults; the
             dataclass then has a field `preset`.
         positional (`str`, *optional*): Name of the option that may be given without its name.
+        fixed (`dict[str, str]`, *optional*): More keys that a config file may have, with the values they must have.
 
     Raises:
         `SystemExit`: With code 2 after one line on stderr, if an option is not known, a value does not fit, or `check`
@@ -453,7 +455,7 @@ def parse_dataclass(
             given.setdefault(positional, unknown.pop(0))
         if unknown:
             raise ValueError(f"unrecognized arguments: {_unrecognized(unknown, names)}")
-        config = read_config(given.pop("config", None), kind)
+        config = read_config(given.pop("config", None), kind, fixed)
         values = {**config, **check_values(kind, given)}
         if presets:
             preset = values.get("preset", declared_options(kind)["preset"].default)
@@ -589,8 +591,8 @@ def read_yaml(path: str | Path, name: str) -> Any:
         raise ValueError(f"{name} {path}: cannot be read as YAML ({reason}{where})") from None
 
 
-def read_config(path: str | None, kind: type) -> dict[str, Any]:
-    """The options of a dataclass in a YAML file. A key without a value is left out.
+def read_config(path: str | None, kind: type, fixed: dict[str, str] | None = None) -> dict[str, Any]:
+    """The options of a dataclass in a YAML file. A key without a value is left out, as are those of `fixed`.
 
     Raises:
         `ValueError`: If the file cannot be read, a key is none of the options, or a value does not fit.
@@ -603,6 +605,9 @@ def read_config(path: str | None, kind: type) -> dict[str, Any]:
     options = {str(name).replace("-", "_"): value for name, value in options.items()}
     if "config" in options:
         raise ValueError(f"config {path}: names another config")
+    for name, value in (fixed or {}).items():
+        if (found := options.pop(name, value)) != value:
+            raise ValueError(f"config {path}: {name} is {found}, here it must be {value}")
     names = declared_options(kind)
     if unknown := [name for name in options if name not in names]:
         told = " ".join(suggested(f"--{name}", names) for name in unknown)

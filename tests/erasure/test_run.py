@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from closeness import ROUNDING, difference, trained
 from diffusers_safe import erase
-from diffusers_safe.erasure.arguments import METHODS
+from diffusers_safe.methods import METHODS
 from diffusers_safe.provenance import fingerprint
 from diffusers_safe.weights.trained import select_parameters
 
