@@ -149,7 +149,7 @@ def build_options(kind: type[Arguments], values: Mapping[str, Any]) -> Arguments
     """
     declared = declared_options(kind)
     if unknown := [suggested(name, declared, "") for name in sorted(values.keys() - declared.keys())]:
-        raise ValueError(f"{', '.join(unknown)}: unknown; allowed are {', '.join(declared)}")
+        raise ValueError(f"{', '.join(unknown)}: no such option")
     if presets := getattr(kind, "PRESETS", {}):
         values = {**presets.get(values.get("preset", declared["preset"].default), {}), **values}
     if missing := [name for name, item in declared.items() if item.default is MISSING and name not in values]:

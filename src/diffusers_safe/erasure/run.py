@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 
-from ..arguments import exit_with_error, typed
+from ..arguments import declared_options, exit_with_error, suggested, typed
 from ..concepts import names_concept
 from ..families import StoredModel, load_pipeline, make_family
 from ..generation.generate import GenerationSettings
@@ -98,12 +98,14 @@ def erase(
 def _make_options(
     pipeline: DiffusionPipeline | str, concepts: list[str], method: str, output_dir: str | None, values: dict[str, Any]
 ) -> ErasureOptions:
-    parameters = ("pretrained_model_name_or_path", "concepts", "output_dir")
-    if doubled := [name for name in parameters if name in values]:
-        raise ValueError(f"{', '.join(doubled)}: no option of method '{method}'; it is a parameter of erase()")
+    kind = erasure_options(find_method(method))
+    names = declared_options(kind).keys() - {"pretrained_model_name_or_path", "concepts", "output_dir"}
+    if unknown := [suggested(name, sorted(names), "") for name in sorted(values.keys() - names)]:
+        command = f"diffusers-safe erase --method {method} --help"
+        raise ValueError(f"{', '.join(unknown)}: no option of method '{method}'; see {command}")
     name = pipeline if isinstance(pipeline, str) else pipeline.config.get("_name_or_path") or "a pipeline in memory"
     known = {"pretrained_model_name_or_path": name, "concepts": concepts, "output_dir": output_dir}
-    options = erasure_options(find_method(method)).of(**known, **values)
+    options = kind.of(**known, **values)
     options.resolve()
     if options.output.dry_run:
         raise ValueError("dry_run: only for the command line")
@@ -198,7 +200,7 @@ class MethodRun:
         own_forward = vars(denoiser).get("forward")
         try:
             loop = ErasureLoop(self.accelerator, self.family, objective, self.options)
-            self.weights, self.samples = loop.weights, _make_samples(self.pipeline, loop.weights, self.options)
+            self.weights, self.samples = loop.weights, make_samples(self.pipeline, loop.weights, self.options)
             loop.run(self.progress_bar, self._after_step(objective))
         finally:
             restore_forward(denoiser, own_forward)
@@ -212,7 +214,7 @@ class MethodRun:
             if not value.isfinite().all():
                 raise FloatingPointError(f"method '{self.options.method.name}': {name} is not finite")
         self.weights = TrainedWeights(self.family.denoiser, list(values))
-        self.samples = _make_samples(self.pipeline, self.weights, self.options)
+        self.samples = make_samples(self.pipeline, self.weights, self.options)
         for name, value in values.items():
             self.weights.student[name].copy_(value)
 
@@ -260,7 +262,7 @@ class MethodRun:
         return after_step
 
 
-def _make_samples(pipeline: DiffusionPipeline, weights: TrainedWeights, options: ErasureOptions) -> Samples:
+def make_samples(pipeline: DiffusionPipeline, weights: TrainedWeights, options: ErasureOptions) -> Samples:
     """The validation prompts; a few of the concepts and of what should stay, if there are none."""
     concepts, retention = options.concept.concepts, options.retention
     prompts = options.validation.validation_prompts
