@@ -52,22 +52,22 @@ class PlainLoop:
 
     def __init__(self, args: DistillationOptions, device: torch.device):
         self.args, self.device = args, device
-        self.pipeline = load_pipeline(args.pretrained_model_name_or_path).to(device)
+        self.pipeline = load_pipeline(args.model.pretrained_model_name_or_path).to(device)
         self.teacher = self.pipeline.unet
-        self.student = build_student(self.teacher, args.student).to(device).train()
-        pairs = feature_pairs(self.student.config, self.teacher.config, args.feature_map)
+        self.student = build_student(self.teacher, args.student.student).to(device).train()
+        pairs = feature_pairs(self.student.config, self.teacher.config, args.loss.feature_map)
         self.own = FeatureTap(self.student, [own for own, _ in pairs])
         self.taught = FeatureTap(self.teacher, [other for _, other in pairs])
-        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=args.learning_rate)
-        rows = open_dataset(train_data_dir=args.train_data_dir, caption_column=args.caption_column)
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=args.optimizer.learning_rate)
+        rows = open_dataset(train_data_dir=args.data.train_data_dir, caption_column=args.data.caption_column)
         preprocessing = Preprocessing(make_family(self.pipeline).picture_size, center_crop=True)
-        self.pictures = make_pictures(rows, preprocessing, args.seed, args.train_batch_size)
+        self.pictures = make_pictures(rows, preprocessing, args.output.seed, args.run.train_batch_size)
         self.noise = NoiseSchedule(self.pipeline.scheduler)
 
     def train_step(self, step: int) -> float:
         """One optimizer step; returns the loss."""
-        batch = self.pictures.batch(step, range(self.args.train_batch_size))
-        generators = [torch.Generator().manual_seed(row) for row in range(self.args.train_batch_size)]
+        batch = self.pictures.batch(step, range(self.args.run.train_batch_size))
+        generators = [torch.Generator().manual_seed(row) for row in range(self.args.run.train_batch_size)]
         with torch.no_grad():
             moments = self.pipeline.vae.encode(batch.pixel_values.to(self.device)).latent_dist
             latents = moments.sample() * self.pipeline.vae.config.scaling_factor
@@ -103,7 +103,9 @@ def make_ways(args: SpeedArguments, folder: Path, accelerator: Accelerator) -> d
         given, teacher = arguments(cached), load_pipeline(args.model)
         family = make_family(teacher)
         student = make_family(student_pipeline(teacher, given))
-        latents = make_latents(accelerator, family, open_rows(given), given)
+        latents = make_latents(
+            accelerator, family, open_rows(given.data, given.model.cache_dir, given.output.seed), given
+        )
         loop = DistillationLoop(accelerator, family, student, latents, given)
         loop.prepare()
         return loop

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from diffusers_safe.comparison.evaluate import LoadedModel
 from diffusers_safe.erasure.loop import ErasureLoop
+from diffusers_safe.erasure.options import make_options
 from diffusers_safe.families import make_family
 from diffusers_safe.report.statistics import Estimate
 
@@ -35,7 +36,8 @@ def rows(text):
 
 def test_the_plain_loop_is_our_rule(load, make_tiny_pipeline):
     plain = load("plain_loop").PlainLoop(make_tiny_pipeline(), "knife", 4, "cpu")
-    args = "sdd"(
+    args = make_options(
+        "sdd",
         pretrained_model_name_or_path="tiny",
         concepts=["knife"],
         output_dir=None,

@@ -4,6 +4,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +19,7 @@ def test_the_demo_runs_the_public_script_with_arguments_it_takes(tiny_model_fold
     """Another model's name in the same command does for that model."""
     command = erasure_command(tiny_model_folder, "weapon", tmp_path / "out", seed=3)
     module = command.index("diffusers_safe.training.sdd")
-    args = parse_options("sdd", command[module + 1 :])
+    args = SimpleNamespace(**parse_options("sdd", command[module + 1 :]).flat)
     assert args.concepts == ["knife", "gun", "bomb", "sword", "axe", "weapon"]
     assert "weapon" not in args.retain_prompts and "animal" in args.retain_prompts
     assert args.seed == 3
@@ -27,7 +28,8 @@ def test_the_demo_runs_the_public_script_with_arguments_it_takes(tiny_model_fold
 def test_the_demo_erases_any_object_or_style(tiny_model_folder, tmp_path):
     def arguments(concept):
         command = erasure_command(tiny_model_folder, concept, tmp_path / "out", seed=0)
-        return parse_options("sdd", command[command.index("diffusers_safe.training.sdd") + 1 :])
+        words = command[command.index("diffusers_safe.training.sdd") + 1 :]
+        return SimpleNamespace(**parse_options("sdd", words).flat)
 
     banana, sketch = arguments("banana"), arguments("sketch")
     assert (banana.concepts, banana.target_prompt) == (["banana"], "animal")
