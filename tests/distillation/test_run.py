@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 from diffusers_safe.concepts import names_concept
 from diffusers_safe.distillation import run as distillation
+from diffusers_safe.distillation.data import make_latents, open_rows
 from diffusers_safe.distillation.loop import DistillationLoop
 from diffusers_safe.distillation.options import DistillationOptions
-from diffusers_safe.distillation.run import make_latents, open_rows, student_pipeline
+from diffusers_safe.distillation.run import student_pipeline
 from diffusers_safe.emoji.dataset import emoji_dataset
 from diffusers_safe.emoji.scenes import GROUPS, OBJECTS
 from diffusers_safe.families import load_pipeline, make_family
