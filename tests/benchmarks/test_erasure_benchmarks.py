@@ -45,7 +45,7 @@ def test_the_plain_loop_is_our_rule(load, make_tiny_pipeline):
         watch_prompts=[],
     )
     ours = ErasureLoop(
-        Accelerator(cpu=True), make_family(make_tiny_pipeline()), args.make_objective(), args, args.ema_decay
+        Accelerator(cpu=True), make_family(make_tiny_pipeline()), args.method.objective(args.concept.concepts), args
     )
     for number in range(3):
         assert plain.train_step(number) == pytest.approx(ours.train_step(number)["erase"], rel=1e-3)
