@@ -19,7 +19,7 @@ from diffusers import UNet2DConditionModel
 from ..arguments import exit_with_error, parse_dataclass, typed
 from ..embedded import locate_model
 from ..emoji import MODEL_NAME
-from ..families import StoredModel, load_pipeline
+from ..families import StoredModel, check_files, load_pipeline
 from ..families.cost import macs
 from ..families.students import (
     ALIASES,
@@ -31,7 +31,6 @@ from ..families.students import (
     student_config,
 )
 from ..formats import RESULTS, save_model, written_aside
-from ..loading import check_files
 from ..output_folders import OVERWRITE_HELP, RESULT, check_apart, check_claim, check_output_dir, claimed
 
 
@@ -141,7 +140,7 @@ def table(teacher: Teacher) -> str:
         if name in STUDENTS:
             unet, taken_out = build_student(unet, name), STUDENTS[name].description
         count = sum(parameter.numel() for parameter in unet.parameters())
-        cost = macs(unet.config, shape, teacher.tokens)
+        cost = macs(unet, shape, teacher.tokens)
         whole = whole or (count, cost)
         lines.append(
             f"| {name} | {count:,} | {count / whole[0]:.1%} | {cost / 1e9:,.4g} | {cost / whole[1]:.1%} | "

@@ -12,7 +12,7 @@ from ..concepts import read_concepts
 from ..diffusion.loss_weighting import LossWeighting
 from ..diffusion.noise import TARGETS, TIMESTEP_BIASES, NoiseSchedule, TimestepBias
 from ..diffusion.trajectories import Trajectories
-from ..families import StoredModel, stored_unet
+from ..families import StoredModel, stored_denoiser
 from ..families.students import STUDENTS, empty_student, resolve_student
 from ..loading import find_variant
 from ..output_folders import OutputFolderError, check_output_dir
@@ -228,7 +228,7 @@ class DistillationArguments(SamplingArguments):
             student = empty_student(teacher.config, self.student)
         else:
             where = {name: value for name, value in self.student_arguments.items() if name != "variant"}
-            student = stored_unet(self.from_student, "from_student", **where)
+            student = stored_denoiser(self.from_student, "from_student", **where)
             for name in ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type"):
                 if (own := student.config[name]) != (there := teacher.config[name]):
                     raise ValueError(f"from_student {self.from_student}: has {name} {own}, the teacher {there}")

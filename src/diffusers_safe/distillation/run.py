@@ -90,7 +90,7 @@ def distill(
         teacher_erasure=erasure_of(args.pretrained_model_name_or_path, **args.index_arguments),
         student=args.student or stored_path(args.from_student),
         parameters={name: sum(parameter.numel() for parameter in unet.parameters()) for name, unet in unets.items()},
-        macs={name: macs(unet.config, family.latent_shape, tokens) for name, unet in unets.items()},
+        macs={name: macs(unet, family.latent_shape, tokens) for name, unet in unets.items()},
         arguments={
             **args.recorded,
             "num_processes": accelerator.num_processes,

@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 from ..diffusion.trajectories import Trajectories
 from ..distillation.arguments import DistillationArguments
 from ..families import StoredModel
-from ..families.cost import blank_inputs, forward_flops, training_cost
+from ..families.cost import forward_flops, training_cost
 from ..methods import TrainingBatch
 from ..methods.retention import retention_loss
 from ..training.arguments import SamplingArguments, TrainingArguments
@@ -138,7 +138,8 @@ def make_distillation_plan(args: DistillationArguments, num_processes: int = 1) 
 
 def _blank_batch(unet: UNet2DConditionModel, model: StoredModel, args: TrainingArguments) -> dict:
     """A batch of the run, without values."""
-    return blank_inputs(unet, (args.train_batch_size, *model.latent_shape), model.tokenizers[0].model_max_length)
+    shape = (args.train_batch_size, *model.latent_shape)
+    return model.family.blank_inputs(unet, shape, model.tokenizers[0].model_max_length)
 
 
 def _training_memory(unet: UNet2DConditionModel, weights: TrainedWeights, args: TrainingArguments) -> dict[str, float]:

@@ -13,9 +13,9 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors import safe_open
 from torch import nn
 
+from ..families import TRAIN_METHODS, family_of_denoiser, resolve_train_method
 from ..loading import ModelError, describe_weights, load_model, load_pickle, naming, shown
 from ..provenance import FILE_NAME, UNKNOWN, Provenance, fingerprint, located, stored_path
-from ..weights.trained import TRAIN_METHODS, find_train_method, resolve_train_method
 from .folders import INDEX, UNET_FOLDER
 from .lora import KOHYA, by_module_names, is_lora, plain_names, read_differences
 from .write import LORA_NAME, PARTIAL_FORMAT, PARTIAL_NAME, known_facts
@@ -97,7 +97,9 @@ class ErasedWeights:
             if not (value.is_floating_point() and value.isfinite().all()):
                 raise self._error(f"{name} holds values that are not finite numbers")
         missing = [name for name in parameters if name not in weights] if self.format in ("ldm", "unet") else []
-        if missing and not (self.format == "unet" and find_train_method(denoiser, weights.keys())):
+        if missing and not (
+            self.format == "unet" and family_of_denoiser(denoiser).find_train_method(denoiser, weights)
+        ):
             held = f"holds {len(weights)} of the UNet's {len(parameters)} parameters; missing is {missing[0]}"
             hint = "" if self.format == "ldm" else (
                 ": neither all nor those of a train method; if it is meant to be a part, save it as .safetensors"

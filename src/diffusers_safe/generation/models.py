@@ -20,9 +20,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from .. import pipelines
 from ..arguments import choose, typed
 from ..concepts import read_concepts
+from ..families import check_files
 from ..formats import LORA_NAME, fetch
 from ..formats.read import only_weight_file, read_lora
-from ..loading import ModelError, check_files, load_pipeline, read_index, reason
+from ..loading import ModelError, load_pipeline, read_index, reason
 from ..pipelines.guidance import SAFETY_CONCEPT, SAFETY_CONFIGS, SafetyConfig
 from ..pipelines.safe_latent_diffusion import SafeLatentDiffusionMixin, check_concept
 from .generate import GenerationSettings

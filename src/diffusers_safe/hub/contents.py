@@ -16,8 +16,9 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..families import check_files
 from ..formats import INDEX, LORA_NAME, MODEL_FOLDERS, PARTIAL_NAME, UNET_FOLDER, copy_with_facts
-from ..loading import check_files, check_header, read_json_object, reason
+from ..loading import check_header, read_json_object, reason
 from ..provenance import FILE_NAME, STUDENT_FILE, Distillation, Provenance, load_record, write_text
 from ..report.grid import GRID_NAME
 from .base import Base

@@ -16,9 +16,9 @@ from ..arguments import typed
 from ..concepts import read_concepts
 from ..diffusion.loss_weighting import LOSS_WEIGHTINGS
 from ..embedded import locate_model
+from ..families import check_files
 from ..formats import RESULTS
 from ..hub import check_model_id, check_push, default_model_id
-from ..loading import check_files
 from ..output_folders import (
     OVERWRITE_HELP,
     RESULT,

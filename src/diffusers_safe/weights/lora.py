@@ -122,7 +122,7 @@ def adapted_layers(denoiser: nn.Module) -> dict[str, LoraLayer]:
 
 
 def adapted_component(pipeline: DiffusionPipeline) -> str:
-    """The name of the pipeline's component that holds the erasure's adapters, such as `"unet"`."""
+    """The name of the pipeline's component that holds the erasure's adapters."""
     (name,) = [name for name, part in pipeline.components.items() if ADAPTER_NAME in getattr(part, "peft_config", {})]
     return name
 
