@@ -412,8 +412,8 @@ def test_what_a_file_holds_is_seen_in_its_names(names, what):
 
 WRITE_LITTLE = """
 import resource, signal, sys
-from diffusers_safe.training.erasure import run_command
-from diffusers_safe.training.erasure_arguments import SDDArguments
+from diffusers_safe.erasure.run import run_command
+from diffusers_safe.erasure.arguments import SDDArguments
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # bytes in a file

@@ -350,14 +350,14 @@ def describe_weights(names: list[str]) -> str:
         return "a LoRA"
     if any_name("controlnet_cond_embedding", "zero_convs", "control_model."):
         return "a ControlNet"
-    if any_name("text_model.encoder.layers", "transformer.resblocks"):
+    if any_name("text_model.encoder.layers", ".resblocks."):
         return "weights of a text encoder"
     if any_name("decoder.up_blocks", "decoder.up.", "quant_conv."):
         return "weights of an autoencoder (VAE)"
     if any_name("motion_modules"):
         return "a motion adapter"
-    if any_name("transformer_blocks") and any_name("down_blocks", "up_blocks", "mid_block"):
-        return "weights of a diffusers UNet"
+    if any_name("down_blocks", "up_blocks", "mid_block"):
+        return "weights of a denoiser"
     return "weights of an unknown kind"
 
 

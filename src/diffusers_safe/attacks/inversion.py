@@ -276,7 +276,7 @@ def learn_token(
 
     Returns:
         `Path`: Of the file, which `pipeline.load_textual_inversion` takes; of SDXL's two text encoders it has one
-        vector each, `clip_l` and `clip_g`.
+        vector each.
 
     Raises:
         `ValueError`: If the model's family or dtype is not supported, it cannot be trained so, or the folder holds a
@@ -318,7 +318,7 @@ def learn_token(
             bar.set_postfix(loss=f"{loss.item():.3g}", refresh=False)
             if settings.checkpointing_steps and done % settings.checkpointing_steps == 0 and done < settings.steps:
                 _save_checkpoint(checkpoint, identity, done, vectors, optimizer)
-    save_token(path, TOKEN, vectors, identity)
+    save_token(path, TOKEN, vectors, identity, family.token_names)
     checkpoint.unlink(missing_ok=True)
     return path
 
@@ -383,7 +383,7 @@ def _identity(
 def _starts(pipeline: DiffusionPipeline, words: str) -> list[torch.Tensor]:
     """The mean embedding of some words in each text encoder, float32."""
     starts = []
-    for tokenizer, encoder in text_parts(pipeline):
+    for tokenizer, encoder in text_parts(pipeline).values():
         numbers = tokenizer(words, add_special_tokens=False).input_ids
         starts.append(encoder.get_input_embeddings().weight.detach()[numbers].float().mean(dim=0))
     return starts
@@ -397,7 +397,7 @@ def _learnable(pipeline: DiffusionPipeline, vectors: list[nn.Parameter]) -> Iter
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):
                 stack.enter_context(_frozen(module))
-        for (tokenizer, encoder), vector in zip(text_parts(pipeline), vectors):
+        for (tokenizer, encoder), vector in zip(text_parts(pipeline).values(), vectors):
             stack.enter_context(_embedded(encoder, tokenizer.convert_tokens_to_ids(TOKEN), vector))
         yield
 

@@ -14,10 +14,9 @@ from ..comparison.evaluate import LoadedModel, ModelSource
 from ..concepts import names_concept
 from ..erasure.plan import make_distillation_plan
 from ..erasure.run import make_accelerator, restore_forward
-from ..families import ModelFamily, StoredModel, load_pipeline, make_family
+from ..families import ModelFamily, StoredModel, family_of_pipeline, load_pipeline, make_family
 from ..families.cost import macs
 from ..families.students import build_student
-from ..formats import load_unet
 from ..generation.generate import GenerationSettings
 from ..hub import push_or_exit
 from ..output_folders import record_written
@@ -148,7 +147,7 @@ def compared(pipeline: DiffusionPipeline, args: DistillationArguments) -> list[M
 def student_pipeline(teacher: DiffusionPipeline, args: DistillationArguments) -> DiffusionPipeline:
     """The teacher's pipeline around a student: built of its blocks, or the one to go on from."""
     if args.from_student is not None:
-        unet = load_unet(args.from_student, subfolder="unet", **args.student_arguments)
+        unet = family_of_pipeline(teacher).load_denoiser(args.from_student, **args.student_arguments)
     else:
         unet = build_student(teacher.unet, args.student)
     parts = {**teacher.components, "unet": unet, "scheduler": args.scheduler_for(teacher.scheduler)}

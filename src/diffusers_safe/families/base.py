@@ -2,7 +2,7 @@
 
 To add a family, write one file with a subclass of [`ModelFamily`] under `@register_family`, and import it in
 `families/__init__.py`; another package names its file in an entry point of the group `diffusers_safe.families`.
-Nothing else has to change. `tests/families/test_toy_family.py` does all of it for a small transformer with flow matching.
+Nothing else has to change. `tests/families/test_toy_family.py` does it for a small transformer with flow matching.
 
 **Names** (class attributes)
 
@@ -23,7 +23,7 @@ Nothing else has to change. `tests/families/test_toy_family.py` does all of it f
 * [`~ModelFamily.shape`]: `(C, H, W)` of a latent. Latents are `(B, C, H, W)` throughout the package; a family whose
   denoiser takes packed sequences (FLUX) packs and unpacks within [`~ModelFamily.predict`].
 * [`~ModelFamily.blank_inputs`]: arguments of a forward on the meta device, from which FLOPs and memory are counted.
-* Defaults to check: [`~ModelFamily.skeleton`], [`~ModelFamily.check_denoiser`], [`~ModelFamily.check_components`].
+* Defaults: [`~ModelFamily.skeleton`], and [`~ModelFamily.check_components`], for models that are only used.
 
 **Prompts and images**
 
@@ -45,7 +45,9 @@ Nothing else has to change. `tests/families/test_toy_family.py` does all of it f
 **Files and other programs**
 
 * [`~ModelFamily.from_original`]: a denoiser's weights from the names of its authors' single-file checkpoints.
-* [`~ModelFamily.pooled_name`]: the denoiser's argument for pooled prompt embeddings; Safe Latent Diffusion sets it.
+* [`~ModelFamily.rename_lora`]: older names in LoRA files, if there are any.
+* `pooled_name`, [`~ModelFamily.takes_pooled`]: the denoiser's argument for pooled prompt embeddings, which Safe Latent
+  Diffusion sets.
 * Smaller students are defined for UNets only (`families/students.py`).
 """
 
@@ -98,6 +100,7 @@ class ModelFamily(ABC):
     text_encoders: tuple[str, ...] = ()
     tokenizers: tuple[str, ...] = ()
     token_names: tuple[str, ...] = ()
+    pooled_name: str | None = None
     train_methods: dict[str, Rule] = {}
 
     def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None):
@@ -115,20 +118,13 @@ class ModelFamily(ABC):
             `ValueError`: If training cannot give this model all that it takes, or not at this resolution.
         """
 
-    @classmethod
-    def check_denoiser(cls, config: dict[str, Any]) -> None:  # noqa: B027
-        """Checks a denoiser's config for values with which its class can be built, but not called.
+    @classmethod  # noqa: B027
+    def check_components(cls, config: ComponentConfig) -> None:
+        """Checks the components of any stored pipeline with this denoiser, whether or not it can be trained: values
+        with which a class can be built, but not called, and components that do not fit each other.
 
         Raises:
-            `ValueError`: If there is one.
-        """
-
-    @classmethod
-    def check_components(cls, config: ComponentConfig) -> None:  # noqa: B027
-        """Checks whether the components of any pipeline with this denoiser fit each other.
-
-        Raises:
-            `ValueError`: If they do not.
+            `ValueError`: If there are such.
         """
 
     @classmethod
@@ -232,9 +228,14 @@ class ModelFamily(ABC):
         raise NotImplementedError(f"{cls.__name__} reads no single-file checkpoints")
 
     @classmethod
-    def pooled_name(cls, config: dict[str, Any]) -> str | None:
-        """The name under which a denoiser with this config takes pooled prompt embeddings; `None` if it takes none."""
-        return None
+    def rename_lora(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of a LoRA of the denoiser by peft's names (`lora_A`, `lora_B`), from older names."""
+        return tensors
+
+    @classmethod
+    def takes_pooled(cls, config: dict[str, Any]) -> bool:
+        """Whether a denoiser with this config takes pooled prompt embeddings."""
+        return cls.pooled_name is not None
 
     @classmethod
     def text_parts(cls, pipeline: DiffusionPipeline) -> dict[str, tuple[PreTrainedTokenizerBase, PreTrainedModel]]:

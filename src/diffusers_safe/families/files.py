@@ -76,8 +76,6 @@ def _check_shapes(kind: type[ModelMixin], folder: Path, variant: str | None) -> 
     config = read_json_object(folder / "config.json")
     with naming(str(folder / "config.json")), torch.device("meta"):
         model = kind.from_config(config)
-        if (family := family_of_class(kind.__name__)) is not None:
-            family.check_denoiser(config)
     files = [path for path in weight_files(folder)[variant] if path.suffix == ".safetensors"]
     if not files or "quantization_config" in config:
         return

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from torch import nn
 from transformers import CLIPTextConfig
 
@@ -45,6 +46,7 @@ class UNetFamily(ModelFamily):
     denoiser_parts = ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "conv_norm_out",
                       "time_embedding", "add_embedding", "encoder_hid_proj")  # fmt: skip
     kohya_prefix = "lora_unet_"
+    pooled_name = "text_embeds"
     train_methods: dict[str, Rule] = {
         "xattn": lambda name, _: "attn2" in name,
         "xattn-strict": lambda name, _: "attn2.to_k" in name or "attn2.to_v" in name,
@@ -109,18 +111,15 @@ class UNetFamily(ModelFamily):
                                  f"{' or '.join(str(item).lower() for item in allowed)} only")  # fmt: skip
 
     @classmethod
-    def check_denoiser(cls, config: dict[str, Any]) -> None:
-        size = config.get("sample_size")
+    def check_components(cls, config: ComponentConfig) -> None:
+        unet = config("unet")
+        size = unet.get("sample_size")
         sizes = size if isinstance(size, list) and len(size) == 2 else [size]
         if size is not None and not all(isinstance(side, int) and side > 0 for side in sizes):
-            raise ValueError(f"sample_size {size!r}: must be a whole number above 0, or a pair of them")
-
-    @classmethod
-    def check_components(cls, config: ComponentConfig) -> None:
+            raise ValueError(f"unet sample_size {size!r}: must be a whole number above 0, or a pair of them")
         encoders = [found for name in ("text_encoder", "text_encoder_2") if (found := config(name)) is not None]
         if not encoders or any(not found["_class_name"].startswith("CLIPText") for found in encoders):
             return
-        unet = config("unet")
         width, widths = unet.get("cross_attention_dim"), [CLIPTextConfig.from_dict(x).hidden_size for x in encoders]
         if isinstance(width, int) and unet.get("encoder_hid_dim_type") is None and width != sum(widths):
             given = " + ".join(map(str, widths))
@@ -162,8 +161,12 @@ class UNetFamily(ModelFamily):
         return convert_ldm_unet_checkpoint(weights, denoiser.config)
 
     @classmethod
-    def pooled_name(cls, config: dict[str, Any]) -> str | None:
-        return "text_embeds" if config.get("addition_embed_type") == "text_time" else None
+    def rename_lora(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return convert_unet_state_dict_to_peft(tensors)
+
+    @classmethod
+    def takes_pooled(cls, config: dict[str, Any]) -> bool:
+        return config.get("addition_embed_type") == "text_time"
 
 
 def _check_scheduler(scheduler: dict[str, Any]) -> None:

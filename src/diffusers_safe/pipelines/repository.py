@@ -10,20 +10,21 @@ the index names a `pipeline.py` beside it, which imports the class from this pac
 What reads the folders of the models one by one (Modular Diffusers, or a copy without `pipeline.py`) cannot know.
 """
 
+import inspect
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, ModelCardData
 
-from ..formats.folders import RESULTS, rename_entry, rewrite_index, written_aside
+from ..formats.folders import rename_entry, result_names, rewrite_index, stock_class, written_aside
 from ..hub import as_published
 from ..hub.cards import CARD_NAME, card_on_hub, is_ours, make_card, write_card
 from ..output_folders import RESULT, claimed
 from ..provenance import Provenance
-from .guidance import SAFETY_CONFIGS, SafetyConfig
+from .guidance import SAFETY_CONCEPT, SAFETY_CONFIGS, SafetyConfig
 from .safe_latent_diffusion import SafeLatentDiffusionMixin, check_concept, check_either, check_known
 
 
@@ -77,7 +78,7 @@ class RepositoryMixin:
         else:
             hub["repo_id"] = None
         options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
-        run, parts = {"saved": type(self).__name__}, (*RESULTS, f"{_MODULE}.py")
+        run, parts = {"saved": type(self).__name__}, (*result_names(), f"{_MODULE}.py")
         with claimed(folder, RESULT, run, continues=parts, overwrite=overwrite):
             record = self._write_repository(folder, hub, **options, **kwargs)
             return self._commit(api, folder, hub, record) if push_to_hub else None
@@ -173,6 +174,28 @@ class SafePipelineMixin(RepositoryMixin, SafeLatentDiffusionMixin):
             record = super()._write_repository(aside, hub, **options)
         write_card(safe_pipeline_card(self, hub["repo_id"]), folder)
         return record
+
+
+def with_safety_concept(cls: type[SafePipelineMixin]) -> type[SafePipelineMixin]:
+    """Gives a safe pipeline class the `__init__` of the stock class that it extends, with `safety_concept` as one more
+    argument. diffusers reads the names and types of a pipeline's components from the signature."""
+    stock = stock_class(cls)
+    parameters = [*inspect.signature(stock.__init__).parameters.values()]
+    concept = inspect.Parameter(
+        "safety_concept", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=SAFETY_CONCEPT, annotation=str
+    )
+    signature = inspect.Signature([*parameters, concept])
+
+    def __init__(self, *args, **kwargs):
+        arguments = signature.bind(self, *args, **kwargs).arguments
+        concept = arguments.pop("safety_concept", SAFETY_CONCEPT)
+        stock.__init__(**arguments)
+        self.safety_concept = concept
+
+    __init__.__signature__ = signature
+    __init__.__annotations__ = {**get_type_hints(stock.__init__), "safety_concept": str}
+    cls.__init__ = __init__
+    return cls
 
 
 def _class_name(pipeline: SafePipelineMixin) -> str:

@@ -6,52 +6,19 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AsymmetricAutoencoderKL,
-    AutoencoderKL,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
-from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
-from diffusers.schedulers import KarrasDiffusionSchedulers
-from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from .guidance import SAFETY_CONCEPT
 from .output import StableDiffusionSafePipelineOutput
-from .repository import SafePipelineMixin
+from .repository import SafePipelineMixin, with_safety_concept
 
 
 class _SafeStableDiffusion(SafePipelineMixin):
     """What the three have in common."""
-
-    def __init__(
-        self,
-        vae: AutoencoderKL | AsymmetricAutoencoderKL,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
-        unet: UNet2DConditionModel,
-        scheduler: KarrasDiffusionSchedulers,
-        safety_checker: StableDiffusionSafetyChecker,
-        feature_extractor: CLIPImageProcessor,
-        image_encoder: CLIPVisionModelWithProjection = None,
-        requires_safety_checker: bool = True,
-        safety_concept: str = SAFETY_CONCEPT,
-    ):
-        super().__init__(
-            vae,
-            text_encoder,
-            tokenizer,
-            unet,
-            scheduler,
-            safety_checker,
-            feature_extractor,
-            image_encoder,
-            requires_safety_checker,
-        )
-        self.safety_concept = safety_concept
 
     def encode_prompt(
         self,
@@ -99,6 +66,7 @@ class _SafeStableDiffusion(SafePipelineMixin):
         return output if return_dict else (images, has_nsfw_concept, applied, unsafe)
 
 
+@with_safety_concept
 class StableDiffusionPipelineSafe(_SafeStableDiffusion, StableDiffusionPipeline):
     """[`~diffusers.StableDiffusionPipeline`] with Safe Latent Diffusion (arXiv 2211.05105).
 
@@ -174,6 +142,7 @@ class StableDiffusionPipelineSafe(_SafeStableDiffusion, StableDiffusionPipeline)
         return self._generate(super().__call__, locals())
 
 
+@with_safety_concept
 class StableDiffusionImg2ImgPipelineSafe(_SafeStableDiffusion, StableDiffusionImg2ImgPipeline):
     """[`~diffusers.StableDiffusionImg2ImgPipeline`] with Safe Latent Diffusion, see
     [`StableDiffusionPipelineSafe`]."""
@@ -219,6 +188,7 @@ class StableDiffusionImg2ImgPipelineSafe(_SafeStableDiffusion, StableDiffusionIm
         return self._generate(super().__call__, locals())
 
 
+@with_safety_concept
 class StableDiffusionInpaintPipelineSafe(_SafeStableDiffusion, StableDiffusionInpaintPipeline):
     """[`~diffusers.StableDiffusionInpaintPipeline`] with Safe Latent Diffusion, see
     [`StableDiffusionPipelineSafe`]."""

@@ -4,23 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
-from diffusers.schedulers import KarrasDiffusionSchedulers
-from transformers import (
-    CLIPImageProcessor,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionModelWithProjection,
-)
 
-from .guidance import SAFETY_CONCEPT
 from .output import StableDiffusionSafePipelineOutput
-from .repository import SafePipelineMixin
+from .repository import SafePipelineMixin, with_safety_concept
 
 
+@with_safety_concept
 class StableDiffusionXLPipelineSafe(SafePipelineMixin, StableDiffusionXLPipeline):
     """[`~diffusers.StableDiffusionXLPipeline`] with Safe Latent Diffusion, see [`StableDiffusionPipelineSafe`].
 
@@ -28,36 +20,6 @@ class StableDiffusionXLPipelineSafe(SafePipelineMixin, StableDiffusionXLPipeline
     """
 
     _card_tags = ("text-to-image", "stable-diffusion-xl")
-
-    def __init__(
-        self,
-        vae: AutoencoderKL,
-        text_encoder: CLIPTextModel,
-        text_encoder_2: CLIPTextModelWithProjection,
-        tokenizer: CLIPTokenizer,
-        tokenizer_2: CLIPTokenizer,
-        unet: UNet2DConditionModel,
-        scheduler: KarrasDiffusionSchedulers,
-        image_encoder: CLIPVisionModelWithProjection = None,
-        feature_extractor: CLIPImageProcessor = None,
-        force_zeros_for_empty_prompt: bool = True,
-        add_watermarker: bool | None = None,
-        safety_concept: str = SAFETY_CONCEPT,
-    ):
-        super().__init__(
-            vae,
-            text_encoder,
-            text_encoder_2,
-            tokenizer,
-            tokenizer_2,
-            unet,
-            scheduler,
-            image_encoder,
-            feature_extractor,
-            force_zeros_for_empty_prompt,
-            add_watermarker,
-        )
-        self.safety_concept = safety_concept
 
     def encode_prompt(
         self,

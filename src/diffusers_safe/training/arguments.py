@@ -17,7 +17,7 @@ from ..concepts import read_concepts
 from ..diffusion.loss_weighting import LOSS_WEIGHTINGS
 from ..embedded import locate_model
 from ..families import check_files
-from ..formats import RESULTS
+from ..formats import result_names
 from ..hub import check_model_id, check_push, default_model_id
 from ..output_folders import (
     OVERWRITE_HELP,
@@ -142,7 +142,7 @@ class TrainingArguments:
     ema_decay: ClassVar[float | None] = None
     KEEPS_FROZEN: ClassVar[bool] = True  # whether the run uses what the trained weights were at first
     SAVES: ClassVar[tuple[str, ...]] = ("full", "unet")
-    RESULTS: ClassVar[tuple[str, ...]] = RESULTS  # what the run's end writes
+    RESULTS: ClassVar[tuple[str, ...]] = result_names()  # what the run's end writes
     LORA_SAVES: ClassVar[tuple[str, ...]] = ("lora", "full", "both", "unet")
     # What is written, where and how often, changes no step; a run that is continued may change it.
     MAY_CHANGE_ON_RESUME: ClassVar[frozenset[str]] = frozenset(

@@ -31,7 +31,7 @@ def save_result(
     is_lora = isinstance(weights, LoRAWeights)
     with written_aside(output_dir, provenance) as aside:
         if save in ("full", "both", "unet"):
-            save_model(fused(pipeline) if is_lora else pipeline, aside, only_unet=save == "unet")
+            save_model(fused(pipeline) if is_lora else pipeline, aside, only_denoiser=save == "unet")
         if save in ("lora", "both") and is_lora:
             save_lora(pipeline, provenance, aside / LORA_NAME)
         if save in ("partial", "both") and not is_lora:
@@ -44,4 +44,4 @@ def save_student(
     """Writes a student's pipeline as a stock folder, or its UNet alone, and distillation.json. Whole or not at all."""
     whole = fused(pipeline) if getattr(pipeline.unet, "peft_config", None) else pipeline
     with written_aside(output_dir, record) as aside:
-        save_model(whole, aside, only_unet=save == "unet")
+        save_model(whole, aside, only_denoiser=save == "unet")
