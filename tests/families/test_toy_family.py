@@ -1,4 +1,4 @@
-"""A family that only this test knows goes through every room; training of it is in the tests of erasure."""
+"""A family that the package does not know goes through every room: found, trained, saved, published, attacked."""
 
 from importlib.metadata import EntryPoint
 
@@ -16,6 +16,8 @@ from diffusers_safe.commands.export import ExportArguments, export
 from diffusers_safe.diffusion.loss_weighting import LossWeighting
 from diffusers_safe.diffusion.noise import NoiseSchedule, TimestepBias
 from diffusers_safe.diffusion.trajectories import Trajectories
+from diffusers_safe.erasure.arguments import SDDArguments
+from diffusers_safe.erasure.run import erase, run_command
 from diffusers_safe.families import StoredModel, check_files, load_pipeline, make_family, register_family, registry
 from diffusers_safe.families.cost import forward_flops, macs, training_cost
 from diffusers_safe.formats import LORA_NAME, PARTIAL_NAME, load_partial, read_erased_weights, save_lora, save_partial
@@ -251,6 +253,32 @@ def test_every_form_is_exported_loaded_switched_off_and_published(folder, partia
 def test_the_name_of_another_familys_denoiser_is_refused(partial, tmp_path):
     with pytest.raises(ValueError, match="to unet: .* has none; its denoiser is called transformer"):
         export(ExportArguments(str(partial), "unet", str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method, options", [("sdd", {}), ("esd", {"loss_space": "velocity"}), ("sdd", {"rank": 2})])
+def test_it_is_erased_and_resumed(folder, tmp_path, on_cpu, method, options):
+    settings = {"num_inference_steps": 4, "learning_rate": 1e-2, "watch_prompts": ["a cat"], **options}
+    settings |= {"checkpointing_steps": 1, "progress_bar": False}
+    trained = []
+    for out, runs in (("whole", [3]), ("in-parts", [2, 3])):
+        for steps in runs:
+            resume = {"resume_from_checkpoint": "latest"} if steps > runs[0] else {}
+            given = {**settings, **resume, "output_dir": str(tmp_path / out), "max_train_steps": steps}
+            pipeline = erase(folder, ["knife"], method, save="lora" if "rank" in options else "partial", **given)
+        trained.append(read_erased_weights(tmp_path / out))
+    assert type(pipeline) is ToyPipeline
+    base = build_toy_pipeline().transformer
+    whole, parts = (erased.changes(base) for erased in trained)
+    assert set(whole) <= set(select_parameters(base, "xattn"))
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+
+
+def test_its_dry_run_counts_its_weights_and_arithmetic(folder, tmp_path, capsys):
+    words = ["--pretrained_model_name_or_path", folder, "--concepts", "knife", "--dry_run"]
+    run_command(SDDArguments, "", [*words, "--output_dir", str(tmp_path / "out")])
+    shown = capsys.readouterr().out
+    assert "xattn (cross-attention): 14 of 66 tensors" in shown and "PFLOP" in shown
     assert not (tmp_path / "out").exists()
 
 
