@@ -10,21 +10,20 @@ the index names a `pipeline.py` beside it, which imports the class from this pac
 What reads the folders of the models one by one (Modular Diffusers, or a copy without `pipeline.py`) cannot know.
 """
 
-import inspect
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, ModelCardData
 
-from ..formats.folders import rename_entry, result_names, rewrite_index, stock_class, written_aside
+from ..formats.folders import rename_entry, result_names, rewrite_index, written_aside
 from ..hub import as_published
 from ..hub.cards import CARD_NAME, card_on_hub, is_ours, make_card, write_card
 from ..output_folders import RESULT, claimed
 from ..provenance import Provenance
-from .guidance import SAFETY_CONCEPT, SAFETY_CONFIGS, SafetyConfig
+from .guidance import SAFETY_CONFIGS, SafetyConfig
 from .safe_latent_diffusion import SafeLatentDiffusionMixin, check_concept, check_either, check_known
 
 
@@ -150,8 +149,7 @@ class SafePipelineMixin(RepositoryMixin, SafeLatentDiffusionMixin):
         self.register_to_config(safety_concept=check_concept(concept))
 
     def _call_with_concept(self, call: Callable, arguments: dict[str, Any]) -> tuple[Any, str | None]:
-        """`_call_safely` for a `__call__` that hands over its `locals()`."""
-        arguments = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
+        """`_call_safely` for a `__call__` with all its arguments."""
         arguments |= check_known(self, arguments.pop("kwargs"))
         config = SafetyConfig(**{name: arguments.pop(name) for name in SafetyConfig().keys()})
         concept = arguments.pop("safety_concept")
@@ -174,28 +172,6 @@ class SafePipelineMixin(RepositoryMixin, SafeLatentDiffusionMixin):
             record = super()._write_repository(aside, hub, **options)
         write_card(safe_pipeline_card(self, hub["repo_id"]), folder)
         return record
-
-
-def with_safety_concept(cls: type[SafePipelineMixin]) -> type[SafePipelineMixin]:
-    """Gives a safe pipeline class the `__init__` of the stock class that it extends, with `safety_concept` as one more
-    argument. diffusers reads the names and types of a pipeline's components from the signature."""
-    stock = stock_class(cls)
-    parameters = [*inspect.signature(stock.__init__).parameters.values()]
-    concept = inspect.Parameter(
-        "safety_concept", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=SAFETY_CONCEPT, annotation=str
-    )
-    signature = inspect.Signature([*parameters, concept])
-
-    def __init__(self, *args, **kwargs):
-        arguments = signature.bind(self, *args, **kwargs).arguments
-        concept = arguments.pop("safety_concept", SAFETY_CONCEPT)
-        stock.__init__(**arguments)
-        self.safety_concept = concept
-
-    __init__.__signature__ = signature
-    __init__.__annotations__ = {**get_type_hints(stock.__init__), "safety_concept": str}
-    cls.__init__ = __init__
-    return cls
 
 
 def _class_name(pipeline: SafePipelineMixin) -> str:
