@@ -1,6 +1,6 @@
-"""Loads diffusers models strictly: what is broken or missing is one line that names the model and the component.
+"""Loads diffusers models strictly: what is broken or missing is reported in one line with model and component.
 
-diffusers and transformers make up for missing tensors with random ones, and raise errors of any type for files that
+diffusers and transformers fill missing tensors with random values, and raise errors of any type for files that
 are damaged. Everything here raises a [`ModelError`] instead.
 """
 
@@ -57,7 +57,7 @@ class ModelError(ValueError):
 def reason(error: BaseException) -> str:
     """Why a file or a model cannot be read, in one line."""
     cause = error
-    while (cause := cause.__cause__ or cause.__context__) is not None:  # diffusers' own words say less
+    while (cause := cause.__cause__ or cause.__context__) is not None:  # the message of diffusers says less
         if isinstance(cause, (SafetensorError, pickle.UnpicklingError)):
             error = cause
     if isinstance(error, RecursionError):
@@ -101,7 +101,7 @@ def naming(what: str, *kept: type[Exception]) -> Iterator[None]:
         yield
     except (ModelError, MemoryError, torch.OutOfMemoryError, *kept):
         raise
-    except Exception as error:  # they raise errors of nearly all types for a damaged file
+    except Exception as error:  # they raise errors of many types for a damaged file
         raise ModelError(f"{what}: {reason(error)}".replace(f" ({what})", "")) from error
 
 
@@ -303,7 +303,7 @@ def load_pickle(path: Path, device: str = "cpu", mmap: bool = False) -> Any:
             return torch.load(path, device, weights_only=True, mmap=mmap)
         except (OSError, MemoryError, pickle.UnpicklingError):
             raise
-        except Exception as error:  # of nearly all types
+        except Exception as error:  # of many types
             raise ModelError(f"{path}: not a file of torch.save ({reason(error)})") from error
 
 
@@ -408,7 +408,7 @@ def load_pipeline(
             part_class = class_of(library, class_name, f"{what}: {name}")
             place = folder_of(folder, name)
             if part_class is None:
-                continue  # diffusers' own business
+                continue  # left to diffusers
             if issubclass(part_class, (ModelMixin, PreTrainedModel)):
                 own = dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype
                 loaded[name] = load_model(part_class, place, own, options.get("variant"))
@@ -432,7 +432,7 @@ def load_model(
     subfolder: str | None = None,
     **hub_arguments,
 ) -> nn.Module:
-    """One component with all its weights, each finite: unlike the libraries' own loading, this does not make up for
+    """One component with all its weights, each finite: unlike the libraries' own loading, this does not fill in
     what is missing.
 
     Raises:

@@ -13,12 +13,21 @@ from diffusers_safe.attacks import InversionSettings
 from diffusers_safe.attacks.inversion import TOKEN, learn_token
 from diffusers_safe.attacks.token import added_token, read_token
 from diffusers_safe.commands.export import ExportArguments, export
+from diffusers_safe.commands.students import StudentsArguments, check_surroundings
 from diffusers_safe.diffusion.loss_weighting import LossWeighting
 from diffusers_safe.diffusion.noise import NoiseSchedule, TimestepBias
 from diffusers_safe.diffusion.trajectories import Trajectories
 from diffusers_safe.erasure.arguments import SDDArguments
 from diffusers_safe.erasure.run import erase, run_command
-from diffusers_safe.families import StoredModel, check_files, load_pipeline, make_family, register_family, registry
+from diffusers_safe.families import (
+    StoredModel,
+    check_files,
+    load_pipeline,
+    make_family,
+    register_family,
+    registry,
+    stored_denoiser,
+)
 from diffusers_safe.families.cost import forward_flops, macs, training_cost
 from diffusers_safe.formats import LORA_NAME, PARTIAL_NAME, load_partial, read_erased_weights, save_lora, save_partial
 from diffusers_safe.generation.generate import GenerationSettings, PromptRow, generate
@@ -309,3 +318,17 @@ def test_it_is_attacked_by_a_learned_word(pipeline, tmp_path):
     with added_token(pipeline, token, [vector]):
         assert len(pipeline.tokenizer) == len(build_toy_pipeline().tokenizer) + 1
     assert difference(image(pipeline), before) < ROUNDING
+
+
+def test_it_has_no_students(folder):
+    with pytest.raises(ValueError, match="none of the students .* fits its denoiser"):
+        check_surroundings(StudentsArguments(pretrained_model_name_or_path=folder))
+
+
+def test_its_structure_is_read_wherever_its_denoiser_is(folder, tmp_path, pipeline):
+    pipeline.transformer.save_pretrained(tmp_path / "transformer")
+    for place in (folder, str(tmp_path)):
+        found = stored_denoiser(place, "from_student")
+        assert found.config == pipeline.transformer.config and found.device.type == "meta"
+    with pytest.raises(ValueError, match="no folder or Hub repository with a unet or transformer"):
+        stored_denoiser(str(tmp_path / "transformer"), "from_student")

@@ -1,4 +1,4 @@
-"""A learned token: the file that `load_textual_inversion` takes, and a pipeline that knows it for a while."""
+"""A learned token: the file that `load_textual_inversion` takes, and a pipeline to which it is added temporarily."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Noise for training on pictures: which noise level each has, what is predicted, and how much an error counts."""
+"""Noise for training on images: the noise level of each image, the prediction target, and the weight of an error."""
 
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ class NoisyLatents:
 
 @dataclass
 class TimestepBias:
-    """Which timesteps are drawn more often; the strategies of diffusers' `train_text_to_image_sdxl.py`.
+    """Which timesteps are sampled more often; the strategies of diffusers' `train_text_to_image_sdxl.py`.
 
     Attributes:
         strategy (`str`): `"none"`: all alike; `"earlier"` or `"later"`: the first or last `portion` of them;
@@ -51,7 +51,7 @@ class TimestepBias:
     end: int = 1000
 
     def weights(self, num_timesteps: int) -> torch.Tensor:
-        """How often each timestep is drawn, `(num_timesteps,)`, summing to 1.
+        """The probability of each timestep, `(num_timesteps,)`, summing to 1.
 
         Raises:
             `ValueError`: If the range lies outside, or no timestep is left.
@@ -159,7 +159,7 @@ class NoiseSchedule:
         return self._process.scheduler
 
     def add(self, latents: torch.Tensor, generators: list[torch.Generator]) -> NoisyLatents:
-        """Noise for `(B, C, H, W)` latents, drawn from B generators on the CPU."""
+        """Noise for `(B, C, H, W)` latents, sampled from B generators on the CPU."""
         places = torch.cat([torch.multinomial(self._often, 1, generator=generator) for generator in generators])
         noise = self._randn(latents, generators)
         if self.noise_offset:
@@ -172,8 +172,8 @@ class NoiseSchedule:
         return NoisyLatents(model_input, timesteps, self._process.target(latents, noise, timesteps))
 
     def _randn(self, like: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
-        drawn = [torch.randn(like.shape[1:], generator=generator) for generator in generators]
-        return torch.stack(drawn).to(like.device)
+        noise = [torch.randn(like.shape[1:], generator=generator) for generator in generators]
+        return torch.stack(noise).to(like.device)
 
     def snr_weights(self, timesteps: torch.Tensor) -> torch.Tensor:
         """How much the errors at `(B,)` timesteps count, `(B,)`; 1 without `snr_gamma`."""

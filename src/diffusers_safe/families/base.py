@@ -10,7 +10,7 @@ Nothing else has to change. `tests/families/test_toy_family.py` does it for a sm
   image) is recognized by `denoiser_name` and `denoiser_class` where that is enough.
 * `denoiser_name`, `denoiser_class`: the trained component, `"unet"` or `"transformer"`: also its folder in a
   repository, a value of `--save` and `--to`, and the prefix of its layers in LoRA files.
-* `denoiser_parts`: first parts of the names of its parameters: tell what a file of bare weights belongs to.
+* `denoiser_parts`: first parts of its parameters' names, by which a file of bare weights is recognized.
 * `kohya_prefix`: of its layers in kohya-ss' LoRA files.
 * `text_encoders`, `tokenizers`: components, in pairs. `token_names`: the encoders' keys in files of textual inversion.
 * `train_methods`: for names of `TRAIN_METHODS`, the rule that selects parameters by full name and owner module. Leave
@@ -49,6 +49,7 @@ Nothing else has to change. `tests/families/test_toy_family.py` does it for a sm
 * `pooled_name`, [`~ModelFamily.takes_pooled`]: the denoiser's argument for pooled prompt embeddings, which Safe Latent
   Diffusion sets.
 * Smaller students are defined for UNets only (`families/students.py`).
+* Optional, outside: a pipeline class that loads erasures (`ErasedPipelineMixin` before the stock class, nothing else).
 """
 
 import hashlib

@@ -46,11 +46,11 @@ def warn_of_unknown_words(concepts: list[str], tokenizers: list[PreTrainedTokeni
             continue
         found = [unknown_words(concept, tokenizer) for tokenizer in tokenizers]
         if unknown := {word: pieces for word, pieces in found[0].items() if all(word in other for other in found)}:
-            told = ", ".join(f"'{word}' ({len(pieces)} pieces)" for word, pieces in unknown.items())
+            words = ", ".join(f"'{word}' ({len(pieces)} pieces)" for word, pieces in unknown.items())
             note(
                 "%s '%s': the model's tokenizer does not know %s; the model may not know it either, and erasing it "
                 "may change nothing",
                 option,
                 concept,
-                told,
+                words,
             )

@@ -1,4 +1,4 @@
-"""A model on disk or on the Hub before it is loaded: what its small files tell, and no weights are read in vain."""
+"""A model on disk or on the Hub before it is loaded: only configs and tokenizers are read, no weights."""
 
 from functools import cache, cached_property
 from typing import Any
@@ -13,7 +13,7 @@ from ..embedded import locate_model
 from ..loading import ModelError, check_component, naming, read_config, read_index
 from .files import check_files
 from .prompts import check_lengths, warn_of_unknown_words
-from .registry import denoiser_names, family_of_class, find_family
+from .registry import denoiser_names, families, family_of_class, find_family
 
 
 class StoredModel:
@@ -22,7 +22,7 @@ class StoredModel:
     Args:
         name_or_path (`str`): Hub id or folder of a diffusers pipeline.
         resolution (`int`, *optional*): As [`make_family`] takes it.
-        argument (`str`, defaults to `"pretrained_model_name_or_path"`): Who gave the name, for messages.
+        argument (`str`, defaults to `"pretrained_model_name_or_path"`): The option with the name, for messages.
         hub_arguments: Of `load_config`, such as `revision`.
 
     Raises:
@@ -124,7 +124,9 @@ def stored_denoiser(name_or_path: str, argument: str, **hub_arguments) -> nn.Mod
         except ModelError as error:
             failure = error
             continue
-        if (family := family_of_class(config.get("_class_name", "UNet2DConditionModel"))) is None:
+        same_name = next(family for family in families() if family.denoiser_name == name)
+        family = family_of_class(config["_class_name"]) if "_class_name" in config else same_name
+        if family is None:
             raise ModelError(f"{what}: {name} is a {config['_class_name']}")
         with naming(f"{argument} '{name_or_path}': {name}"), torch.device("meta"):
             return family.denoiser_class.from_config(config)

@@ -224,9 +224,9 @@ def _from_teacher(names: Iterable[str], kind: str) -> dict[str, str]:
 
 @typed
 def build_student(unet: UNet2DConditionModel, kind: str) -> UNet2DConditionModel:
-    """A smaller UNet with copies of the teacher's weights; a stock model, which saves and loads as any.
+    """Builds a smaller UNet with copies of the teacher's weights; a stock model, saved and loaded as any other.
 
-    It draws nothing good before it is trained: what followed a block that is gone meets inputs that it does not know.
+    Its images are not usable before it is trained: layers after a removed block get inputs that they do not know.
 
     Args:
         unet (`UNet2DConditionModel`): The teacher, which stays as it is; on any device, meta too, of any dtype, which

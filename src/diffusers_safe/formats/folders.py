@@ -58,7 +58,7 @@ def written_aside(folder: str | Path, record: Provenance | Distillation | None =
     except BaseException:
         shutil.rmtree(aside)
         for path in made:
-            with suppress(OSError):  # somebody else has put something into it
+            with suppress(OSError):  # something else was put into it
                 path.rmdir()
         raise
     put_in_place(aside, folder, result_names())

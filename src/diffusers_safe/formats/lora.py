@@ -88,7 +88,8 @@ def read_differences(
         `ValueError`: If there is a weight of something else than the denoiser, or anything but pairs of matrices.
     """
     tensors = plain_names(tensors, folder)
-    family = next((family for family in families() if _is_of(family, next(iter(tensors)))), families()[0])
+    matching = (family for family in families() if any(_is_of(family, name) for name in tensors))
+    family = next(matching, families()[0])
     for name in tensors:
         if not _is_of(family, name):
             raise ValueError(

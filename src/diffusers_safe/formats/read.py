@@ -26,7 +26,7 @@ from .lora import by_module_names, is_lora, plain_names, read_differences
 from .write import LORA_NAME, PARTIAL_FORMAT, PARTIAL_NAME, known_facts
 
 
-# format -> what it is; `read_erased_weights` tells them apart by what is in them
+# format -> what it is; `read_erased_weights` distinguishes them by their content
 FORMATS = {
     "partial": "safetensors of this package: the erased weights, and which model they belong to",
     "esd": "safetensors of ESD (2025): some weights of a denoiser, by diffusers' names",
@@ -51,10 +51,10 @@ class ErasedWeights:
 
     Attributes:
         weights (`dict[str, torch.Tensor]`): By the names of the denoiser's parameters; of a LoRA, what is added to
-            them; of a CompVis checkpoint, by its own names, until a denoiser tells how they are converted.
+            them; of a CompVis checkpoint, by its own names, until a denoiser determines how they are converted.
         format (`str`): A name of `FORMATS`.
         source (`str`): Where it was read.
-        known (`dict`): Those fields of [`Provenance`] that the file, its name or its folder tell.
+        known (`dict`): Those fields of [`Provenance`] that the file, its name or its folder give.
     """
 
     weights: dict[str, torch.Tensor]
@@ -63,7 +63,7 @@ class ErasedWeights:
     known: dict = field(default_factory=dict)
 
     def provenance(self, base_model: str, revision: str | None, base_fingerprint: str) -> Provenance:
-        """The record of this erasure, given the base model that it fits. What nobody told is `"unknown"` or empty."""
+        """The record of this erasure, given the base model that it fits. What is not known is `"unknown"` or empty."""
         base = {"base_model": stored_path(base_model), "revision": revision, "base_fingerprint": base_fingerprint}
         if self.known.get("base_fingerprint") == base_fingerprint:
             base |= {name: self.known.get(name) for name in ("base_model", "revision")}  # the same, by its own name
@@ -183,7 +183,7 @@ def read_erased_weights(path: str | Path) -> ErasedWeights:
 
     Args:
         path (`str` or `Path`): A file; or a folder: of a denoiser, of a pipeline, or with one file of an erasure. An
-            `erasure.json` in the folder tells what the files do not.
+            `erasure.json` in the folder adds what the files do not say.
 
     Raises:
         `ValueError`: If there is no erasure, or a pickle holds more than tensors.

@@ -1,6 +1,6 @@
 """Pipelines with concepts taken out of their weights: stock pipelines that know what was done to them.
 
-What they publish is a stock repository, which any diffusers user can load, with `erasure.json` beside it. What they
+What they publish is a stock repository, which any diffusers user can load, with `erasure.json`. What they
 add is loading: base model and erased weights, whatever the erasure was saved as; and the way back, for comparison.
 """
 

@@ -1,7 +1,7 @@
 """Pipelines as repositories: folders, on disk or on the Hugging Face Hub; safe ones cannot lose their safety silently.
 
 diffusers writes only a class name for a class from outside, and what it then loads, if anything, does not steer. Here
-the index names a `pipeline.py` beside it, which imports the class from this package:
+the index names a `pipeline.py` next to it, which imports the class from this package:
 
 * the class itself loads the folder without running any code of it;
 * `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` loads the class through `pipeline.py`;
@@ -161,7 +161,7 @@ class SafePipelineMixin(RepositoryMixin, SafeLatentDiffusionMixin):
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
         # Called by `save_pretrained` when all models are written.
         super().save_config(save_directory, push_to_hub, **kwargs)
-        # A subclass of somebody's own is not in this package: what can be loaded is the class that it extends.
+        # A user's subclass is not in this package: the class that can be loaded is the one that it extends.
         name = _class_name(self)
         rewrite_index(save_directory, [_MODULE, name])
         code = f'from diffusers_safe import {name}\n\n\n__all__ = ["{name}"]\n'

@@ -84,7 +84,9 @@ class SafeLatentDiffusionMixin:
         name = self._denoiser_family.denoiser_name
         real = getattr(self, name)
         if type(real) is SafeDenoiser:
-            raise RuntimeError(f"this {type(self).__name__} is generating already; use one of its own for each call")
+            raise RuntimeError(
+                f"this {type(self).__name__} is generating already; use a separate pipeline for each call"
+            )
         # Past `DiffusionPipeline.__setattr__`, which is for components that are to stay.
         self.__dict__[name] = denoiser = SafeDenoiser(self, real, conditions, config)
         try:
@@ -265,7 +267,7 @@ def _restore(stock: type[DiffusionPipeline], attributes: dict[str, Any]) -> Diff
 
 
 def check_known(pipeline: DiffusionPipeline, others: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a call was given beside its named arguments.
+    """Returns what a call was given besides its named arguments.
 
     Raises:
         `TypeError`: If it is not what the stock pipelines take there, such as a misspelled `sld_*`.
@@ -297,7 +299,7 @@ def check_either(concept: str | None, embeds: torch.Tensor | None, pooled: torch
         if embeds is not None:
             raise ValueError("pass safety_concept or safety_prompt_embeds, not both")
     if pooled is not None and embeds is None:
-        raise ValueError("safety_pooled_prompt_embeds need safety_prompt_embeds beside them")
+        raise ValueError("safety_pooled_prompt_embeds need safety_prompt_embeds too")
 
 
 def _readable_picture(argument: str, value: Any) -> Any:

@@ -67,7 +67,7 @@ class LoRAWeights(TrainedWeights):
 
     @torch.no_grad()
     def _draw_initial(self) -> None:
-        """`A` as peft draws it, but from a generator of our own."""
+        """`A` as peft initializes it, but from a separate generator."""
         generator = torch.Generator().manual_seed(self.seed)
         for layer in self._layers:
             weight = layer.lora_A[ADAPTER_NAME].weight

@@ -82,7 +82,7 @@ class TrainedWeights:
 
         It must be closed before the backward of a student's forward: autograd would see other weights.
         """
-        self.values(which)  # an unknown name is told before anything is swapped
+        self.values(which)  # an unknown name is reported before anything is swapped
         if which == self._in_use:
             yield
             return
