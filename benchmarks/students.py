@@ -148,7 +148,7 @@ def main() -> None:
     lines, points = list(HEAD), {}
     for name, pipeline in pipelines.items():
         unet, numbers = pipeline.unet, Numbers(results, name)
-        cost = macs(unet.config, make_family(pipeline).latent_shape, tokens)
+        cost = macs(unet, make_family(pipeline).latent_shape, tokens)
         times = sorted(seconds[name])
         measured = f"{times[len(times) // 2]:.3f} [{times[0]:.3f}, {times[-1]:.3f}]"
         count = sum(parameter.numel() for parameter in unet.parameters())

@@ -22,7 +22,7 @@ from diffusers_safe import ErasedStableDiffusionPipeline, cli
 from diffusers_safe.distillation import run as distillation
 from diffusers_safe.emoji.dataset import emoji_dataset
 from diffusers_safe.families.students import build_student
-from diffusers_safe.formats import PARTIAL_NAME, load_unet
+from diffusers_safe.formats import PARTIAL_NAME, load_denoiser
 from diffusers_safe.hub import PUSH_FAILED, RETRY_WAITS, PushError, find_base, push_result
 from diffusers_safe.hub.cards import CARD_NAME, is_ours
 from diffusers_safe.provenance import Distillation, Provenance, fingerprint
@@ -154,7 +154,7 @@ def test_a_published_partial_file_asks_for_its_base_model_and_takes_it(hub, fold
         with pytest.raises(ValueError, match=f"base model of .*'{Path(tiny_model_folder).name}': .*give base_model"):
             load(source)
         pipeline = load(source, base_model=tiny_model_folder)
-        assert fingerprint(pipeline.unet) == fingerprint(load_unet(tmp_path / "unet"))
+        assert fingerprint(pipeline.unet) == fingerprint(load_denoiser(tmp_path / "unet"))
         assert pipeline.erasure.concepts == ["knife", "gun"]
     ours, theirs = (load_file(place / PARTIAL_NAME) for place in (folder, published))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], value) for name, value in theirs.items())

@@ -14,10 +14,9 @@ from diffusers import DiffusionPipeline
 from ..arguments import exit_with_error, parse_dataclass, typed
 from ..comparison.evaluate import LoadedModel, ModelSource
 from ..concepts import names_concept
-from ..families import ModelFamily, StoredModel, load_pipeline, make_family
+from ..families import ModelFamily, StoredModel, denoiser_of, family_of_pipeline, load_pipeline, make_family
 from ..families.cost import macs
 from ..families.students import build_student
-from ..formats import load_unet
 from ..generation.generate import GenerationSettings
 from ..hub import push_or_exit, push_result
 from ..output_folders import record_written
@@ -175,7 +174,7 @@ def _make_record(
         teacher_erasure=erasure_of(model.pretrained_model_name_or_path, **model.index_arguments),
         student=options.student.student or stored_path(options.student.from_student),
         parameters={name: sum(map(torch.numel, part.parameters())) for name, part in denoisers.items()},
-        macs={name: macs(part.config, teacher.latent_shape, tokens) for name, part in denoisers.items()},
+        macs={name: macs(part, teacher.latent_shape, tokens) for name, part in denoisers.items()},
         arguments={
             **options.recorded,
             "num_processes": accelerator.num_processes,
@@ -231,12 +230,16 @@ def compared(pipeline: DiffusionPipeline, model: ModelOptions) -> list[ModelSour
 
 def student_pipeline(teacher: DiffusionPipeline, options: DistillationOptions) -> DiffusionPipeline:
     """The teacher's pipeline around a student: built of its blocks, or the one to go on from."""
-    student = options.student
+    student, family = options.student, family_of_pipeline(teacher)
     if student.from_student is not None:
-        unet = load_unet(student.from_student, subfolder="unet", **student.hub_arguments(options.model.cache_dir))
+        denoiser = family.load_denoiser(student.from_student, **student.hub_arguments(options.model.cache_dir))
     else:
-        unet = build_student(teacher.unet, student.student)
-    parts = {**teacher.components, "unet": unet, "scheduler": options.scheduler_for(teacher.scheduler)}
+        denoiser = build_student(denoiser_of(teacher), student.student)
+    parts = {
+        **teacher.components,
+        family.denoiser_name: denoiser,
+        "scheduler": options.scheduler_for(teacher.scheduler),
+    }
     takes = inspect.signature(type(teacher).__init__).parameters
     settings = {name: value for name, value in teacher.config.items() if name in takes and name not in parts}
     return type(teacher)(**parts, **settings)

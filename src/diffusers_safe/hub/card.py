@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
+from safetensors import safe_open
 
-from ..formats import INDEX, LORA_NAME, PARTIAL_NAME, UNET_FOLDER
+from ..families import TRAIN_METHODS, families, family_of_names
+from ..formats import INDEX, LORA_NAME, PARTIAL_NAME, denoiser_folder
+from ..loading import read_json_object
 from ..methods import METHODS
 from ..provenance import FILE_NAME, Provenance
 from ..report.grid import GRID_NAME
-from ..weights.trained import TRAIN_METHODS
 from .base import Base
 from .cards import make_card
 from .contents import published_record
@@ -86,12 +88,13 @@ def _usage(folder: Path, provenance: Provenance, repo_id: str, base: Base) -> st
             f"```python\nfrom diffusers import {name}\n\n"
             f'pipeline = {name}.from_pretrained("{repo_id}")\nimage = pipeline("a photo of a cat").images[0]\n```'
         )
-    elif (folder / UNET_FOLDER / "config.json").is_file():
+    elif (denoiser := denoiser_folder(folder)) is not None:
+        name, class_name = denoiser.name, read_json_object(denoiser / "config.json")["_class_name"]
         ways.append(
-            "The UNet alone, for the base model's pipeline:\n\n"
-            "```python\nfrom diffusers import DiffusionPipeline, UNet2DConditionModel\n\n"
-            f'unet = UNet2DConditionModel.from_pretrained("{repo_id}", subfolder="{UNET_FOLDER}")\n'
-            f"pipeline = DiffusionPipeline.from_pretrained({of_base}, unet=unet)\n```"
+            "The denoiser alone, for the base model's pipeline:\n\n"
+            f"```python\nfrom diffusers import DiffusionPipeline, {class_name}\n\n"
+            f'{name} = {class_name}.from_pretrained("{repo_id}", subfolder="{name}")\n'
+            f"pipeline = DiffusionPipeline.from_pretrained({of_base}, {name}={name})\n```"
         )
     if (folder / LORA_NAME).is_file():
         ways.append(
@@ -101,13 +104,15 @@ def _usage(folder: Path, provenance: Provenance, repo_id: str, base: Base) -> st
             f'pipeline.load_lora_weights("{repo_id}")\n```'
         )
     if (folder / PARTIAL_NAME).is_file():
+        with safe_open(folder / PARTIAL_NAME, framework="pt") as file:
+            family = family_of_names(file.keys()) or families()[0]
         ways.append(
             f"`{PARTIAL_NAME}` holds only the weights that were trained. They go into the base model, and no other: "
             "the package `diffusers-safe` checks that.\n\n"
             "```python\nfrom diffusers import DiffusionPipeline\nfrom diffusers_safe.formats import load_partial\n"
             "from huggingface_hub import hf_hub_download\n\n"
             f"pipeline = DiffusionPipeline.from_pretrained({of_base})\n"
-            f'load_partial(pipeline.unet, hf_hub_download("{repo_id}", "{PARTIAL_NAME}"))\n```'
+            f'load_partial(pipeline.{family.denoiser_name}, hf_hub_download("{repo_id}", "{PARTIAL_NAME}"))\n```'
         )
     return "\n\n".join(ways)
 

@@ -16,8 +16,9 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..formats import INDEX, LORA_NAME, MODEL_FOLDERS, PARTIAL_NAME, UNET_FOLDER, copy_with_facts
-from ..loading import check_files, check_header, read_json_object, reason
+from ..families import check_files, denoiser_names
+from ..formats import INDEX, LORA_NAME, PARTIAL_NAME, copy_with_facts, model_folders
+from ..loading import check_header, read_json_object, reason
 from ..provenance import FILE_NAME, STUDENT_FILE, Distillation, Provenance, load_record, write_text
 from ..report.grid import GRID_NAME
 from .base import Base
@@ -84,16 +85,16 @@ def _benchmark_files(folder: Path) -> list[Path]:
 
 
 def _parts(folder: Path) -> list[str]:
-    """The folders of a pipeline's models, or that of the UNet where it was saved alone."""
+    """The folders of a pipeline's models, or that of the denoiser where it was saved alone."""
     index = folder / INDEX
-    entries = read_json_object(index) if index.is_file() else {UNET_FOLDER: []}
+    entries = read_json_object(index) if index.is_file() else dict.fromkeys(denoiser_names(), [])
     plain = [name for name, value in entries.items() if isinstance(value, list) and Path(name).name == name]
     return [name for name in plain if any((folder / name).glob("*.json"))]
 
 
 def is_replaced(path: str) -> bool:
     """Whether a file of a repository is part of the result there, which a new one takes the place of."""
-    return path in _REPLACED or path.split("/")[0] in MODEL_FOLDERS
+    return path in _REPLACED or path.split("/")[0] in model_folders()
 
 
 def published_record(record: Provenance | Distillation, base: Base) -> Provenance | Distillation:

@@ -6,7 +6,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..families.students import STUDENTS
-from ..formats import INDEX
+from ..formats import INDEX, denoiser_folder
+from ..loading import read_json_object
 from ..provenance import STUDENT_FILE, Distillation
 from ..report.grid import GRID_NAME
 from .base import Base
@@ -51,9 +52,9 @@ def _what(record: Distillation, repo_id: str, base: Base) -> str:
     missing = f" without some of its blocks ({code(record.student)}: {kind.description})" if kind else ""
     return (
         f"# {repo_id.split('/')[-1]}\n\n"
-        f"A smaller student of {base_link(base)}, a text-to-image model: its UNet{missing}, taught by the whole "
+        f"A smaller student of {base_link(base)}, a text-to-image model: its denoiser{missing}, taught by the whole "
         "one.\n\n"
-        "| UNet | parameters | multiply-accumulates a forward |\n|---|---|---|\n"
+        "| denoiser | parameters | multiply-accumulates a forward |\n|---|---|---|\n"
         f"| this student | {parameters['student']:,} | {macs['student'] / 1e9:,.4g} G |\n"
         f"| its teacher | {parameters['teacher']:,} | {macs['teacher'] / 1e9:,.4g} G |"
     )
@@ -70,9 +71,11 @@ def _pictures(folder: Path) -> str:
 
 def _usage(folder: Path, repo_id: str) -> str:
     if not (folder / INDEX).is_file():
+        denoiser = denoiser_folder(folder)
+        name, class_name = denoiser.name, read_json_object(denoiser / "config.json")["_class_name"]
         return (
-            "The UNet alone, for the teacher's pipeline:\n\n```python\nfrom diffusers import UNet2DConditionModel\n\n"
-            f'unet = UNet2DConditionModel.from_pretrained("{repo_id}", subfolder="unet")\n```'
+            f"The denoiser alone, for the teacher's pipeline:\n\n```python\nfrom diffusers import {class_name}\n\n"
+            f'{name} = {class_name}.from_pretrained("{repo_id}", subfolder="{name}")\n```'
         )
     name = json.loads((folder / INDEX).read_text(encoding="utf-8"))["_class_name"]
     return (
@@ -87,7 +90,7 @@ def _how(record: Distillation, base: Base) -> str:
     weights = {name: record.arguments.get(f"{name}_weight") for name in ("task", "output", "feature", "sdd")}
     dropped = ", ".join(f"{count:,} rows {reason}" for reason, count in record.data.get("dropped", {}).items())
     told = {
-        "teacher": f"{base_link(base)}{revision}, fingerprint of its UNet {code(record.teacher_fingerprint)}",
+        "teacher": f"{base_link(base)}{revision}, fingerprint of its denoiser {code(record.teacher_fingerprint)}",
         "losses": "BK-SDM ([arXiv 2305.15798](https://arxiv.org/abs/2305.15798)): "
         + ", ".join(f"{name} x {weight:g}" for name, weight in weights.items() if weight),
         "at the end": ", ".join(f"{name} {value:.4g}" for name, value in record.losses.items()) or "not known",
