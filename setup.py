@@ -14,7 +14,7 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={
-        "diffusers_safe.report": ["*.css"],
+        "diffusers_safe.report": ["*.css", "templates/*"],
         "diffusers_safe.emoji": [
             "sprites/*/*.png",
             "sprites/*/*.txt",
@@ -38,6 +38,8 @@ setup(
         "pyarrow>=21",
         "filelock>=3.24",
         "pyyaml>=6",
+        "jinja2>=3.1",
+        "scipy>=1.11",
         "tqdm>=4.66",
     ],
     extras_require={
@@ -50,7 +52,6 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.14",
             "tensorboard>=2.18",
-            "scipy>=1.11",
             "torchmetrics>=1.9,<2",
             "scikit-image>=0.24",
         ],

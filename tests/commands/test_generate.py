@@ -11,7 +11,7 @@ import pytest
 from diffusers_safe import cli
 from diffusers_safe.arguments import parse_dataclass
 from diffusers_safe.commands.generate import PRESETS, GenerateArguments
-from diffusers_safe.generation.generate import load_images, read_manifest
+from diffusers_safe.generation.manifest import load_images, read_manifest
 from diffusers_safe.pipelines.guidance import SafetyConfig
 from scripts import environment, in_two_processes, succeed, words_of
 

@@ -5,10 +5,10 @@ from dataclasses import asdict
 import pytest
 from PIL import Image
 
-from diffusers_safe.comparison.evaluate import LoadedModel
+from diffusers_safe.comparison.models import LoadedModel
 from diffusers_safe.emoji.evaluation import Erased, erasure_rows, evaluate_erasure
 from diffusers_safe.emoji.scenes import OBJECTS, group_members
-from diffusers_safe.generation.generate import GenerationSettings
+from diffusers_safe.generation.rows import GenerationSettings
 from diffusers_safe.report.statistics import Estimate
 
 

@@ -19,7 +19,7 @@ from diffusers_safe.emoji.quality import (
     write_card,
 )
 from diffusers_safe.emoji.scenes import GROUPS, OBJECTS, STYLES, is_held_out
-from diffusers_safe.generation.generate import GenerationSettings
+from diffusers_safe.generation.rows import GenerationSettings
 
 
 QUICK = GenerationSettings(num_inference_steps=1, guidance_scale=1.0, height=16, width=16)

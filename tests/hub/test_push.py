@@ -28,7 +28,7 @@ from diffusers_safe.hub.cards import CARD_NAME, is_ours
 from diffusers_safe.provenance import Distillation, Provenance, fingerprint
 from diffusers_safe.report.elements import Headline, Report
 from diffusers_safe.report.grid import GRID_NAME
-from diffusers_safe.report.page import write_report
+from diffusers_safe.report.results import publish
 from diffusers_safe.report.statistics import Estimate
 from diffusers_safe.training.output import save_student
 from diffusers_safe.training.samples import Samples
@@ -331,7 +331,7 @@ def test_an_evaluation_is_shown_with_its_intervals(hub, folder, place):
     headline = [Headline("weapon seen", [before, after], "gone", "Any | of them.")]
     report = Report("t", "s", ("before", "after"), headline, [], {})
     protocol = {"protocol": {"created": "2999-01-01T00:00:00+00:00"}}
-    write_report(folder / place, protocol, report)
+    publish(folder / place, protocol, report)
     push_result(folder, "tester/x")
     path = f"{place}/results.json".lstrip("/")
     text = (folder / CARD_NAME).read_text()

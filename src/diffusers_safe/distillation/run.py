@@ -10,7 +10,7 @@ from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 
 from ..arguments import exit_with_error, parse_dataclass
-from ..comparison.evaluate import LoadedModel, ModelSource
+from ..comparison.models import LoadedModel, ModelSource
 from ..concepts import names_concept
 from ..erasure.plan import make_distillation_plan
 from ..erasure.run import make_accelerator, restore_forward

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..arguments import choose
-from ..comparison.evaluate import ModelSource, evaluate
+from ..comparison.evaluate import evaluate
+from ..comparison.models import ModelSource
 from ..generation.folders import ImageFolder
-from ..generation.generate import GenerationSettings, PromptRow
+from ..generation.rows import GenerationSettings, PromptRow
 from . import CLASSIFIER_FOLDER
 from .classifier import EmojiClassifier
 from .metrics import EmojiDistance, EmojiRecognition, erased_name

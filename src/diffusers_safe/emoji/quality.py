@@ -22,11 +22,13 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 
 from ..arguments import exit_with_error, parse_dataclass, typed
 from ..embedded import locate_model
-from ..generation.generate import GenerationSettings, PromptRow, generate, load_images
+from ..generation.generate import generate
+from ..generation.manifest import load_images
+from ..generation.rows import GenerationSettings, PromptRow
 from ..loading import load_pipeline
 from ..output_folders import OVERWRITE_HELP, check_claim, claimed, prepare_files
 from ..provenance import library_versions, write_text
-from ..report.elements import RESULTS_NAME, write_results
+from ..report.results import RESULTS_NAME, write_results
 from ..report.statistics import Estimate
 from . import JUDGE_FOLDERS, MODEL_NAME
 from .classifier import HEADS, EmojiClassifier, to_tensor

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..images import UnreadableImage, open_rgb
-from .generate import MANIFEST, PromptRow, read_manifest
+from .manifest import MANIFEST, read_manifest
+from .rows import PromptRow
 
 
 @dataclass(frozen=True)

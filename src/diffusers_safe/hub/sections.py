@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..report.elements import headline_table
+from ..report.results import headline_table
 from .base import Base
 from .contents import evaluation_files, find_results, read_results
 

@@ -44,7 +44,7 @@ class Quantity:
         if self.drawn not in ("prompts", "images"):
             raise ValueError(f"{self.label}: drawn '{self.drawn}' is not allowed")
 
-    def trajectory_prompts(self, row: dict) -> Hashable:
+    def cluster(self, row: dict) -> Hashable:
         """What an image is drawn with, when an interval draws anew."""
         return row["prompt"] if self.drawn == "prompts" else row["id"]
 
@@ -128,7 +128,7 @@ class Metric(ABC):
         found = [(row, self._checked_values(row, score)) for row, score in zip(self.rows, self.scores)]
         estimates = {}
         for name, quantity in self.quantities.items():
-            chosen = [(quantity.trajectory_prompts(row), values[name]) for row, values in found if name in values]
+            chosen = [(quantity.cluster(row), values[name]) for row, values in found if name in values]
             if chosen:
                 clusters, numbers = zip(*chosen)
                 estimates[name] = Estimate.of_images(numbers, clusters, quantity.unit)

@@ -17,7 +17,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..generation.generate import MANIFEST, read_manifest
+from ..generation.manifest import MANIFEST, read_manifest
 from ..provenance import fingerprint
 from ..report.statistics import CONFIDENCE, Estimate, normal_reach
 from .base import Metric, Quantity
