@@ -235,6 +235,31 @@ def test_what_does_not_fit_is_told_before_any_work(models, tmp_path, changes, me
     assert not (tmp_path / "out").exists()
 
 
+class Cancelled(Exception):
+    pass
+
+
+def test_a_callback_that_raises_ends_the_run_and_the_next_one_continues(models, tmp_path):
+    attacks, flagged, tasks = [SeedSearch(3)], [("a gun", 11)], []
+
+    def cancel(progress):
+        tasks.append(progress.task)
+        if progress.task == "seeds on erased, attempt 1" and progress.done:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        run(models, attacks, first := Known(*flagged), tmp_path / "cut", callback=cancel)
+    assert tasks[0] == "before attacks on original" and "known" in tasks
+    assert not (tmp_path / "cut" / "results.json").exists() and not list((tmp_path / "cut").rglob("*.partial"))
+    images = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").rglob("*.png")}
+    again = Known(*flagged)
+    again.original = first.original
+    results = run(models, attacks, again, tmp_path / "cut")
+    assert images and images == {path: path.stat().st_mtime_ns for path in images}  # nothing is generated twice
+    whole = run(models, attacks, Known(*flagged), tmp_path / "whole")
+    assert results["attacks"] == whole["attacks"]
+
+
 # --- numbers without meaning, and used folders -----------------------------------------------------------------------
 
 

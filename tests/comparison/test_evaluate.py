@@ -483,6 +483,40 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, names, rows, metrics, mes
     assert not (tmp_path / "out").exists()
 
 
+class Cancelled(Exception):
+    pass
+
+
+@pytest.mark.parametrize("task", ["images of erased", "bright"])
+def test_a_callback_that_raises_ends_the_run_and_the_next_one_continues(models, tmp_path, task):
+    rows, tasks = rows_of(3, 1), []
+
+    def cancel(progress):
+        tasks.append(progress.task)
+        if progress.task == task and progress.done:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        evaluate(models[:2], rows, [Bright(100)], tmp_path / "cut", QUICK, 2, 2, callback=cancel)
+    assert tasks[0] == "images of original" and tasks[-1] == task
+    assert not (tmp_path / "cut" / "results.json").exists() and not list((tmp_path / "cut").rglob("*.partial"))
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").rglob("*.png")}
+    results = evaluate(models[:2], rows, [Bright(100)], tmp_path / "cut", QUICK, 2, 2)
+    assert done == {path: path.stat().st_mtime_ns for path in done}  # nothing is generated twice
+    whole = evaluate(models[:2], rows, [Bright(100)], tmp_path / "whole", QUICK, 2, 2)
+    assert results["metrics"] == whole["metrics"] and results["models"] == whole["models"]
+
+
+def test_results_show_their_headline_in_a_notebook(pipelines, tmp_path):
+    models = [LoadedModel("a", pipelines[0]), LoadedModel("b", pipelines[1])]
+    results = evaluate(models, rows_of(2, 1), [Bright(0)], tmp_path, QUICK)
+    page = results._repr_html_()
+    assert page.count("<tr>") == 3 and "<th>bright images ↓, N=2</th>" in page and "<th>b</th>" in page
+    assert "<li>Warning: Fewer than 20 images" in page
+    results["headline"]["rows"][0]["label"] = "<script>"
+    assert "<script>" not in results._repr_html_() and "&lt;script&gt;" in results._repr_html_()
+
+
 # --- against the papers ----------------------------------------------------------------------------------------------
 
 

@@ -492,3 +492,29 @@ def test_a_text_of_somebody_in_the_place_of_the_manifest_is_kept(tiny_pipeline, 
     with pytest.raises(ValueError, match="no manifest of generated images; it has no complete line"):
         generate(tiny_pipeline, [PromptRow("a", "a cat", 0)], tmp_path, QUICK)
     assert (tmp_path / "manifest.jsonl").read_text() == "my own text, no line break"
+
+
+class Cancelled(Exception):
+    pass
+
+
+def test_a_callback_that_raises_ends_the_run_and_the_next_one_continues(tiny_pipeline, tmp_path):
+    rows, seen = rows_of(5), []
+
+    def cancel(progress):
+        seen.append((progress.task, progress.done, progress.total))
+        if progress.done >= 2:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        generate(tiny_pipeline, rows, tmp_path / "cut", QUICK, batch_size=2, description="knives", callback=cancel)
+    assert seen == [("knives", 0, 5), ("knives", 2, 5)]
+    left = read_manifest(tmp_path / "cut")
+    assert [row["id"] for row in left] == ["image-0", "image-1"] and len(load_images(tmp_path / "cut", left)) == 2
+    assert not list((tmp_path / "cut").glob("*.partial")) and not (tmp_path / "cut" / ".lock").exists()
+
+    seen.clear()
+    generate(tiny_pipeline, rows, tmp_path / "cut", QUICK, batch_size=2, callback=lambda each: seen.append(each.done))
+    assert seen == [2, 4, 5]
+    generate(tiny_pipeline, rows, tmp_path / "whole", QUICK, batch_size=2)
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
