@@ -14,6 +14,7 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={
+        "diffusers_safe.hub": ["templates/*"],
         "diffusers_safe.report": ["*.css", "templates/*"],
         "diffusers_safe.emoji": [
             "sprites/*/*.png",
