@@ -40,7 +40,6 @@ setup(
         "filelock>=3.24",
         "pyyaml>=6",
         "jinja2>=3.1",
-        "scipy>=1.11",
         "tqdm>=4.66",
     ],
     extras_require={
@@ -53,6 +52,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.14",
             "tensorboard>=2.18",
+            "scipy>=1.11",
             "torchmetrics>=1.9,<2",
             "scikit-image>=0.24",
         ],
