@@ -103,7 +103,7 @@ def test_models_are_read_from_words(tiny_model_folder, tmp_path):
         (["--models", "a={model}", *PROMPTS, "--preset", "grand"], "preset 'grand': unknown; allowed are smoke"),
         (["--models", "a={model}", *PROMPTS, "--blur", "some"], "blur 'some': unknown; allowed are flagged"),
         (["--models", "a={model}", *PROMPTS, "--batch_size", "0"], "batch_size 0: must be at least 1"),
-        (["--models", "a={model}", *PROMPTS, "--images_only"], "a: {out}/images/a is no folder of images"),
+        (["--models", "a={model}", *PROMPTS, "--images_only"], "a: {out}/images/a is not a folder of images"),
         (["--models", "{no_list}", *PROMPTS], "must be a list of mappings"),
         (["--models", "{broken}", *PROMPTS], "broken.yaml: cannot be read as YAML"),
         (["--models", "{unknown}", *PROMPTS], "a has colour; allowed are name, model, safety"),

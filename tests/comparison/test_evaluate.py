@@ -409,7 +409,7 @@ def test_broken_folders_are_told_before_anything_is_generated(tmp_path, damage, 
 def test_a_folder_that_cannot_hold_scores_is_told_first(tmp_path, monkeypatch):
     Image.new("RGB", (8, 8)).save(tmp_path / "0_0.png")
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere but on read-only disks
-    with pytest.raises(ValueError, match="theirs: .* cannot be written, and scores are kept there"):
+    with pytest.raises(ValueError, match="theirs: .* is read-only, and scores are written there"):
         evaluate([ImageFolder("theirs", tmp_path)], rows_of(1, 1), [Bright(0)], tmp_path / "out")
 
 

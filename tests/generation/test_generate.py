@@ -259,7 +259,7 @@ def test_two_runs_do_not_share_a_folder(tiny_pipeline, tmp_path, monkeypatch):
 def test_processes_that_do_not_know_of_each_other_are_refused(tiny_pipeline, tmp_path, monkeypatch):
     launched_processes()  # one
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes were launched, but each would work by itself"):
+    with pytest.raises(ValueError, match="2 processes were launched, but they are not connected"):
         generate(tiny_pipeline, rows_of(1), tmp_path / "new", QUICK)
     assert not (tmp_path / "new").exists()
 

@@ -109,8 +109,8 @@ class MetricKind:
 
     Attributes:
         description (`str`): What it measures, in a few words.
-        make (`Callable[[MetricOptions], Metric]`): Loads what the metric needs and makes it; raises a `ValueError` that
-            says what is missing.
+        make (`Callable[[MetricOptions], Metric]`): Loads what the metric needs and makes it; raises a `ValueError`
+            that says what is missing.
         options (`tuple[str, ...]`, *optional*): Prefixes of the names of its options.
     """
 

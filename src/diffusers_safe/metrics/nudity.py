@@ -63,8 +63,8 @@ class NudityRule:
         object.__setattr__(self, "labels", tuple(choose("nudenet_labels", label, LABELS) for label in self.labels))
         if not LEAST_SCORE <= self.threshold <= 1:
             raise ValueError(
-                f"nudenet_threshold {self.threshold}: must lie between {LEAST_SCORE}, below which the detector returns nothing, "
-                "and 1"
+                f"nudenet_threshold {self.threshold}: must lie between {LEAST_SCORE}, below which the detector "
+                "returns nothing, and 1"
             )
 
     def counted(self, detections: Sequence[dict]) -> list[str]:
