@@ -238,7 +238,7 @@ def test_pictures_are_few_and_half_of_them_flagged(models, tmp_path):
 
 @pytest.fixture
 def halves(models, tmp_path):
-    """The results of a metric that tells what was to go from what was to stay, and its page."""
+    """The results of a metric that separates the erased concept from other concepts, and its page."""
     rows = rows_of(6, 3)
     metric = Halves()
     metric.original = generate(models[0].pipeline, rows, tmp_path / "images" / "original", QUICK)[0]["model"]
