@@ -74,8 +74,8 @@ def test_an_erasure_is_measured_on_what_went_and_on_what_stayed(models, tmp_path
     assert "<h1>Erased: weapon</h1>" in page and "weapon recognised" in page
     gone, kept = (part.split("<section")[0] for part in page.split("The same seeds: ")[1:])
     assert gone.count("<figcaption>") == 24 and kept.count("<figcaption>") == 55 + 6  # a picture of each prompt
-    assert gone.count("missed") == 1 and '<span class="told after missed">gun</span>' in gone
-    assert kept.count("missed") == 2 and '<span class="told after missed">dog</span>' in kept
+    assert gone.count("missed") == 1 and '<span class="caption after missed">gun</span>' in gone
+    assert kept.count("missed") == 2 and '<span class="caption after missed">dog</span>' in kept
     assert "nothing 22×, gun 1×, cat 1×" in page and 'class="blur"' not in page
     others = page.split("other objects recognised, by prompt")[1].split("</section>")[0]
     assert re.findall(r'<th scope="row">(.*?)</th>', others)[0] == "a cat"

@@ -35,6 +35,7 @@ from ..generation.folders import ImageFolder
 from ..generation.models import DTYPES, Subject
 from ..generation.rows import PromptRow
 from ..metrics import METRICS, make_metrics
+from ..metrics.base import check_once
 from ..output_folders import OVERWRITE_HELP, check_claim
 from ..report.builder import FEW_IMAGES
 from ..report.results import PAGE_NAME, headline_table
@@ -120,9 +121,7 @@ class AttackArguments(EvaluationOptions):
         super().__post_init__()
         if not self.attacks:
             raise ValueError(f"attacks: none given; known are {', '.join(ATTACKS)}")
-        for place, name in enumerate(self.attacks):
-            if name in self.attacks[:place]:
-                raise ValueError(f"attack '{name}': given twice")
+        check_once("attack", self.attacks)
         self._check_use()
         self.made_models = self._read_models()
         self.made_attacks = [self._make_attack(name) for name in self.attacks]

@@ -20,7 +20,7 @@ from ..generation.folders import ImageFolder, common_settings
 from ..generation.generate import generate
 from ..generation.processes import launched_processes
 from ..generation.rows import GenerationSettings, PromptRow, check_rows, different_images
-from ..metrics.base import Metric
+from ..metrics.base import Metric, check_once
 from ..output_folders import claimed
 from ..progress import ProgressCallback
 from ..provenance import write_text
@@ -144,10 +144,7 @@ def _check_metrics(
 ) -> None:
     if not metrics:
         raise ValueError("metrics: there must be at least one")
-    names = [metric.name for metric in metrics]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"metric '{name}': given twice")
+    check_once("metric", [metric.name for metric in metrics])
     for metric in metrics:
         if metric.compares and len(models) < 2:
             raise ValueError(

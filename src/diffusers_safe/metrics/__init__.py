@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from importlib import import_module
 
 from ..arguments import choose, typed
-from .base import Metric
+from .base import Metric, check_once
 
 
 logger = logging.getLogger(__name__)
@@ -219,9 +219,7 @@ def make_metrics(names: Sequence[str], options: MetricOptions | None = None) -> 
     if not names:
         raise ValueError(f"metrics: none given; known are {', '.join(METRICS)}")
     names = [name if ":" in name else choose("metric", name, METRICS) for name in names]
-    for place, name in enumerate(names):
-        if name in names[:place]:
-            raise ValueError(f"metric '{name}': given twice")
+    check_once("metric", names)
     options = options or MetricOptions()
     kinds = [METRICS[name] for name in names if name in METRICS]
     untouched = MetricOptions()

@@ -17,6 +17,16 @@ from PIL import Image
 from ..report.statistics import Estimate
 
 
+def check_once(kind: str, names: Sequence[str]) -> None:
+    """
+    Raises:
+        `ValueError`: If a name occurs twice.
+    """
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise ValueError(f"{kind} '{name}': given twice")
+
+
 @dataclass(frozen=True)
 class Quantity:
     """A number that a metric measures, and how to read it.

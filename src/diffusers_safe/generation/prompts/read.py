@@ -94,10 +94,7 @@ def read_prompts(
     numbered = list(enumerate(records))
     if where != TEXTS:
         numbered = with_prompts(numbered, prompt_column, where)
-    if categories:
-        numbered = _of_categories(numbered, categories, where)
-    if max_prompts is not None:
-        numbered = sorted(sorted(numbered, key=_rank)[:max_prompts], key=lambda entry: entry[0])
+    numbered = _selected(numbered, categories, max_prompts, where)
     if (count := len(numbered) * images_per_prompt) > MAX_IMAGES:
         raise ValueError(
             f"images_per_prompt {images_per_prompt}: with {len(numbered):,} prompts these are {count:,} images; "
@@ -187,6 +184,17 @@ def _names(records: Sequence[dict], column: str | None, where: str) -> list[str 
             renamed.append((number + 1, names[number]))
     report_renamed(where, column, renamed)
     return names
+
+
+def _selected(
+    numbered: list[tuple[int, dict]], categories: list[str] | None, max_prompts: int | None, where: str
+) -> list[tuple[int, dict]]:
+    """The rows of the categories, and of these a fixed sample of `max_prompts`, in their order."""
+    if categories:
+        numbered = _of_categories(numbered, categories, where)
+    if max_prompts is not None:
+        numbered = sorted(sorted(numbered, key=_rank)[:max_prompts], key=lambda entry: entry[0])
+    return numbered
 
 
 def _of_categories(numbered: list[tuple[int, dict]], wanted: list[str], where: str) -> list[tuple[int, dict]]:
