@@ -22,7 +22,7 @@ from erasure_table import Numbers
 from transformers import CLIPTokenizer
 
 from diffusers_safe.arguments import exit_with_error, parse_dataclass
-from diffusers_safe.comparison.evaluate import LoadedModel
+from diffusers_safe.comparison.models import LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.evaluation import evaluate_erasure
 from diffusers_safe.emoji.scenes import group_members

@@ -14,7 +14,7 @@ import diffusers_safe
 SOURCE = Path(diffusers_safe.__file__).parent
 # Each layer may import from those above it and from itself.
 LAYERS = [
-    {"arguments", "concepts", "embedded", "files", "images", "loading", "output_folders", "provenance"},
+    {"arguments", "concepts", "embedded", "files", "images", "loading", "output_folders", "progress", "provenance"},
     {"families"},
     {"diffusion"},
     {"weights"},

@@ -25,14 +25,16 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..arguments import choose, typed
-from ..comparison.evaluate import without_folder
+from ..comparison.models import without_folder
 from ..diffusion.generators import sample_generator
 from ..diffusion.loss_weighting import LOSS_WEIGHTINGS, LossWeighting
 from ..diffusion.noise import NoiseSchedule
 from ..diffusion.sample_order import EpochOrder
 from ..families import ModelFamily, make_family
 from ..files import save_tensors
-from ..generation.generate import GenerationSettings, PromptRow, generate, load_image, read_manifest
+from ..generation.generate import generate
+from ..generation.manifest import load_image, read_manifest
+from ..generation.rows import GenerationSettings, PromptRow
 from ..output_folders import OutputFolderError
 from ..preparation.folders import PICTURES as SUFFIXES
 from ..provenance import fingerprint

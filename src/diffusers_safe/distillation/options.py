@@ -16,7 +16,7 @@ from ..families import StoredModel, denoiser_names, stored_denoiser
 from ..families.students import STUDENTS, empty_student, resolve_student
 from ..loading import find_variant
 from ..output_folders import OutputFolderError, check_output_dir
-from ..report.elements import RESULTS_NAME
+from ..report.results import RESULTS_NAME
 from ..training.job import TrainingOptions
 from ..training.pictures import INTERPOLATION_MODES
 from ..weights.lora import layers_to_adapt

@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 
 from ..arguments import exit_with_error, parse_dataclass, typed
-from ..comparison.evaluate import LoadedModel, ModelSource
+from ..comparison.models import LoadedModel, ModelSource
 from ..concepts import names_concept
 from ..families import ModelFamily, StoredModel, denoiser_of, family_of_pipeline, load_pipeline, make_family
 from ..families.cost import macs
