@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tqdm.auto import tqdm
 
@@ -16,12 +16,14 @@ class Progress:
         done (`int`): Finished items of the task, including those of an earlier run.
         total (`int`): All items of the task.
         seconds_left (`float`, *optional*): Estimated time to the end of the task; `None` before the first item.
+        measured (`dict[str, float]`): Of a training: terms of the loss, and what its log measures.
     """
 
     task: str
     done: int
     total: int
     seconds_left: float | None = None
+    measured: dict[str, float] = field(default_factory=dict)
 
 
 ProgressCallback = Callable[[Progress], None]

@@ -71,7 +71,7 @@ def test_overwrite_replaces_what_was_written_and_keeps_the_rest(tiny_model_folde
 
 
 def test_an_overwriting_run_that_is_stopped_leaves_no_old_model_next_to_its_log(tiny_model_folder, out):
-    def stop(step, measured):
+    def stop(progress):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

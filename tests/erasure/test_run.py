@@ -33,15 +33,15 @@ def test_the_selected_weights_of_the_pipeline_change_and_no_others(
         ["knife", "gun"],
         method,
         progress_bar=False,
-        callback=lambda *call: steps.append(call),
+        callback=steps.append,
         **options,
     ).pipeline
     assert result is tiny_pipeline and not result.unet.training
     before = make_tiny_pipeline().unet.state_dict()
     selected = set(select_parameters(result.unet, "xattn"))
     assert trained(before, result.unet.state_dict(), selected) == selected
-    assert [number for number, _ in steps] == [1, 2]
-    assert {"erase", "concept_left", "drift"} <= steps[-1][1].keys()
+    assert [(step.done, step.total) for step in steps] == [(1, 2), (2, 2)]
+    assert {"erase", "concept_left", "drift"} <= steps[-1].measured.keys()
 
 
 def test_a_folder_may_be_given_and_the_result_saved(tiny_model_folder, tmp_path):

@@ -3,7 +3,6 @@
 import inspect
 import logging
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from ..families.students import build_student
 from ..generation.generate import GenerationSettings
 from ..hub import push_or_exit, push_result
 from ..output_folders import record_written
+from ..progress import Progress, ProgressCallback
 from ..provenance import Distillation, erasure_of, stored_path
 from ..report.grid import GRID_NAME, save_grid
 from ..training.environment import make_accelerator, random_states_kept, restore_forward
@@ -35,7 +35,6 @@ from .plan import make_plan
 
 
 logger = logging.getLogger(__name__)
-Callback = Callable[[int, dict[str, float]], None]
 MOST_PROMPTS = 4  # of the grid, where no validation prompts are given
 DESCRIPTION = "Distils a Stable Diffusion model into a smaller one (BK-SDM, arXiv 2305.15798, and its relatives)."
 
@@ -46,7 +45,7 @@ def distill(
     output_dir: str,
     *,
     progress_bar: bool = True,
-    callback: Callback | None = None,
+    callback: ProgressCallback | None = None,
     **options: Any,
 ) -> DiffusionPipeline:
     """Trains a smaller student of a model on images with captions: what `train_distill.py` does, in one call.
@@ -57,8 +56,8 @@ def distill(
         teacher (`str`): Folder or Hub id of a pipeline of a supported family.
         output_dir (`str`): Where the student's pipeline, distillation.json, a log and checkpoints go.
         progress_bar (`bool`, defaults to `True`): Whether to show progress and time left.
-        callback (`Callable`, *optional*): Called after every step with its number, from 1, and what was measured. What
-            it raises ends the run; checkpoints stay.
+        callback (`Callable[[Progress], None]`, *optional*): Called after every step with a [`Progress`]. What it
+            raises ends the run; checkpoints stay.
         options: Any option of `python train_distill.py --help`, such as `student="bk-small"`, which needs
             `train_data_dir` or `dataset_name`.
 
@@ -106,7 +105,7 @@ def _run(
     accelerator: Accelerator,
     options: DistillationOptions,
     progress_bar: bool = True,
-    callback: Callback | None = None,
+    callback: ProgressCallback | None = None,
 ) -> DiffusionPipeline:
     """A distillation and, if it was asked for, the evaluation at its end."""
     evaluation = FinalEvaluation(options.result.evaluation) if options.result.evaluation else None
@@ -124,7 +123,7 @@ def train_student(
     rows: CaptionedImages,
     options: DistillationOptions,
     progress_bar: bool = True,
-    callback: Callback | None = None,
+    callback: ProgressCallback | None = None,
 ) -> DiffusionPipeline:
     """Trains a student of a loaded pipeline on the images of [`open_rows`], and writes its pipeline into the output
     folder.
@@ -184,7 +183,9 @@ def _make_record(
     )
 
 
-def _after_step(loop: DistillationLoop, samples: Samples, callback: Callback | None) -> Callback | None:
+def _after_step(
+    loop: DistillationLoop, samples: Samples, callback: ProgressCallback | None
+) -> ProgressCallback | None:
     """The caller's callback, and validation images where there are validation prompts."""
     options = loop.options
     if not options.validation.validation_prompts:
@@ -192,10 +193,10 @@ def _after_step(loop: DistillationLoop, samples: Samples, callback: Callback | N
     last, folder = options.run.max_train_steps, options.output.output_dir
     validation = Validation(loop.accelerator, samples, loop.output_weights, folder, options.validation, last)
 
-    def after_step(step: int, measured: dict[str, float]) -> None:
-        validation.after_step(step)
+    def after_step(progress: Progress) -> None:
+        validation.after_step(progress.done)
         if callback is not None:
-            callback(step, measured)
+            callback(progress)
 
     return after_step
 

@@ -1,7 +1,7 @@
 """From a pipeline to an erased one: the same way for every method, from Python and from the command line."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..generation.generate import GenerationSettings
 from ..hub import check_push, push_or_exit, push_result
 from ..methods import Objective, find_method
 from ..output_folders import record_written
+from ..progress import Progress, ProgressCallback
 from ..provenance import Provenance, fingerprint, stored_path
 from ..report.grid import GRID_NAME, save_grid
 from ..training.environment import in_float32, make_accelerator, random_states_kept, restore_forward
@@ -29,7 +30,6 @@ from .options import ErasureOptions, erasure_options, parse_options
 from .plan import make_plan
 
 
-Callback = Callable[[int, dict[str, float]], None]
 MOST_PROMPTS = 4  # of the grid, where no validation prompts are given
 
 
@@ -41,7 +41,7 @@ def erase(
     *,
     output_dir: str | None = None,
     progress_bar: bool = True,
-    callback: Callback | None = None,
+    callback: ProgressCallback | None = None,
     **options: Any,
 ) -> Erasure:
     """Erases concepts from a pipeline, in place: what `diffusers-safe erase` does, in one call.
@@ -61,8 +61,8 @@ def erase(
         output_dir (`str`, *optional*): Where to save the result, erasure.json, a log and checkpoints; without it
             nothing is written.
         progress_bar (`bool`, defaults to `True`): Whether to show progress and time left.
-        callback (`Callable`, *optional*): Called after every step with its number, from 1, and what was measured. What
-            it raises ends the run.
+        callback (`Callable[[Progress], None]`, *optional*): Called after every step with a [`Progress`]. What it
+            raises ends the run, and the pipeline keeps its weights.
         options: Any option of the method (`diffusers-safe erase --method esd --help`), such as `max_train_steps=200`.
 
     Returns:
@@ -141,7 +141,7 @@ def run_erasure(
     pipeline: DiffusionPipeline,
     options: ErasureOptions,
     progress_bar: bool = True,
-    callback: Callback | None = None,
+    callback: ProgressCallback | None = None,
 ) -> Erasure:
     """Erases from a loaded pipeline; where there is an output folder, writes the result, as it is to be published.
 
@@ -172,7 +172,7 @@ class MethodRun:
         pipeline (`DiffusionPipeline`): Its denoiser is changed in place.
         options (`ErasureOptions`): Of the run.
         progress_bar (`bool`, defaults to `True`): Whether to show one.
-        callback (`Callable`, *optional*): As [`erase`] takes it.
+        callback (`Callable[[Progress], None]`, *optional*): As [`erase`] takes it.
 
     Attributes:
         weights (`TrainedWeights`, *optional*): What the method changed.
@@ -185,7 +185,7 @@ class MethodRun:
         pipeline: DiffusionPipeline,
         options: ErasureOptions,
         progress_bar: bool = True,
-        callback: Callback | None = None,
+        callback: ProgressCallback | None = None,
     ):
         self.accelerator, self.pipeline, self.options = accelerator, pipeline, options
         self.progress_bar, self.callback = progress_bar, callback
@@ -244,7 +244,7 @@ class MethodRun:
         )
         return Erasure(self.pipeline, record, self.weights, options.output.output_dir)
 
-    def _after_step(self, objective: Objective) -> Callback | None:
+    def _after_step(self, objective: Objective) -> ProgressCallback | None:
         """The caller's callback, and validation images where there are validation prompts."""
         options, callback = self.options, self.callback
         if not options.validation.validation_prompts:
@@ -254,10 +254,10 @@ class MethodRun:
             self.accelerator, self.samples, objective.output_weights, folder, options.validation, last
         )
 
-        def after_step(step: int, measured: dict[str, float]) -> None:
-            validation.after_step(step)
+        def after_step(progress: Progress) -> None:
+            validation.after_step(progress.done)
             if callback is not None:
-                callback(step, measured)
+                callback(progress)
 
         return after_step
 

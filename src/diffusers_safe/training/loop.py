@@ -5,9 +5,9 @@ import json
 import math
 import signal
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..progress import Progress, ProgressCallback
 from ..provenance import write_text
 from ..weights.lora import LoRAWeights
 from ..weights.trained import TrainedWeights, select_parameters
@@ -180,14 +181,14 @@ class TrainingLoop(ABC):
         self.accelerator.register_load_state_pre_hook(before_loading)
         self.accelerator.register_for_checkpointing(self.weights, self.lr_scheduler, *parts)
 
-    def run(self, progress_bar: bool = True, callback: Callable[[int, dict[str, float]], None] | None = None) -> None:
+    def run(self, progress_bar: bool = True, callback: ProgressCallback | None = None) -> None:
         """Trains to the end and leaves the published weights in the denoiser.
 
         A first Ctrl-C or SIGTERM saves a checkpoint after the current step and ends the program with code 130.
 
         Args:
             progress_bar (`bool`, defaults to `True`): Whether to show one.
-            callback (`Callable`, *optional*): Called after each step with its number, from 1, and what was measured.
+            callback (`Callable[[Progress], None]`, *optional*): Called after each step; what it raises ends the run.
         """
         first, last = 0, self.options.run.max_train_steps
         if checkpoint := self.options.find_checkpoint():
@@ -199,6 +200,7 @@ class TrainingLoop(ABC):
         bar = tqdm(range(first, last), self.name, last, initial=first, disable=hidden)
         every = max(1, last // 20)
         shown, recent = {}, deque(maxlen=every)
+        started = time.monotonic()
         with _StopRequest(listens=self.options.output.output_dir is not None) as stop:
             for step in bar:
                 measured = self.train_step(step)
@@ -215,7 +217,8 @@ class TrainingLoop(ABC):
                 measured |= shown
                 bar.set_postfix({name: f"{value:.3g}" for name, value in measured.items()}, refresh=False)
                 if callback is not None:
-                    callback(done, measured)
+                    left = (time.monotonic() - started) / (done - first) * (last - done)
+                    callback(Progress(self.name, done, last, left, measured))
                 self._save_if_due(done, stop, bar)
         log.close()
         with torch.no_grad():
