@@ -11,9 +11,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE", "src/diffusers_safe/emoji/sprites/*/LICENSE.txt"],
-    package_dir={"": "src"},
-    packages=find_packages("src"),
+    package_dir={"": "src", "diffusers_safe.recipes": "examples"},
+    packages=[*find_packages("src"), "diffusers_safe.recipes"],
     package_data={
+        "diffusers_safe.recipes": ["*.yaml"],
         "diffusers_safe.hub": ["templates/*"],
         "diffusers_safe.report": ["*.css", "templates/*"],
         "diffusers_safe.emoji": [

@@ -1,13 +1,18 @@
-"""`diffusers-safe erase`: erase concepts from a model by any method, on one device or under `accelerate launch`."""
+"""`diffusers-safe erase`: erase concepts from a model by any method.
+
+    diffusers-safe erase --recipe emoji-cat --output_dir runs/emoji-cat
+    diffusers-safe erase --method esd --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 \\
+        --concepts "Van Gogh" --output_dir runs/van-gogh
+
+With several devices: `accelerate launch -m diffusers_safe.cli erase ...`. The second command was not run here.
+"""
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from ..arguments import read_yaml, tell_errors_in_one_line
+from ..erasure.recipes import DEFAULT_METHOD, find_recipe, recipes
 from ..erasure.run import run_command
 from ..methods import METHODS, find_method
-
-
-DEFAULT = "sdd"
 
 
 def main(argv: list[str], prog: str) -> None:
@@ -15,12 +20,13 @@ def main(argv: list[str], prog: str) -> None:
     parser = ArgumentParser(
         prog=prog,
         description=f"Erase concepts from a model.\n\nmethods:\n{listing}",
-        epilog=f"The options of a method: {prog} --method {DEFAULT} --help",
+        epilog=f"The options of a method: {prog} --method {DEFAULT_METHOD} --help",
         formatter_class=RawDescriptionHelpFormatter,
         add_help=False,
     )
     tell_errors_in_one_line(parser)
-    parser.add_argument("--method", metavar="NAME", help=f"one of {', '.join(METHODS)} (default: {DEFAULT})")
+    parser.add_argument("--method", metavar="NAME", help=f"one of {', '.join(METHODS)} (default: {DEFAULT_METHOD})")
+    parser.add_argument("--recipe", metavar="NAME", help=f"options that ship with the package: {', '.join(recipes())}")
     parser.add_argument("--config", metavar="FILE", help="YAML file with options, `method` among them")
     parser.add_argument("-h", "--help", action="store_true", help="show this help message and exit")
     chosen, _ = parser.parse_known_args(argv)
@@ -28,9 +34,14 @@ def main(argv: list[str], prog: str) -> None:
         parser.print_help()
         return
     try:
+        if chosen.recipe is not None:
+            if chosen.config is not None:
+                raise ValueError("recipe: give either --recipe or --config")
+            chosen.config = str(find_recipe(chosen.recipe))
+            argv = [*_without(argv, "--recipe"), "--config", chosen.config]
         config = read_yaml(chosen.config, "config") if chosen.config else {}
         named = config.get("method") if isinstance(config, dict) else None
-        method = find_method(chosen.method or named or DEFAULT).name
+        method = find_method(chosen.method or named or DEFAULT_METHOD).name
     except ValueError as error:
         parser.error(str(error))
     run_command(method, _without(argv, "--method"), f"{prog} --method {method}")
