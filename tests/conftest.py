@@ -3,6 +3,7 @@
 import copy
 import os
 from functools import cache, partial
+from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,6 +32,7 @@ from diffusers_safe.families import make_family
 from scripts import accelerate_on_cpu
 
 
+TESTS = Path(__file__).parent
 if os.environ.get("OTHER_MACHINE"):
     import other_machine
 
@@ -166,14 +168,14 @@ def on_cpu():
 # Where the number of layers in a block matters, it is SD's. Elsewhere one is enough: most of a tiny model's time goes
 # into calling layers.
 LIKE_SD = (
-    *("test_students.py", "test_distillation.py", "test_distillation_benchmarks.py", "test_cost.py", "test_lora.py"),
+    *("distillation/", "test_students.py", "test_distillation_benchmarks.py", "test_cost.py", "test_lora.py"),
     *("test_erased.py", "test_export.py", "test_read.py", "test_loading.py"),
 )
 
 
 @pytest.fixture(scope="module")
 def layers_per_block(request) -> int:
-    return 2 if request.path.name in LIKE_SD else 1
+    return 2 if any(name in str(request.path.relative_to(TESTS)) for name in LIKE_SD) else 1
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,8 @@ events = ("socket.getaddrinfo", "socket.gethostbyname", "socket.connect")
 sys.addaudithook(lambda event, args: asked.append(event) if event in events else None)
 
 from diffusers_safe import cli
-from diffusers_safe.evaluation.metrics import make_metrics
-from diffusers_safe.training.data import open_dataset
+from diffusers_safe.metrics import make_metrics
+from diffusers_safe.training.pictures import open_dataset
 
 model, pictures, folder = sys.argv[1:]
 cli.main(["generate", "--model", model, "--prompts", "a cat", "--num_inference_steps", "1", "--output_dir", folder])

@@ -21,16 +21,16 @@ logging.getLogger("transformers.utils.import_utils").addFilter(
 _HOMES = {
     "ErasedStableDiffusionPipeline": "pipelines",
     "ErasedStableDiffusionXLPipeline": "pipelines",
-    "SAFETY_CONCEPT": "guidance",
-    "SafetyConfig": "guidance",
+    "SAFETY_CONCEPT": "pipelines.guidance",
+    "SafetyConfig": "pipelines.guidance",
     "StableDiffusionImg2ImgPipelineSafe": "pipelines",
     "StableDiffusionInpaintPipelineSafe": "pipelines",
     "StableDiffusionPipelineSafe": "pipelines",
     "StableDiffusionXLPipelineSafe": "pipelines",
-    "build_student": "students",
+    "build_student": "families.students",
     "disable_safe_latent_diffusion": "pipelines",
     "enable_safe_latent_diffusion": "pipelines",
-    "erase": "training.erasure",
+    "erase": "erasure.run",
 }
 __all__ = list(_HOMES)
 
