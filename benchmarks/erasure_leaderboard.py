@@ -231,7 +231,7 @@ def main() -> None:
         leaderboard.draw()
         sections = [leaderboard.measure(name) for name in args.tasks]
         sampling = f"{SETTINGS.num_inference_steps} steps, guidance {SETTINGS.guidance_scale:g}"
-        student = STUDENT_TOLD if args.student_steps and "group" in args.tasks else ""
+        student = STUDENT_NOTE if args.student_steps and "group" in args.tasks else ""
         student = student.format(steps=args.student_steps, pictures=STUDENT_PICTURES)
         text = "\n".join([HEAD.format(seed=args.seed, sampling=sampling, student=student), *sections])
         write_own(folder / "results.md", text)
@@ -246,33 +246,33 @@ def main() -> None:
 
 HEAD = """# Results on the embedded model
 
-`make benchmark-erasure` makes this page with seed {seed}
+This page is written by `make benchmark-erasure` with seed {seed}
 ([benchmarks/erasure_leaderboard.py](../benchmarks/erasure_leaderboard.py)).
 
-* Every row of a table has the same prompts and seeds, {sampling}. The judge that ships with the model
-  says what an image shows. In brackets 95 % intervals.
-* The first column counts only images whose prompt names what was to go; all others are of the rest. FID and KID are to
-  1000 freshly drawn pictures of what was to stay, in 96 features of the judge; of so few images FID is too large, so
-  compare it with the original's, never with another table's. The distance is to the original's image of the same seed,
-  by the judge's features as LPIPS has it.
-* ESD and SDD train once a table, by the recipes in [examples/](../examples/), which were found on this model
-  ([methods.md](methods.md#esd-and-sdd-beside-each-other) has three seeds of each). SEGA and SLD have the settings of
-  their authors, which were found on Stable Diffusion. SLD changes nothing where the prompt is the concept.
-* The numbers are of one machine. Another CPU or version of torch rounds differently, and training amplifies it: on
-  another CPU the demo left a weapon in one of 24 images (4.2 %) where it left none here.
-{student}* [evaluation.md](evaluation.md) has the rules; the run leaves a page with all pictures of each table in
+* All rows of a table use the same prompts and seeds, {sampling}. The judge that ships with the model recognises
+  what an image shows. Brackets contain 95 % confidence intervals.
+* The first column counts only images whose prompt names the erased concept; all other columns use the other images. FID
+  and KID compare with 1000 rendered pictures of the retained concepts, in 96 features of the judge. With so few images FID
+  is too large: compare it with the original's, never with another table. The distance is to the original's image of the
+  same seed, computed like LPIPS from the judge's features.
+* ESD and SDD are trained once per table, with the recipes in [examples/](../examples/), which were tuned on this model
+  ([Methods](methods.md#esd-and-sdd-compared) has three seeds of each). SEGA and SLD use the settings of their
+  authors, which were tuned on Stable Diffusion. SLD has no effect where the prompt is the concept.
+* The numbers were measured on one machine. Another CPU or version of torch rounds differently, and training amplifies the
+  difference: on another CPU, the demo's model showed a weapon in one of 24 images (4.2 %), here in none.
+{student}* [Evaluate](evaluation.md) explains the statistics. The run also writes a page with all images of each table,
   `runs/leaderboard/*/report.html`.
 """
-STUDENT_TOLD = """* The student was taught by the erased model, {steps} steps on {pictures} pictures without weapons.
-  Those of [methods.md](methods.md#students) have 1000 steps and are better.
+STUDENT_NOTE = """* The student was distilled from the erased model, {steps} steps on {pictures} pictures without weapons.
+  The students in [Methods](methods.md#students) have 1000 steps and are better.
 """
 SECTION = """## {title}
 
 {table}
 
-![The concept against the rest, with intervals](images/{plot})
+![The concept's rate against retention, with intervals](images/{plot})
 
-![The same seeds, a row a method](images/{picture})
+![Images of the same seeds, one row per method](images/{picture})
 """
 
 
