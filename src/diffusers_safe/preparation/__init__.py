@@ -1,8 +1,9 @@
-"""Training data made ready: from captions and web addresses, or a folder of pictures, to shards of both."""
+"""Preparation of training data: from a table of captions and URLs, or a folder of pictures, to shards."""
 
 from .downloads import DownloadSettings
 from .filters import Filters
-from .prepare import REPORT, PreparationSettings, check_folder, check_state, first_of, prepare
+from .prepare import PreparationSettings, example_of, prepare
+from .progress import REPORT, check_folder, check_state
 from .shards import FORMATS
 from .table import Table, read_table
 
@@ -16,7 +17,7 @@ __all__ = [
     "Table",
     "check_folder",
     "check_state",
-    "first_of",
+    "example_of",
     "prepare",
     "read_table",
 ]

@@ -1,4 +1,4 @@
-"""What is dropped, and the reason that is counted for it."""
+"""Filters for rows and pictures, and the reasons under which dropped rows are counted."""
 
 import re
 from collections.abc import Callable
@@ -13,14 +13,15 @@ from .table import Row
 @typed
 @dataclass(frozen=True)
 class Filters:
-    """What a picture and its caption must be like. The defaults ask for a caption only.
+    """Conditions for captions and pictures. The defaults only require a caption.
 
-    Attributes:
-        min_caption_length (`int`, defaults to 1): In characters.
-        forbidden_concepts (`tuple[str, ...]`): None of them may be in the caption, as whole words in whatever case.
-        min_aesthetic (`float`, *optional*): Least score. A row without one is dropped.
-        min_side (`int`, defaults to 1): In pixels, of the shorter side as the picture is looked at.
-        max_aspect_ratio (`float`, *optional*): Longer by shorter side, 1 or more.
+    Args:
+        min_caption_length (`int`, defaults to 1): Minimum length of a caption in characters.
+        forbidden_concepts (`tuple[str, ...]`, defaults to `()`): Captions must not contain any of these as whole
+            words, in any case.
+        min_aesthetic (`float`, *optional*): Minimum aesthetic score. Rows without a score are dropped.
+        min_side (`int`, defaults to 1): Minimum length of the shorter side of the upright picture, in pixels.
+        max_aspect_ratio (`float`, *optional*): Maximum ratio of the longer to the shorter side, at least 1.
     """
 
     min_caption_length: int = 1
@@ -37,10 +38,10 @@ class Filters:
 
 
 class Dropped(Exception):
-    """Ends the way of one picture; its text is the reason that is counted."""
+    """Raised when a picture is dropped. The message is the reason that is counted."""
 
 
-# reason -> whether it holds, asked in this order before anything is fetched
+# Reason -> condition to drop a row. Checked in this order, before anything is downloaded.
 ROW_RULES: dict[str, Callable[[Row, Filters], bool]] = {
     "no address": lambda row, _: not _is_address(row),
     "no caption": lambda row, _: not row.caption,
@@ -54,7 +55,7 @@ ROW_RULES: dict[str, Callable[[Row, Filters], bool]] = {
         filters.min_aesthetic is not None and row.aesthetic < filters.min_aesthetic
     ),
 }
-# the same for a picture's (width, height)
+# Reason -> condition to drop a picture of this (width, height).
 SIZE_RULES: dict[str, Callable[[tuple[int, int], Filters], bool]] = {
     "short side": lambda size, filters: min(size) < filters.min_side,
     "aspect ratio": lambda size, filters: (
@@ -64,8 +65,8 @@ SIZE_RULES: dict[str, Callable[[tuple[int, int], Filters], bool]] = {
 
 
 def reason_to_drop(rules: dict[str, Callable[[Any, Filters], bool]], value: Any, filters: Filters) -> str | None:
-    """The first reason that holds; `None` if the value stays."""
-    return next((reason for reason, holds in rules.items() if holds(value, filters)), None)
+    """The first reason to drop a value, or `None`."""
+    return next((reason for reason, applies in rules.items() if applies(value, filters)), None)
 
 
 def _is_address(row: Row) -> bool:
