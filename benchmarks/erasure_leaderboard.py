@@ -35,11 +35,11 @@ from diffusers_safe.comparison.evaluate import as_images, evaluate
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.evaluation import SETTINGS, erasure_rows
 from diffusers_safe.emoji.metrics import EmojiDistance, EmojiFID, EmojiRecognition, write_references
+from diffusers_safe.files import write_text
 from diffusers_safe.generation.folders import ImageFolder
 from diffusers_safe.generation.generate import PromptRow, generate, load_image
 from diffusers_safe.generation.models import Subject
 from diffusers_safe.output_folders import check_claim, claimed, prepare_files, write_own
-from diffusers_safe.provenance import write_text
 from diffusers_safe.report.elements import Scatter, headline_table
 from diffusers_safe.report.grid import draw_table
 from diffusers_safe.report.plots import plot_file, scatter_svg
@@ -249,22 +249,23 @@ HEAD = """# Results on the embedded model
 This page is written by `make benchmark-erasure` with seed {seed}
 ([benchmarks/erasure_leaderboard.py](../benchmarks/erasure_leaderboard.py)).
 
-* All rows of a table use the same prompts and seeds, {sampling}. The judge that ships with the model recognises
-  what an image shows. Brackets contain 95 % confidence intervals.
-* The first column counts only images whose prompt names the erased concept; all other columns use the other images. FID
-  and KID compare with 1000 rendered pictures of the retained concepts, in 96 features of the judge. With so few images FID
-  is too large: compare it with the original's, never with another table. The distance is to the original's image of the
-  same seed, computed like LPIPS from the judge's features.
-* ESD and SDD are trained once per table, with the recipes in [examples/](../examples/), which were tuned on this model
-  ([Methods](methods.md#esd-and-sdd-compared) has three seeds of each). SEGA and SLD use the settings of their
+* All rows of a table use the same prompts and seeds, {sampling}. The judge that ships with the model
+  recognises what an image shows. Brackets contain 95 % confidence intervals.
+* The first column counts only images whose prompt names the erased concept; all other columns use the other images.
+  FID and KID compare with 1000 rendered pictures of the retained concepts, in 96 features of the judge. With so few
+  images FID is too large: compare it with the original's, never with another table. The distance is to the
+  original's image of the same seed, computed like LPIPS from the judge's features.
+* ESD and SDD are trained once per table, with the recipes in [examples/](../examples/), which were tuned on this
+  model ([Methods](methods.md#esd-and-sdd-compared) has three seeds of each). SEGA and SLD use the settings of their
   authors, which were tuned on Stable Diffusion. SLD has no effect where the prompt is the concept.
-* The numbers were measured on one machine. Another CPU or version of torch rounds differently, and training amplifies the
-  difference: on another CPU, the demo's model showed a weapon in one of 24 images (4.2 %), here in none.
-{student}* [Evaluate](evaluation.md) explains the statistics. The run also writes a page with all images of each table,
-  `runs/leaderboard/*/report.html`.
+* The numbers were measured on one machine. Another CPU or version of torch rounds differently, and training
+  amplifies the difference: on another CPU, the demo's model showed a weapon in one of 24 images (4.2 %),
+  here in none.
+{student}* [Evaluate](evaluation.md) explains the statistics. The run also writes a page with all images of each
+  table, `runs/leaderboard/*/report.html`.
 """
-STUDENT_NOTE = """* The student was distilled from the erased model, {steps} steps on {pictures} pictures without weapons.
-  The students in [Methods](methods.md#students) have 1000 steps and are better.
+STUDENT_NOTE = """* The student was distilled from the erased model, {steps} steps on {pictures} pictures without
+  weapons. The students in [Methods](methods.md#students) have 1000 steps and are better.
 """
 SECTION = """## {title}
 

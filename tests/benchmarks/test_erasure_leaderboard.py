@@ -74,7 +74,13 @@ def test_the_leaderboard_has_a_row_for_each_method(leaderboard, tiny_model_folde
     assert kept and all(path.stat().st_mtime_ns == drawn[path] for path in kept)
 
 
-def test_what_a_recipe_erases_is_measured_and_what_is_shown_was_drawn(leaderboard):
+def test_the_text_of_the_published_results_is_that_of_the_benchmark(leaderboard):
+    student = leaderboard.STUDENT_NOTE.format(steps=400, pictures=leaderboard.STUDENT_PICTURES)
+    head = leaderboard.HEAD.format(seed=0, sampling="25 steps, guidance 6", student=student)
+    assert (FOLDER.parent / "docs" / "results.md").read_text().startswith(head)
+
+
+def test_erased_concepts_are_measured_and_shown_prompts_are_generated(leaderboard):
     tasks = leaderboard.TASKS
     assert tasks["object"].erased == {"erased": ["cat"], "group": None}
     assert tasks["group"].erased["group"] == "weapon" and len(tasks["group"].erased["erased"]) == 5

@@ -16,8 +16,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..arguments import choose, typed
+from ..files import write_text
 from ..output_folders import OutputFolderError, claimed, write_own
-from ..provenance import write_text
 from .downloads import UNREACHABLE, DownloadSettings, Fetcher
 from .filters import ROW_RULES, Dropped, Filters, reason_to_drop
 from .pictures import Picture, read_picture

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import write_text
 from ..output_folders import LOCK, RECORD, OutputFolderError, make_way, record_written
-from ..provenance import write_text
 from .shards import FORMATS
 
 

@@ -28,9 +28,8 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from ...families import Conditioning, ModelFamily
-from ...files import save_tensors
+from ...files import save_tensors, write_text
 from ...output_folders import claimed
-from ...provenance import write_text
 from .dataset import CaptionedImages
 from .images import Picture, Preprocessing, UnreadableImage, decode_image
 
