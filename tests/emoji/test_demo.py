@@ -41,7 +41,9 @@ def test_the_demo_erases_any_object_or_style(tiny_model_folder, tmp_path):
 def test_the_concept_had_another_name():
     assert DemoArguments().folder == DemoArguments(group="weapon").folder == Path("runs/demo/weapon-0")
     assert DemoArguments(concept="banana").folder == Path("runs/demo/banana-0")
-    with pytest.raises(ValueError, match="group fruit: is the earlier name of concept, which is banana; give one"):
+    with pytest.raises(
+        ValueError, match="group fruit: is a deprecated name of concept, which is banana; give only one"
+    ):
         DemoArguments(concept="banana", group="fruit")
     with pytest.raises(ValueError, match="concept 'zebra': unknown; allowed are weapon"):
         DemoArguments(concept="zebra")

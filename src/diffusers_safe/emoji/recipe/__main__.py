@@ -1,11 +1,11 @@
-"""Trains embedded models and their judges from nothing but the sprites. On a CPU it takes many hours:
+"""Trains the embedded models and their judges from the sprites. On a CPU this takes many hours:
 
     python -m diffusers_safe.emoji.recipe --output_dir runs/emoji
 
-The model that ships today was made by an earlier recipe (its card says how); this one has not been run to its end yet.
-It can be stopped at any moment and run again: it continues from its newest checkpoint. `--stages` limits it to some of
-its stages: once the autoencoder is trained, `unet` and `transformer` may run at the same time, a process each, and the
-judges at any time. Each stage runs in one process. Never compile the autoencoder (docs/architecture.md).
+The model that ships today was made by an earlier recipe, which its card describes; this recipe has not been run to its
+end yet. It can be stopped at any time; the same command continues from the newest checkpoint. `--stages` selects
+stages: once the autoencoder is trained, `unet` and `transformer` may run at the same time, in a process each, and the
+judges at any time. Each stage runs in a single process. Do not compile the autoencoder (docs/architecture.md).
 """
 
 import json
@@ -38,20 +38,25 @@ STAGES = ("judge", "second_judge", "autoencoder", "unet", "transformer", "assemb
 @dataclass
 class RecipeArguments:
     output_dir: str = field(metadata={"help": "Folder for checkpoints, caches and the finished models."})
-    stages: list[str] = field(default_factory=lambda: list(STAGES), metadata={"help": f"Any of {', '.join(STAGES)}."})
-    num_pictures: int = field(default=48000, metadata={"help": "Pictures rendered once and reused by every stage."})
-    judge_steps: int = field(default=4000, metadata={"help": "Steps of 64 pictures, of each judge."})
-    autoencoder_steps: int = field(default=6000, metadata={"help": "Steps of 16 pictures."})
+    stages: list[str] = field(
+        default_factory=lambda: list(STAGES), metadata={"help": f"Stages to run: {', '.join(STAGES)}."}
+    )
+    num_pictures: int = field(
+        default=48000, metadata={"help": "Number of pictures, which are rendered once and used by all stages."}
+    )
+    judge_steps: int = field(default=4000, metadata={"help": "Steps of each judge, with batch size 64."})
+    autoencoder_steps: int = field(default=6000, metadata={"help": "Steps of the autoencoder, with batch size 16."})
     unet_coarse_steps: list[int] = field(
-        default_factory=lambda: [3000], metadata={"help": "Steps of 64 latents of half the size, of each round."}
+        default_factory=lambda: [3000],
+        metadata={"help": "Steps of each round on latents of half the size, with batch size 64."},
     )
     unet_steps: list[int] = field(
-        default_factory=lambda: [4000, 6000], metadata={"help": "Steps of 32 pictures, of each round that follows."}
+        default_factory=lambda: [4000, 6000], metadata={"help": "Steps of each following round, with batch size 32."}
     )
     transformer_steps: list[int] = field(
-        default_factory=lambda: [4000, 6000, 8000], metadata={"help": "Steps of 32 pictures, of each round."}
+        default_factory=lambda: [4000, 6000, 8000], metadata={"help": "Steps of each round, with batch size 32."}
     )
-    checkpoint_minutes: float = field(default=5.0, metadata={"help": "Minutes between two checkpoints of a stage."})
+    checkpoint_minutes: float = field(default=5.0, metadata={"help": "Minutes between checkpoints."})
     seed: int = field(default=0, metadata={"help": "Seed of pictures, batches, noise and initial weights."})
 
     def __post_init__(self):
@@ -151,9 +156,9 @@ def _save(pipeline, folder: Path, text_encoders: list[str]) -> Path:
     with written_aside(folder) as aside:
         pipeline.to(dtype=torch.float16).save_pretrained(aside, safe_serialization=True)
         for name in text_encoders:
-            # transformers would load its part in the dtype noted here, diffusers loads in float32: they must agree.
+            # transformers loads with the dtype of the config, diffusers with float32; they must agree.
             _edit_config(aside / name, lambda config: {**config, "dtype": "float32"})
-        # Where the autoencoder came from is a path of this machine.
+        # The name of the autoencoder is a path on this machine.
         _edit_config(aside / "vae", lambda config: {k: v for k, v in config.items() if k != "_name_or_path"})
     pipeline.to(dtype=torch.float32)
     return folder
