@@ -1,11 +1,11 @@
-"""What a step of distillation takes: a plain loop, ours, and ours with --cache_latents.
+"""Time of a distillation step: a plain loop, our loop, and our loop with --cache_latents.
 
     python benchmarks/distillation_speed.py
     python benchmarks/distillation_speed.py --model CompVis/stable-diffusion-v1-4 --train_batch_size 8  # not run here
 
-The plain loop is the reference's: autoencoder and text encoder run at every step, both UNets catch their features, all
-in float32. The ways take turns, round after round, so that a machine whose speed wanders hurts them alike; the ratio
-is taken within each round.
+The plain loop follows the reference implementation: autoencoder and text encoder run at every step, the features of
+both UNets are captured, and everything is float32. The variants alternate in each round, so that changes of the
+machine's speed affect all of them; ratios are computed within each round.
 """
 
 import tempfile
@@ -34,12 +34,12 @@ from diffusers_safe.training.pictures import Preprocessing, make_pictures, open_
 
 @dataclass
 class SpeedArguments:
-    model: str = field(default=str(MODEL_FOLDER), metadata={"help": "The teacher: folder or Hub id."})
-    student: str = field(default="bk-small", metadata={"help": "Of it."})
-    train_batch_size: int = field(default=8, metadata={"help": "Samples a step."})
-    num_images: int = field(default=128, metadata={"help": "Pictures to train on."})
-    rounds: int = field(default=8, metadata={"help": "How often every way is timed; the first is not counted."})
-    steps: int = field(default=3, metadata={"help": "Steps of a round."})
+    model: str = field(default=str(MODEL_FOLDER), metadata={"help": "Teacher: folder or Hub id."})
+    student: str = field(default="bk-small", metadata={"help": "Name of the student."})
+    train_batch_size: int = field(default=8, metadata={"help": "Samples per step."})
+    num_images: int = field(default=128, metadata={"help": "Number of training pictures."})
+    rounds: int = field(default=8, metadata={"help": "Number of timed rounds, plus one that is not counted."})
+    steps: int = field(default=3, metadata={"help": "Steps per round."})
 
     def __post_init__(self):
         for name in ("train_batch_size", "num_images", "rounds", "steps"):
@@ -48,7 +48,7 @@ class SpeedArguments:
 
 
 class PlainLoop:
-    """Task, output and feature terms as one writes them down."""
+    """A straightforward implementation of the task, output and feature terms."""
 
     def __init__(self, args: DistillationArguments, device: torch.device):
         self.args, self.device = args, device
@@ -86,8 +86,8 @@ class PlainLoop:
         return loss.item()
 
 
-def make_ways(args: SpeedArguments, folder: Path, accelerator: Accelerator) -> dict:
-    """Name -> something with `train_step`."""
+def make_variants(args: SpeedArguments, folder: Path, accelerator: Accelerator) -> dict:
+    """The variants by name; each has a method `train_step`."""
     data = folder / "data"
     data.mkdir()
     emoji_dataset(args.num_images, cache_dir=str(folder / "arrow")).to_parquet(data / FILE_NAME)
@@ -119,16 +119,16 @@ def main() -> None:
     args = parse_dataclass(SpeedArguments, __doc__)
     accelerator = Accelerator()
     with exit_with_error(), tempfile.TemporaryDirectory() as folder:
-        ways = make_ways(args, Path(folder), accelerator)
-        times = {name: [] for name in ways}
+        variants = make_variants(args, Path(folder), accelerator)
+        times = {name: [] for name in variants}
         for turn in tqdm(range(args.rounds + 1), "rounds"):
-            for name, way in ways.items():
+            for name, variant in variants.items():
                 started = time.perf_counter()
                 for step in range(args.steps):
-                    way.train_step(turn * args.steps + step)
+                    variant.train_step(turn * args.steps + step)
                 if turn > 0:
                     times[name].append((time.perf_counter() - started) / args.steps)
-    print("| | s/step | ratio to the plain loop, median [least, most] |\n|---|---|---|")
+    print("| | s/step | ratio to the plain loop, median [min, max] |\n|---|---|---|")
     for name, spent in times.items():
         ratio = np.array(spent) / np.array(times["plain loop"])
         print(f"| {name} | {np.median(spent):.3f} | {np.median(ratio):.2f} [{ratio.min():.2f}, {ratio.max():.2f}] |")

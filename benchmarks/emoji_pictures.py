@@ -1,11 +1,11 @@
-"""Pictures by which to judge an embedded model by eye.
+"""Images for judging an embedded model by eye.
 
     python benchmarks/emoji_pictures.py --model emoji --output_dir runs/pictures
     python benchmarks/emoji_pictures.py --model emoji --output_dir runs/pictures --page docs/images/emoji.jpg
 
-The page shows every object: the sprite, then what the model generates for `"a {object}"` with three seeds. Next to it,
-in a folder `blind`, lie as many pictures as there are objects, one of each, shuffled and without their names, to be
-named by someone who has not seen the prompts; `blind/answers.json` has the names.
+The page shows each object: its sprite, and the images that the model generates for `"a {object}"` with three seeds.
+The folder `blind` contains one image of each object, shuffled and without names, for a blind test by a person who has
+not seen the prompts. `blind/answers.json` contains the names.
 """
 
 import json
@@ -26,7 +26,7 @@ from diffusers_safe.generation.generate import generate, load_images
 from diffusers_safe.loading import load_pipeline
 
 
-SIDE, COLUMNS, LABEL, GAP = 96, 3, 20, 12  # pixels; objects side by side
+SIDE, COLUMNS, LABEL, GAP = 96, 3, 20, 12  # COLUMNS is in objects, the others in pixels
 
 
 @typed
@@ -34,11 +34,13 @@ SIDE, COLUMNS, LABEL, GAP = 96, 3, 20, 12  # pixels; objects side by side
 class PicturesArguments:
     output_dir: str = field(metadata={"help": "Folder for the images, the page and the blind test."})
     model: str = field(default=MODEL_NAME, metadata={"help": "Name of an embedded model, or folder of a pipeline."})
-    seeds: int = field(default=3, metadata={"help": "Images of each object on the page."})
-    seed: int = field(default=0, metadata={"help": "Every image's own seed follows from it."})
+    seeds: int = field(default=3, metadata={"help": "Images per object on the page."})
+    seed: int = field(default=0, metadata={"help": "Seed from which the seeds of all images are derived."})
     num_inference_steps: int = field(default=SETTINGS.num_inference_steps, metadata={"help": "Sampler steps."})
     guidance_scale: float = field(default=SETTINGS.guidance_scale, metadata={"help": "Classifier-free guidance."})
-    page: str | None = field(default=None, metadata={"help": "File of the page; default page.png in the folder."})
+    page: str | None = field(
+        default=None, metadata={"help": "File of the page. Default: page.png in the output folder."}
+    )
 
     def __post_init__(self):
         for name in ("seeds", "num_inference_steps"):
@@ -47,7 +49,7 @@ class PicturesArguments:
 
 
 def make_page(images: dict[str, list[Image.Image]]) -> Image.Image:
-    """One page of all objects, each with its sprite, its name and its images."""
+    """A page of all objects, each with its name, its sprite and its images."""
     count = 1 + max(map(len, images.values()))
     width, height = count * SIDE + (count - 1) * 4, LABEL + SIDE
     rows = -(-len(images) // COLUMNS)
@@ -66,7 +68,7 @@ def make_page(images: dict[str, list[Image.Image]]) -> Image.Image:
 
 
 def write_blind_test(images: dict[str, list[Image.Image]], folder: Path, seed: int) -> None:
-    """A picture of each object under a number, in a random order, and what they are."""
+    """Writes one numbered image of each object in random order, and a file with their names."""
     rng = np.random.default_rng(seed)
     names = [str(name) for name in rng.permutation(list(images))]
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,16 +1,16 @@
-"""All ways to keep a concept out of the embedded model beside each other: one object, a group of objects, a style.
+"""Compares all methods that remove a concept from the embedded model: one object, a group of objects, and a style.
 
     python benchmarks/erasure_leaderboard.py --output_dir runs/leaderboard
     python benchmarks/erasure_leaderboard.py --output_dir runs/leaderboard-quick --quick
 
-The table has the shape of SDD's (arXiv 2307.05977): the concept's rate, what is left of the others, FID, distance to
-the original's images, and how well images show what was asked for; by the judge that ships with the model. Rows are
-the model itself, what acts while sampling (a negative prompt, SEGA, SLD), what changes the weights (ESD, SDD, by
-`examples/emoji-*.yaml`), and a student of the erased model. Trainings and images that are finished are kept. Without
-a GPU there is a process with one thread for each core.
+The table has the form of the table in the paper of SDD (arXiv 2307.05977): the rate of the concept, the rate of other
+concepts, FID, distance to the original's images, and how well images match their prompts, all by the judge that ships
+with the model. Rows are the model itself, methods that act during sampling (a negative prompt, SEGA, SLD), methods
+that change the weights (ESD, SDD, with `examples/emoji-*.yaml`), and a student of the erased model. Finished trainings
+and images are not repeated. Without a GPU, a process with one thread runs on each core.
 
-`--quick` does one object only, by fewer methods. `--docs docs` writes the table and the pictures into that folder.
-A new method proves itself in a row of its own, as a model (or a file of models) of `diffusers-safe evaluate`:
+`--quick` runs one object with fewer methods. `--docs docs` writes the table and the images to that folder. To compare
+a new method, add it as a row, as a model (or a file of models) of `diffusers-safe evaluate`:
 
     python benchmarks/erasure_leaderboard.py --output_dir runs/leaderboard --tasks object --methods mine=runs/mine
 """
@@ -55,13 +55,13 @@ ALL = ("esd-x", "esd-u", "sdd"), ("weak", "medium", "strong", "max")
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to erase.
+    """A concept to erase.
 
     Attributes:
-        title (`str`): Heading of its table.
-        concept (`str`): As what acts while sampling is told.
-        recipes (`str`): Head of the names of its recipes.
-        shown (`tuple[str, ...]`): Prompts of its picture.
+        title (`str`): Heading of the table.
+        concept (`str`): Prompt for the methods that act during sampling.
+        recipes (`str`): Prefix of the names of its recipes.
+        shown (`tuple[str, ...]`): Prompts of the picture.
     """
 
     title: str
@@ -71,7 +71,7 @@ class Task:
 
     @property
     def erased(self) -> dict:
-        """As [`erasure_rows`] takes it."""
+        """The erased concept, as arguments of [`erasure_rows`]."""
         return {"erased": [], **erased_by(RECIPES[f"{self.recipes}-sdd"])}
 
 
@@ -94,13 +94,16 @@ TASKS = {
 
 @dataclass
 class LeaderboardArguments:
-    output_dir: str = field(metadata={"help": "Folder for trainings, images and reports; finished ones are kept."})
-    quick: bool = field(default=False, metadata={"help": "One object only, by fewer methods."})
-    tasks: list[str] = field(default_factory=list, metadata={"help": f"Of {', '.join(TASKS)}; default all."})
-    seed: int = field(default=0, metadata={"help": "Of trainings and images."})
-    student_steps: int = field(default=400, metadata={"help": "Steps of the student's training; 0 leaves it out."})
+    output_dir: str = field(
+        metadata={"help": "Folder for trainings, images and reports. Finished ones are not repeated."}
+    )
+    quick: bool = field(default=False, metadata={"help": "One object only, with fewer methods."})
+    tasks: list[str] = field(default_factory=list, metadata={"help": f"Tasks: {', '.join(TASKS)}. Default: all."})
+    seed: int = field(default=0, metadata={"help": "Seed of trainings and images."})
+    student_steps: int = field(default=400, metadata={"help": "Training steps of the student; 0 leaves it out."})
     methods: list[str] = field(
-        default_factory=list, metadata={"help": "More rows: name=MODEL ..., or one .yaml; with one of --tasks only."}
+        default_factory=list,
+        metadata={"help": "Additional rows: name=MODEL ..., or one .yaml; only with a single task."},
     )
     docs: str | None = field(default=None, metadata={"help": "Folder for results.md and images/leaderboard-*."})
 
@@ -114,11 +117,11 @@ class LeaderboardArguments:
         self.tasks = self.tasks or (["object"] if self.quick else list(TASKS))
         self.own_rows = read_subjects(self.methods)
         if self.own_rows and len(self.tasks) > 1:
-            raise ValueError(f"methods {' '.join(self.methods)}: name the one of --tasks that they are for")
+            raise ValueError(f"methods {' '.join(self.methods)}: name the task that they are for with --tasks")
 
 
 class Leaderboard:
-    """Trainings, images and measurements of all tasks, in a folder that keeps what is finished."""
+    """Trainings, images and measurements of all tasks, in a folder that keeps finished results."""
 
     def __init__(self, args: LeaderboardArguments):
         self.args, self.folder = args, Path(args.output_dir)
@@ -130,7 +133,7 @@ class Leaderboard:
         self.student_options, self.student_models = options, folder_of(options) / "models"
 
     def train(self) -> None:
-        """All recipes; the longest first, so that no core is idle for long at the end."""
+        """Trains all recipes, the longest first, so that no core is idle for long at the end."""
         steps = {
             f"{TASKS[task].recipes}-{method}": yaml.safe_load(RECIPES[f"{TASKS[task].recipes}-{method}"].read_text())
             for task in self.args.tasks
@@ -144,7 +147,7 @@ class Leaderboard:
         return self.folder / "models" / f"{recipe}-{self.args.seed}"
 
     def subjects(self, name: str) -> list[Subject | ImageFolder]:
-        """The rows of a task's table."""
+        """The rows of the table of a task."""
         task, base = TASKS[name], str(MODEL_FOLDER)
         rows = [
             Subject("original", base),
@@ -160,18 +163,18 @@ class Leaderboard:
     def rows(self, name: str) -> list[PromptRow]:
         return erasure_rows(**TASKS[name].erased, images_per_object=1, seed=self.args.seed)
 
-    def draw(self) -> None:
-        """The images of all rows; the student's first, because it must be trained before."""
+    def generate(self) -> None:
+        """Generates the images of all rows, those of the student first, because it must be trained before."""
         jobs = [(name, subject) for name in self.args.tasks for subject in self.subjects(name)]
         jobs = [job for job in jobs if isinstance(job[1], Subject)]
         jobs.sort(key=lambda job: not self._is_student(job[1]))
         with ProcessPoolExecutor(self.workers, get_context("spawn"), _use_one_thread) as pool:
-            list(pool.map(self._draw, *zip(*jobs)))
+            list(pool.map(self._generate, *zip(*jobs)))
 
     def _is_student(self, subject: Subject) -> bool:
         return Path(subject.model).parent == self.student_models
 
-    def _draw(self, name: str, subject: Subject) -> None:
+    def _generate(self, name: str, subject: Subject) -> None:
         if self._is_student(subject):
             self._train_student(self.model(f"{TASKS[name].recipes}-sdd"))
         pipeline, settings = subject.load(SETTINGS)
@@ -179,14 +182,14 @@ class Leaderboard:
         generate(pipeline, self.rows(name), folder, settings, BATCH_SIZE, f"{name}: {subject.name}")
 
     def _train_student(self, teacher: Path) -> None:
-        """Of the erased model, on captions that do not name what was erased."""
+        """Trains a student of the erased model on captions that do not name the erased concept."""
         self.student_models.mkdir(parents=True, exist_ok=True)
         if not (self.student_models / "erased-teacher").exists():
             (self.student_models / "erased-teacher").symlink_to(teacher.resolve())
         train_student(STUDENT, self.student_options)
 
     def measure(self, name: str) -> str:
-        """Measures a task and draws its plot and its picture, a row a method; the section about it."""
+        """Measures a task, writes its plot and its picture, and returns its section of the page."""
         task, folder = TASKS[name], self.folder / name
         erased, style = task.erased["erased"], task.erased.get("style")
         references = write_references(folder / "references", erased, style)
@@ -212,7 +215,7 @@ class Leaderboard:
 
 
 def _use_one_thread() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"  # of what this process starts
+    os.environ["OMP_NUM_THREADS"] = "1"  # for processes that this process starts
     torch.set_num_threads(1)
 
 
@@ -228,7 +231,7 @@ def main() -> None:
     with exit_with_error(), claimed(args.output_dir):
         leaderboard = Leaderboard(args)
         leaderboard.train()
-        leaderboard.draw()
+        leaderboard.generate()
         sections = [leaderboard.measure(name) for name in args.tasks]
         sampling = f"{SETTINGS.num_inference_steps} steps, guidance {SETTINGS.guidance_scale:g}"
         student = STUDENT_NOTE if args.student_steps and "group" in args.tasks else ""

@@ -1,10 +1,10 @@
-"""Peak memory of erasing cross-attention from a UNet of SD 1.x's real size, random weights, in float32.
+"""Peak memory of erasure training (cross-attention) with a UNet of the size of SD 1.x, random weights, float32.
 
     python benchmarks/erasure_memory.py
     python benchmarks/erasure_memory.py --gradient_checkpointing true
 
-One optimizer step of SDD at batch size 1, by our loop and by the plain loop of the paper with two UNets and gradients
-for everything, each in a process of its own; needs some 20 GB. Goal: under 60 % of the plain loop.
+One optimizer step of SDD at batch size 1, with our loop and with the plain loop of the paper (two UNets, gradients for
+all weights), each in a separate process. Requires about 20 GB. Goal: less than 60 % of the plain loop.
 """
 
 from dataclasses import dataclass, field
@@ -25,10 +25,14 @@ GIB = 2**30
 
 @dataclass
 class MemoryArguments:
-    size: str = field(default="sd-1", metadata={"help": f"Of the UNet: {', '.join(UNETS)}."})
-    latent_size: int = field(default=64, metadata={"help": "Height and width of the latents; 64 is 512 pixels."})
-    num_inference_steps: int = field(default=2, metadata={"help": "Of the sampler; more take longer, not more room."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "In our loop."})
+    size: str = field(default="sd-1", metadata={"help": f"Size of the UNet: {', '.join(UNETS)}."})
+    latent_size: int = field(
+        default=64, metadata={"help": "Height and width of the latents; 64 corresponds to 512 pixels."}
+    )
+    num_inference_steps: int = field(
+        default=2, metadata={"help": "Number of sampling steps; more take longer, but no more memory."}
+    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Use gradient checkpointing in our loop."})
 
     def __post_init__(self):
         if self.size not in UNETS:
@@ -40,7 +44,7 @@ class MemoryArguments:
 
 
 def plain_peak(args: MemoryArguments) -> tuple[int, int]:
-    """Peak in bytes before the step, and after it."""
+    """Peak memory in bytes before and after the step."""
     device = Accelerator().device
     loop = PlainLoop(random_pipeline(args.size, args.latent_size), "a knife", args.num_inference_steps, device)
     before = peak_bytes(device)

@@ -1,9 +1,9 @@
-"""What each of the demo's SDD settings does: erasing without destroying, on the embedded model.
+"""The effect of each SDD setting of the demo, on the embedded model.
 
     python benchmarks/sdd_ablation.py --output_dir runs/sdd
 
-Every row is one run of `train_sdd.py` that erases "weapon" with all its members, then the evaluation of the demo. The
-table (Markdown, also in `table.md`) shows erasure beside retention. Finished rows are kept when it is run again.
+Each row is one run of `train_sdd.py` that erases "weapon" with all its members, and the evaluation of the demo. The
+table (Markdown, also in `table.md`) shows erasure and retention. Finished rows are not repeated.
 """
 
 from dataclasses import dataclass, field
@@ -45,9 +45,9 @@ VARIANTS = {
 
 @dataclass
 class AblationArguments:
-    output_dir: str = field(metadata={"help": "Folder for all runs; finished ones are kept."})
-    only: list[str] = field(default_factory=list, metadata={"help": "Names of rows; default all."})
-    images_per_prompt: int = field(default=4, metadata={"help": "Images of each prompt."})
+    output_dir: str = field(metadata={"help": "Folder for all runs. Finished runs are not repeated."})
+    only: list[str] = field(default_factory=list, metadata={"help": "Names of rows. Default: all."})
+    images_per_prompt: int = field(default=4, metadata={"help": "Images per prompt."})
     train_seed: int = field(default=0, metadata={"help": "Seed of the trainings."})
     image_seed: int = field(default=0, metadata={"help": "Seed of the images."})
 
@@ -62,7 +62,7 @@ class AblationArguments:
 
 
 def train(name: str, args: AblationArguments) -> StableDiffusionPipeline:
-    """The model of a row; trained unless it is there."""
+    """The model of a row. It is trained unless it exists."""
     folder = Path(args.output_dir) / "models" / f"{name.replace(' ', '-')}-{args.train_seed}"
     return train_demo(folder, args.train_seed, VARIANTS[name])
 

@@ -96,7 +96,7 @@ def test_erased_concepts_are_measured_and_shown_prompts_are_generated(leaderboar
         (["--tasks", "objects"], "tasks objects: unknown; allowed are object, group, style"),
         (["--seed", "-1"], "seed -1: must be at least 0"),
         (["--student_steps", "-1"], "student_steps -1: must be at least 0"),
-        (["--methods", "mine=x"], "methods mine=x: name the one of --tasks that they are for"),
+        (["--methods", "mine=x"], "methods mine=x: name the task that they are for with --tasks"),
         (["--tasks", "object", "--methods", "mine=nowhere"], "model 'nowhere': no folder or Hub repository"),
     ],
 )

@@ -42,7 +42,7 @@ def emoji_dataset(num_images: int, seed: int = 0, hold_out: bool = True, cache_d
         cache_dir (`str`, *optional*): Cache folder of `datasets`.
 
     Returns:
-        `datasets.Dataset`: Columns `image`, `caption`, `object`, `group`, `background` and `style` (`"plain"` for none).
+        `datasets.Dataset`: Columns `image`, `caption`, `object`, `group`, `background`, `style` (`"plain"` for none).
         A caption does not name all of them.
 
     Raises:
