@@ -67,7 +67,7 @@ class ArithmeticArguments:
 
 @dataclass
 class Variant:
-    """A variant of training: `step(number)` runs an optimizer step, `ahead` counts the forward passes before the first."""
+    """A variant of training: `step(number)` runs a step, `ahead` counts the forward passes before the first step."""
 
     step: Callable[[int], object]
     forwards: list[int]

@@ -84,7 +84,7 @@ def test_the_speed_of_a_step(load, capsys, monkeypatch):
 # With a GPU the same call is the benchmark itself, which takes minutes.
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_is_exit_with_error(load):
-    with pytest.raises(SystemExit, match="^error: there is no GPU here; --device cpu --size tiny tries the program$"):
+    with pytest.raises(SystemExit, match="^error: no GPU is available; --device cpu --size tiny tries the program$"):
         load("erasure_gpu").main([])
 
 
