@@ -1,4 +1,4 @@
-"""The leaderboard of erasure methods: a tiny run with a tiny model in the place of every trained one."""
+"""The leaderboard of erasure methods: a tiny run with a tiny model instead of the trained ones."""
 
 import importlib
 import json
@@ -20,7 +20,7 @@ METHODS = ["original", "negative prompt", "SEGA", "SLD medium", "SLD max", "ESD-
 
 @pytest.fixture
 def leaderboard(on_cpu, monkeypatch, tiny_model_folder):
-    """The benchmark without trainings, on the prompts that its picture shows, in one step."""
+    """The benchmark without trainings, with a few prompts and two sampling steps."""
     monkeypatch.syspath_prepend(str(FOLDER))
     module = importlib.import_module("erasure_leaderboard")
     trained, all_rows = [], module.erasure_rows
@@ -100,7 +100,7 @@ def test_erased_concepts_are_measured_and_shown_prompts_are_generated(leaderboar
         (["--tasks", "object", "--methods", "mine=nowhere"], "model 'nowhere': no folder or Hub repository"),
     ],
 )
-def test_bad_arguments_are_refused(leaderboard, tmp_path, capsys, words, message):
+def test_invalid_arguments_are_refused(leaderboard, tmp_path, capsys, words, message):
     with pytest.raises(SystemExit) as stop:
         leaderboard.run("--output_dir", tmp_path / "out", *words)
     error = capsys.readouterr().err

@@ -36,7 +36,7 @@ def test_the_speed_of_generation(main, tiny_model_folder, capsys):
     ("words", "message"),
     [("--batch_sizes 2 0", "batch_sizes [2, 0]: must be"), ("--rounds 0", "rounds 0: must be at least 1")],
 )
-def test_bad_arguments_are_refused(main, capsys, words, message):
+def test_invalid_arguments_are_refused(main, capsys, words, message):
     with pytest.raises(SystemExit) as stop:
         main(words)
     error = capsys.readouterr().err
