@@ -67,7 +67,7 @@ def train(recipe: Path, folder: Path, seed: int, threads: int | None = None) -> 
         if code := subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode:
             raise SystemExit(code)
         write_own(note, recipe.read_text())
-    elif note.read_text() != recipe.read_text():
+    elif yaml.safe_load(note.read_text()) != yaml.safe_load(recipe.read_text()):
         raise ValueError(f"{folder}: was trained with other settings, see {note}; give another --output_dir")
 
 
