@@ -15,7 +15,7 @@ from diffusers_safe.erasure.arguments import SDDArguments, parse_arguments
 
 
 def test_the_demo_runs_the_public_script_with_arguments_it_takes(tiny_model_folder, tmp_path):
-    """Another model's name in the same command does for that model."""
+    """The same command works with the name of another model."""
     command = erasure_command(tiny_model_folder, "weapon", tmp_path / "out", seed=3)
     module = command.index("diffusers_safe.training.sdd")
     args = parse_arguments(SDDArguments, "", command[module + 1 :])
@@ -38,7 +38,7 @@ def test_the_demo_erases_any_object_or_style(tiny_model_folder, tmp_path):
         assert concept not in demo.retained_prompts(concept)
 
 
-def test_the_concept_had_another_name():
+def test_the_deprecated_name_of_the_concept_works():
     assert DemoArguments().folder == DemoArguments(group="weapon").folder == Path("runs/demo/weapon-0")
     assert DemoArguments(concept="banana").folder == Path("runs/demo/banana-0")
     with pytest.raises(

@@ -15,7 +15,7 @@ def test_filters_and_their_counts(server, tmp_path):
         {"URL": server.url("5.png"), "TEXT": " ", "score": 9.0},
         {"URL": server.url("6.png"), "TEXT": None, "score": 9.0},
         {"URL": server.url("7.png"), "TEXT": "not pretty", "score": 5.9},
-        {"URL": server.url("8.png"), "TEXT": "nobody knows", "score": None},
+        {"URL": server.url("8.png"), "TEXT": "no score", "score": None},
         {"URL": server.url("size-39x80.png"), "TEXT": "too narrow", "score": 6.0},
         {"URL": server.url("size-40x81.png"), "TEXT": "too long", "score": 6.0},
         {"URL": server.url("size-80x40.png"), "TEXT": "just right", "score": 6.0},

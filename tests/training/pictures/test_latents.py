@@ -76,7 +76,7 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-# --- what is in it ---------------------------------------------------------------------------------------------------
+# --- content ---------------------------------------------------------------------------------------------------------
 
 
 def test_cache_by_hand(make_cache, data, family, emoji):
