@@ -38,30 +38,41 @@ def read_concepts(values: list[str], name: str = "concepts") -> list[str]:
         `ValueError`: If the list or a file is empty, an entry is blank, contains a line break or is a list in
             brackets, or a file does not exist.
     """
-    found = []
-    for value in values:
-        if _OTHER_FILE.fullmatch(value.strip()):
-            raise ValueError(
-                f"{name} {value:.200}: this kind of file is not supported; use a .txt file with one per line"
-            )
-        found += _read_lines(Path(value), name) if value.strip().lower().endswith(".txt") else [value.strip()]
+    found = [entry for value in values for entry in _read_entries(value, name)]
     if not found or not all(map(_is_visible, found)):
         raise ValueError(f"{name} {list(values)!r:.200}: give at least one {_entry(name)}, and no blank one")
-    kept = {}
+    entries = _without_duplicates(found, name)
+    for entry in entries:
+        _check_entry(entry, name)
+    return entries
+
+
+def _read_entries(value: str, name: str) -> list[str]:
+    if _OTHER_FILE.fullmatch(value.strip()):
+        raise ValueError(f"{name} {value:.200}: this kind of file is not supported; use a .txt file with one per line")
+    return _read_lines(Path(value), name) if value.strip().lower().endswith(".txt") else [value.strip()]
+
+
+def _without_duplicates(found: list[str], name: str) -> list[str]:
+    """The first of all entries that differ only in case or spaces."""
+    kept, counts = {}, Counter()
     for entry in found:
-        kept.setdefault(" ".join(entry.split()).casefold(), entry)
+        key = " ".join(entry.split()).casefold()
+        kept.setdefault(key, entry)
+        counts[key] += 1
     if len(kept) < len(found):
-        counts = Counter(" ".join(entry.split()).casefold() for entry in found)
         repeated = [f"'{kept[key]:.80}' ({count} times)" for key, count in counts.items() if count > 1]
         more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
         note("%s: duplicates are used once: %s", name, ", ".join(repeated[:5]) + more)
-    for entry in kept.values():
-        if "\n" in entry or (entry.startswith("[") and entry.endswith("]")):
-            raise ValueError(f"{name} {entry!r:.200}: is a list in a single text; give each {_entry(name)} separately")
-        if not name.endswith("prompts") and len(parts := _SEPARATORS.split(entry)) > 1:
-            separate = " ".join(f'"{part.strip()}"' for part in parts if part.strip())
-            note('%s: "%s" is a single concept; for %d concepts use --%s %s', name, entry, len(parts), name, separate)
     return list(kept.values())
+
+
+def _check_entry(entry: str, name: str) -> None:
+    if "\n" in entry or (entry.startswith("[") and entry.endswith("]")):
+        raise ValueError(f"{name} {entry!r:.200}: is a list in a single text; give each {_entry(name)} separately")
+    if not name.endswith("prompts") and len(parts := _SEPARATORS.split(entry)) > 1:
+        separate = " ".join(f'"{part.strip()}"' for part in parts if part.strip())
+        note('%s: "%s" is a single concept; for %d concepts use --%s %s', name, entry, len(parts), name, separate)
 
 
 def _read_lines(path: Path, name: str) -> list[str]:

@@ -20,7 +20,7 @@ HEADS = {
     "style": ["plain", *STYLES],
     "background": list(BACKGROUNDS),
 }
-LAYERS_A_LEVEL = 6
+LAYERS_PER_LEVEL = 6
 _WEIGHTS = "model.safetensors"
 
 
@@ -67,8 +67,8 @@ class EmojiClassifier(nn.Module):
         """Pictures `(B, 3, 64, 64)` in [0, 1] to four feature maps, 32, 16, 8 and 4 pixels wide."""
         _check_pictures(pictures)
         hidden, levels = pictures * 2 - 1, []
-        for start in range(0, len(self.stem), LAYERS_A_LEVEL):
-            hidden = self.stem[start : start + LAYERS_A_LEVEL](hidden)
+        for start in range(0, len(self.stem), LAYERS_PER_LEVEL):
+            hidden = self.stem[start : start + LAYERS_PER_LEVEL](hidden)
             levels.append(hidden)
         return levels
 

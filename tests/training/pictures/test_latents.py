@@ -50,7 +50,7 @@ def sd(make_families):
 
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch):
-    monkeypatch.setattr(latent_cache, "ROWS_A_FILE", 7)
+    monkeypatch.setattr(latent_cache, "ROWS_PER_FILE", 7)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -35,9 +35,21 @@ from .images import Picture, Preprocessing, UnreadableImage, decode_image
 
 
 FILE_NAME = "cache.json"
-ROWS_A_FILE = 512
+ROWS_PER_FILE = 512
 # The relative rounding error is below 1/2000; the lowest noise level of Stable Diffusion is 60 times as large.
 DTYPE = torch.float16
+
+
+class CacheFile(NamedTuple):
+    """A file of a cache: `"texts"` or `"moments"` of some rows."""
+
+    kind: str
+    number: int
+    rows: range
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.number:05}.safetensors"
 
 
 class LatentCache:
@@ -111,7 +123,7 @@ class LatentCache:
                 values that float16 cannot represent.
         """
         processes = PartialState()
-        missing = [file for file in self._files() if not self._has(*file)]
+        missing = [file for file in self._files() if not self._exists(file)]
         self._check_space(missing)
         processes.wait_for_everyone()  # all processes look for files before one writes
         with claimed(self.folder) if missing and processes.is_main_process else nullcontext():
@@ -120,7 +132,7 @@ class LatentCache:
 
     def _encode(
         self,
-        missing: list[tuple[str, int, range]],
+        missing: list[CacheFile],
         processes: PartialState,
         device: torch.device | str,
         batch_size: int,
@@ -131,19 +143,19 @@ class LatentCache:
             write_text(self.folder / FILE_NAME, json.dumps(self.identity, indent=2) + "\n")
         processes.wait_for_everyone()
         if own := missing[processes.process_index :: processes.num_processes]:
-            total = sum(len(rows) for _, _, rows in own)
+            total = sum(len(file.rows) for file in own)
             hidden = not (progress_bar and processes.is_main_process)
             with (
                 self._encoders_on(device),
                 ThreadPoolExecutor(max(1, num_workers), "pictures") as pool,
                 tqdm(total=total, desc="encoding captions and pictures", disable=hidden) as bar,
             ):
-                for kind, number, rows in own:
-                    if kind == "moments":
-                        tensors, notes = self._encode_pictures(rows, device, batch_size, pool, bar)
+                for file in own:
+                    if file.kind == "moments":
+                        tensors, notes = self._encode_pictures(file.rows, device, batch_size, pool, bar)
                     else:
-                        tensors, notes = self._encode_captions(rows, device, batch_size, bar), {}
-                    self._write(self._path(kind, number), tensors, notes)
+                        tensors, notes = self._encode_captions(file.rows, device, batch_size, bar), {}
+                    self._write(self.folder / file.name, tensors, notes)
         processes.wait_for_everyone()
 
     @contextmanager
@@ -157,18 +169,18 @@ class LatentCache:
             for encoder, home in homes.items():
                 encoder.to(home)
 
-    def _files(self) -> Iterator[tuple[str, int, range]]:
-        """Kind, number and rows of each file."""
+    def _files(self) -> Iterator[CacheFile]:
+        """The files of the complete cache."""
         for kind, count in (("texts", len(self.captions)), ("moments", len(self.data))):
-            for first in range(0, count, ROWS_A_FILE):
-                yield kind, first // ROWS_A_FILE, range(first, min(first + ROWS_A_FILE, count))
+            for first in range(0, count, ROWS_PER_FILE):
+                yield CacheFile(kind, first // ROWS_PER_FILE, range(first, min(first + ROWS_PER_FILE, count)))
 
-    def _path(self, kind: str, number: int) -> Path:
-        return self.folder / f"{kind}-{number:05}.safetensors"
-
-    def _has(self, kind: str, number: int, rows: range) -> bool:
-        path = self._path(kind, number)
-        return path.is_file() and self._open(path) is not None
+    def _exists(self, file: CacheFile) -> bool:
+        path = self.folder / file.name
+        if not path.is_file():
+            return False
+        self._open(path)  # checks the file
+        return True
 
     def _open(self, path: Path) -> safe_open:
         try:
@@ -183,10 +195,10 @@ class LatentCache:
     def _notes(file: safe_open) -> dict[str, Any]:
         return json.loads((file.metadata() or {}).get("notes", "{}"))
 
-    def _check_space(self, missing: list[tuple[str, int, range]]) -> None:
+    def _check_space(self, missing: list[CacheFile]) -> None:
         if not missing:
             return
-        rows = {kind: sum(len(rows) for of, _, rows in missing if of == kind) for kind in ("texts", "moments")}
+        rows = {kind: sum(len(file.rows) for file in missing if file.kind == kind) for kind in ("texts", "moments")}
         channels, height, width = self.family.latent_shape
         moments = (2 if self.preprocessing.random_flip else 1) * 2 * channels * height * width
         texts = sum(value[0].numel() for value in self.family.encode([""]).values())
@@ -259,8 +271,8 @@ class LatentCache:
     def _map(self) -> None:
         """Memory-maps the files of the finished cache."""
         files: dict[str, list[safe_open]] = {"texts": [], "moments": []}
-        for kind, number, _ in self._files():
-            files[kind].append(self._open(self._path(kind, number)))
+        for file in self._files():
+            files[file.kind].append(self._open(self.folder / file.name))
         # Slices only read the requested rows.
         self._slices = {
             kind: [{name: file.get_slice(name) for name in file.keys()} for file in own]  # noqa: SIM118
@@ -277,7 +289,7 @@ class LatentCache:
         """Mean and log variance of the latents of pictures, or of flipped pictures: `(B, 2 * C, H, W)`, float16."""
         return torch.stack(
             [
-                self._slices["moments"][place // ROWS_A_FILE]["moments"][place % ROWS_A_FILE, int(flip)]
+                self._slices["moments"][place // ROWS_PER_FILE]["moments"][place % ROWS_PER_FILE, int(flip)]
                 for place, flip in zip(places, flips)
             ]
         )
@@ -290,7 +302,7 @@ class LatentCache:
         """
         if missing := [caption for caption in captions if caption not in self.captions]:
             raise ValueError(f"caption '{missing[0]}': is not in the cache")
-        rows = [divmod(self.captions[caption], ROWS_A_FILE) for caption in captions]
+        rows = [divmod(self.captions[caption], ROWS_PER_FILE) for caption in captions]
         slices = self._slices["texts"]
         return {name: torch.stack([slices[file][name][row] for file, row in rows]) for name in slices[0]}
 
