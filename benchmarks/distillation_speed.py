@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 
 from diffusers_safe.arguments import exit_with_error, parse_dataclass
 from diffusers_safe.diffusion.noise import NoiseSchedule
-from diffusers_safe.distillation.arguments import DistillationArguments
 from diffusers_safe.distillation.loop import DistillationLoop
 from diffusers_safe.distillation.objective import FeatureTap, feature_pairs
+from diffusers_safe.distillation.options import DistillationOptions
 from diffusers_safe.distillation.run import make_latents, open_rows, student_pipeline
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.dataset import FILE_NAME, emoji_dataset
@@ -50,7 +50,7 @@ class SpeedArguments:
 class PlainLoop:
     """A straightforward implementation of the task, output and feature terms."""
 
-    def __init__(self, args: DistillationArguments, device: torch.device):
+    def __init__(self, args: DistillationOptions, device: torch.device):
         self.args, self.device = args, device
         self.pipeline = load_pipeline(args.pretrained_model_name_or_path).to(device)
         self.teacher = self.pipeline.unet
@@ -92,8 +92,8 @@ def make_variants(args: SpeedArguments, folder: Path, accelerator: Accelerator) 
     data.mkdir()
     emoji_dataset(args.num_images, cache_dir=str(folder / "arrow")).to_parquet(data / FILE_NAME)
 
-    def arguments(cached: bool) -> DistillationArguments:
-        return DistillationArguments(
+    def arguments(cached: bool) -> DistillationOptions:
+        return DistillationOptions.of(
             pretrained_model_name_or_path=args.model, student=args.student, train_data_dir=str(data),
             caption_column="caption", center_crop=True, cache_latents=cached, output_dir=str(folder / "out"),
             train_batch_size=args.train_batch_size,

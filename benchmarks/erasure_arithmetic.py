@@ -31,8 +31,8 @@ from diffusers_safe.arguments import exit_with_error, parse_dataclass
 from diffusers_safe.comparison.evaluate import LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.demo import retained_prompts
-from diffusers_safe.erasure.arguments import ESDArguments, SDDArguments, parse_arguments
 from diffusers_safe.erasure.loop import ErasureLoop
+from diffusers_safe.erasure.options import parse_options
 from diffusers_safe.erasure.plan import make_plan
 from diffusers_safe.families import make_family
 from diffusers_safe.output_folders import check_claim, claimed
@@ -92,7 +92,7 @@ def our_variant(args: ArithmeticArguments, kind: type, **options) -> Variant:
     options = {"num_inference_steps": args.num_inference_steps, "watch_prompts": [], **options}
     training = kind(pretrained_model_name_or_path=args.model, concepts=[GROUP], output_dir=None, **options)
     family = make_family(StableDiffusionPipeline.from_pretrained(args.model))
-    loop = ErasureLoop(Accelerator(), family, training.make_objective(), training, training.ema_decay)
+    loop = ErasureLoop(Accelerator(), family, training.method.objective(training.concept.concepts), training)
     forwards = counted_forwards(family.denoiser)
     loop.erasing.prepare()
     ahead = sum(forwards)
@@ -105,10 +105,10 @@ def make_variants(args: ArithmeticArguments) -> dict[str, Variant]:
     pool = {"trajectory_pool": args.trajectory_pool, **several}
     return {
         "SDD, plain loop": plain_variant(args),
-        "SDD, exact": our_variant(args, SDDArguments),
-        f"SDD, {args.latents_per_trajectory} latents a trajectory": our_variant(args, SDDArguments, **several),
-        "ESD, exact": our_variant(args, ESDArguments, sampling_model="frozen"),
-        f"ESD, pool of {args.trajectory_pool}": our_variant(args, ESDArguments, sampling_model="frozen", **pool),
+        "SDD, exact": our_variant(args, "sdd"),
+        f"SDD, {args.latents_per_trajectory} latents a trajectory": our_variant(args, "sdd", **several),
+        "ESD, exact": our_variant(args, "esd", sampling_model="frozen"),
+        f"ESD, pool of {args.trajectory_pool}": our_variant(args, "esd", sampling_model="frozen", **pool),
     }
 
 
@@ -160,7 +160,7 @@ def compare_erasure(args: ArithmeticArguments) -> str:
     for name, changes in {"exact": papers, "reuse": {**papers, **reuse}}.items():
         model = folder / f"model-{name}"
         words = [*demo_options(model, args.train_seed, changes), "--dry_run", "true"]
-        forwards = sum(make_plan(parse_arguments(SDDArguments, "", words)).forwards.values())
+        forwards = sum(make_plan(parse_options("sdd", words)).forwards.values())
         started = time.monotonic()
         models.append(LoadedModel(name, train_demo(model, args.train_seed, changes)))
         costs.append(

@@ -18,10 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_safe.arguments import parse_dataclass
-from diffusers_safe.erasure.arguments import SDDArguments
 from diffusers_safe.erasure.loop import ErasureLoop
 from diffusers_safe.families import make_family
-from diffusers_safe.training.arguments import MIXED_PRECISIONS
+from diffusers_safe.training.options import MIXED_PRECISIONS
 
 
 DEVICES = ("cuda", "cpu")
@@ -91,7 +90,7 @@ def now(device: str) -> float:
 
 
 def make_loop(args: GPUArguments, batch_size: int) -> ErasureLoop:
-    training = SDDArguments(
+    training = "sdd"(
         pretrained_model_name_or_path="random",
         concepts=["a knife"],
         output_dir=None,
@@ -103,7 +102,7 @@ def make_loop(args: GPUArguments, batch_size: int) -> ErasureLoop:
     )
     accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.mixed_precision)
     family = make_family(random_pipeline(args.size, args.latent_size))
-    return ErasureLoop(accelerator, family, training.make_objective(), training, training.ema_decay)
+    return ErasureLoop(accelerator, family, training.method.objective(training.concept.concepts), training)
 
 
 def flop_of_a_sample(args: GPUArguments) -> tuple[float, float]:

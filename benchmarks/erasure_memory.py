@@ -15,7 +15,6 @@ from plain_loop import PlainLoop
 from random_models import UNETS, in_own_process, peak_bytes, random_pipeline
 
 from diffusers_safe.arguments import parse_dataclass
-from diffusers_safe.erasure.arguments import SDDArguments
 from diffusers_safe.erasure.loop import ErasureLoop
 from diffusers_safe.families import make_family
 
@@ -54,7 +53,7 @@ def plain_peak(args: MemoryArguments) -> tuple[int, int]:
 
 def our_peak(args: MemoryArguments) -> tuple[int, int]:
     accelerator = Accelerator()
-    training = SDDArguments(
+    training = "sdd"(
         pretrained_model_name_or_path="random",
         concepts=["a knife"],
         output_dir=None,
@@ -62,7 +61,7 @@ def our_peak(args: MemoryArguments) -> tuple[int, int]:
         gradient_checkpointing=args.gradient_checkpointing,
     )
     family = make_family(random_pipeline(args.size, args.latent_size))
-    loop = ErasureLoop(accelerator, family, training.make_objective(), training, training.ema_decay)
+    loop = ErasureLoop(accelerator, family, training.method.objective(training.concept.concepts), training)
     before = peak_bytes(accelerator.device)
     loop.train_step(0)
     return before, peak_bytes(accelerator.device)

@@ -17,11 +17,14 @@ from random_models import TOKENS
 from transformers import CLIPTextConfig
 
 from diffusers_safe.arguments import parse_dataclass
-from diffusers_safe.distillation.arguments import DistillationArguments
+from diffusers_safe.distillation.options import DistillationOptions
+from diffusers_safe.distillation.plan import make_plan as make_distillation_plan
 from diffusers_safe.emoji.architecture import build_tokenizer
-from diffusers_safe.erasure.arguments import METHODS, preset_options
-from diffusers_safe.erasure.plan import GIB, format_duration, make_distillation_plan, make_plan
+from diffusers_safe.erasure.options import erasure_options
+from diffusers_safe.erasure.plan import make_plan
 from diffusers_safe.families.students import TEACHER_CONFIGS
+from diffusers_safe.methods import find_method
+from diffusers_safe.training.plan import GIB, format_duration
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -55,22 +58,19 @@ def write_configs(folder: Path, pipeline_class: str, unet: dict) -> None:
 
 def plan_row(recipe: Path, models: dict[str, Path]) -> str:
     (script,) = set(re.findall(r"train_(\w+)\.py", recipe.read_text()))
-    kind = {**METHODS, "distill": DistillationArguments}[script]
+    kind = DistillationOptions if script == "distill" else erasure_options(find_method(script))
     words = ["--config", str(recipe), "--output_dir", "out"]
     name = yaml.safe_load(recipe.read_text())["pretrained_model_name_or_path"]
     if name in models:
         words += ["--pretrained_model_name_or_path", str(models[name])]
     if script == "distill":  # another command creates its pictures
         words += ["--train_data_dir", str(EXAMPLES)]
-        args = parse_dataclass(kind, argv=words)
-        plan = make_distillation_plan(args)
-    else:
-        args = parse_dataclass(kind, argv=words, presets=preset_options(kind))
-        plan = make_plan(args)
+    options = parse_dataclass(kind, argv=words, check=kind.resolve)
+    plan = (make_distillation_plan if script == "distill" else make_plan)(options)
     petaflops = plan.flops * plan.num_samples / 1e15
     return (
         f"| [{recipe.stem}]({recipe.name}) | {plan.selected[1] / 1e6:,.2f} of {plan.total[1] / 1e6:,.0f} M | "
-        f"{args.max_train_steps:,} | {sum(plan.forwards.values()):.1f} | {petaflops:,.3g} | "
+        f"{options.run.max_train_steps:,} | {sum(plan.forwards.values()):.1f} | {petaflops:,.3g} | "
         f"{format_duration(petaflops * 10)} | {sum(plan.memory.values()) / GIB:.1f} GiB |"
     )
 

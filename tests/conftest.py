@@ -26,8 +26,8 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffusers_safe.emoji.architecture import MAX_TOKENS, build_scheduler, build_tokenizer
-from diffusers_safe.erasure.arguments import SDDArguments
 from diffusers_safe.erasure.loop import ErasureLoop
+from diffusers_safe.erasure.options import make_options
 from diffusers_safe.families import make_family
 from scripts import accelerate_on_cpu
 
@@ -229,9 +229,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def make_loop(make_tiny_pipeline, tmp_path):
     """The function that makes a loop of a few steps on a tiny model: `folder` in `tmp_path` for its output, the
-    `kind` of its arguments, whose `changes` go over those below, and its `mixed_precision` and `pipeline`."""
+    name of a method, whose options are those below with `changes`, and its `mixed_precision` and `pipeline`."""
 
-    def make(folder="run", kind=SDDArguments, mixed_precision="no", pipeline=None, **changes):
+    def make(folder="run", method="sdd", mixed_precision="no", pipeline=None, **changes):
         AcceleratorState._reset_state(reset_partial_state=True)
         (tmp_path / folder).mkdir(exist_ok=True)
         settings = {
@@ -241,14 +241,14 @@ def make_loop(make_tiny_pipeline, tmp_path):
             "num_inference_steps": 4,
             "max_train_steps": 3,
             "learning_rate": 1e-3,
-            **({"ema_decay": 0.5} if kind is SDDArguments else {}),
+            **({"ema_decay": 0.5} if method == "sdd" else {}),
             "watch_prompts": ["a cat"],
             "checkpointing_steps": 0,
         }
-        args = kind(**{**settings, **changes})
+        options = make_options(method, **{**settings, **changes})
         family = make_family(pipeline or make_tiny_pipeline())
         accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
-        return ErasureLoop(accelerator, family, args.make_objective(), args, args.ema_decay)
+        return ErasureLoop(accelerator, family, options.method.objective(options.concept.concepts), options)
 
     yield make
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from decimal import Decimal
 from pathlib import Path
 
@@ -11,10 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_safe.arguments import AT_MOST, check_value, choose, parse_dataclass, read_yaml, typed
+from diffusers_safe.arguments import (
+    AT_MOST,
+    check_value,
+    check_values,
+    choose,
+    declared_options,
+    parse_dataclass,
+    read_yaml,
+    typed,
+)
 from diffusers_safe.cli import COMMANDS
-from diffusers_safe.distillation.arguments import DistillationArguments
-from diffusers_safe.erasure.arguments import METHODS
+from diffusers_safe.distillation.options import DistillationOptions
+from diffusers_safe.erasure.options import erasure_options
+from diffusers_safe.methods import METHODS
 from diffusers_safe.pipelines.guidance import SafetyConfig
 from scripts import environment
 
@@ -302,10 +312,10 @@ def test_every_dataclass_of_options_is_typed():
     kinds = [kind for module in modules for kind in vars(module).values() if isinstance(kind, type)]
     kinds = [kind for kind in kinds if is_dataclass(kind) and kind.__name__.endswith("Arguments")]
     assert len(kinds) >= 9
-    for kind in (*kinds, *METHODS.values(), DistillationArguments):
-        needed = {item.name: object() for item in fields(kind) if item.init}
-        with pytest.raises(ValueError, match=r"\(object\): must be "):
-            kind(**needed)
+    for kind in (*kinds, *map(erasure_options, METHODS.values()), DistillationOptions):
+        for name in declared_options(kind):
+            with pytest.raises(ValueError, match=rf"^{name} ?(\(object\))?: must be "):
+                check_values(kind, {name: object()})
 
 
 def run_until_closed(*words):

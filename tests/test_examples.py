@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from diffusers_safe.distillation import run as distillation
 from diffusers_safe.emoji.dataset import emoji_dataset
 from diffusers_safe.emoji.demo import erasure_command
-from diffusers_safe.erasure.arguments import SDDArguments, parse_arguments
+from diffusers_safe.erasure.options import parse_options
 from diffusers_safe.formats import LORA_NAME
 from diffusers_safe.training import esd, sdd
 
@@ -90,9 +90,9 @@ def test_the_recipe_of_a_student_runs(on_cpu, teacher_folder, tmp_path):
 
 def test_the_recipe_of_the_demo_is_the_demo(tiny_model_folder, tmp_path):
     command = erasure_command(tiny_model_folder, "weapon", tmp_path, seed=0)
-    demo = parse_arguments(SDDArguments, "", command[command.index("diffusers_safe.training.sdd") + 1 :])
+    demo = parse_options("sdd", command[command.index("diffusers_safe.training.sdd") + 1 :])
     words = ["--pretrained_model_name_or_path", tiny_model_folder, "--output_dir", str(tmp_path)]
-    recipe = parse_arguments(SDDArguments, "", ["--config", str(EXAMPLES / "emoji-weapon-sdd.yaml"), *words])
+    recipe = parse_options("sdd", ["--config", str(EXAMPLES / "emoji-weapon-sdd.yaml"), *words])
     other = {"validation_prompts", "checkpointing_steps"}
     assert {name: value for name, value in recipe.recorded.items() if name not in other} == {
         name: value for name, value in demo.recorded.items() if name not in other

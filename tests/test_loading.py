@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from diffusers_safe import ErasedStableDiffusionPipeline
 from diffusers_safe.commands import attack, evaluate, export, generate, students
 from diffusers_safe.distillation import run as distillation
-from diffusers_safe.erasure.arguments import SDDArguments
 from diffusers_safe.erasure.run import erase, run_command
 from diffusers_safe.loading import ModelError, check_files, describe_weights, load_model, load_pipeline
 
@@ -228,7 +227,7 @@ def commands(model, good, out):
     train = ["--concepts", "knife", "--max_train_steps", "1", "--num_inference_steps", "2", "--output_dir", out]
     few = ["--num_inference_steps", "1", "--output_dir", out]
     return {
-        "train": lambda: run_command(SDDArguments, "", ["--pretrained_model_name_or_path", model, *train]),
+        "train": lambda: run_command("sdd", ["--pretrained_model_name_or_path", model, *train]),
         "distill": lambda: distillation.main(
             ["--pretrained_model_name_or_path", model, "--student", "bk-base", "--train_data_dir", str(Path(good)),
              "--output_dir", out]
@@ -411,12 +410,11 @@ def test_what_a_file_holds_is_seen_in_its_names(names, what):
 
 WRITE_LITTLE = """
 import resource, signal, sys
-from diffusers_safe.training.erasure import run_command
-from diffusers_safe.training.erasure_arguments import SDDArguments
+from diffusers_safe.erasure.run import run_command
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # bytes in a file
-run_command(SDDArguments, "", sys.argv[1:])
+run_command("sdd", sys.argv[1:])
 """
 
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from diffusers_safe.emoji import demo
-from diffusers_safe.erasure.arguments import ESDArguments, SDDArguments, parse_arguments
+from diffusers_safe.erasure.options import parse_options
 from scripts import ROOT
 
 
@@ -51,14 +51,14 @@ def options(kind, words, tiny_model_folder, tmp_path):
     place = words.index("--pretrained_model_name_or_path") + 1
     words[place] = tiny_model_folder
     words[words.index("--output_dir") + 1] = str(tmp_path / "out")
-    return parse_arguments(kind, "", words)
+    return parse_options(kind, words)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/erasing.md"])
 def test_sdd_on_a_page_is_the_papers_recipe(page, tiny_model_folder, tmp_path):
     words = command((ROOT / page).read_text(), "train_sdd.py")
     assert "CompVis/stable-diffusion-v1-4" in words
-    args = options(SDDArguments, words, tiny_model_folder, tmp_path)
+    args = options("sdd", words, tiny_model_folder, tmp_path)
     paper = {  # arXiv 2307.05977 and its repository
         "concepts": ["nudity"], "train_method": "xattn", "max_train_steps": 1500, "learning_rate": 1e-5,
         "lr_scheduler": "constant", "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-4,
@@ -71,13 +71,13 @@ def test_sdd_on_a_page_is_the_papers_recipe(page, tiny_model_folder, tmp_path):
     assert {name: getattr(args, name) for name in paper} == paper
     recipe = ["--config", str(ROOT / "examples" / "sd-1.4-nudity-sdd.yaml"), "--resolution", "64"]
     recipe += ["--pretrained_model_name_or_path", tiny_model_folder, "--output_dir", str(tmp_path)]
-    args = parse_arguments(SDDArguments, "", recipe)
+    args = parse_options("sdd", recipe)
     assert {name: getattr(args, name) for name in paper} == paper
 
 
 def test_esd_in_the_docs_is_the_authors_recipe(tiny_model_folder, tmp_path):
     words = command((ROOT / "docs" / "erasing.md").read_text(), "train_esd.py")
-    args = options(ESDArguments, words, tiny_model_folder, tmp_path)
+    args = options("esd", words, tiny_model_folder, tmp_path)
     authors = {  # esd_sd.py of github.com/rohitgandikota/erasing, 2025; its negative_guidance 2 is eta 1
         "concepts": ["Van Gogh"], "train_method": "xattn", "max_train_steps": 200, "learning_rate": 5e-5,
         "adam_weight_decay": 0.0, "max_grad_norm": 0.0, "negative_guidance_scale": 1.0, "sampling_model": "frozen",

@@ -5,6 +5,7 @@ import inspect
 import logging
 import math
 import numbers
+import operator
 import os
 import re
 import select
@@ -13,14 +14,14 @@ import sys
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from decimal import Decimal
 from difflib import get_close_matches
 from functools import cache, wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TextIO, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TextIO, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -63,11 +64,138 @@ AT_MOST = {
 MAX_ENTRIES = 10**6  # of a list
 MAX_YAML_BYTES = 2**24
 MAX_YAML_ALIASES = 100
+_LIMITS = {
+    "at_least": ("at least", operator.ge),
+    "above": ("greater than", operator.gt),
+    "at_most": ("at most", operator.le),
+    "below": ("less than", operator.lt),
+}
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
 
 class _Misfit(Exception):
     """A value that is not of the type; the text says what is wrong with it."""
+
+
+def option(default: Any, help: str, choices: Iterable[str | None] | None = None, **facts: Any) -> Any:
+    """Declares an option: a field of a dataclass with the line that `--help` shows and the values that are allowed.
+
+    Args:
+        default (`Any`): Its default; a list is copied for each instance.
+        help (`str`): One line.
+        choices (`Iterable[str]`, *optional*): The allowed texts.
+        facts: Limits of a number (`at_least`, `above`, `at_most`, `below`); `essential=True` shows the option first in
+            `--help`; `recorded=False` keeps it out of records; `may_change=True` lets a resumed run change it.
+    """
+    metadata = {"help": help, "choices": choices, **facts}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, repr=not facts.get("secret", False), metadata=metadata)
+
+
+def required(help: str, **facts: Any) -> Any:
+    """An [`option`] without a default."""
+    return field(metadata={"help": help, **facts})
+
+
+def group(title: str) -> Any:
+    """Declares a field that holds a dataclass of options; on command lines and in files their names stand alone."""
+    return field(metadata={"group": title})
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What is declared of an option.
+
+    Attributes:
+        name (`str`): On command lines and in files.
+        kind (`Any`): Its type.
+        default (`Any`): `MISSING` if it is required.
+        facts (`Mapping[str, Any]`): As in [`option`].
+        place (`str`, *optional*): The field of the group that holds it.
+        title (`str`, *optional*): The title of that group.
+    """
+
+    name: str
+    kind: Any
+    default: Any
+    facts: Mapping[str, Any]
+    place: str | None = None
+    title: str | None = None
+
+
+@cache
+def declared_options(kind: type) -> dict[str, Declared]:
+    """All options of a dataclass by name, those of its groups included."""
+    hints, found = _type_hints(kind), {}
+    for item in fields(kind):
+        if "group" in item.metadata:
+            for inner in declared_options(hints[item.name]).values():
+                found[inner.name] = replace(inner, place=item.name, title=item.metadata["group"])
+        elif item.init:
+            default = item.default_factory() if item.default_factory is not MISSING else item.default
+            found[item.name] = Declared(item.name, hints[item.name], default, item.metadata)
+    for name, default in getattr(kind, "DEFAULTS", {}).items():
+        found[name] = replace(found[name], default=default)
+    return found
+
+
+def build_options(kind: type[Arguments], values: Mapping[str, Any]) -> Arguments:
+    """Makes a dataclass of options, with its groups, from values by name; a preset's values stand for those that are
+    not given.
+
+    Raises:
+        `ValueError`: If a name is unknown, a value does not fit, or a required option is missing.
+    """
+    declared = declared_options(kind)
+    if unknown := [suggested(name, declared, "") for name in sorted(values.keys() - declared.keys())]:
+        raise ValueError(f"{', '.join(unknown)}: no such option")
+    if presets := getattr(kind, "PRESETS", {}):
+        values = {**presets.get(values.get("preset", declared["preset"].default), {}), **values}
+    if missing := [name for name, item in declared.items() if item.default is MISSING and name not in values]:
+        raise ValueError(f"the following arguments are required: {', '.join(f'--{name}' for name in missing)}")
+    values = {**getattr(kind, "DEFAULTS", {}), **check_values(kind, values)}
+    groups = {item.name: {} for item in fields(kind) if "group" in item.metadata}
+    own = {}
+    for name, value in values.items():
+        place = declared[name].place
+        (own if place is None else groups[place])[name] = value
+    hints = _type_hints(kind)
+    return kind(**own, **{name: build_options(hints[name], inner) for name, inner in groups.items()})
+
+
+class OptionGroups:
+    """Base class of dataclasses whose options are in groups.
+
+    Attributes:
+        DEFAULTS (`dict[str, Any]`): Defaults that differ from those of the groups.
+        PRESETS (`dict[str, dict[str, Any]]`): Values by the name that the option `preset` takes.
+    """
+
+    DEFAULTS: ClassVar[dict[str, Any]] = {}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    @classmethod
+    def of(cls, **values: Any):
+        """The options with these values, by the names that command lines and files use; see [`build_options`]."""
+        return build_options(cls, values)
+
+    @property
+    def flat(self) -> dict[str, Any]:
+        """All values by name."""
+        return {
+            name: getattr(self if item.place is None else getattr(self, item.place), name)
+            for name, item in declared_options(type(self)).items()
+        }
+
+    def with_values(self, **values: Any):
+        """A copy with other values."""
+        return build_options(type(self), {**self.flat, **values})
+
+    def select(self, fact: str, value: Any) -> dict[str, Any]:
+        """The values of the options that are declared with this fact."""
+        declared = declared_options(type(self))
+        return {name: own for name, own in self.flat.items() if declared[name].facts.get(fact) == value}
 
 
 def typed(target: Callable) -> Callable:
@@ -105,12 +233,20 @@ def check_values(target: Callable, values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         `ValueError`: If a value does not fit.
     """
+    if is_dataclass(target):
+        declared = declared_options(target)
+        return {
+            name: check_value(name, value, declared[name].kind, **_allowed(declared[name].facts))
+            if name in declared
+            else value
+            for name, value in values.items()
+        }
     hints = _type_hints(target)
-    choices = {item.name: item.metadata.get("choices") for item in fields(target)} if is_dataclass(target) else {}
-    return {
-        name: check_value(name, value, hints[name], choices.get(name)) if name in hints else value
-        for name, value in values.items()
-    }
+    return {name: check_value(name, value, hints[name]) if name in hints else value for name, value in values.items()}
+
+
+def _allowed(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: facts[name] for name in ("choices", *_LIMITS) if name in facts}
 
 
 @cache
@@ -123,8 +259,8 @@ def _type_hints(target: Callable) -> dict[str, Any]:
     return {item.name: hints[item.name] for item in known if item.name in hints and item.kind not in variable}
 
 
-def check_value(name: str, value: Any, kind: Any, choices: Iterable[str | None] | None = None) -> Any:
-    """[`check_values`] for one value."""
+def check_value(name: str, value: Any, kind: Any, choices: Iterable[str | None] | None = None, **limits: float) -> Any:
+    """[`check_values`] for one value; `limits` are those of [`option`]."""
     try:
         value = _converted(value, kind)
     except _Misfit as misfit:
@@ -133,6 +269,10 @@ def check_value(name: str, value: Any, kind: Any, choices: Iterable[str | None] 
     most = AT_MOST.get(name)
     if most is not None and isinstance(value, (int, float)) and value > most:
         raise ValueError(f"{name} {value}: must be at most {most:,}")
+    if limits and isinstance(value, (int, float)):
+        if not all(_LIMITS[limit][1](value, bound) for limit, bound in limits.items()):
+            allowed = " and ".join(f"{_LIMITS[limit][0]} {bound:,}" for limit, bound in limits.items())
+            raise ValueError(f"{name} {value}: must be {allowed}")
     if choices is None or value is None:
         return value
     return (
@@ -284,6 +424,7 @@ def parse_dataclass(
     check: Callable[[Arguments], None] | None = None,
     presets: dict[str, dict[str, Any]] | None = None,
     positional: str | None = None,
+    fixed: dict[str, str] | None = None,
 ) -> Arguments:
     """Reads a command line into a dataclass; its types are checked by [`check_values`], its values by `__post_init__`.
 
@@ -299,6 +440,7 @@ def parse_dataclass(
         presets (`dict[str, dict]`, *optional*): Values that `--preset NAME` puts in place of the defaults; the
             dataclass then has a field `preset`.
         positional (`str`, *optional*): Name of the option that may be given without its name.
+        fixed (`dict[str, str]`, *optional*): More keys that a config file may have, with the values they must have.
 
     Raises:
         `SystemExit`: With code 2 after one line on stderr, if an option is not known, a value does not fit, or `check`
@@ -313,15 +455,12 @@ def parse_dataclass(
             given.setdefault(positional, unknown.pop(0))
         if unknown:
             raise ValueError(f"unrecognized arguments: {_unrecognized(unknown, names)}")
-        config = read_config(given.pop("config", None), kind)
+        config = read_config(given.pop("config", None), kind, fixed)
         values = {**config, **check_values(kind, given)}
         if presets:
-            defaults = {item.name: item.default for item in fields(kind)}
-            values = {**presets.get(values.get("preset", defaults["preset"]), {}), **values}
-        missing = [f"--{item.name}" for item in fields(kind) if _is_required(item) and item.name not in values]
-        if missing:
-            raise ValueError(f"the following arguments are required: {', '.join(missing)}")
-        arguments = kind(**values)
+            preset = values.get("preset", declared_options(kind)["preset"].default)
+            values = {**presets.get(preset, {}), **values}
+        arguments = build_options(kind, values)
         if check is not None:
             check(arguments)
     except (ValueError, OSError, RecursionError) as error:
@@ -330,38 +469,34 @@ def parse_dataclass(
     return arguments
 
 
-def _is_required(item: Field) -> bool:
-    return item.init and item.default is MISSING and item.default_factory is MISSING
-
-
 def _make_parser(kind: type, description: str | None, prog: str | None) -> tuple[ArgumentParser, dict[str, None]]:
     """The parser, which leaves out what is not given and converts nothing, and the names that it knows."""
     parser = ArgumentParser(
         prog=prog, description=description, formatter_class=RawDescriptionHelpFormatter, argument_default=SUPPRESS
     )
     tell_errors_in_one_line(parser)
-    hints, names = _type_hints(kind), {}
-    for item in fields(kind):
-        if not item.init:
-            continue
-        default = item.default_factory() if item.default_factory is not MISSING else item.default
-        help = item.metadata.get("help", "")
-        if default not in (MISSING, None, "", [], ()):
-            told = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
-            help += f" (default: {told})"
+    names, sections = {}, {}
+    essential = lambda item: not (item.default is MISSING or item.facts.get("essential", False))  # noqa: E731
+    for item in sorted(declared_options(kind).values(), key=essential):
+        title = item.title if essential(item) else None
+        if title is not None and title not in sections:
+            sections[title] = parser.add_argument_group(title)
+        section = sections.get(title, parser)
+        help = item.facts.get("help", "")
+        if item.default not in (MISSING, None, "", [], ()):
+            text = " ".join(map(str, item.default)) if isinstance(item.default, (list, tuple)) else item.default
+            help += f" (default: {text})"
         how = {"help": help.replace("%", "%%")}
-        parts = (
-            get_args(hints[item.name]) if get_origin(hints[item.name]) in (Union, UnionType) else (hints[item.name],)
-        )
+        parts = get_args(item.kind) if get_origin(item.kind) in (Union, UnionType) else (item.kind,)
         if any((get_origin(part) or part) in (list, tuple) for part in parts):
             how |= {"nargs": "+", "action": "extend"}
         elif bool in parts:
             how |= {"nargs": "?", "const": True}
         names[item.name] = None
-        parser.add_argument(f"--{item.name}", **how)
-        if default is True:
+        section.add_argument(f"--{item.name}", **how)
+        if item.default is True:
             names[f"no_{item.name}"] = None
-            parser.add_argument(f"--no_{item.name}", action="store_false", dest=item.name, help="Turns it off.")
+            section.add_argument(f"--no_{item.name}", action="store_false", dest=item.name, help="Turns it off.")
     parser.add_argument(
         "--config",
         help="YAML file with options, a key for each. What is given on the command line replaces the file's value; a "
@@ -456,8 +591,8 @@ def read_yaml(path: str | Path, name: str) -> Any:
         raise ValueError(f"{name} {path}: cannot be read as YAML ({reason}{where})") from None
 
 
-def read_config(path: str | None, kind: type) -> dict[str, Any]:
-    """The options of a dataclass in a YAML file. A key without a value is left out.
+def read_config(path: str | None, kind: type, fixed: dict[str, str] | None = None) -> dict[str, Any]:
+    """The options of a dataclass in a YAML file. A key without a value is left out, as are those of `fixed`.
 
     Raises:
         `ValueError`: If the file cannot be read, a key is none of the options, or a value does not fit.
@@ -470,7 +605,10 @@ def read_config(path: str | None, kind: type) -> dict[str, Any]:
     options = {str(name).replace("-", "_"): value for name, value in options.items()}
     if "config" in options:
         raise ValueError(f"config {path}: names another config")
-    names = [item.name for item in fields(kind) if item.init]
+    for name, value in (fixed or {}).items():
+        if (found := options.pop(name, value)) != value:
+            raise ValueError(f"config {path}: {name} is {found}, here it must be {value}")
+    names = declared_options(kind)
     if unknown := [name for name in options if name not in names]:
         told = " ".join(suggested(f"--{name}", names) for name in unknown)
         raise ValueError(f"config {path}: unrecognized arguments: {told}")

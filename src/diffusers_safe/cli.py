@@ -13,6 +13,10 @@ COMMANDS = {
         "diffusers_safe.emoji.demo",
         "erase a group of emoji from the embedded model, measure it, write a report",
     ),
+    "erase": (
+        "diffusers_safe.commands.erase",
+        "erase concepts from a model: by SDD, ESD or another method",
+    ),
     "generate": (
         "diffusers_safe.commands.generate",
         "draw prompts with any pipeline, steered by Safe Latent Diffusion or not",

@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 
 from diffusers_safe.comparison.evaluate import LoadedModel
-from diffusers_safe.erasure.arguments import SDDArguments
 from diffusers_safe.erasure.loop import ErasureLoop
 from diffusers_safe.families import make_family
 from diffusers_safe.report.statistics import Estimate
@@ -36,7 +35,7 @@ def rows(text):
 
 def test_the_plain_loop_equals_our_loop(load, make_tiny_pipeline):
     plain = load("plain_loop").PlainLoop(make_tiny_pipeline(), "knife", 4, "cpu")
-    args = SDDArguments(
+    args = "sdd"(
         pretrained_model_name_or_path="tiny",
         concepts=["knife"],
         output_dir=None,

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from diffusers_safe.concepts import names_concept
 from diffusers_safe.distillation import run as distillation
-from diffusers_safe.distillation.arguments import DistillationArguments
 from diffusers_safe.distillation.loop import DistillationLoop
+from diffusers_safe.distillation.options import DistillationOptions
 from diffusers_safe.distillation.run import make_latents, open_rows, student_pipeline
 from diffusers_safe.emoji.dataset import emoji_dataset
 from diffusers_safe.emoji.scenes import GROUPS, OBJECTS
@@ -105,7 +105,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(distil, tmp_path, capsys, cach
 @pytest.mark.slow
 def test_accumulation_and_the_cache_change_nothing_but_rounding(distil, tiny_model_folder):
     whole = distil("whole")
-    start = student_pipeline(load_pipeline(tiny_model_folder), DistillationArguments(
+    start = student_pipeline(load_pipeline(tiny_model_folder), DistillationOptions.of(
         **settings(tiny_model_folder, tiny_model_folder, "none"))).unet.state_dict()  # fmt: skip
     for other in (
         distil("accumulated", train_batch_size=2, gradient_accumulation_steps=2),
@@ -122,7 +122,7 @@ def test_the_student_keeps_the_settings_of_the_teachers_pipeline(make_tiny_xl_pi
     teacher = make_tiny_xl_pipeline()
     teacher.register_to_config(force_zeros_for_empty_prompt=False)
     teacher.save_pretrained(tmp_path)
-    args = DistillationArguments(**settings(tmp_path, tmp_path, "none", student="ssd_1b"))
+    args = DistillationOptions.of(**settings(tmp_path, tmp_path, "none", student="ssd_1b"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("diffusers_safe.distillation.run.build_student", lambda unet, kind: unet)
         assert student_pipeline(teacher, args).config.force_zeros_for_empty_prompt is False
@@ -143,7 +143,7 @@ def test_two_processes_see_what_one_sees(tiny_model_folder, pictures, tmp_path, 
 
 
 def make_loop(teacher_folder, pictures, tmp_path, **changes):
-    args = DistillationArguments(**settings(teacher_folder, pictures, tmp_path / "out", **changes))
+    args = DistillationOptions.of(**settings(teacher_folder, pictures, tmp_path / "out", **changes))
     accelerator = Accelerator(cpu=True)
     teacher = load_pipeline(teacher_folder)
     family, student = make_family(teacher), make_family(student_pipeline(teacher, args))

@@ -11,14 +11,14 @@ from diffusers_safe.cli import main
 from diffusers_safe.emoji import demo
 from diffusers_safe.emoji.demo import DemoArguments, erasure_command
 from diffusers_safe.emoji.scenes import OBJECTS
-from diffusers_safe.erasure.arguments import SDDArguments, parse_arguments
+from diffusers_safe.erasure.options import parse_options
 
 
 def test_the_demo_runs_the_public_script_with_arguments_it_takes(tiny_model_folder, tmp_path):
     """The same command works with the name of another model."""
     command = erasure_command(tiny_model_folder, "weapon", tmp_path / "out", seed=3)
     module = command.index("diffusers_safe.training.sdd")
-    args = parse_arguments(SDDArguments, "", command[module + 1 :])
+    args = parse_options("sdd", command[module + 1 :])
     assert args.concepts == ["knife", "gun", "bomb", "sword", "axe", "weapon"]
     assert "weapon" not in args.retain_prompts and "animal" in args.retain_prompts
     assert args.seed == 3
@@ -27,7 +27,7 @@ def test_the_demo_runs_the_public_script_with_arguments_it_takes(tiny_model_fold
 def test_the_demo_erases_any_object_or_style(tiny_model_folder, tmp_path):
     def arguments(concept):
         command = erasure_command(tiny_model_folder, concept, tmp_path / "out", seed=0)
-        return parse_arguments(SDDArguments, "", command[command.index("diffusers_safe.training.sdd") + 1 :])
+        return parse_options("sdd", command[command.index("diffusers_safe.training.sdd") + 1 :])
 
     banana, sketch = arguments("banana"), arguments("sketch")
     assert (banana.concepts, banana.target_prompt) == (["banana"], "animal")

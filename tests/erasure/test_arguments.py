@@ -1,9 +1,11 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from diffusers_safe.erasure.arguments import ESDArguments, SDDArguments, parse_arguments
-from diffusers_safe.methods.presets import ESD_PRESETS, presets_table
+from diffusers_safe.erasure.options import make_options, parse_options
+from diffusers_safe.methods import presets_table
+from diffusers_safe.methods.esd import ESD_PRESETS
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ BAD_VALUES = {
 def test_bad_values_name_argument_value_and_what_is_allowed(arguments, name):
     value, allowed = BAD_VALUES[name]
     with pytest.raises(ValueError) as error:
-        SDDArguments(**arguments(**{name: value}))
+        make_options("sdd", **arguments(**{name: value}))
     message = str(error.value)
     assert name in message and str(value) in message and allowed in message and "\n" not in message
 
@@ -73,58 +75,58 @@ def test_bad_values_name_argument_value_and_what_is_allowed(arguments, name):
 ])  # fmt: skip
 def test_bad_values_around_rank(arguments, changes, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
-        SDDArguments(**arguments(**changes))
+        make_options("sdd", **arguments(**changes))
 
 
 def test_what_rank_decides_where_nothing_else_is_said(arguments):
-    plain, lora = SDDArguments(**arguments()), SDDArguments(**arguments(rank=4))
-    assert (plain.rank, plain.lora_alpha, plain.save) == (None, None, "full")
-    assert (lora.rank, lora.lora_alpha, lora.save) == (4, 4.0, "lora")
-    assert SDDArguments(**arguments(rank=4, lora_alpha=2.0, save="full")).save == "full"
+    plain, lora = make_options("sdd", **arguments()).flat, make_options("sdd", **arguments(rank=4)).flat
+    assert (plain["rank"], plain["lora_alpha"], plain["save"]) == (None, None, "full")
+    assert (lora["rank"], lora["lora_alpha"], lora["save"]) == (4, 4.0, "lora")
+    assert make_options("sdd", **arguments(rank=4, lora_alpha=2.0, save="full")).output.save == "full"
 
 
 def test_nan_is_no_learning_rate(arguments):
     with pytest.raises(ValueError, match="learning_rate nan: must be a finite number"):
-        SDDArguments(**arguments(learning_rate=float("nan")))
+        make_options("sdd", **arguments(learning_rate=float("nan")))
 
 
 def test_a_concept_cannot_be_erased_and_retained(arguments):
     with pytest.raises(ValueError, match="cannot be erased and retained"):
-        SDDArguments(**arguments(retain_prompts=["cat", "knife"]))
+        make_options("sdd", **arguments(retain_prompts=["cat", "knife"]))
 
 
 @pytest.mark.parametrize("concept, prompt", [("banana", "a Banana"), ("bananas", "a banana"), ("knife", "two knives")])
 def test_a_retained_prompt_that_names_a_concept_is_an_error_that_names_both(arguments, concept, prompt):
     with pytest.raises(ValueError, match=f"^retain_prompts '{prompt}': names the concept '{concept}'; "):
-        SDDArguments(**arguments(concepts=["gun", concept], retain_prompts=["cat", prompt]))
+        make_options("sdd", **arguments(concepts=["gun", concept], retain_prompts=["cat", prompt]))
 
 
 @pytest.mark.parametrize("name", ["concepts", "retain_prompts", "watch_prompts", "validation_prompts"])
 def test_a_text_where_a_list_belongs_is_one_entry(arguments, name):
-    assert getattr(SDDArguments(**arguments(**{name: "dog"})), name) == ["dog"]
+    assert make_options("sdd", **arguments(**{name: "dog"})).flat[name] == ["dog"]
 
 
 def test_a_watched_prompt_that_names_a_concept_is_left_out_and_reported(arguments, caplog):
-    assert SDDArguments(**arguments(watch_prompts=["knives", "a cat"])).watch_prompts == ["a cat"]
+    assert make_options("sdd", **arguments(watch_prompts=["knives", "a cat"])).retention.watch_prompts == ["a cat"]
     assert caplog.messages == ["watch_prompts 'knives': left out, it names the concept 'knife'"]
     caplog.clear()
-    SDDArguments(**arguments(concepts=["cat"]))
+    make_options("sdd", **arguments(concepts=["cat"]))
     assert not caplog.messages  # the default prompts
 
 
 def test_a_run_of_too_many_samples(arguments):
     with pytest.raises(ValueError, match="max_train_steps 100000000: with train_batch_size 65536 .* at most"):
-        SDDArguments(**arguments(max_train_steps=10**8, train_batch_size=2**16))
+        make_options("sdd", **arguments(max_train_steps=10**8, train_batch_size=2**16))
 
 
 def test_aliases_become_the_method_they_mean(arguments):
-    assert SDDArguments(**arguments(train_method="esd-x")).train_method == "xattn"
+    assert make_options("sdd", **arguments(train_method="esd-x")).weights.train_method == "xattn"
 
 
 def run(capsys, **options):
     argv = [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
     with pytest.raises(SystemExit) as stop:
-        parse_arguments(SDDArguments, "", argv)
+        parse_options("sdd", argv)
     return stop.value.code, capsys.readouterr().err.strip().splitlines()
 
 
@@ -176,7 +178,7 @@ def test_a_family_that_is_not_supported(capsys, tmp_path, arguments):
 )
 def test_what_argparse_refuses_is_one_line_too(capsys, argv, message):
     with pytest.raises(SystemExit) as stop:
-        parse_arguments(SDDArguments, "", argv)
+        parse_options("sdd", argv)
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and message in lines[0] and "SECRET" not in lines[0]
 
@@ -199,21 +201,25 @@ def test_the_base_model_is_not_overwritten(capsys, tiny_model_folder, arguments)
 
 
 def test_prompts_that_name_a_concept_are_not_watched_as_unrelated(arguments):
-    assert SDDArguments(**arguments(concepts=["cat"])).watch_prompts == ["a tree", "a car", "an apple"]
+    assert make_options("sdd", **arguments(concepts=["cat"])).retention.watch_prompts == [
+        "a tree",
+        "a car",
+        "an apple",
+    ]
 
 
 def test_what_is_said_about_the_hub_is_checked(arguments):
     with pytest.raises(ValueError, match="hub_model_id, hub_private: without --push_to_hub nothing is published"):
-        SDDArguments(**arguments(hub_model_id="user/name", hub_private=True))
+        make_options("sdd", **arguments(hub_model_id="user/name", hub_private=True))
     with pytest.raises(ValueError, match="hub_model_id 'a/b/c': no name for a repository; give user/name"):
-        SDDArguments(**arguments(push_to_hub=True, hub_model_id="a/b/c"))
+        make_options("sdd", **arguments(push_to_hub=True, hub_model_id="a/b/c"))
     with pytest.raises(ValueError, match="hub_model_id 'my model': no name"):
-        SDDArguments(**arguments(push_to_hub=True, output_dir="runs/my model"))
-    assert SDDArguments(**arguments(push_to_hub=True)).hub_model_id == "out"
+        make_options("sdd", **arguments(push_to_hub=True, output_dir="runs/my model"))
+    assert make_options("sdd", **arguments(push_to_hub=True)).hub.hub_model_id == "out"
 
 
 def test_the_token_is_shown_and_recorded_nowhere(arguments):
-    args = SDDArguments(**arguments(push_to_hub=True, hub_token="hf_secret"))
+    args = make_options("sdd", **arguments(push_to_hub=True, hub_token="hf_secret"))
     assert "hf_secret" not in repr(args) + str(args.recorded)
     assert args.recorded.keys() >= {"concepts", "seed", "ema_decay"}
 
@@ -234,51 +240,51 @@ def test_the_token_is_shown_and_recorded_nowhere(arguments):
 )
 def test_bad_values_of_esd(arguments, changes, message):
     with pytest.raises(ValueError, match=message):
-        ESDArguments(**arguments(**changes))
+        make_options("esd", **arguments(**changes))
 
 
 def parse(kind, *words):
     known = ["--pretrained_model_name_or_path", "MODEL", "--output_dir", "OUT"]
-    return parse_arguments(kind, "", [*known, *words])
+    return SimpleNamespace(**parse_options(kind, [*known, *words]).flat)
 
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    monkeypatch.setattr("diffusers_safe.training.arguments.TrainingArguments.check_surroundings", lambda self: None)
+    monkeypatch.setattr("diffusers_safe.training.job.JobOptions.check_surroundings", lambda self: None)
 
 
 def test_a_preset_is_the_default_of_what_is_not_given(unchecked):
-    args = parse(ESDArguments, "--concepts", "knife", "--preset", "esd-2025", "--learning_rate", "3e-5")
+    args = parse("esd", "--concepts", "knife", "--preset", "esd-2025", "--learning_rate", "3e-5")
     assert (args.max_train_steps, args.sampling_model, args.negative_guidance_scale) == (200, "frozen", 1.0)
     assert args.learning_rate == 3e-5
-    args = parse(ESDArguments, "--concepts", "knife", "--preset", "esd-2025", "--erase_from", "a tool")
+    args = parse("esd", "--concepts", "knife", "--preset", "esd-2025", "--erase_from", "a tool")
     assert args.negative_guidance_scale == 2.0
-    args = parse(ESDArguments, "--concepts", "knife")
+    args = parse("esd", "--concepts", "knife")
     assert (args.max_train_steps, args.sampling_model, args.adam_weight_decay) == (1000, "student", 0.0)
 
 
 def test_every_option_of_a_preset_is_one(arguments):
     for preset in ESD_PRESETS.values():
-        args = ESDArguments(**arguments(**preset.options))
-        assert {name: getattr(args, name) for name in preset.options} == preset.options
+        args = make_options("esd", **arguments(**preset.options))
+        assert {name: args.flat[name] for name in preset.options} == preset.options
 
 
 def test_the_presets_are_documented():
     docs = Path(__file__).parents[2] / "docs" / "methods.md"
-    assert presets_table() in docs.read_text(encoding="utf-8")
+    assert presets_table(ESD_PRESETS) in docs.read_text(encoding="utf-8")
 
 
 def test_a_config_file_gives_options_and_the_command_line_wins(unchecked, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("concepts: [knife, a gun]\npreset: esd-2025\nlearning_rate: 1e-3\nscale_lr: true\nrevision:\n")
-    args = parse(ESDArguments, "--config", str(config))
+    args = parse("esd", "--config", str(config))
     assert args.concepts == ["knife", "a gun"] and args.scale_lr and args.revision is None
     assert (args.learning_rate, args.sampling_model) == (1e-3, "frozen")
     config.write_text("concepts: [no]\nwatch_prompts: []\nmixed_precision: no\nseed:\n")
-    args = parse(SDDArguments, "--config", str(config))
+    args = parse("sdd", "--config", str(config))
     assert (args.concepts, args.watch_prompts, args.mixed_precision, args.seed) == (["no"], [], "no", 0)
     config.write_text("concepts: [knife, a gun]\npreset: esd-2025\nlearning_rate: 1e-3\n")
-    args = parse(ESDArguments, "--config", str(config), "--learning_rate", "0.5", "--preset", "paper")
+    args = parse("esd", "--config", str(config), "--learning_rate", "0.5", "--preset", "paper")
     assert (args.learning_rate, args.sampling_model) == (0.5, "student")
 
 
@@ -298,7 +304,7 @@ def test_a_bad_config_file_is_exit_with_error(capsys, unchecked, tmp_path, text,
     if text is not None:
         (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(SystemExit) as stop:
-        parse(SDDArguments, "--concepts", "knife", "--config", str(tmp_path / "run.yaml"))
+        parse("sdd", "--concepts", "knife", "--config", str(tmp_path / "run.yaml"))
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and message in lines[0] and "SECRET" not in lines[0]
 
@@ -306,26 +312,26 @@ def test_a_bad_config_file_is_exit_with_error(capsys, unchecked, tmp_path, text,
 @pytest.mark.parametrize(
     "kind, changes, message",
     [
-        (SDDArguments, {}, "the latents are the ema's, which moves, and there are no retain_prompts"),
-        (SDDArguments, {"retain_prompts": ["a"], "retain_weight": 0.0}, "there are no retain_prompts"),
-        (SDDArguments, {"retain_prompts": ["a", "b", "c"]}, "must be at least 3, the prompts to retain"),
-        (ESDArguments, {}, "the latents are the student's"),
+        ("sdd", {}, "the latents are the ema's, which moves, and there are no retain_prompts"),
+        ("sdd", {"retain_prompts": ["a"], "retain_weight": 0.0}, "there are no retain_prompts"),
+        ("sdd", {"retain_prompts": ["a", "b", "c"]}, "must be at least 3, the prompts to retain"),
+        ("esd", {}, "the latents are the student's"),
         (
-            ESDArguments,
+            "esd",
             {"sampling_model": "frozen", "concepts": ["a", "b", "c"]},
             "must be at least 3, the prompts to",
         ),
-        (ESDArguments, {"sampling_model": "frozen", "concept_schedule": "sequential"}, "concept_schedule sequential"),
+        ("esd", {"sampling_model": "frozen", "concept_schedule": "sequential"}, "concept_schedule sequential"),
     ],
 )
 def test_a_pool_that_cannot_be(arguments, kind, changes, message):
     with pytest.raises(ValueError, match=f"trajectory_pool 2: .*{message}") as error:
-        kind(**arguments(trajectory_pool=2, **changes))
+        make_options(kind, **arguments(trajectory_pool=2, **changes))
     assert "\n" not in str(error.value)
 
 
 def test_what_the_frozen_model_draws_is_pooled(arguments):
-    assert SDDArguments(**arguments(retain_prompts=["cat"])).pooled_purposes() == set()
-    assert SDDArguments(**arguments(retain_prompts=["cat"], trajectory_pool=2)).pooled_purposes() == {"retain"}
-    both = ESDArguments(**arguments(retain_prompts=["cat"], trajectory_pool=2, sampling_model="frozen"))
-    assert both.pooled_purposes() == {"erase", "retain"}
+    assert make_options("sdd", **arguments(retain_prompts=["cat"])).pooled_terms() == set()
+    assert make_options("sdd", **arguments(retain_prompts=["cat"], trajectory_pool=2)).pooled_terms() == {"retain"}
+    both = make_options("esd", **arguments(retain_prompts=["cat"], trajectory_pool=2, sampling_model="frozen"))
+    assert both.pooled_terms() == {"erase", "retain"}

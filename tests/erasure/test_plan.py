@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig
 
 from diffusers_safe.emoji.architecture import build_tokenizer
-from diffusers_safe.erasure.arguments import ESDArguments, SDDArguments
 from diffusers_safe.erasure.loop import ErasureLoop
+from diffusers_safe.erasure.options import make_options
 from diffusers_safe.erasure.plan import make_plan
 from diffusers_safe.families import make_family
 from diffusers_safe.weights.trained import select_parameters
@@ -18,9 +18,9 @@ from diffusers_safe.weights.trained import select_parameters
 
 @pytest.fixture
 def make_args(tiny_model_folder, tmp_path):
-    def make(kind=SDDArguments, model=tiny_model_folder, **changes):
+    def make(kind="sdd", model=tiny_model_folder, **changes):
         known = {"pretrained_model_name_or_path": str(model), "concepts": ["knife"], "output_dir": str(tmp_path / "o")}
-        return kind(**{**known, "num_inference_steps": 4, "watch_prompts": [], **changes})
+        return make_options(kind, **{**known, "num_inference_steps": 4, "watch_prompts": [], **changes})
 
     return make
 
@@ -28,33 +28,37 @@ def make_args(tiny_model_folder, tmp_path):
 @pytest.mark.parametrize(
     "kind, changes",
     [
-        (SDDArguments, {}),
-        (SDDArguments, {"retain_prompts": ["a cat"], "retain_unconditional": True, "negative_guidance_scale": 0.1}),
-        (SDDArguments, {"sampling_guidance_scale": 1.0, "sampling_fraction": 0.5}),
-        (ESDArguments, {}),
-        (ESDArguments, {"erase_from": "a cat"}),
-        (SDDArguments, {"latents_per_trajectory": 3}),
+        ("sdd", {}),
+        ("sdd", {"retain_prompts": ["a cat"], "retain_unconditional": True, "negative_guidance_scale": 0.1}),
+        ("sdd", {"sampling_guidance_scale": 1.0, "sampling_fraction": 0.5}),
+        ("esd", {}),
+        ("esd", {"erase_from": "a cat"}),
+        ("sdd", {"latents_per_trajectory": 3}),
     ],
 )
 def test_the_forwards_of_the_plan_are_those_of_the_loop(make_args, make_tiny_pipeline, monkeypatch, kind, changes):
     args = make_args(kind, train_batch_size=4, **changes)
     plan = make_plan(args)
-    loop = ErasureLoop(Accelerator(cpu=True), make_family(make_tiny_pipeline()), args.make_objective(), args, 0.5)
-    choices = loop.trajectories.stop_choices(args.sampling_fraction, args.latents_per_trajectory)
+    loop = ErasureLoop(
+        Accelerator(cpu=True), make_family(make_tiny_pipeline()), args.method.objective(args.concept.concepts), args
+    )
+    choices = loop.trajectories.stop_choices(args.sampling.sampling_fraction, args.sampling.latents_per_trajectory)
     draws = iter(8 * choices)  # every one equally often: the mean
     monkeypatch.setattr(loop.trajectories, "draw_stops", lambda *_: next(draws))
     before = loop.predictor.forwards
-    for step in range(args.latents_per_trajectory):
+    for step in range(args.sampling.latents_per_trajectory):
         loop.train_step(step)
-    num_samples = 4 * args.latents_per_trajectory
+    num_samples = 4 * args.sampling.latents_per_trajectory
     assert loop.predictor.forwards - before == pytest.approx(num_samples * sum(plan.forwards.values()))
 
 
 def test_the_forwards_of_a_pool_are_planned(make_args, make_tiny_pipeline):
     changes = {"trajectory_pool": 4, "latents_per_trajectory": 4, "sampling_model": "frozen", "max_train_steps": 5}
-    args = make_args(ESDArguments, train_batch_size=2, **changes)
+    args = make_args("esd", train_batch_size=2, **changes)
     plan = make_plan(args)
-    loop = ErasureLoop(Accelerator(cpu=True), make_family(make_tiny_pipeline()), args.make_objective(), args)
+    loop = ErasureLoop(
+        Accelerator(cpu=True), make_family(make_tiny_pipeline()), args.method.objective(args.concept.concepts), args
+    )
     before = loop.predictor.forwards
     for step in range(5):
         loop.train_step(step)
@@ -71,13 +75,15 @@ def test_the_plan_counts_what_trains(make_args, tiny_pipeline):
     assert "nothing was trained" in str(plan) and "knife by SDD" in str(plan)
 
 
-@pytest.mark.parametrize("kind", [SDDArguments, ESDArguments])
+@pytest.mark.parametrize("kind", ["sdd", "esd"])
 @pytest.mark.parametrize("rank", [None, 4])
 def test_the_memory_of_the_plan_is_what_the_loop_holds(make_args, make_tiny_pipeline, kind, rank):
     args = make_args(kind, rank=rank)
     memory = make_plan(args).memory
     pipeline = make_tiny_pipeline()
-    loop = ErasureLoop(Accelerator(cpu=True), make_family(pipeline), args.make_objective(), args, args.ema_decay)
+    loop = ErasureLoop(
+        Accelerator(cpu=True), make_family(pipeline), args.method.objective(args.concept.concepts), args
+    )
     model = list(pipeline.unet.parameters())
     held = {id(value) for value in model}
     weights = [loop.weights.student, loop.weights.frozen, loop.weights.ema or {}]

@@ -12,12 +12,13 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from closeness import ROUNDING, difference, trained
 from diffusers_safe import erase
-from diffusers_safe.erasure.arguments import METHODS
+from diffusers_safe.methods import METHODS
 from diffusers_safe.provenance import fingerprint
 from diffusers_safe.weights.trained import select_parameters
 
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
+REQUIRED = {"concept_ablation": {"anchor_prompt": "a tool"}}  # options without a default
 QUICK = {"max_train_steps": 2, "num_inference_steps": 3, "learning_rate": 1e-3, "watch_prompts": ["a cat"]}
 
 
@@ -26,9 +27,15 @@ def test_the_selected_weights_of_the_pipeline_change_and_no_others(
     method, tiny_pipeline, make_tiny_pipeline, tmp_path
 ):
     steps = []
+    options = {**QUICK, "train_method": "xattn", **REQUIRED.get(method, {})}
     result = erase(
-        tiny_pipeline, ["knife", "gun"], method, progress_bar=False, callback=lambda *call: steps.append(call), **QUICK
-    )
+        tiny_pipeline,
+        ["knife", "gun"],
+        method,
+        progress_bar=False,
+        callback=lambda *call: steps.append(call),
+        **options,
+    ).pipeline
     assert result is tiny_pipeline and not result.unet.training
     before = make_tiny_pipeline().unet.state_dict()
     selected = set(select_parameters(result.unet, "xattn"))
@@ -40,7 +47,7 @@ def test_the_selected_weights_of_the_pipeline_change_and_no_others(
 def test_a_folder_may_be_given_and_the_result_saved(tiny_model_folder, tmp_path):
     result = erase(
         Path(tiny_model_folder), ["knife"], "esd", output_dir=str(tmp_path / "out"), progress_bar=False, **QUICK
-    )
+    ).pipeline
     saved = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
     assert fingerprint(saved.unet) == fingerprint(result.unet)
     record = json.loads((tmp_path / "out" / "erasure.json").read_text())
@@ -73,7 +80,9 @@ def test_a_pipeline_in_half_precision_draws_its_validation_prompts_and_is_as_it_
 def test_calls_with_other_precisions_follow_each_other_and_leave_a_plain_denoiser(make_tiny_pipeline):
     inputs = (torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 4, 32))
     for precision in ("bf16", None):
-        pipeline = erase(make_tiny_pipeline(), ["knife"], mixed_precision=precision, progress_bar=False, **QUICK)
+        pipeline = erase(
+            make_tiny_pipeline(), ["knife"], mixed_precision=precision, progress_bar=False, **QUICK
+        ).pipeline
         plain = make_tiny_pipeline().unet
         plain.load_state_dict(pipeline.unet.state_dict())
         with torch.no_grad():
@@ -94,7 +103,7 @@ def test_adapters_of_another_are_refused_and_nothing_changes(tiny_pipeline):
 def test_it_runs_in_a_thread(tiny_pipeline):
     with ThreadPoolExecutor(1) as threads:
         result = threads.submit(erase, tiny_pipeline, ["knife"], progress_bar=False, **QUICK).result()
-    assert result is tiny_pipeline
+    assert result.pipeline is tiny_pipeline
 
 
 def test_nothing_is_written_without_an_output_folder(tiny_pipeline, tmp_path, monkeypatch):
@@ -108,7 +117,7 @@ def test_a_preset_stands_for_options_that_are_not_given(make_tiny_pipeline):
     quick = {"num_inference_steps": 3, "max_train_steps": 2, "watch_prompts": ["a cat"], "progress_bar": False}
     said = {"sampling_model": "frozen", "learning_rate": 5e-5}
     preset, spelled, other = (
-        fingerprint(erase(make_tiny_pipeline(), ["knife"], "esd", **quick, **options).unet)
+        fingerprint(erase(make_tiny_pipeline(), ["knife"], "esd", **quick, **options).pipeline.unet)
         for options in ({"preset": "esd-2025"}, said, {})
     )
     assert preset == spelled != other
@@ -126,7 +135,7 @@ def test_a_preset_stands_for_options_that_are_not_given(make_tiny_pipeline):
         ({"colour": 1}, "colour: no option of method 'sdd'"),
         ({"concepts": []}, "at least one concept"),
         ({"learning_rates": 1}, r"learning_rates \(did you mean learning_rate\?\): no option of method 'sdd'"),
-        ({"dry_run": True}, "dry_run: only for the script"),
+        ({"dry_run": True}, "dry_run: only for the command line"),
         ({"erase_from": "a painting"}, "erase_from: no option of method 'sdd'"),
         ({"train_method": "half"}, "train_method 'half': unknown"),
         ({"resume_from_checkpoint": "latest"}, "resume_from_checkpoint latest: needs an output_dir"),
@@ -241,7 +250,7 @@ def test_a_concept_whose_predictions_are_those_of_no_text_is_reported(make_tiny_
 def test_values_of_other_types_that_mean_the_same(make_tiny_pipeline):
     quick = {"num_inference_steps": 2, "max_train_steps": 1, "progress_bar": False, "watch_prompts": []}
     plain, texts = (
-        fingerprint(erase(make_tiny_pipeline(), concepts, **quick, **options).unet)
+        fingerprint(erase(make_tiny_pipeline(), concepts, **quick, **options).pipeline.unet)
         for concepts, options in (
             (["knife"], {"learning_rate": 1e-3, "retain_prompts": ["dog"], "seed": 3}),
             ("knife", {"learning_rate": "1e-3", "retain_prompts": "dog", "seed": np.int64(3)}),

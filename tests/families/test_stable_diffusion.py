@@ -6,8 +6,9 @@ from diffusers import StableDiffusionPipeline
 
 from diffusers_safe.diffusion.trajectories import Trajectories
 from diffusers_safe.families import StableDiffusionFamily, StoredModel, make_family
-from diffusers_safe.methods import SDDObjective, TrainingBatch
+from diffusers_safe.methods import TrainingBatch
 from diffusers_safe.methods.predictor import Predictor
+from diffusers_safe.methods.sdd import SDDObjective
 from diffusers_safe.weights.trained import TrainedWeights, select_parameters
 
 

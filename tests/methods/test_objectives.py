@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from diffusers_safe.families import make_family
-from diffusers_safe.methods import ESDObjective, SDDObjective, TrainingBatch
+from diffusers_safe.methods import TrainingBatch
+from diffusers_safe.methods.esd import ESDObjective
 from diffusers_safe.methods.objective import targets
 from diffusers_safe.methods.predictor import Predictor
 from diffusers_safe.methods.retention import retention_loss
+from diffusers_safe.methods.sdd import SDDObjective
 from diffusers_safe.weights.trained import TrainedWeights, select_parameters
 
 

@@ -7,7 +7,7 @@ import torch
 
 from closeness import ROUNDING, difference, trained
 from diffusers_safe.methods.sdd import SDD_TARGETS
-from diffusers_safe.training.arguments import LR_SCHEDULERS
+from diffusers_safe.training.options import LR_SCHEDULERS
 
 
 def result(loop):
@@ -174,7 +174,7 @@ def test_accumulation_equals_a_larger_batch(make_loop, monkeypatch, rank):
             f"{batch_size}", train_batch_size=batch_size, gradient_accumulation_steps=accumulation, rank=rank
         )
         loop.optimizer.step = loop.optimizer.zero_grad = lambda: None
-        loop.args.max_grad_norm = 1e9
+        loop.options.optimizer.max_grad_norm = 1e9
         loop.train_step(0)
         gradients.append({name: value.grad for name, value in loop.weights.student.items()})
     for name in gradients[0]:

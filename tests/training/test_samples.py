@@ -7,7 +7,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_safe import erase
-from diffusers_safe.erasure.arguments import SDDArguments
+from diffusers_safe.erasure.options import make_options
+from diffusers_safe.erasure.run import make_samples
 from diffusers_safe.generation.generate import GenerationSettings
 from diffusers_safe.provenance import fingerprint
 from diffusers_safe.report import grid
@@ -61,15 +62,15 @@ def test_before_is_the_base_model_and_after_is_what_is_asked_for(tiny_pipeline, 
 @pytest.fixture
 def arguments(tiny_model_folder, tmp_path):
     known = {"pretrained_model_name_or_path": tiny_model_folder, "output_dir": str(tmp_path)}
-    return lambda **changes: SDDArguments(**{**known, **changes})
+    return lambda **changes: make_options("sdd", **{**known, **changes})
 
 
 def test_what_is_drawn_of_a_run(tiny_pipeline, weights, arguments):
     concepts = [f"concept{i}" for i in range(10)]
-    some = Samples.of_run(tiny_pipeline, weights, arguments(concepts=concepts, watch_prompts=["a cat"]))
+    some = make_samples(tiny_pipeline, weights, arguments(concepts=concepts, watch_prompts=["a cat"]))
     assert (some.erased, some.kept) == (["concept0", "concept2", "concept5", "concept7"], ["a cat"])
     prompts = ["a big Gun", "a cat"]
-    named = Samples.of_run(tiny_pipeline, weights, arguments(concepts=["gun"], validation_prompts=prompts))
+    named = make_samples(tiny_pipeline, weights, arguments(concepts=["gun"], validation_prompts=prompts))
     assert (named.erased, named.kept) == (["a big Gun"], ["a cat"])
 
 
@@ -81,7 +82,7 @@ def test_validation_draws_when_it_is_due_and_changes_nothing(on_cpu, make_tiny_p
         make_tiny_pipeline(), ["knife"], output_dir=str(tmp_path), report_to="tensorboard", validation_steps=2,
         validation_prompts=["a knife", "a cat"], **run,
     )  # fmt: skip
-    assert fingerprint(drawn.unet) == fingerprint(quiet.unet)
+    assert fingerprint(drawn.pipeline.unet) == fingerprint(quiet.pipeline.unet)
     pictures = sorted(path.name for path in (tmp_path / "validation").iterdir())
     assert pictures == ["step-2.png", "step-4.png", "step-5.png"]
     with Image.open(tmp_path / "validation" / "step-5.png") as picture:

@@ -9,15 +9,15 @@ from ..diffusion.generators import sample_generator
 from ..diffusion.loss_weighting import LossWeighting
 from ..diffusion.noise import NoiseSchedule
 from ..diffusion.trajectories import Trajectories
-from ..erasure.sources import LiveSamples
 from ..families import ModelFamily
-from ..methods import SDDObjective
 from ..methods.predictor import Predictor
+from ..methods.sdd import SDDObjective
 from ..provenance import fingerprint
 from ..training.loop import TrainingLoop
 from ..training.pictures import LatentSource
-from .arguments import DistillationArguments
+from ..training.trajectory_sources import LiveSamples
 from .objective import Features, FeatureTap, feature_pairs
+from .options import DistillationOptions
 
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -33,7 +33,7 @@ class DistillationLoop(TrainingLoop):
         teacher (`ModelFamily`): Whose denoiser teaches.
         student (`ModelFamily`): Whose denoiser is trained in place; the rest of its pipeline is the teacher's.
         data (`LatentSource`): Latents of pictures, and their encoded captions.
-        args (`DistillationArguments`): Everything else.
+        options (`DistillationOptions`): Everything else.
 
     Attributes:
         taught_by (`str`): [`fingerprint`] of the teacher's denoiser.
@@ -47,22 +47,22 @@ class DistillationLoop(TrainingLoop):
         teacher: ModelFamily,
         student: ModelFamily,
         data: LatentSource,
-        args: DistillationArguments,
+        options: DistillationOptions,
     ):
         self.taught_by = fingerprint(teacher.denoiser)
-        super().__init__(accelerator, student.denoiser, args, args.ema_decay if args.use_ema else None)
-        self.output_weights = "ema" if args.use_ema else "student"
-        self.objective = args.make_objective()
-        self.term_weights = {**self.objective.weights, "sdd": args.sdd_weight}
+        super().__init__(accelerator, student.denoiser, options)
+        self.output_weights = "ema" if options.result.use_ema else "student"
+        self.objective, noise = options.loss.objective(), options.noise
+        self.term_weights = {**self.objective.weights, "sdd": options.loss.sdd_weight}
         self.data, self.family, self.teacher_family = data, student, teacher
         self.noise = NoiseSchedule(
             student.pipeline.scheduler,
-            args.snr_gamma,
-            args.noise_offset,
-            args.input_perturbation,
-            args.timestep_bias,
+            options.loss.snr_gamma,
+            noise.noise_offset,
+            noise.input_perturbation,
+            noise.timestep_bias,
         )
-        self.loss_space = LossWeighting(args.loss_space, self.noise.scheduler)
+        self.loss_weighting = LossWeighting(options.sampling.loss_space, self.noise.scheduler)
         self.teacher_dtype = HALF.get(accelerator.mixed_precision, torch.float32)
         if self.objective.needs_teacher:
             teacher.denoiser.requires_grad_(False).eval().to(accelerator.device)
@@ -70,14 +70,14 @@ class DistillationLoop(TrainingLoop):
                 teacher.denoiser.to(self.teacher_dtype)
         self.student_tap = self.teacher_tap = None
         if "feature" in self.objective.weights:
-            pairs = feature_pairs(student.denoiser.config, teacher.denoiser.config, args.feature_map)
+            pairs = feature_pairs(student.denoiser.config, teacher.denoiser.config, options.loss.feature_map)
             self.student_tap = FeatureTap(student.denoiser, [own for own, _ in pairs])
             self.teacher_tap = FeatureTap(teacher.denoiser, [other for _, other in pairs])
         self._forwards = 0
         self._seen_to_learn = False
         self.predictor = None
         parts = [self.data]
-        if args.sdd_weight:
+        if options.loss.sdd_weight:
             self._set_up_sdd()
             parts.append(self.erasing)
         self.make_resumable(*parts, taught_by=self.taught_by, data=data.identity)
@@ -93,14 +93,14 @@ class DistillationLoop(TrainingLoop):
                 tap.remove()
 
     def _set_up_sdd(self) -> None:
-        args, concepts = self.args, self.args.forbidden_concepts
+        sampling, concepts = self.options.sampling, self.options.data.forbidden_concepts
         self.sdd = SDDObjective()
         predictor = Predictor(self.family, self.weights, concepts, self.accelerator.device, self.student)
         trajectories = Trajectories(
             self.family.make_scheduler,
             self.family.latent_shape,
-            args.num_inference_steps,
-            args.sampling_guidance_scale,
+            sampling.num_inference_steps,
+            sampling.sampling_guidance_scale,
         )
         self.predictor = predictor
 
@@ -108,7 +108,14 @@ class DistillationLoop(TrainingLoop):
             return (concepts[number % len(concepts)],) * 2
 
         self.erasing = LiveSamples(
-            "erase", self.output_weights, in_turn, predictor, trajectories, args, self.samples_a_step
+            "erase",
+            self.output_weights,
+            in_turn,
+            predictor,
+            trajectories,
+            sampling,
+            self.options.output.seed,
+            self.samples_a_step,
         )
 
     def prepare(self) -> None:
@@ -120,7 +127,9 @@ class DistillationLoop(TrainingLoop):
     # --- one batch ---------------------------------------------------------------------------------------------------
 
     def batch_terms(self, step: int, slots: range) -> dict[str, torch.Tensor]:
-        generators = [sample_generator(self.args.seed, "noise", step * self.samples_a_step + slot) for slot in slots]
+        generators = [
+            sample_generator(self.options.output.seed, "noise", step * self.samples_a_step + slot) for slot in slots
+        ]
         batch = self.data.batch(step, slots)
         noisy = self.noise.add(batch.latents, generators)
         inputs = (noisy.model_input, noisy.timesteps, batch.conditioning)
@@ -132,12 +141,12 @@ class DistillationLoop(TrainingLoop):
         if "task" in losses:
             losses["task"] = losses["task"] * self.noise.snr_weights(noisy.timesteps)
         for name in losses.keys() & {"task", "output"}:
-            losses[name] = self.loss_space.weigh(losses[name], noisy.timesteps)
+            losses[name] = self.loss_weighting.weigh(losses[name], noisy.timesteps)
         terms = {name: values.mean() for name, values in losses.items()}
-        if self.args.sdd_weight:
+        if self.options.loss.sdd_weight:
             drawn = self.erasing.batch(step, slots)
             losses = self.sdd.loss(self.predictor, drawn)
-            terms["sdd"] = self.loss_space.weigh(losses, drawn.timesteps).mean()
+            terms["sdd"] = self.loss_weighting.weigh(losses, drawn.timesteps).mean()
         return terms
 
     def _predict(
@@ -167,6 +176,6 @@ class DistillationLoop(TrainingLoop):
         outputs = {"the prediction": student_pred, **dict(zip(names, features))}
         if silent := [name for name, value in outputs.items() if not value.requires_grad]:
             raise ValueError(
-                f"feature_map {self.args.feature_map}: {', '.join(silent)} of the student sends no gradient to the "
-                "weights that train"
+                f"feature_map {self.options.loss.feature_map}: {', '.join(silent)} of the student sends no "
+                "gradient to the weights that train"
             )

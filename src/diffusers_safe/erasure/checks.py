@@ -1,4 +1,4 @@
-"""What of a run and its model can be known before weights are read, moved or changed."""
+"""What can be checked of a run and its model before weights are read, moved or changed."""
 
 from __future__ import annotations
 
@@ -13,37 +13,43 @@ from ..weights.trained import check_plain, select_parameters
 
 
 if TYPE_CHECKING:
-    from .arguments import ErasureArguments
+    from .options import ErasureOptions
 
 
-def check_run(args: ErasureArguments, model: ModelFamily | StoredModel) -> None:
-    """Looks at a model, loaded or not, for all that a run will ask of it.
+def check_run(options: ErasureOptions, model: ModelFamily | StoredModel) -> None:
+    """Checks a model, loaded or not, for all that a run will ask of it.
 
     Raises:
-        `ValueError`: If the train method means nothing in its denoiser, the denoiser has adapters, its scheduler
-            cannot do these steps or losses, or a prompt is longer than its text encoders take.
+        `ValueError`: If the train method selects nothing in its denoiser, the denoiser has adapters, its scheduler
+            does not allow these steps or losses, or a prompt is longer than its text encoders take.
     """
     check_plain(model.denoiser)
-    names = select_parameters(model.denoiser, args.train_method)
-    if args.rank is not None:
-        layers_to_adapt(model.denoiser, names, args.rank)
-    scheduled = (model.make_scheduler, model.latent_shape, args.num_inference_steps, args.sampling_guidance_scale)
-    Trajectories(*scheduled).stop_choices(args.sampling_fraction, args.latents_per_trajectory)
-    LossWeighting(args.loss_space, model.make_scheduler())
+    if options.method.trains:
+        _check_training(options, model)
     try:
-        model.check_prompts(encoded_prompts(args))
+        model.check_prompts(encoded_prompts(options))
     except ValueError as error:
         joined = "concepts are not joined with --prompt_order matched and no --negative_guidance_scale"
         raise ValueError(f"{error}; {joined}") from None
-    model.warn_of_unknown_words(args.concepts)
+    model.warn_of_unknown_words(options.concept.concepts)
 
 
-def encoded_prompts(args: ErasureArguments) -> list[str]:
-    """Every prompt that a run encodes; what is only drawn, for people to look at, may be cut."""
-    schedule = ConceptSchedule(args.concepts, args.concept_schedule, args.prompt_order, num_samples=1)
-    return [
-        *schedule.all_prompts(),
-        *args.make_objective().prompts,
-        *args.retain_prompts,
-        *args.watch_prompts,
-    ]
+def _check_training(options: ErasureOptions, model: ModelFamily | StoredModel) -> None:
+    weights, sampling = options.weights, options.sampling
+    names = select_parameters(model.denoiser, weights.train_method)
+    if weights.rank is not None:
+        layers_to_adapt(model.denoiser, names, weights.rank)
+    scheduled = (model.make_scheduler, model.latent_shape, sampling.num_inference_steps)
+    trajectories = Trajectories(*scheduled, sampling.sampling_guidance_scale)
+    trajectories.stop_choices(sampling.sampling_fraction, sampling.latents_per_trajectory)
+    LossWeighting(sampling.loss_space, model.make_scheduler())
+
+
+def encoded_prompts(options: ErasureOptions) -> list[str]:
+    """Every prompt that a run encodes; validation prompts may be truncated."""
+    concept, retention = options.concept, options.retention
+    kept = [*retention.retain_prompts, *retention.watch_prompts]
+    if not options.method.trains:
+        return [*concept.concepts, *kept]
+    schedule = ConceptSchedule(concept.concepts, concept.concept_schedule, concept.prompt_order, num_samples=1)
+    return [*schedule.all_prompts(), *options.method.objective(concept.concepts).prompts, *kept]

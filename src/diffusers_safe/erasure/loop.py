@@ -17,8 +17,9 @@ from ..methods.predictor import Predictor
 from ..methods.retention import retention_loss
 from ..training.loop import TrainingLoop
 from ..training.run_log import ConceptLosses
-from .arguments import ErasureArguments
-from .sources import make_source
+from ..training.trajectory_sources import LiveSamples, PooledSamples, Prompts, SampleSource
+from .checks import encoded_prompts
+from .options import TrainedErasureOptions
 from .watch import Watch
 
 
@@ -32,40 +33,52 @@ class ErasureLoop(TrainingLoop):
     Args:
         accelerator (`Accelerator`): Devices, processes, mixed precision.
         family (`ModelFamily`): Its denoiser is trained in place.
-        objective (`Objective`): The method.
-        args (`ErasureArguments`): Everything else.
-        ema_decay (`float`, *optional*): For objectives that have an EMA.
+        objective (`Objective`): The loss.
+        options (`TrainedErasureOptions`): Everything else.
     """
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        family: ModelFamily,
-        objective: Objective,
-        args: ErasureArguments,
-        ema_decay: float | None = None,
+        self, accelerator: Accelerator, family: ModelFamily, objective: Objective, options: TrainedErasureOptions
     ):
-        super().__init__(accelerator, family.denoiser, args, ema_decay)
+        super().__init__(accelerator, family.denoiser, options)
         self.objective = objective
         self.name, self.output_weights = objective.name.upper(), objective.output_weights
-        self.term_weights = {"erase": 1.0, "retain": args.retain_weight, "retain_unconditional": args.retain_weight}
-        num_trajectories = math.ceil(args.max_train_steps / args.latents_per_trajectory) * self.samples_a_step
-        self.schedule = ConceptSchedule(args.concepts, args.concept_schedule, args.prompt_order, num_trajectories)
-        prompts = [*self.schedule.all_prompts(), *objective.prompts, *args.retain_prompts, *args.watch_prompts]
+        concept, retention, sampling = options.concept, options.retention, options.sampling
+        self.term_weights = {
+            "erase": 1.0,
+            **dict.fromkeys(("retain", "retain_unconditional"), retention.retain_weight),
+        }
+        num_trajectories = math.ceil(options.run.max_train_steps / sampling.latents_per_trajectory)
+        num_trajectories *= self.samples_a_step
+        self.schedule = ConceptSchedule(
+            concept.concepts, concept.concept_schedule, concept.prompt_order, num_trajectories
+        )
+        prompts = encoded_prompts(options)
         self.predictor = Predictor(family, self.weights, prompts, accelerator.device, self.student)
         self.trajectories = Trajectories(
-            family.make_scheduler, family.latent_shape, args.num_inference_steps, args.sampling_guidance_scale
+            family.make_scheduler, family.latent_shape, sampling.num_inference_steps, sampling.sampling_guidance_scale
         )
-        drawn = (self.predictor, self.trajectories, args, self.samples_a_step)
-        self.erasing = make_source("erase", objective.trajectory_weights, self._to_erase, *drawn)
-        self.retaining = make_source("retain", "frozen", self._to_retain, *drawn)
-        self.loss_space = LossWeighting(args.loss_space, family.pipeline.scheduler)
-        self.watch = Watch(self.predictor, self.trajectories, args.concepts, args.watch_prompts, args.seed)
-        for concept in self.watch.silent:
-            note("concepts '%s': its predictions equal the empty prompt's, so there is nothing to erase", concept)
+        self.erasing = self._make_source("erase", objective.trajectory_weights, self._to_erase)
+        self.retaining = self._make_source("retain", "frozen", self._to_retain)
+        self.loss_weighting = LossWeighting(sampling.loss_space, family.pipeline.scheduler)
+        self.watch = Watch(
+            self.predictor, self.trajectories, concept.concepts, retention.watch_prompts, options.output.seed
+        )
+        for silent in self.watch.silent:
+            note("concepts '%s': its predictions equal the empty prompt's, so there is nothing to erase", silent)
         self.concept_losses = ConceptLosses(prompts)
         self._warned = False
-        self.make_resumable(self.erasing, self.retaining)
+        own_state = type(objective).state_dict is not Objective.state_dict
+        self.make_resumable(self.erasing, self.retaining, *([objective] if own_state else []))
+
+    def _make_source(self, term: str, weights: str, prompts: Prompts) -> SampleSource:
+        """Where the samples of a term of the loss come from: a pool, or new trajectories."""
+        options, sampling = self.options, self.options.sampling
+        source = (term, weights, prompts, self.predictor, self.trajectories, sampling, options.output.seed)
+        if term not in options.pooled_terms():
+            return LiveSamples(*source, self.samples_a_step)
+        num_samples = options.run.max_train_steps * self.samples_a_step
+        return PooledSamples(*source, self.samples_a_step, size=sampling.trajectory_pool, num_samples=num_samples)
 
     @property
     def forwards(self) -> int:
@@ -77,31 +90,31 @@ class ErasureLoop(TrainingLoop):
 
     def _to_erase(self, number: int, generator: torch.Generator) -> tuple[str, str]:
         sampled, trained = self.schedule.prompts(number, generator)
-        return self.objective.trajectory_prompts or sampled, trained
+        return self.objective.trajectory_prompt or sampled, trained
 
     def _to_retain(self, number: int, generator: torch.Generator) -> tuple[str, str]:
-        prompt = self.args.retain_prompts[number % len(self.args.retain_prompts)]
+        prompts = self.options.retention.retain_prompts
+        prompt = prompts[number % len(prompts)]
         return prompt, prompt
 
     def batch_terms(self, step: int, slots: range) -> dict[str, torch.Tensor]:
-        args = self.args
-        batch = self.erasing.batch(step, slots)
-        losses = self.loss_space.weigh(self.objective.loss(self.predictor, batch), batch.timesteps)
+        retention, batch = self.options.retention, self.erasing.batch(step, slots)
+        losses = self.loss_weighting.weigh(self.objective.loss(self.predictor, batch), batch.timesteps)
         self.concept_losses.add(self._concepts_of(batch), losses)
         terms = {"erase": losses.mean()}
-        if args.retain_weight > 0 and args.retain_prompts:
+        if retention.trained_prompts:
             terms["retain"] = self._retention(self.retaining.batch(step, slots))
-        if args.retain_weight > 0 and args.retain_unconditional:
+        if retention.keeps_unconditional:
             terms["retain_unconditional"] = self._retention(replace(batch, prompts=[""] * len(slots)))
         return terms
 
     def _concepts_of(self, batch: TrainingBatch) -> list[str]:
         """What the losses of a batch are counted under: of the two prompts of a sample, the one concept."""
-        draws_with_one = self.args.prompt_order == "paper" and self.objective.trajectory_prompts is None
-        return batch.trajectory_prompts if draws_with_one else batch.prompts
+        guided_by_one = self.options.concept.prompt_order == "paper" and self.objective.trajectory_prompt is None
+        return batch.trajectory_prompts if guided_by_one else batch.prompts
 
     def _retention(self, batch: TrainingBatch) -> torch.Tensor:
-        return self.loss_space.weigh(retention_loss(self.predictor, batch), batch.timesteps).mean()
+        return self.loss_weighting.weigh(retention_loss(self.predictor, batch), batch.timesteps).mean()
 
     def measure(self, step: int) -> dict:
         watched = self.watch.measure(self.output_weights)

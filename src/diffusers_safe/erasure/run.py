@@ -1,35 +1,36 @@
 """From a pipeline to an erased one: the same way for every method, from Python and from the command line."""
 
 import os
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import fields
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, is_initialized
-from accelerate.utils import ProjectConfiguration, set_seed
-from diffusers import DiffusionPipeline, ModelMixin
-from torch import nn
+from accelerate.utils import set_seed
+from diffusers import DiffusionPipeline
 
-from ..arguments import check_values, choose, exit_with_error, suggested, typed
+from ..arguments import declared_options, exit_with_error, suggested, typed
+from ..concepts import names_concept
 from ..families import StoredModel, load_pipeline, make_family
+from ..generation.generate import GenerationSettings
 from ..hub import check_push, push_or_exit, push_result
+from ..methods import Objective, find_method
 from ..output_folders import record_written
 from ..provenance import Provenance, fingerprint, stored_path
 from ..report.grid import GRID_NAME, save_grid
+from ..training.environment import in_float32, make_accelerator, random_states_kept, restore_forward
 from ..training.output import save_result
 from ..training.samples import Samples, Validation
-from .arguments import METHODS, ErasureArguments, parse_arguments, preset_options
+from ..weights.trained import TrainedWeights, find_train_method
 from .checks import check_run
+from .erasure import Erasure
 from .loop import ErasureLoop
+from .options import ErasureOptions, erasure_options, parse_options
 from .plan import make_plan
 
 
 Callback = Callable[[int, dict[str, float]], None]
+MOST_PROMPTS = 4  # of the grid, where no validation prompts are given
 
 
 @typed
@@ -42,30 +43,31 @@ def erase(
     progress_bar: bool = True,
     callback: Callback | None = None,
     **options: Any,
-) -> DiffusionPipeline:
-    """Erases concepts from a pipeline, in place: what the training scripts do, in one call.
+) -> Erasure:
+    """Erases concepts from a pipeline, in place: what `diffusers-safe erase` does, in one call.
 
-        pipeline = erase("CompVis/stable-diffusion-v1-4", ["Van Gogh"], method="esd", preset="esd-2025")
+        erasure = erase("CompVis/stable-diffusion-v1-4", ["Van Gogh"], method="esd", preset="esd-2025")
+        image = erasure.pipeline("a painting of sunflowers").images[0]
 
     (The settings are those of github.com/rohitgandikota/erasing, 2025. Not run here.)
 
-    Nothing else of the caller's changes: not the state of random generators, and, where the call raises, not the
-    pipeline either.
+    Random generators of the caller keep their states; if the call raises, the pipeline keeps its weights.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`] or `str`): A loaded pipeline of a supported family, whose denoiser
             is changed, or a folder or Hub id.
         concepts (`list[str]` or `str`): What to erase, at least one name; a text is one concept.
-        method (`str`, defaults to `"sdd"`): `"sdd"` or `"esd"`.
+        method (`str`, defaults to `"sdd"`): A name of [`~diffusers_safe.methods.METHODS`].
         output_dir (`str`, *optional*): Where to save the result, erasure.json, a log and checkpoints; without it
             nothing is written.
         progress_bar (`bool`, defaults to `True`): Whether to show progress and time left.
-        callback (`Callable`, *optional*): Called after every step with its number, from 1, and what was measured.
-        options: Any argument of the method's script (`python train_esd.py --help`), such as `max_train_steps=200`.
+        callback (`Callable`, *optional*): Called after every step with its number, from 1, and what was measured. What
+            it raises ends the run.
+        options: Any option of the method (`diffusers-safe erase --method esd --help`), such as `max_train_steps=200`.
 
     Returns:
-        [`~diffusers.DiffusionPipeline`]: The pipeline, on the device and in the dtype that it had; with `rank`, the
-        LoRA is switched on in it (`diffusers_safe.weights.lora.fused` gives a plain one).
+        [`Erasure`]: With the pipeline on the device and in the dtype that it had; with `rank`, the LoRA is active in
+        it (`diffusers_safe.weights.lora.fused` gives a plain one).
 
     Raises:
         `ValueError`: If the method, an option or a value is unknown or out of its range, or the family of the pipeline
@@ -74,207 +76,214 @@ def erase(
         [`~diffusers_safe.hub.PushError`]: If it could not be published; the result is complete on disk.
     """
     pipeline = os.fspath(pipeline) if isinstance(pipeline, os.PathLike) else pipeline
-    args = _arguments(pipeline, concepts, method, output_dir, options)
-    with _random_states_kept():
-        accelerator = make_accelerator(args)
+    settings = _make_options(pipeline, concepts, method, output_dir, options)
+    with random_states_kept():
+        accelerator = make_accelerator(settings)
         if isinstance(pipeline, str):
-            check_run(args, StoredModel(pipeline, args.resolution, **args.index_arguments))
-            args.check_files()
+            check_run(settings, StoredModel(pipeline, settings.model.resolution, **settings.model.index_arguments))
+            settings.check_files()
         else:
-            check_run(args, make_family(pipeline, args.resolution))
+            check_run(settings, make_family(pipeline, settings.model.resolution))
         if output_dir is not None:
-            args.check_output()
-        with args.claimed_output():
+            settings.check_output()
+        with settings.claimed_output():
             if isinstance(pipeline, str):
-                pipeline = load_pipeline(pipeline, **args.hub_arguments)
-            train(accelerator, pipeline, args, progress_bar, callback)
-    if args.push_to_hub and accelerator.is_main_process:
-        push_result(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private)
-    return pipeline
+                pipeline = load_pipeline(pipeline, **settings.model.hub_arguments)
+            erasure = run_erasure(accelerator, pipeline, settings, progress_bar, callback)
+    if settings.hub.push_to_hub and accelerator.is_main_process:
+        push_result(output_dir, settings.hub.hub_model_id, settings.hub.hub_token, settings.hub.hub_private)
+    return erasure
 
 
-def _arguments(
-    pipeline: DiffusionPipeline | str,
-    concepts: list[str],
-    method: str,
-    output_dir: str | None,
-    options: dict[str, Any],
-) -> ErasureArguments:
-    method = choose("method", method, METHODS)
-    kind = METHODS[method]
-    own = ("pretrained_model_name_or_path", "concepts", "output_dir")  # which have a parameter
-    names = [item.name for item in fields(kind) if item.name not in own]
-    if unknown := [suggested(name, names, "") for name in sorted(options.keys() - set(names))]:
-        raise ValueError(f"{', '.join(unknown)}: no option of method '{method}'; see train_{method}.py --help")
-    presets = preset_options(kind)
-    options = check_values(kind, options)
+def _make_options(
+    pipeline: DiffusionPipeline | str, concepts: list[str], method: str, output_dir: str | None, values: dict[str, Any]
+) -> ErasureOptions:
+    kind = erasure_options(find_method(method))
+    names = declared_options(kind).keys() - {"pretrained_model_name_or_path", "concepts", "output_dir"}
+    if unknown := [suggested(name, sorted(names), "") for name in sorted(values.keys() - names)]:
+        command = f"diffusers-safe erase --method {method} --help"
+        raise ValueError(f"{', '.join(unknown)}: no option of method '{method}'; see {command}")
     name = pipeline if isinstance(pipeline, str) else pipeline.config.get("_name_or_path") or "a pipeline in memory"
     known = {"pretrained_model_name_or_path": name, "concepts": concepts, "output_dir": output_dir}
-    args = kind(**known, **{**presets.get(options.get("preset", "paper"), {}), **options})
-    if args.dry_run:
-        raise ValueError(f"dry_run: only for the script, train_{method}.py")
+    options = kind.of(**known, **values)
+    options.resolve()
+    if options.output.dry_run:
+        raise ValueError("dry_run: only for the command line")
     for name in ("resume_from_checkpoint", "report_to"):
-        if output_dir is None and options.get(name, "none") != "none":
-            raise ValueError(f"{name} {options[name]}: needs an output_dir")
-    if args.push_to_hub:
-        check_push(args.hub_model_id, args.hub_token)
-    return args
+        if output_dir is None and values.get(name, "none") != "none":
+            raise ValueError(f"{name} {values[name]}: needs an output_dir")
+    if options.hub.push_to_hub:
+        check_push(options.hub.hub_model_id, options.hub.hub_token)
+    return options
 
 
 @exit_with_error()
-def run_command(kind: type[ErasureArguments], description: str, argv: list[str] | None = None) -> None:
-    """What a training script does with its command line."""
-    args = parse_arguments(kind, description, argv)
-    with exit_with_error():
-        if args.dry_run:
-            if os.environ.get("RANK", "0") == "0":
-                print(make_plan(args, int(os.environ.get("WORLD_SIZE", "1"))))
-            return
-        with args.claimed_output():
-            accelerator = make_accelerator(args)
-            pipeline = load_pipeline(args.pretrained_model_name_or_path, **args.hub_arguments)
-            train(accelerator, pipeline, args)
-        if accelerator.is_main_process:
-            print(f"erased {', '.join(args.concepts)}; the result is in {args.output_dir}")
-            if args.push_to_hub:  # the other processes need not wait for the network
-                push_or_exit(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private)
+def run_command(name: str, argv: list[str] | None = None, prog: str | None = None) -> None:
+    """Runs the command line of a method."""
+    options = parse_options(name, argv, prog)
+    model, output, hub = options.model, options.output, options.hub
+    if output.dry_run:
+        if os.environ.get("RANK", "0") == "0":
+            print(make_plan(options, int(os.environ.get("WORLD_SIZE", "1"))))
+        return
+    with options.claimed_output():
+        accelerator = make_accelerator(options)
+        pipeline = load_pipeline(model.pretrained_model_name_or_path, **model.hub_arguments)
+        run_erasure(accelerator, pipeline, options)
+    if accelerator.is_main_process:
+        print(f"erased {', '.join(options.concept.concepts)}; the result is in {output.output_dir}")
+        if hub.push_to_hub:  # the other processes need not wait for the network
+            push_or_exit(output.output_dir, hub.hub_model_id, hub.hub_token, hub.hub_private)
 
 
-def make_accelerator(args: ErasureArguments) -> Accelerator:
-    """Devices, processes and trackers, as `accelerate launch` and the arguments say.
-
-    Raises:
-        `ValueError`: If the device does not have the precision.
-    """
-    project = None
-    if args.output_dir is not None:
-        project = ProjectConfiguration(args.output_dir, args.tracker_dir)
-    log_with = None if args.report_to == "none" else args.report_to
-    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if is_initialized() and AcceleratorState().mixed_precision != precision:
-        AcceleratorState._reset_state()  # of an earlier call, which asked for another
-    accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_config=project)
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("mixed_precision fp16: gradients need a GPU's loss scaling; allowed on a CPU are no, bf16")
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise ValueError(
-            f"{launched} processes were launched, but each would train by itself: set ACCELERATE_USE_CPU=true where "
-            "there is no GPU for each"
-        )
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    return accelerator
-
-
-def train(
+def run_erasure(
     accelerator: Accelerator,
     pipeline: DiffusionPipeline,
-    args: ErasureArguments,
+    options: ErasureOptions,
     progress_bar: bool = True,
     callback: Callback | None = None,
-) -> None:
+) -> Erasure:
     """Erases from a loaded pipeline; where there is an output folder, writes the result, as it is to be published.
 
-    If the run is stopped or fails, the pipeline is as it was.
+    If the run is stopped or fails, the pipeline keeps its weights.
     """
-    set_seed(args.seed)
-    with _in_float32(pipeline):
-        family = make_family(pipeline, args.resolution)
-        objective = args.make_objective()
-        provenance = Provenance(
-            base_model=stored_path(args.pretrained_model_name_or_path),
-            base_fingerprint=fingerprint(family.denoiser),
-            concepts=args.concepts,
-            method=objective.name,
-            train_method=args.train_method,
-            arguments={
-                **args.recorded,
-                "num_processes": accelerator.num_processes,
-                "mixed_precision": accelerator.mixed_precision,
-            },
-            revision=args.revision,
-        )
-        own_forward = vars(family.denoiser).get("forward")
-        loop = ErasureLoop(accelerator, family, objective, args, args.ema_decay)
-        samples = Samples.of_run(pipeline, loop.weights, args)
+    set_seed(options.output.seed)
+    with in_float32(pipeline):
+        run = MethodRun(accelerator, pipeline, options, progress_bar, callback)
         try:
-            loop.run(progress_bar, _with_validation(callback, samples, loop, args))
+            options.method.erase(run)
+            erasure = run.result()
         except BaseException:
-            loop.weights.undo()
+            run.undo()
             raise
-        finally:
-            restore_forward(family.denoiser, own_forward)
-        if args.output_dir is not None and accelerator.is_main_process:
-            save_result(pipeline, loop.weights, provenance, args.output_dir, args.save)
-            if args.push_to_hub:
-                if samples.last is None:  # else it is what validation has drawn after the last step
-                    pipeline.to(accelerator.device)
-                    samples.draw()
-                save_grid(samples.last, args.output_dir)
-                record_written(args.output_dir, GRID_NAME)
+        if options.output.output_dir is not None and accelerator.is_main_process:
+            save_result(pipeline, run.weights, erasure.record, options.output.output_dir, options.output.save)
+            if options.hub.push_to_hub:
+                _save_grid(run)
         accelerator.wait_for_everyone()
+    return erasure
 
 
-def restore_forward(denoiser: nn.Module, forward: Callable | None) -> None:
-    """Takes off what mixed precision wraps around a forward. accelerate's own way takes off one decorator too many,
-    diffusers' own, that scales LoRAs."""
-    vars(denoiser).pop("_original_forward", None)
-    vars(denoiser).pop("forward", None)
-    if forward is not None:
-        denoiser.forward = forward
+class MethodRun:
+    """What a method works with, see [`~diffusers_safe.methods.Run`].
+
+    Args:
+        accelerator (`Accelerator`): Devices, processes, mixed precision.
+        pipeline (`DiffusionPipeline`): Its denoiser is changed in place.
+        options (`ErasureOptions`): Of the run.
+        progress_bar (`bool`, defaults to `True`): Whether to show one.
+        callback (`Callable`, *optional*): As [`erase`] takes it.
+
+    Attributes:
+        weights (`TrainedWeights`, *optional*): What the method changed.
+        samples (`Samples`, *optional*): Images before and after.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        pipeline: DiffusionPipeline,
+        options: ErasureOptions,
+        progress_bar: bool = True,
+        callback: Callback | None = None,
+    ):
+        self.accelerator, self.pipeline, self.options = accelerator, pipeline, options
+        self.progress_bar, self.callback = progress_bar, callback
+        self.family = make_family(pipeline, options.model.resolution)
+        self.concepts, self.retained = options.concept.concepts, options.retention.retain_prompts
+        self.base_fingerprint = fingerprint(self.family.denoiser)
+        self.weights: TrainedWeights | None = None
+        self.samples: Samples | None = None
+
+    def train(self, objective: Objective) -> None:
+        denoiser = self.family.denoiser
+        own_forward = vars(denoiser).get("forward")
+        try:
+            loop = ErasureLoop(self.accelerator, self.family, objective, self.options)
+            self.weights, self.samples = loop.weights, make_samples(self.pipeline, loop.weights, self.options)
+            loop.run(self.progress_bar, self._after_step(objective))
+        finally:
+            restore_forward(denoiser, own_forward)
+
+    @torch.no_grad()
+    def edit(self, values: Mapping[str, torch.Tensor]) -> None:
+        parameters = dict(self.family.denoiser.named_parameters())
+        for name, value in values.items():
+            if name not in parameters or value.shape != parameters[name].shape:
+                raise ValueError(f"method '{self.options.method.name}': edits {name}, which is no such parameter")
+            if not value.isfinite().all():
+                raise FloatingPointError(f"method '{self.options.method.name}': {name} is not finite")
+        self.weights = TrainedWeights(self.family.denoiser, list(values))
+        self.samples = make_samples(self.pipeline, self.weights, self.options)
+        for name, value in values.items():
+            self.weights.student[name].copy_(value)
+
+    def undo(self) -> None:
+        """Gives the denoiser its weights back."""
+        if self.weights is not None:
+            self.weights.undo()
+
+    def result(self) -> Erasure:
+        """The erased pipeline with its record."""
+        if self.weights is None:
+            raise RuntimeError(f"method '{self.options.method.name}': neither trained nor edited anything")
+        options, processes = self.options, self.accelerator
+        training = {"num_processes": processes.num_processes, "mixed_precision": processes.mixed_precision}
+        if options.method.trains:
+            train_method = options.weights.train_method
+        else:
+            train_method = find_train_method(self.family.denoiser, self.weights.student.keys()) or "full"
+        record = Provenance(
+            base_model=stored_path(options.model.pretrained_model_name_or_path),
+            base_fingerprint=self.base_fingerprint,
+            concepts=self.concepts,
+            method=options.method.name,
+            train_method=train_method,
+            arguments={**options.recorded, **(training if options.method.trains else {})},
+            revision=options.model.revision,
+        )
+        return Erasure(self.pipeline, record, self.weights, options.output.output_dir)
+
+    def _after_step(self, objective: Objective) -> Callback | None:
+        """The caller's callback, and validation images where there are validation prompts."""
+        options, callback = self.options, self.callback
+        if not options.validation.validation_prompts:
+            return callback
+        last, folder = options.run.max_train_steps, options.output.output_dir
+        validation = Validation(
+            self.accelerator, self.samples, objective.output_weights, folder, options.validation, last
+        )
+
+        def after_step(step: int, measured: dict[str, float]) -> None:
+            validation.after_step(step)
+            if callback is not None:
+                callback(step, measured)
+
+        return after_step
 
 
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    """Seeds that are set inside are not the caller's: the generators of Python, NumPy and torch, on the CPU and on
-    CUDA devices, go on afterwards where they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+def make_samples(pipeline: DiffusionPipeline, weights: TrainedWeights, options: ErasureOptions) -> Samples:
+    """The validation prompts; a few of the concepts and of what should stay, if there are none."""
+    concepts, retention = options.concept.concepts, options.retention
+    prompts = options.validation.validation_prompts
+    erased = [prompt for prompt in prompts if any(names_concept(prompt, concept) for concept in concepts)]
+    kept = [prompt for prompt in prompts if prompt not in erased]
+    if not prompts:
+        count = min(len(concepts), MOST_PROMPTS)
+        erased = [concepts[i * len(concepts) // count] for i in range(count)]
+        kept = [*retention.watch_prompts, *retention.retain_prompts][:MOST_PROMPTS]
+    size = options.model.resolution
+    steps = options.sampling.num_inference_steps if options.method.trains else GenerationSettings().num_inference_steps
+    settings = GenerationSettings(steps, height=size, width=size)
+    count, seed = options.validation.num_validation_images, options.output.seed
+    return Samples(pipeline, weights, erased, kept, count, seed, settings)
 
 
-@contextmanager
-def _in_float32(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Trained weights are float32, and pictures need all parts alike. Afterwards every part is as it was."""
-    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    homes = [(part, part.device, part.dtype, part.training) for part in parts]
-    plain = [part for part in parts if isinstance(part, ModelMixin) and not part.is_gradient_checkpointing]
-    trainable = {parameter for part in parts for parameter in part.parameters() if parameter.requires_grad}
-    try:
-        for part in parts:
-            if part.dtype != torch.float32:
-                part.to(torch.float32)
-        yield
-    finally:
-        for part, device, dtype, training in homes:
-            part.train(training).to(device)
-            if part.dtype != dtype:
-                part.to(dtype)
-            for parameter in part.parameters():
-                parameter.requires_grad_(parameter in trainable)
-        for part in plain:
-            part.disable_gradient_checkpointing()
-
-
-def _with_validation(
-    callback: Callback | None,
-    samples: Samples,
-    loop: ErasureLoop,
-    args: ErasureArguments,
-) -> Callback | None:
-    """A callback that also draws the validation prompts, where there are any."""
-    if not args.validation_prompts:
-        return callback
-    validation = Validation(loop.accelerator, samples, args, loop.objective.output_weights)
-
-    def after_step(step: int, measured: dict[str, float]) -> None:
-        validation.after_step(step)
-        if callback is not None:
-            callback(step, measured)
-
-    return after_step
+def _save_grid(run: MethodRun) -> None:
+    """The images of the card: those of validation after the last step, else new ones."""
+    if run.samples.last is None:
+        run.pipeline.to(run.accelerator.device)
+        run.samples.draw()
+    folder = run.options.output.output_dir
+    save_grid(run.samples.last, folder)
+    record_written(folder, GRID_NAME)

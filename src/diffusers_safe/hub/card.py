@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..formats import INDEX, LORA_NAME, PARTIAL_NAME, UNET_FOLDER
+from ..methods import METHODS
 from ..provenance import FILE_NAME, Provenance
 from ..report.grid import GRID_NAME
 from ..weights.trained import TRAIN_METHODS
@@ -14,13 +15,6 @@ from .cards import make_card
 from .contents import published_record
 from .model_index import model_index
 from .sections import MOST_LISTED, base_link, code, facts_table, licence_text, measured
-
-
-# method -> (its name, its paper)
-_METHODS = {
-    "sdd": ("Safe self-Distillation Diffusion (SDD)", "2307.05977"),
-    "esd": ("Erasing Concepts from Diffusion Models (ESD)", "2303.07345"),
-}
 
 
 def erasure_card(folder: str | Path, repo_id: str, base: Base) -> ModelCard:
@@ -57,11 +51,13 @@ def _what(folder: Path, provenance: Provenance, repo_id: str, base: Base) -> str
     concepts = [f"* {code(concept)}" for concept in provenance.concepts[:MOST_LISTED]]
     if more := len(provenance.concepts) - MOST_LISTED:
         concepts += [f"* and {more} more, which [`{FILE_NAME}`]({FILE_NAME}) names"] if more > 0 else []
-    name, paper = _METHODS.get(provenance.method, (provenance.method.upper(), None))
     whole = " Nothing else has to be switched on when it is used." if (folder / INDEX).is_file() else ""
     source = provenance.arguments.get("erase_from")
     only = f" They were erased from what {code(source)} says; other prompts were left alone." if source else ""
-    by = f"{name}, [arXiv {paper}](https://arxiv.org/abs/{paper})" if paper else name
+    by = provenance.method.upper()
+    if (method := METHODS.get(provenance.method)) is not None:
+        link = f"[arXiv {method.paper}](https://arxiv.org/abs/{method.paper})"
+        by = f"{by} ({method.title}, {method.authors}, {link})"
     return (
         f"# {repo_id.split('/')[-1]}\n\n"
         f"{base_link(base)}, a text-to-image model, after training to forget:\n\n" + "\n".join(concepts) + "\n\n"

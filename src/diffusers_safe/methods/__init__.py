@@ -1,8 +1,18 @@
-"""One file, one class, one paper. An objective says who draws its latents, what it publishes, and its loss."""
+"""Erasure methods, a file each, and their registry."""
 
-from .esd import ESDObjective
+from .method import METHODS, GradientMethod, Method, Preset, Run, find_method, presets_table, register_method
 from .objective import Objective, TrainingBatch
-from .sdd import SDDObjective
 
 
-__all__ = ["ESDObjective", "Objective", "SDDObjective", "TrainingBatch"]
+__all__ = [
+    "METHODS",
+    "GradientMethod",
+    "Method",
+    "Objective",
+    "Preset",
+    "Run",
+    "TrainingBatch",
+    "find_method",
+    "presets_table",
+    "register_method",
+]

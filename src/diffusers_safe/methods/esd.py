@@ -1,8 +1,12 @@
-"""Erasing concepts from Stable Diffusion: Gandikota et al., ICCV 2023, arXiv 2303.07345."""
+"""ESD: Erasing Concepts from Diffusion Models, Gandikota et al., ICCV 2023, arXiv 2303.07345."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
-from ..arguments import choose
+from ..arguments import choose, option
+from .method import GradientMethod, Preset, register_method
 from .objective import Objective, TrainingBatch, squared_error, targets
 from .predictor import Predictor
 
@@ -11,14 +15,14 @@ ESD_SAMPLERS = ("student", "frozen")
 
 
 class ESDObjective(Objective):
-    """The student's prediction for the concept moves to the opposite of what the base model says of it.
+    """The student's prediction for the concept moves to the opposite of the base model's.
 
     With the student eps, the base model eps*, a concept c, and eta:
 
         || eps(z_t, c) - (eps*(z_t, "") - eta * (eps*(z_t, c) - eps*(z_t, ""))) ||^2
 
-    With `erase_from` f, the concept is taken out of what that prompt says, and other prompts are left alone ("Van
-    Gogh" from "a painting"); the latents are then drawn with f, too. The rule is that of the authors' code of 2025:
+    With `erase_from` f, the concept is erased from what that prompt says, and other prompts stay ("Van Gogh" from "a
+    painting"); the trajectories are then guided by f, too. The rule is that of the authors' code of 2025:
 
         || eps(z_t, f) - (eps*(z_t, f) - eta * (eps*(z_t, c) - eps*(z_t, ""))) ||^2
 
@@ -37,18 +41,17 @@ class ESDObjective(Objective):
     output_weights = "student"
 
     def __init__(
-        self, negative_guidance_scale: float = 1.0, erase_from: str | None = None, trajectory_weights: str = "student"
+        self,
+        negative_guidance_scale: float = 1.0,
+        erase_from: str | None = None,
+        trajectory_weights: str = "student",
     ):
         if not negative_guidance_scale >= 0:
             raise ValueError(f"negative_guidance_scale {negative_guidance_scale}: must be at least 0")
-        trajectory_weights = choose("trajectory_weights", trajectory_weights, ESD_SAMPLERS)
-        self.negative_guidance_scale, self.erase_from, self.trajectory_weights = (
-            negative_guidance_scale,
-            erase_from,
-            trajectory_weights,
-        )
+        self.trajectory_weights = choose("trajectory_weights", trajectory_weights, ESD_SAMPLERS)
+        self.negative_guidance_scale, self.erase_from = negative_guidance_scale, erase_from
         self.prompts = () if erase_from is None else (erase_from,)
-        self.trajectory_prompts = erase_from
+        self.trajectory_prompt = erase_from
 
     def loss(self, predictor: Predictor, batch: TrainingBatch) -> torch.Tensor:
         count = len(batch.prompts)
@@ -62,3 +65,100 @@ class ESDObjective(Objective):
         nothing = [""] * len(batch.prompts)
         start, concept, empty = targets(predictor, batch, [base, batch.prompts, nothing], "frozen")
         return start - self.negative_guidance_scale * (concept - empty)  # equation 7
+
+
+_COMMON = {"train_method": "xattn", "num_inference_steps": 50, "prompt_order": "matched"}
+_ADAM = {"adam_weight_decay": 0.0, "max_grad_norm": 0.0}
+
+# eta is the paper's. The code of 2025 has `negative_guidance`, eta + 1 where nothing else is erased from, else eta.
+# Its weights are bfloat16, in which most updates are lost; ours are float32.
+ESD_PRESETS = {
+    "paper": Preset(
+        "Gandikota et al., arXiv 2303.07345, and its CompVis code of 2023",
+        {"max_train_steps": 1000, "learning_rate": 1e-5, "negative_guidance_scale": 1.0, "sampling_model": "student",
+         "sampling_guidance_scale": 3.0, **_ADAM, **_COMMON},
+    ),
+    "esd-2025": Preset(
+        "github.com/rohitgandikota/erasing, 2025, Stable Diffusion 1.x",
+        {"max_train_steps": 200, "learning_rate": 5e-5, "negative_guidance_scale": 1.0, "sampling_model": "frozen",
+         "sampling_guidance_scale": 3.0, **_ADAM, **_COMMON},
+        erase_from_scale=2.0,
+    ),
+    "esd-2025-xl": Preset(
+        "the same, SDXL, esd-x",
+        {"max_train_steps": 200, "learning_rate": 2e-4, "negative_guidance_scale": 0.0, "sampling_model": "frozen",
+         "sampling_guidance_scale": 2.0, **_ADAM, **_COMMON},
+        erase_from_scale=1.0,
+    ),
+    "safe-diffusion": Preset(
+        "github.com/nannullna/safe-diffusion, train_esd.py",
+        {"max_train_steps": 1000, "learning_rate": 1e-5, "negative_guidance_scale": 3.0, "sampling_model": "student",
+         "sampling_guidance_scale": 3.0, "adam_weight_decay": 1e-4, "max_grad_norm": 1.0, **_COMMON},
+    ),
+}  # fmt: skip
+_PAPER = ESD_PRESETS["paper"].options
+
+
+@register_method
+@dataclass(kw_only=True)
+class ESD(GradientMethod):
+    """The options of ESD."""
+
+    name = "esd"
+    title = "Erasing Concepts from Diffusion Models"
+    authors = "Gandikota et al., ICCV 2023"
+    paper = "2303.07345"
+    summary = "The prediction for a concept moves to the opposite of what the base model predicts for it."
+    defaults: ClassVar[dict[str, Any]] = {
+        name: _PAPER[name] for name in ("prompt_order", "max_train_steps", "adam_weight_decay", "max_grad_norm")
+    }
+    presets: ClassVar[dict[str, Preset]] = ESD_PRESETS
+
+    preset: str = option(
+        "paper",
+        "Published settings that are the defaults of all options not given: "
+        f"{'; '.join(f'{name} ({preset.summary})' for name, preset in ESD_PRESETS.items())}.",
+        ESD_PRESETS,
+        may_change=True,
+        essential=True,
+    )
+    negative_guidance_scale: float | None = option(
+        None,
+        "eta of the paper, how far beyond the unconditional prediction the concept is moved. (negative_guidance of "
+        "the code of 2025 is eta + 1, with --erase_from eta.) Default: the preset's.",
+        at_least=0,
+        essential=True,
+    )
+    erase_from: str | None = option(
+        None,
+        "Erase the concepts only from what this prompt says, such as 'a painting'; other prompts stay.",
+        essential=True,
+    )
+    sampling_model: str = option(
+        _PAPER["sampling_model"],
+        f"Whose weights sample the latents: {', '.join(ESD_SAMPLERS)} (the base model's).",
+        ESD_SAMPLERS,
+    )
+
+    def __post_init__(self):
+        if self.erase_from is not None and not self.erase_from.strip():
+            raise ValueError("erase_from: is blank; leave it out, or name a prompt")
+        if self.negative_guidance_scale is None:
+            preset = self.presets[self.preset]
+            scale = preset.erase_from_scale if self.erase_from is not None else None
+            self.negative_guidance_scale = preset.options["negative_guidance_scale"] if scale is None else scale
+
+    def check(self, options: Any) -> None:
+        retention, train_method = options.retention, options.weights.train_method
+        if self.erase_from in retention.retain_prompts:
+            raise ValueError(f"retain_prompts '{self.erase_from}': is what the concepts are erased from")
+        retention.watch_prompts = [prompt for prompt in retention.watch_prompts if prompt != self.erase_from]
+        learning_rate = options.optimizer.learning_rate
+        if self.preset == "esd-2025-xl" and not train_method.startswith("xattn") and learning_rate == 2e-4:
+            raise ValueError(
+                "learning_rate 0.0002: preset esd-2025-xl has it for esd-x only; with train_method "
+                f"{train_method} the code of 2025 takes 1e-5: give --learning_rate"
+            )
+
+    def objective(self, concepts: list[str]) -> ESDObjective:
+        return ESDObjective(self.negative_guidance_scale, self.erase_from, self.sampling_model)

@@ -1,4 +1,4 @@
-"""What every erasure objective is."""
+"""What a gradient method minimises."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -10,13 +10,13 @@ from .predictor import Predictor
 
 @dataclass
 class TrainingBatch:
-    """Noisy latents on the way to a concept, and the prompts to train on.
+    """Noisy latents of trajectories towards concepts, and the prompts to train on.
 
     Attributes:
         model_input (`torch.Tensor`): `(B, C, H, W)`, as the denoiser takes them.
         timesteps (`torch.Tensor`): `(B,)`.
         prompts (`list[str]`): B prompts.
-        trajectory_prompts (`list[str]`): The B prompts that guided the latents.
+        trajectory_prompts (`list[str]`): The B prompts that guided the trajectories.
     """
 
     model_input: torch.Tensor
@@ -26,25 +26,35 @@ class TrainingBatch:
 
 
 class Objective(ABC):
-    """An erasure method.
+    """The loss of a gradient method.
+
+    An objective with a state of its own (an attack that goes on over steps) returns it from `state_dict`: it becomes a
+    part of every checkpoint.
 
     Attributes:
         name (`str`): As in `erasure.json`.
-        trajectory_weights (`str`): Whose weights draw the latents: `"student"`, `"ema"` or `"frozen"`.
+        trajectory_weights (`str`): Whose weights sample the latents: `"student"`, `"ema"` or `"frozen"`.
         output_weights (`str`): Whose weights are the result: `"student"` or `"ema"`.
-        prompts (`tuple[str, ...]`): Prompts that it asks the predictor for, beside `""` and those of a batch.
-        trajectory_prompts (`str`, *optional*): The prompt that draws all latents, in place of the concepts.
+        prompts (`tuple[str, ...]`): Prompts that it asks the predictor for, in addition to `""` and those of a batch.
+        trajectory_prompt (`str`, *optional*): The prompt that guides all trajectories, instead of the concepts.
     """
 
     name: str
     trajectory_weights: str
     output_weights: str
     prompts: tuple[str, ...] = ()
-    trajectory_prompts: str | None = None
+    trajectory_prompt: str | None = None
 
     @abstractmethod
     def loss(self, predictor: Predictor, batch: TrainingBatch) -> torch.Tensor:
-        """The loss of each sample, `(B,)`, unreduced."""
+        """The loss of each sample, `(B,)`, not reduced."""
+
+    def state_dict(self) -> dict:
+        """What a resumed run cannot compute again."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:  # noqa: B027, most have no state
+        """Continues from a `state_dict`."""
 
 
 def squared_error(noise_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -55,7 +65,7 @@ def squared_error(noise_pred: torch.Tensor, target: torch.Tensor) -> torch.Tenso
 @torch.no_grad()
 def targets(predictor: Predictor, batch: TrainingBatch, prompts: list[list[str]], weights: str) -> list[torch.Tensor]:
     """What one model predicts at the latents of a batch, for each of several lists of B prompts, in one forward
-    without gradients; each `(B, C, H, W)`. A list that is given twice is computed once."""
+    without gradients; each `(B, C, H, W)`. Equal lists are computed once."""
     different = list(dict.fromkeys(map(tuple, prompts)))
     count = len(different)
     texts = [text for own in different for text in own]

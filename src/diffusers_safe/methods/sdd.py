@@ -1,8 +1,13 @@
-"""Safe self-Distillation Diffusion: Kim et al., ICML 2023 workshop, arXiv 2307.05977."""
+"""SDD: Safe self-Distillation Diffusion, Kim et al., ICML 2023 workshop, arXiv 2307.05977."""
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from ..arguments import choose
+from ..arguments import choose, option
+from ..concepts import joined, names_concept
+from .method import GradientMethod, register_method
 from .objective import Objective, TrainingBatch, squared_error, targets
 from .predictor import Predictor
 
@@ -11,17 +16,17 @@ SDD_TARGETS = ("student", "frozen")
 
 
 class SDDObjective(Objective):
-    """The student's prediction for the concept moves to its own prediction without any.
+    """The student's prediction for the concept moves to its own unconditional prediction.
 
-    With `target="student"`, the paper's rule, "ignore the text altogether" is a solution: the loss is 0 and every
-    concept is gone. `target="frozen"` is the prediction of the base model, which cannot wander. What else keeps other
-    concepts, and the unconditional prediction, is [`retention_loss`].
+    With the paper's rule, `target="student"`, ignoring the text altogether is a solution: the loss is 0 and every
+    concept is gone. `target="frozen"` is the prediction of the base model, which cannot drift. Other concepts and the
+    unconditional prediction are kept by [`retention_loss`].
 
-    A model that draws the concept now and then without being asked has it in its unconditional prediction, and no
-    erasure towards that can be complete. There are two ways past it:
+    A model that shows the concept now and then without being asked has it in its unconditional prediction, and an
+    erasure towards that cannot be complete. Two variants go further:
 
     * `target_prompt` a: the concept becomes this one instead of nothing (a weapon, a plant), as in Concept Ablation
-      (Kumari et al., arXiv 2303.13516).
+      (Kumari et al., arXiv 2303.13516), which is a method of its own here ([`ConceptAblation`]).
     * `negative_guidance_scale` eta > 0: the target moves away from `negative_prompt` n, as ESD's does (Gandikota et
       al., arXiv 2303.07345), with the base model eps*:
 
@@ -48,12 +53,11 @@ class SDDObjective(Objective):
         negative_guidance_scale: float = 0.0,
         negative_prompt: str = "",
     ):
-        target = choose("sdd_target", target, SDD_TARGETS)
         if negative_guidance_scale < 0:
             raise ValueError(f"negative_guidance_scale {negative_guidance_scale}: must be at least 0")
         if negative_guidance_scale and not negative_prompt:
             raise ValueError(f"negative_guidance_scale {negative_guidance_scale}: needs a negative_prompt")
-        self.target, self.target_prompt = target, target_prompt
+        self.target, self.target_prompt = choose("sdd_target", target, SDD_TARGETS), target_prompt
         self.negative_guidance_scale, self.negative_prompt = negative_guidance_scale, negative_prompt
         self.prompts = (target_prompt, *([negative_prompt] if negative_guidance_scale else []))
 
@@ -73,3 +77,49 @@ class SDDObjective(Objective):
             (target,) = targets(predictor, batch, [towards], self.target)
             negative, empty = targets(predictor, batch, [away, nothing], "frozen")
         return target - self.negative_guidance_scale * (negative - empty)
+
+
+@register_method
+@dataclass(kw_only=True)
+class SDD(GradientMethod):
+    """The options of SDD."""
+
+    name = "sdd"
+    title = "Towards Safe Self-Distillation of Internet-Scale Text-to-Image Diffusion Models"
+    authors = "Kim et al., ICML 2023 workshop"
+    paper = "2307.05977"
+    summary = "The prediction for a concept moves to the model's own unconditional prediction."
+
+    ema_decay: float = option(
+        0.999, "Decay of the average of the weights, which samples the latents and is the result.", at_least=0, below=1
+    )
+    sdd_target: str = option(
+        "student",
+        "Whose prediction is the target: student (the paper) or frozen (the base model's, which cannot drift).",
+        SDD_TARGETS,
+        essential=True,
+    )
+    target_prompt: str = option(
+        "",
+        "What the concept becomes: nothing (the paper), or what another prompt says, as in concept_ablation.",
+        essential=True,
+    )
+    negative_guidance_scale: float = option(
+        0.0,
+        "Moves the target away from all concepts joined, by this much of what they say: for models that show the "
+        "concept unasked, too. The paper's is 0.",
+        at_least=0,
+    )
+
+    def check(self, options: Any) -> None:
+        concepts = options.concept.concepts
+        if named := [concept for concept in concepts if names_concept(self.target_prompt, concept)]:
+            raise ValueError(f"target_prompt '{self.target_prompt}': names {', '.join(named)}, which is to be erased")
+        if self.negative_guidance_scale and options.concept.concept_schedule == "sequential":
+            raise ValueError(
+                f"negative_guidance_scale {self.negative_guidance_scale}: moves away from all concepts at once, which "
+                "concept_schedule sequential must not know yet; allowed are the other schedules"
+            )
+
+    def objective(self, concepts: list[str]) -> SDDObjective:
+        return SDDObjective(self.sdd_target, self.target_prompt, self.negative_guidance_scale, joined(concepts))

@@ -1,16 +1,10 @@
-"""ESD as a command: `accelerate launch train_esd.py`, or `-m diffusers_safe.training.esd` once installed."""
+"""`python -m diffusers_safe.training.esd`, the name of earlier versions of `diffusers-safe erase --method esd`."""
 
-from ..erasure.arguments import ESDArguments
 from ..erasure.run import run_command
 
 
-DESCRIPTION = (
-    "Erases concepts from a Stable Diffusion model by Erasing Concepts from Diffusion (ESD, arXiv 2303.07345)."
-)
-
-
 def main(argv: list[str] | None = None) -> None:
-    run_command(ESDArguments, DESCRIPTION, argv)
+    run_command("esd", argv)
 
 
 if __name__ == "__main__":

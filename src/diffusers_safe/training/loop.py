@@ -20,23 +20,38 @@ from tqdm.auto import tqdm
 from ..provenance import write_text
 from ..weights.lora import LoRAWeights
 from ..weights.trained import TrainedWeights, select_parameters
-from .arguments import TrainingArguments
 from .checkpoints import RUN_FILE, check_same_run, checkpoint_step, save_checkpoint
+from .job import TrainingOptions
+from .options import OptimizerOptions, RunOptions, WeightOptions
 from .run_log import RunLog
 
 
-def make_weights(denoiser: nn.Module, args: TrainingArguments, ema_decay: float | None = None) -> TrainedWeights:
-    """What a run trains in a denoiser: the selected weights themselves, or a LoRA on them."""
-    names = select_parameters(denoiser, args.train_method)
-    if args.rank is None:
-        return TrainedWeights(denoiser, names, ema_decay, args.KEEPS_FROZEN)
-    return LoRAWeights(denoiser, names, ema_decay, rank=args.rank, alpha=args.lora_alpha, seed=args.seed)
+def make_weights(
+    denoiser: nn.Module,
+    options: WeightOptions,
+    seed: int,
+    ema_decay: float | None = None,
+    keeps_frozen: bool = True,
+) -> TrainedWeights:
+    """What a run trains in a denoiser: the selected weights themselves, or a LoRA on them.
+
+    Args:
+        denoiser (`nn.Module`): Of a supported family.
+        options (`WeightOptions`): The train method, and the LoRA's rank and alpha.
+        seed (`int`): Of a LoRA's initial values.
+        ema_decay (`float`, *optional*): Of the average, if there is one.
+        keeps_frozen (`bool`, defaults to `True`): Whether the initial values are kept; a LoRA always has them.
+    """
+    names = select_parameters(denoiser, options.train_method)
+    if options.rank is None:
+        return TrainedWeights(denoiser, names, ema_decay, keeps_frozen)
+    return LoRAWeights(denoiser, names, ema_decay, rank=options.rank, alpha=options.lora_alpha, seed=seed)
 
 
-def peak_learning_rate(args: TrainingArguments, num_processes: int) -> float:
+def peak_learning_rate(optimizer: OptimizerOptions, run: RunOptions, num_processes: int) -> float:
     """`learning_rate`, with `scale_lr` times the samples of a step."""
-    samples = args.train_batch_size * args.gradient_accumulation_steps * num_processes
-    return args.learning_rate * (samples if args.scale_lr else 1)
+    samples = run.train_batch_size * run.gradient_accumulation_steps * num_processes
+    return optimizer.learning_rate * (samples if optimizer.scale_lr else 1)
 
 
 class TrainingLoop(ABC):
@@ -45,8 +60,7 @@ class TrainingLoop(ABC):
     Args:
         accelerator (`Accelerator`): Devices, processes, mixed precision.
         denoiser (`nn.Module`): Trained in place.
-        args (`TrainingArguments`): Everything else.
-        ema_decay (`float`, *optional*): Of the average, if there is one.
+        options (`TrainingOptions`): Everything else.
 
     Attributes:
         name (`str`): Shown at the progress bar.
@@ -63,29 +77,30 @@ class TrainingLoop(ABC):
     term_weights: dict[str, float]
     forwards: int
 
-    def __init__(
-        self, accelerator: Accelerator, denoiser: nn.Module, args: TrainingArguments, ema_decay: float | None = None
-    ):
-        self.accelerator, self.args = accelerator, args
+    def __init__(self, accelerator: Accelerator, denoiser: nn.Module, options: TrainingOptions):
+        self.accelerator, self.options = accelerator, options
+        run, optimizer = options.run, options.optimizer
         denoiser = denoiser.to(accelerator.device)
         denoiser.train()
-        if args.gradient_checkpointing:
+        if run.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
-        self.weights = make_weights(denoiser, args, ema_decay)
-        self.batches_a_step = args.gradient_accumulation_steps
-        self.samples_a_step = args.train_batch_size * self.batches_a_step * accelerator.num_processes
-        self.optimizer = _adam_class(args.use_8bit_adam)(
+        self.weights = make_weights(
+            denoiser, options.weights, options.output.seed, options.ema_decay, options.KEEPS_FROZEN
+        )
+        self.batches_a_step = run.gradient_accumulation_steps
+        self.samples_a_step = run.train_batch_size * self.batches_a_step * accelerator.num_processes
+        self.optimizer = _adam_class(optimizer.use_8bit_adam)(
             self.weights.student.values(),
-            lr=peak_learning_rate(args, accelerator.num_processes),
-            betas=(args.adam_beta1, args.adam_beta2),
-            weight_decay=args.adam_weight_decay,
-            eps=args.adam_epsilon,
+            lr=peak_learning_rate(optimizer, run, accelerator.num_processes),
+            betas=(optimizer.adam_beta1, optimizer.adam_beta2),
+            weight_decay=optimizer.adam_weight_decay,
+            eps=optimizer.adam_epsilon,
         )
         self.lr_scheduler = get_scheduler(
-            args.lr_scheduler,
+            optimizer.lr_scheduler,
             self.optimizer,
-            num_warmup_steps=args.lr_warmup_steps,
-            num_training_steps=args.max_train_steps,
+            num_warmup_steps=optimizer.lr_warmup_steps,
+            num_training_steps=run.max_train_steps,
         )
         self.last_means: dict[str, float] = {}
         # The loop accumulates itself; what `accelerate launch` set would divide gradients a second time.
@@ -120,7 +135,7 @@ class TrainingLoop(ABC):
     def train_step(self, step: int) -> dict[str, float]:
         """One optimizer step; returns the mean of each term of the loss."""
         totals: dict[str, torch.Tensor] = {}
-        size = self.args.train_batch_size
+        size = self.options.run.train_batch_size
         for batch_number in range(self.batches_a_step):
             last = batch_number == self.batches_a_step - 1
             first = (batch_number * self.accelerator.num_processes + self.accelerator.process_index) * size
@@ -130,8 +145,8 @@ class TrainingLoop(ABC):
                 self.accelerator.backward(loss / self.batches_a_step)
             for name, value in terms.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() / self.batches_a_step
-        if self.args.max_grad_norm > 0:
-            self.accelerator.clip_grad_norm_(self.weights.student.values(), self.args.max_grad_norm)
+        if (most := self.options.optimizer.max_grad_norm) > 0:
+            self.accelerator.clip_grad_norm_(self.weights.student.values(), most)
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
@@ -148,7 +163,7 @@ class TrainingLoop(ABC):
 
         `facts` are what a run that continues must share, beside its arguments and what it starts from.
         """
-        identity = RunIdentity(self.args, self.weights, self.samples_a_step, facts)
+        identity = RunIdentity(self.options.identity, self.weights, self.samples_a_step, facts)
 
         # The base model is on disk already: a checkpoint holds the trained weights only.
         def before_saving(models, weights, folder):
@@ -174,18 +189,17 @@ class TrainingLoop(ABC):
             progress_bar (`bool`, defaults to `True`): Whether to show one.
             callback (`Callable`, *optional*): Called after each step with its number, from 1, and what was measured.
         """
-        args, last = self.args, self.args.max_train_steps
-        first = 0
-        if checkpoint := args.find_checkpoint():
+        first, last = 0, self.options.run.max_train_steps
+        if checkpoint := self.options.find_checkpoint():
             self.accelerator.load_state(str(checkpoint))
             first = checkpoint_step(checkpoint)
         self.prepare()
-        log = RunLog(self.accelerator, args, first)
+        log = RunLog(self.accelerator, self.options, first)
         hidden = not (progress_bar and self.accelerator.is_main_process)
         bar = tqdm(range(first, last), self.name, last, initial=first, disable=hidden)
         every = max(1, last // 20)
         shown, recent = {}, deque(maxlen=every)
-        with _StopRequest(listens=args.output_dir is not None) as stop:
+        with _StopRequest(listens=self.options.output.output_dir is not None) as stop:
             for step in bar:
                 measured = self.train_step(step)
                 recent.append(measured)
@@ -209,12 +223,13 @@ class TrainingLoop(ABC):
                 self.weights.student[name].copy_(value)
 
     def _save_if_due(self, step: int, stop: "_StopRequest", bar: tqdm) -> None:
-        args = self.args
-        if args.output_dir is None or step >= args.max_train_steps:
+        folder, checkpoints = self.options.output.output_dir, self.options.checkpoints
+        if folder is None or step >= self.options.run.max_train_steps:
             return
-        stopping = self._anyone(stop.requested)
-        if stopping or (args.checkpointing_steps and step % args.checkpointing_steps == 0):
-            saved = save_checkpoint(self.accelerator, Path(args.output_dir), step, args.checkpoints_total_limit)
+        stopping, every = self._anyone(stop.requested), checkpoints.checkpointing_steps
+        if stopping or (every and step % every == 0):
+            limit = checkpoints.checkpoints_total_limit
+            saved = save_checkpoint(self.accelerator, Path(folder), step, limit)
             if stopping:
                 bar.close()
                 if self.accelerator.is_main_process:
@@ -233,12 +248,12 @@ class RunIdentity:
 
     def __init__(
         self,
-        args: TrainingArguments,
+        identity: dict,
         weights: TrainedWeights,
         samples_a_step: int,
         facts: dict[str, str],
     ):
-        self.state = {**args.identity, "samples_a_step": samples_a_step, **facts}
+        self.state = {**identity, "samples_a_step": samples_a_step, **facts}
         # What the run starts from: its sums tell another base model at once.
         sums = [value.detach().double().sum().item() for value in (weights.frozen or weights.student).values()]
         self.state["base_weights"] = hashlib.sha256(repr(sums).encode()).hexdigest()[:16]

@@ -9,7 +9,8 @@ from accelerate import Accelerator
 
 from ..files import json_lines, write_text
 from ..output_folders import record_written
-from .arguments import LOG_NAME, TrainingArguments
+from .job import TrainingOptions
+from .options import LOG_NAME
 
 
 class ConceptLosses:
@@ -40,21 +41,22 @@ class RunLog:
 
     Args:
         accelerator (`Accelerator`): Made with the tracker, if there is one.
-        args (`TrainingArguments`): Of the run.
+        options (`TrainingOptions`): Of the run.
         first_step (`int`): The step that the run continues from; what an earlier one wrote of later steps is dropped.
     """
 
-    def __init__(self, accelerator: Accelerator, args: TrainingArguments, first_step: int):
+    def __init__(self, accelerator: Accelerator, options: TrainingOptions, first_step: int):
         self._accelerator = accelerator
         self._path = None
-        if args.output_dir is not None and accelerator.is_main_process:
-            self._path = Path(args.output_dir) / LOG_NAME
-            record_written(args.output_dir, LOG_NAME)
+        folder = options.output.output_dir
+        if folder is not None and accelerator.is_main_process:
+            self._path = Path(folder) / LOG_NAME
+            record_written(folder, LOG_NAME)
             _keep(self._path, first_step)
-        self._tracks = args.output_dir is not None and args.report_to != "none"
+        self._tracks = folder is not None and options.checkpoints.report_to != "none"
         if self._tracks:
             config = {name: value if isinstance(value, (int, float)) else str(value)
-                      for name, value in args.recorded.items()}  # fmt: skip
+                      for name, value in options.recorded.items()}  # fmt: skip
             accelerator.init_trackers("diffusers-safe", config)
         self._before = (time.monotonic(), 0)
 

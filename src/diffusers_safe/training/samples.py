@@ -9,16 +9,11 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ..concepts import names_concept
-from ..erasure.arguments import ErasureArguments
 from ..generation.generate import GenerationSettings, sample_images
 from ..output_folders import prepare_files
 from ..report.grid import SampleGroup, draw_grid
 from ..weights.trained import TrainedWeights
-from .arguments import VALIDATION
-
-
-MOST_PROMPTS = 4
+from .options import VALIDATION, ValidationOptions
 
 
 class Samples:
@@ -56,19 +51,6 @@ class Samples:
         self.teacher = teacher
         self._before = None
         self.last: Image.Image | None = None
-
-    @classmethod
-    def of_run(cls, pipeline: DiffusionPipeline, weights: TrainedWeights, args: ErasureArguments) -> "Samples":
-        """With the run's validation prompts; a few of its concepts and of what should stay, if there are none."""
-        prompts = args.validation_prompts
-        erased = [prompt for prompt in prompts if any(names_concept(prompt, concept) for concept in args.concepts)]
-        kept = [prompt for prompt in prompts if prompt not in erased]
-        if not prompts:
-            count = min(len(args.concepts), MOST_PROMPTS)
-            erased = [args.concepts[i * len(args.concepts) // count] for i in range(count)]
-            kept = [*args.watch_prompts, *args.retain_prompts][:MOST_PROMPTS]
-        settings = GenerationSettings(args.num_inference_steps, height=args.resolution, width=args.resolution)
-        return cls(pipeline, weights, erased, kept, args.num_validation_images, args.seed, settings)
 
     def draw(self, which: str = "student") -> Image.Image:
         """The picture; after is `"student"` or `"ema"`."""
@@ -122,15 +104,25 @@ class Validation:
 
     Args:
         accelerator (`Accelerator`): The main process draws; the others wait.
-        samples (`Samples`): What to draw.
-        args (`ErasureArguments`): Of the run.
-        output_weights (`str`): Whose weights are the result.
+        samples (`Samples`): The images.
+        output_weights (`str`): Whose weights are the result: `"student"` or `"ema"`.
+        output_dir (`str`): Where the folder `validation` is.
+        options (`ValidationOptions`): How often.
+        last (`int`): The last step.
     """
 
-    def __init__(self, accelerator: Accelerator, samples: Samples, args: ErasureArguments, output_weights: str):
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        samples: Samples,
+        output_weights: str,
+        output_dir: str,
+        options: ValidationOptions,
+        last: int,
+    ):
         self.accelerator, self.samples, self.output_weights = accelerator, samples, output_weights
-        self.folder = Path(args.output_dir) / VALIDATION
-        self.every, self.last = args.validation_steps, args.max_train_steps
+        self.folder = Path(output_dir) / VALIDATION
+        self.every, self.last = options.validation_steps, last
 
     def after_step(self, step: int) -> None:
         if step % self.every and step != self.last:

@@ -21,7 +21,7 @@ from ..diffusion.generators import sample_generator
 from ..diffusion.trajectories import Trajectories
 from ..methods import TrainingBatch
 from ..methods.predictor import Predictor
-from .arguments import ErasureArguments
+from .options import SamplingOptions
 
 
 DRAWN_AT_ONCE = 4  # of a pool: with guidance 8 rows, about what a step of training has room for
@@ -38,7 +38,8 @@ class SampleSource(ABC):
         prompts (`Prompts`): As [`ConceptSchedule.prompts`].
         predictor (`Predictor`): Knows the prompts.
         trajectories (`Trajectories`): The sampler.
-        args (`ErasureArguments`): The seed, where trajectories stop, and how they are reused.
+        sampling (`SamplingOptions`): Where trajectories stop, and how many latents each gives.
+        seed (`int`): Of the run.
         samples_a_step (`int`): Of all processes together.
     """
 
@@ -49,11 +50,12 @@ class SampleSource(ABC):
         prompts: Prompts,
         predictor: Predictor,
         trajectories: Trajectories,
-        args: ErasureArguments,
+        sampling: SamplingOptions,
+        seed: int,
         samples_a_step: int,
     ):
         self.purpose, self.weights, self.prompts = purpose, weights, prompts
-        self.predictor, self.trajectories, self.args = predictor, trajectories, args
+        self.predictor, self.trajectories, self.sampling, self.seed = predictor, trajectories, sampling, seed
         self.samples_a_step = samples_a_step
 
     @abstractmethod
@@ -74,14 +76,14 @@ class SampleSource(ABC):
 
     def _draw(self, numbers: list[int]) -> list[TrainingBatch]:
         """Trajectories by number, each as the batch of its K latents."""
-        args, count = self.args, self.args.latents_per_trajectory
-        generators = [sample_generator(args.seed, self.purpose, number) for number in numbers]
+        count, fraction = self.sampling.latents_per_trajectory, self.sampling.sampling_fraction
+        generators = [sample_generator(self.seed, self.purpose, number) for number in numbers]
         pairs = [self.prompts(number, generator) for number, generator in zip(numbers, generators)]
         model_input, timesteps = self.trajectories.sample(
             lambda *inputs: self.predictor.predict(*inputs, weights=self.weights),
             self.predictor.conditioning([sampled for sampled, _ in pairs]),
             self.predictor.conditioning([""]),
-            [self.trajectories.draw_stops(generator, args.sampling_fraction, count) for generator in generators],
+            [self.trajectories.draw_stops(generator, fraction, count) for generator in generators],
             generators,
             self.predictor.device,
         )
@@ -110,12 +112,12 @@ class LiveSamples(SampleSource):
     part of a checkpoint; a resumed run could not draw them again.
     """
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, *source):
+        super().__init__(*source)
         self._drawn: dict[int, TrainingBatch] = {}
 
     def batch(self, step: int, slots: range) -> TrainingBatch:
-        period, row = divmod(step, self.args.latents_per_trajectory)
+        period, row = divmod(step, self.sampling.latents_per_trajectory)
         numbers = [period * self.samples_a_step + slot for slot in slots]
         if missing := [number for number in numbers if number not in self._drawn]:
             current = {n: drawn for n, drawn in self._drawn.items() if n >= period * self.samples_a_step}
@@ -126,7 +128,7 @@ class LiveSamples(SampleSource):
         """Nothing is drawn ahead."""
 
     def state_dict(self) -> dict:
-        if self.args.latents_per_trajectory == 1:
+        if self.sampling.latents_per_trajectory == 1:
             return {}
         own = [(n, *_on_cpu(drawn)) for n, drawn in self._drawn.items()]
         return {"drawn": gather_object(own)}  # every process has drawn those of its own slots
@@ -140,18 +142,22 @@ class PooledSamples(SampleSource):
     each, and after K rounds the first again.
 
     Trajectory n of the pool is trajectory n of a run without one, so as long as N lasts and K = 1 nothing changes.
+
+    Args:
+        source: As [`SampleSource`].
+        size (`int`): N.
+        num_samples (`int`): Of the whole run, over all processes.
     """
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        # No more are ever used.
-        self.size = min(self.args.trajectory_pool, self.args.max_train_steps * self.samples_a_step)
+    def __init__(self, *source, size: int, num_samples: int):
+        super().__init__(*source)
+        self.size = min(size, num_samples)  # no more are ever used
         self._pool: dict[int, TrainingBatch] | None = None
 
     def batch(self, step: int, slots: range) -> TrainingBatch:
         self.prepare()
         turns = [divmod(step * self.samples_a_step + slot, self.size) for slot in slots]
-        return self._pick([(self._pool[n], turn % self.args.latents_per_trajectory) for turn, n in turns])
+        return self._pick([(self._pool[n], turn % self.sampling.latents_per_trajectory) for turn, n in turns])
 
     def prepare(self) -> None:
         """Draws the pool, once; it is kept on the CPU. Every process draws a part of it."""
@@ -178,17 +184,3 @@ class PooledSamples(SampleSource):
 
 def _on_cpu(batch: TrainingBatch) -> tuple[torch.Tensor, torch.Tensor, list[str], list[str]]:
     return batch.model_input.cpu(), batch.timesteps.cpu(), batch.prompts, batch.trajectory_prompts
-
-
-def make_source(
-    purpose: str,
-    weights: str,
-    prompts: Prompts,
-    predictor: Predictor,
-    trajectories: Trajectories,
-    args: ErasureArguments,
-    samples_a_step: int,
-) -> SampleSource:
-    """The source that the arguments ask for; its arguments are those of [`SampleSource`]."""
-    kind = PooledSamples if purpose in args.pooled_purposes() else LiveSamples
-    return kind(purpose, weights, prompts, predictor, trajectories, args, samples_a_step)

@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from diffusers_safe.diffusion.generators import sample_generator
-from diffusers_safe.erasure.arguments import ESDArguments
 
 
 STOPS = 6
-FROZEN = {"kind": ESDArguments, "sampling_model": "frozen"}
+FROZEN = {"method": "esd", "sampling_model": "frozen"}
 
 
 @pytest.fixture

@@ -1,0 +1,356 @@
+"""The options of `train_distill.py`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from diffusers import SchedulerMixin
+from torch import nn
+
+from ..arguments import declared_options, group, option
+from ..concepts import read_concepts
+from ..diffusion.loss_weighting import LossWeighting
+from ..diffusion.noise import TARGETS, TIMESTEP_BIASES, NoiseSchedule, TimestepBias
+from ..diffusion.trajectories import Trajectories
+from ..families import StoredModel, stored_unet
+from ..families.students import STUDENTS, empty_student, resolve_student
+from ..loading import find_variant
+from ..output_folders import OutputFolderError, check_output_dir
+from ..report.elements import RESULTS_NAME
+from ..training.job import TrainingOptions
+from ..training.pictures import INTERPOLATION_MODES
+from ..weights.lora import layers_to_adapt
+from ..weights.trained import select_parameters
+from .evaluation import FOLDER as EVALUATION
+from .evaluation import read_evaluation
+from .objective import FEATURE_MAPS, DistillationObjective, feature_pairs
+
+
+@dataclass(kw_only=True)
+class StudentOptions:
+    """The smaller model."""
+
+    student: str | None = option(
+        None,
+        f"What is built of the teacher's blocks: {', '.join(STUDENTS)} (aliases sd_small, sd_tiny).",
+        essential=True,
+    )
+    from_student: str | None = option(
+        None,
+        "Go on from this student instead: a folder or Hub id with a UNet, such as an earlier output_dir.",
+        essential=True,
+        may_change=True,
+    )
+    student_revision: str | None = option(
+        None, "Its revision on the Hub; --revision is the teacher's.", may_change=True
+    )
+    student_variant: str | None = option(
+        None, "Its variant, such as fp16; --variant is the teacher's.", may_change=True
+    )
+
+    def __post_init__(self):
+        if (self.student is None) == (self.from_student is None):
+            raise ValueError("student: give either --student, what is to be built, or --from_student, to go on from")
+        if self.student is not None:
+            self.student = resolve_student(self.student)
+
+    def hub_arguments(self, cache_dir: str | None) -> dict[str, str]:
+        """Arguments of `from_pretrained` in addition to `from_student`."""
+        chosen = {"revision": self.student_revision, "variant": self.student_variant, "cache_dir": cache_dir}
+        return {name: value for name, value in chosen.items() if value is not None}
+
+
+@dataclass(kw_only=True)
+class DataOptions:
+    """Images with captions."""
+
+    dataset_name: str | None = option(
+        None, "Hub id of a dataset of pictures with captions, or its folder.", essential=True
+    )
+    dataset_config_name: str | None = option(None, "Its configuration, if it has several.")
+    dataset_split: str = option("train", "Its split.")
+    train_data_dir: str | None = option(
+        None,
+        "A folder instead: pictures with a metadata.csv or .jsonl or a .txt file next to each, parquet files, tar"
+        " files of a webdataset, or what img2dataset writes.",
+        essential=True,
+        may_change=True,
+    )
+    image_column: str | None = option(
+        None, "The column of the pictures; default image, jpg, png, ..., whichever it has."
+    )
+    caption_column: str | None = option(
+        None,
+        "The column of the captions: a text, or several of which one is drawn; default text, txt or caption, whichever"
+        " it has.",
+    )
+    max_train_samples: int | None = option(
+        None, "Only so many samples, drawn at random; of a stream the first ones.", at_least=1
+    )
+    streaming: bool = option(False, "Read the samples as they come instead of all before; shuffled in part only.")
+    forbidden_concepts: list[str] = option(
+        [], "Samples whose captions name one of these are left out (names, or one .txt file).", essential=True
+    )
+    center_crop: bool = option(False, "Cut the middle out of a picture; else a part drawn at random.")
+    random_flip: bool = option(False, "Mirror pictures, left to right, half of the time.")
+    image_interpolation_mode: str = option(
+        "lanczos", f"Of resizing: {', '.join(INTERPOLATION_MODES)}.", INTERPOLATION_MODES
+    )
+    dataloader_num_workers: int = option(
+        0, "Threads that read pictures ahead; they change no result.", at_least=0, may_change=True
+    )
+    cache_latents: bool = option(
+        False,
+        "Run the autoencoder and the text encoders once, ahead, and keep what they give on disk; needs center_crop, "
+        "or square pictures.",
+        may_change=True,
+    )
+    cache_folder: str | None = option(
+        None, "Where; default the folder cache in the output folder. Other runs may share it.", may_change=True
+    )
+    proportion_empty_prompts: float = option(
+        0.0, "Share of samples without their caption, for classifier-free guidance; in [0, 1].", at_least=0, at_most=1
+    )
+
+    def __post_init__(self):
+        if (self.dataset_name is None) == (self.train_data_dir is None):
+            raise ValueError("dataset_name: give either --dataset_name or --train_data_dir")
+        if self.cache_folder is not None and not self.cache_latents:
+            raise ValueError(f"cache_folder {self.cache_folder}: needs --cache_latents")
+        if self.cache_latents and self.streaming:
+            raise ValueError("cache_latents: keeps all samples, --streaming none; give one of them")
+
+
+@dataclass(kw_only=True)
+class LossOptions:
+    """The terms of the loss."""
+
+    task_weight: float = option(1.0, "Weight of the error against the noise itself.", at_least=0)
+    output_weight: float = option(1.0, "Weight of the error against the teacher's prediction.", at_least=0)
+    feature_weight: float = option(1.0, "Weight of the errors against the teacher's feature maps.", at_least=0)
+    feature_map: str = option("bk", f"Which feature maps: {', '.join(FEATURE_MAPS)} (docs/methods.md).", FEATURE_MAPS)
+    sdd_weight: float = option(
+        0.0,
+        "Weight of the loss of SDD on the student, for forbidden_concepts: their predictions move to the "
+        "unconditional one.",
+        at_least=0,
+    )
+    prediction_type: str | None = option(
+        None, f"What the student is to predict, {' or '.join(TARGETS)}; default as its teacher.", TARGETS
+    )
+    snr_gamma: float | None = option(None, "Weigh the task's errors as Min-SNR does; 5.0 there.", above=0)
+
+    def __post_init__(self):
+        self.objective()
+
+    def objective(self) -> DistillationObjective:
+        return DistillationObjective(self.task_weight, self.output_weight, self.feature_weight)
+
+
+@dataclass(kw_only=True)
+class NoiseOptions:
+    """The noise on the images' latents."""
+
+    noise_offset: float = option(0.0, "Of an offset of the noise that is the same all over a channel.", at_least=0)
+    input_perturbation: float = option(
+        0.0, "Noise of the input that the target does not have; 0.1 in the paper.", at_least=0
+    )
+    timestep_bias_strategy: str = option(
+        "none",
+        f"Which timesteps are drawn more often: {', '.join(TIMESTEP_BIASES)}, as in diffusers.",
+        TIMESTEP_BIASES,
+    )
+    timestep_bias_multiplier: float = option(1.0, "How many times as often.", at_least=0)
+    timestep_bias_portion: float = option(
+        0.25, "The first or last share of timesteps that is meant; in (0, 1).", above=0, below=1
+    )
+    timestep_bias_begin: int = option(0, "Where the range begins.", at_least=0)
+    timestep_bias_end: int = option(1000, "Where the range ends.", at_least=1)
+
+    def __post_init__(self):
+        if self.timestep_bias_begin >= self.timestep_bias_end:
+            raise ValueError(
+                f"timestep_bias_begin {self.timestep_bias_begin}: must be less than timestep_bias_end "
+                f"{self.timestep_bias_end}"
+            )
+        if self.timestep_bias_strategy != "none" and self.timestep_bias_multiplier == 1:
+            raise ValueError(
+                f"timestep_bias_strategy {self.timestep_bias_strategy}: needs a --timestep_bias_multiplier other than "
+                "1"
+            )
+
+    @property
+    def timestep_bias(self) -> TimestepBias:
+        return TimestepBias(
+            self.timestep_bias_strategy,
+            self.timestep_bias_multiplier,
+            self.timestep_bias_portion,
+            self.timestep_bias_begin,
+            self.timestep_bias_end,
+        )
+
+
+@dataclass(kw_only=True)
+class ResultOptions:
+    """The student that is published, and what is reported of it."""
+
+    use_ema: bool = option(False, "The result is an average of the student's weights.")
+    ema_decay: float = option(
+        0.9999,
+        "Decay of that average; smaller in the first steps: (1 + n) / (10 + n).",
+        at_least=0,
+        below=1,
+    )
+    evaluation: str | None = option(
+        None,
+        "At the end compare student, teacher and, of an erased teacher, the model before: a YAML file with the "
+        "options of `diffusers-safe evaluate` except models and output_dir.",
+        may_change=True,
+    )
+
+
+@dataclass(kw_only=True)
+class DistillationOptions(TrainingOptions):
+    """All options of a distillation. The teacher is `pretrained_model_name_or_path`."""
+
+    student: StudentOptions = group("student")
+    data: DataOptions = group("data")
+    loss: LossOptions = group("loss")
+    noise: NoiseOptions = group("noise")
+    result: ResultOptions = group("result")
+
+    DEFAULTS: ClassVar[dict[str, Any]] = {
+        "train_method": "full",
+        "max_train_steps": 50000,
+        "train_batch_size": 64,
+        "learning_rate": 5e-5,
+        "adam_weight_decay": 1e-2,
+    }
+    KEEPS_FROZEN: ClassVar[bool] = False
+    LORA_SAVES: ClassVar[tuple[str, ...]] = ("full", "unet")  # an adapter of a student that nobody has is of no use
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_unused()
+        if self.loss.sdd_weight and not self.data.forbidden_concepts:
+            raise ValueError(f"sdd_weight {self.loss.sdd_weight}: needs --forbidden_concepts, what to erase")
+        if self.loss.snr_gamma is not None and self.sampling.loss_space != "prediction":
+            raise ValueError(
+                f"snr_gamma {self.loss.snr_gamma}: weighs errors of predictions; needs --loss_space prediction"
+            )
+
+    def _check_unused(self) -> None:
+        """An option that would change nothing is an error."""
+        biased, sdd = self.noise.timestep_bias_strategy, self.loss.sdd_weight > 0
+        continued = self.student.from_student is not None
+        needs = {
+            "timestep_bias_multiplier": (biased != "none", "--timestep_bias_strategy"),
+            "timestep_bias_portion": (biased in ("earlier", "later"), "--timestep_bias_strategy earlier or later"),
+            "timestep_bias_begin": (biased == "range", "--timestep_bias_strategy range"),
+            "timestep_bias_end": (biased == "range", "--timestep_bias_strategy range"),
+            "ema_decay": (self.result.use_ema, "--use_ema"),
+            "student_revision": (continued, "--from_student"),
+            "student_variant": (continued, "--from_student"),
+            "feature_map": (self.loss.feature_weight > 0, "a --feature_weight above 0"),
+            "snr_gamma": (self.loss.task_weight > 0, "a --task_weight above 0"),
+            "sampling_guidance_scale": (sdd, "--sdd_weight"),
+            "sampling_fraction": (sdd, "--sdd_weight"),
+            "latents_per_trajectory": (sdd, "--sdd_weight"),
+        }
+        declared, values = declared_options(type(self)), self.flat
+        for name, (met, need) in needs.items():
+            if not met and values[name] != declared[name].default:
+                raise ValueError(f"{name} {values[name]}: needs {need}")
+
+    @property
+    def ema_decay(self) -> float | None:
+        return self.result.ema_decay if self.result.use_ema else None
+
+    def resolve(self) -> None:
+        super().resolve()
+        if (folder := self.data.train_data_dir) is not None and not Path(folder).is_dir():
+            raise ValueError(f"train_data_dir {folder}: no such folder")
+        if self.data.forbidden_concepts:
+            self.data.forbidden_concepts = read_concepts(self.data.forbidden_concepts, "forbidden_concepts")
+
+    def check_base_model(self) -> nn.Module:
+        """Looks at the configs of teacher and student; returns the student's structure, without weights."""
+        model, chosen, rank = self.model, self.student, self.weights.rank
+        stored = StoredModel(model.pretrained_model_name_or_path, model.resolution, **model.index_arguments)
+        teacher = stored.denoiser
+        self._check_noise(stored)
+        if chosen.student is not None:
+            student = empty_student(teacher.config, chosen.student)
+        else:
+            where = chosen.hub_arguments(model.cache_dir)
+            where.pop("variant", None)
+            student = stored_unet(chosen.from_student, "from_student", **where)
+            for name in ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type"):
+                if (own := student.config[name]) != (there := teacher.config[name]):
+                    raise ValueError(f"from_student {chosen.from_student}: has {name} {own}, the teacher {there}")
+        if self.loss.feature_weight > 0:
+            feature_pairs(student.config, teacher.config, self.loss.feature_map)
+        names = select_parameters(student, self.weights.train_method)
+        if rank is not None:
+            layers_to_adapt(student, names, rank)
+        return student
+
+    def _check_noise(self, teacher: StoredModel) -> None:
+        scheduler = self.scheduler_for(teacher.make_scheduler())
+        noise = NoiseSchedule(scheduler, bias=self.noise.timestep_bias)
+        LossWeighting(self.sampling.loss_space, noise.scheduler)
+        own = teacher.make_scheduler().config.prediction_type
+        if noise.prediction_type != own and self.loss.output_weight > 0:
+            raise ValueError(
+                f"prediction_type {self.loss.prediction_type}: the teacher predicts {own}, and the student cannot "
+                "learn both; needs --output_weight 0"
+            )
+        if self.loss.sdd_weight:
+            sampling, concepts = self.sampling, self.data.forbidden_concepts
+            trajectories = Trajectories(teacher.make_scheduler, teacher.latent_shape, sampling.num_inference_steps)
+            trajectories.stop_choices(sampling.sampling_fraction, sampling.latents_per_trajectory)
+            teacher.check_prompts(concepts)
+            teacher.warn_of_unknown_words(concepts, "forbidden_concepts")
+
+    def scheduler_for(self, scheduler: SchedulerMixin) -> SchedulerMixin:
+        """The student's scheduler: its teacher's, with what the student predicts."""
+        if self.loss.prediction_type is None:
+            return scheduler
+        return type(scheduler).from_config(scheduler.config, prediction_type=self.loss.prediction_type)
+
+    def check_files(self) -> None:
+        super().check_files()
+        student = self.student
+        if student.from_student is not None and (folder := Path(student.from_student, "unet")).is_dir():
+            find_variant(folder, student.student_variant)
+
+    def check_surroundings(self) -> None:
+        if self.result.evaluation is not None:
+            read_evaluation(self.result.evaluation)
+        super().check_surroundings()
+
+    @property
+    def sources(self) -> dict[str, str | None]:
+        return {
+            **super().sources,
+            "the student": self.student.from_student,
+            "the training data": self.data.train_data_dir,
+        }
+
+    def _claim(self) -> dict:
+        claim, folder = super()._claim(), self.output.output_dir
+        report = Path(folder) / EVALUATION / RESULTS_NAME
+        if self.result.evaluation is not None and "replaces" in claim and report.exists() and not claim["overwrite"]:
+            raise OutputFolderError(
+                f"output_dir {folder}: holds an evaluation of another run; give another folder, or --overwrite to "
+                "replace it"
+            )
+        return claim
+
+    def check_output(self) -> None:
+        if (folder := self.data.cache_folder) is not None:
+            check_output_dir(folder, "cache_folder")
+            for name in ("model_index.json", "config.json"):
+                if Path(folder, name).exists():
+                    raise OutputFolderError(f"cache_folder {folder}: holds a model ({name}); name another")
+        super().check_output()

@@ -1,0 +1,141 @@
+"""The result of an erasure."""
+
+import html
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ..arguments import choose
+from ..formats import RESULTS
+from ..hub import push_result
+from ..output_folders import RESULT, check_output_dir, claimed
+from ..provenance import Provenance
+from ..training.output import save_result
+from ..weights.lora import LoRAWeights
+from ..weights.trained import TrainedWeights
+
+
+FORMS = ("full", "unet", "partial", "lora", "both")
+
+
+class Erasure:
+    """A pipeline whose concepts were erased, with the record of it.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]): With the erased weights in its denoiser.
+        record ([`~diffusers_safe.provenance.Provenance`]): What was done, as in `erasure.json`.
+        trained (`TrainedWeights`): Of its denoiser.
+        output_dir (`str`, *optional*): Where it was saved.
+
+    Attributes:
+        weights (`dict[str, torch.Tensor]`): The changed weights by the names of the denoiser's parameters; of a LoRA
+            those of its adapters.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        record: Provenance,
+        trained: TrainedWeights,
+        output_dir: str | None = None,
+    ):
+        self.pipeline, self.record, self.output_dir = pipeline, record, output_dir
+        self._trained = trained
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return dict(self._trained.student)
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether the erasure is a LoRA, which is active in the pipeline."""
+        return isinstance(self._trained, LoRAWeights)
+
+    @contextmanager
+    def disabled(self) -> Iterator[DiffusionPipeline]:
+        """Gives the pipeline the base model's weights inside the block."""
+        if self.is_lora:
+            with self._trained.use("frozen"):
+                yield self.pipeline
+            return
+        parameters = self._trained.student
+        erased = {name: parameter.data for name, parameter in parameters.items()}
+        try:
+            for name, parameter in parameters.items():
+                parameter.data = self._trained.frozen[name].to(erased[name])
+            yield self.pipeline
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = erased[name]
+
+    def save(self, output_dir: str, form: str | None = None, overwrite: bool = False) -> str:
+        """Saves the result with its record, whole or not at all.
+
+        Args:
+            output_dir (`str`): The folder; results of others in it are refused.
+            form (`str`, *optional*): `"full"`, a stock pipeline folder; `"unet"`, its denoiser; `"partial"`, the
+                changed weights; `"lora"`, of a LoRA; `"both"`, the full one and the smallest. Default `"full"`, of a
+                LoRA `"lora"`.
+            overwrite (`bool`, defaults to `False`): Replace another result in the folder.
+
+        Returns:
+            `str`: The folder.
+
+        Raises:
+            `ValueError`: If there is no such form, or the folder holds other results.
+        """
+        allowed = ("lora", "full", "both", "unet") if self.is_lora else ("full", "partial", "both", "unet")
+        form = choose("form", form, allowed) if form is not None else allowed[0]
+        check_output_dir(output_dir)
+        claim = {"kind": RESULT, "run": {"erasure": self.record.created}, "replaces": RESULTS, "at_once": True}
+        with claimed(output_dir, **claim, overwrite=overwrite):
+            save_result(self.pipeline, self._trained, self.record, output_dir, form)
+        self.output_dir = output_dir
+        return output_dir
+
+    def push(self, hub_model_id: str | None = None, token: str | None = None, private: bool = False) -> str:
+        """Publishes the result on the Hugging Face Hub with a model card; see [`~diffusers_safe.hub.push_result`].
+
+        Args:
+            hub_model_id (`str`, *optional*): `"user/name"` or a name in the account of the token; default: the name of
+                the folder that it was saved in.
+            token (`str`, *optional*): Default `HF_TOKEN`, or the one of `hf auth login`.
+            private (`bool`, defaults to `False`): Make a new repository private.
+
+        Returns:
+            `str`: The repository's address.
+
+        Raises:
+            `ValueError`: If it has no name, or there is no token.
+            [`~diffusers_safe.hub.PushError`]: If the Hub cannot be reached or refuses.
+        """
+        if self.output_dir is not None:
+            return push_result(self.output_dir, hub_model_id, token, private)
+        if hub_model_id is None:
+            raise ValueError("hub_model_id: is missing; the result was not saved, so no folder has a name for it")
+        with tempfile.TemporaryDirectory() as folder:
+            save_result(self.pipeline, self._trained, self.record, folder)
+            return push_result(Path(folder), hub_model_id, token, private)
+
+    def __repr__(self) -> str:
+        changed = sum(value.numel() for value in self._trained.student.values())
+        return (
+            f"Erasure(concepts={self.record.concepts}, method={self.record.method!r}, "
+            f"train_method={self.record.train_method!r}, parameters={changed:,}, output_dir={self.output_dir!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        changed = sum(value.numel() for value in self._trained.student.values())
+        rows = {
+            "erased": ", ".join(self.record.concepts),
+            "from": self.record.base_model,
+            "method": f"{self.record.method}, {self.record.train_method}",
+            "changed parameters": f"{changed:,}",
+            "saved in": self.output_dir or "not saved",
+        }
+        cells = (f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows.items())
+        return f"<table>{''.join(cells)}</table>"

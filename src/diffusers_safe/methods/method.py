@@ -1,0 +1,176 @@
+"""What an erasure method is, and the registry of all of them.
+
+A method is one file: a dataclass whose fields are the method's own options, with a description, and one verb,
+[`~Method.erase`]. Registering it is one decorator; other packages name theirs in the entry point group
+`diffusers_safe.methods`. The command line, `erase(method=...)`, the plan, model cards, the lists in the docs and the
+shared tests read the registry.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from ..arguments import choose
+from ..families import ModelFamily
+from .objective import Objective
+
+
+ENTRY_POINTS = "diffusers_safe.methods"
+_OWN = ("sdd", "esd", "concept_ablation")  # modules here that register a method
+
+
+class Run(Protocol):
+    """What a method works with.
+
+    Attributes:
+        family (`ModelFamily`): The model: encodes prompts, predicts, and holds the denoiser.
+        concepts (`list[str]`): What is to be erased.
+        retained (`list[str]`): Prompts whose predictions should stay.
+    """
+
+    family: ModelFamily
+    concepts: list[str]
+    retained: list[str]
+
+    def train(self, objective: Objective) -> None:
+        """Trains the selected weights until the run's last step: latents, loss, optimizer, EMA, log, checkpoints."""
+
+    def edit(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Gives parameters of the denoiser, by name, new values of the same shapes."""
+
+
+class Method(ABC):
+    """An erasure method; its instances are dataclasses of its own options.
+
+    Attributes:
+        name (`str`): In commands and in `erasure.json`.
+        title, authors (`str`): Of the publication.
+        paper (`str`): Its arXiv number.
+        summary (`str`): One line.
+        trains (`bool`): Whether it is a training: with steps, an optimizer and checkpoints, and options for these.
+        defaults (`dict[str, Any]`): Defaults of other options that differ from the usual ones.
+        presets (`dict[str, Preset]`): Published settings; the method then has an option `preset`.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    authors: ClassVar[str]
+    paper: ClassVar[str]
+    summary: ClassVar[str]
+    trains: ClassVar[bool] = False
+    defaults: ClassVar[dict[str, Any]] = {}
+    presets: ClassVar[dict[str, "Preset"]] = {}
+    ema_decay: float | None = None
+
+    def check(self, options: Any) -> None:  # noqa: B027, most have nothing to check
+        """Checks the method's options against the others of a run, `ErasureOptions`.
+
+        Raises:
+            `ValueError`: If they contradict each other.
+        """
+
+    @abstractmethod
+    def erase(self, run: Run) -> None:
+        """Erases the concepts of a run from its model."""
+
+
+class GradientMethod(Method):
+    """A method that is a loss of the denoiser's predictions."""
+
+    trains = True
+
+    @abstractmethod
+    def objective(self, concepts: list[str]) -> Objective:
+        """What is minimised."""
+
+    def erase(self, run: Run) -> None:
+        run.train(self.objective(run.concepts))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The settings of one publication.
+
+    Attributes:
+        source (`str`): Where they are published.
+        options (`dict`): Values by name, as on the command line.
+        erase_from_scale (`float`, *optional*): `negative_guidance_scale` with `erase_from`, if that is another.
+    """
+
+    source: str
+    options: dict[str, Any]
+    erase_from_scale: float | None = None
+
+    @property
+    def summary(self) -> str:
+        """The options in one line."""
+        return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+                         for name, value in self.options.items())  # fmt: skip
+
+
+_registered: dict[str, type[Method]] = {}
+
+
+def register_method(method: type[Method]) -> type[Method]:
+    """Class decorator: makes a method known by its name.
+
+    Raises:
+        `ValueError`: If another method has that name.
+    """
+    known = _registered.setdefault(method.name, method)
+    if (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
+        raise ValueError(f"method '{method.name}': is registered already, by {known.__module__}")
+    _registered[method.name] = method
+    return method
+
+
+class _Methods(Mapping[str, type[Method]]):
+    """All methods by name: those of this package and of entry points are imported at the first look."""
+
+    _loaded = False
+
+    def _all(self) -> dict[str, type[Method]]:
+        if not self._loaded:
+            type(self)._loaded = True
+            for module in _OWN:
+                import_module(f"{__package__}.{module}")
+            for entry in entry_points(group=ENTRY_POINTS):
+                register_method(entry.load())
+        return _registered
+
+    def __getitem__(self, name: str) -> type[Method]:
+        return self._all()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._all())
+
+    def __len__(self) -> int:
+        return len(self._all())
+
+
+METHODS: Mapping[str, type[Method]] = _Methods()
+
+
+def find_method(name: str) -> type[Method]:
+    """The method of a name.
+
+    Raises:
+        `ValueError`: If there is none.
+    """
+    return METHODS[choose("method", name, METHODS)]
+
+
+def presets_table(presets: Mapping[str, Preset]) -> str:
+    """A Markdown table, an option a row."""
+    names = list(dict.fromkeys(name for preset in presets.values() for name in preset.options))
+    rows = [f"| | {' | '.join(f'`{name}`' for name in presets)} |", "|---" * (len(presets) + 1) + "|"]
+    for name in names:
+        rows.append(f"| `{name}` | {' | '.join(f'{preset.options[name]}' for preset in presets.values())} |")
+    scales = [preset.erase_from_scale or preset.options["negative_guidance_scale"] for preset in presets.values()]
+    rows.append(f"| the same with `erase_from` | {' | '.join(map(str, scales))} |")
+    return "\n".join(rows)
