@@ -29,7 +29,7 @@ from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.dataset import FILE_NAME, emoji_dataset
 from diffusers_safe.families import load_pipeline, make_family
 from diffusers_safe.families.students import build_student
-from diffusers_safe.training.pictures import Preprocessing, make_pictures, open_dataset
+from diffusers_safe.training.pictures import Preprocessing, make_pictures
 
 
 @dataclass
@@ -50,24 +50,24 @@ class SpeedArguments:
 class PlainLoop:
     """A straightforward implementation of the task, output and feature terms."""
 
-    def __init__(self, args: DistillationOptions, device: torch.device):
-        self.args, self.device = args, device
-        self.pipeline = load_pipeline(args.pretrained_model_name_or_path).to(device)
+    def __init__(self, options: DistillationOptions, device: torch.device):
+        self.batch_size, self.device = options.run.train_batch_size, device
+        self.pipeline = load_pipeline(options.model.pretrained_model_name_or_path).to(device)
         self.teacher = self.pipeline.unet
-        self.student = build_student(self.teacher, args.student).to(device).train()
-        pairs = feature_pairs(self.student.config, self.teacher.config, args.feature_map)
+        self.student = build_student(self.teacher, options.student.student).to(device).train()
+        pairs = feature_pairs(self.student.config, self.teacher.config, options.loss.feature_map)
         self.own = FeatureTap(self.student, [own for own, _ in pairs])
         self.taught = FeatureTap(self.teacher, [other for _, other in pairs])
-        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=args.learning_rate)
-        rows = open_dataset(train_data_dir=args.train_data_dir, caption_column=args.caption_column)
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=options.optimizer.learning_rate)
+        rows = open_rows(options.data, None, options.output.seed)
         preprocessing = Preprocessing(make_family(self.pipeline).picture_size, center_crop=True)
-        self.pictures = make_pictures(rows, preprocessing, args.seed, args.train_batch_size)
+        self.pictures = make_pictures(rows, preprocessing, options.output.seed, self.batch_size)
         self.noise = NoiseSchedule(self.pipeline.scheduler)
 
     def train_step(self, step: int) -> float:
         """One optimizer step; returns the loss."""
-        batch = self.pictures.batch(step, range(self.args.train_batch_size))
-        generators = [torch.Generator().manual_seed(row) for row in range(self.args.train_batch_size)]
+        batch = self.pictures.batch(step, range(self.batch_size))
+        generators = [torch.Generator().manual_seed(row) for row in range(self.batch_size)]
         with torch.no_grad():
             moments = self.pipeline.vae.encode(batch.pixel_values.to(self.device)).latent_dist
             latents = moments.sample() * self.pipeline.vae.config.scaling_factor
@@ -103,7 +103,7 @@ def make_variants(args: SpeedArguments, folder: Path, accelerator: Accelerator) 
         given, teacher = arguments(cached), load_pipeline(args.model)
         family = make_family(teacher)
         student = make_family(student_pipeline(teacher, given))
-        latents = make_latents(accelerator, family, open_rows(given), given)
+        latents = make_latents(accelerator, family, open_rows(given.data, None, given.output.seed), given)
         loop = DistillationLoop(accelerator, family, student, latents, given)
         loop.prepare()
         return loop

@@ -32,7 +32,7 @@ from diffusers_safe.comparison.evaluate import LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.demo import retained_prompts
 from diffusers_safe.erasure.loop import ErasureLoop
-from diffusers_safe.erasure.options import parse_options
+from diffusers_safe.erasure.options import make_options, parse_options
 from diffusers_safe.erasure.plan import make_plan
 from diffusers_safe.families import make_family
 from diffusers_safe.output_folders import check_claim, claimed
@@ -88,9 +88,10 @@ def plain_variant(args: ArithmeticArguments) -> Variant:
     return Variant(loop.train_step, counted_forwards(loop.student, loop.average))
 
 
-def our_variant(args: ArithmeticArguments, kind: type, **options) -> Variant:
+def our_variant(args: ArithmeticArguments, method: str, **options) -> Variant:
     options = {"num_inference_steps": args.num_inference_steps, "watch_prompts": [], **options}
-    training = kind(pretrained_model_name_or_path=args.model, concepts=[GROUP], output_dir=None, **options)
+    options |= {"pretrained_model_name_or_path": args.model, "concepts": [GROUP], "output_dir": None}
+    training = make_options(method, **options)
     family = make_family(StableDiffusionPipeline.from_pretrained(args.model))
     loop = ErasureLoop(Accelerator(), family, training.method.objective(training.concept.concepts), training)
     forwards = counted_forwards(family.denoiser)

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_safe.arguments import parse_dataclass
 from diffusers_safe.erasure.loop import ErasureLoop
+from diffusers_safe.erasure.options import make_options
 from diffusers_safe.families import make_family
 from diffusers_safe.training.options import MIXED_PRECISIONS
 
@@ -90,7 +91,8 @@ def now(device: str) -> float:
 
 
 def make_loop(args: GPUArguments, batch_size: int) -> ErasureLoop:
-    training = "sdd"(
+    training = make_options(
+        "sdd",
         pretrained_model_name_or_path="random",
         concepts=["a knife"],
         output_dir=None,

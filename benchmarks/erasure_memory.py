@@ -16,6 +16,7 @@ from random_models import UNETS, in_own_process, peak_bytes, random_pipeline
 
 from diffusers_safe.arguments import parse_dataclass
 from diffusers_safe.erasure.loop import ErasureLoop
+from diffusers_safe.erasure.options import make_options
 from diffusers_safe.families import make_family
 
 
@@ -53,7 +54,8 @@ def plain_peak(args: MemoryArguments) -> tuple[int, int]:
 
 def our_peak(args: MemoryArguments) -> tuple[int, int]:
     accelerator = Accelerator()
-    training = "sdd"(
+    training = make_options(
+        "sdd",
         pretrained_model_name_or_path="random",
         concepts=["a knife"],
         output_dir=None,

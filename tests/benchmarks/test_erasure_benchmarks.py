@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from diffusers_safe.comparison.evaluate import LoadedModel
 from diffusers_safe.erasure.loop import ErasureLoop
+from diffusers_safe.erasure.options import make_options
 from diffusers_safe.families import make_family
 from diffusers_safe.report.statistics import Estimate
 
@@ -35,16 +36,16 @@ def rows(text):
 
 def test_the_plain_loop_equals_our_loop(load, make_tiny_pipeline):
     plain = load("plain_loop").PlainLoop(make_tiny_pipeline(), "knife", 4, "cpu")
-    args = "sdd"(
+    options = make_options(
+        "sdd",
         pretrained_model_name_or_path="tiny",
         concepts=["knife"],
         output_dir=None,
         num_inference_steps=4,
         watch_prompts=[],
     )
-    ours = ErasureLoop(
-        Accelerator(cpu=True), make_family(make_tiny_pipeline()), args.make_objective(), args, args.ema_decay
-    )
+    objective = options.method.objective(["knife"])
+    ours = ErasureLoop(Accelerator(cpu=True), make_family(make_tiny_pipeline()), objective, options)
     for number in range(3):
         assert plain.train_step(number) == pytest.approx(ours.train_step(number)["erase"], rel=1e-3)
     for name, average in plain.average.named_parameters():
