@@ -2,7 +2,7 @@
 
 from .downloads import DownloadSettings
 from .filters import Filters
-from .prepare import PreparationSettings, example_of, prepare
+from .prepare import ShardSettings, example_of, prepare, settings_record
 from .progress import REPORT, check_folder, check_state
 from .shards import FORMATS
 from .table import Table, read_table
@@ -13,11 +13,12 @@ __all__ = [
     "REPORT",
     "DownloadSettings",
     "Filters",
-    "PreparationSettings",
+    "ShardSettings",
     "Table",
     "check_folder",
     "check_state",
     "example_of",
     "prepare",
     "read_table",
+    "settings_record",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub.utils import httpx  # httpx or httpx2, whichever its version uses
 
-from ..arguments import typed
+from ..arguments import option, typed
 from .filters import Dropped
 from .table import Row
 
@@ -42,19 +42,17 @@ class DownloadSettings:
             reach services there that are not reachable from the internet.
     """
 
-    timeout: float = 10.0
-    retries: int = 2
-    concurrency: int = 32
-    user_agent: str | None = None
-    allow_private_addresses: bool = False
+    timeout: float = option(10.0, "Seconds for the whole answer of a server.", above=0)
+    retries: int = option(2, "Further attempts if a server is slow or busy.", at_least=0)
+    concurrency: int = option(32, "Number of simultaneous downloads.", at_least=1)
+    user_agent: str | None = option(None, "User-Agent header. Default: name and version of this package.")
+    allow_private_addresses: bool = option(
+        False,
+        "Also download from this computer and from private networks (loopback, link-local, private addresses). By"
+        " default such rows are dropped.",
+    )
 
     def __post_init__(self):
-        if not self.timeout > 0:
-            raise ValueError(f"timeout {self.timeout}: must be above 0 seconds")
-        if self.retries < 0:
-            raise ValueError(f"retries {self.retries}: must be at least 0")
-        if self.concurrency < 1:
-            raise ValueError(f"concurrency {self.concurrency}: must be at least 1")
         if self.user_agent is not None and not (self.user_agent.isascii() and self.user_agent.isprintable()):
             raise ValueError(f"user_agent {self.user_agent!r}: must be one line of ASCII")
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..arguments import typed
+from ..arguments import option, typed
 from ..concepts import naming_pattern
 from .table import Row
 
@@ -24,17 +24,13 @@ class Filters:
         max_aspect_ratio (`float`, *optional*): Maximum ratio of the longer to the shorter side, at least 1.
     """
 
-    min_caption_length: int = 1
-    forbidden_concepts: tuple[str, ...] = ()
-    min_aesthetic: float | None = None
-    min_side: int = 1
-    max_aspect_ratio: float | None = None
-
-    def __post_init__(self):
-        for name in ("min_caption_length", "min_side", "max_aspect_ratio"):
-            value = getattr(self, name)
-            if value is not None and not value >= 1:
-                raise ValueError(f"{name} {value}: must be at least 1")
+    min_caption_length: int = option(1, "Minimum length of a caption in characters.", at_least=1)
+    forbidden_concepts: tuple[str, ...] = option(
+        (), "Drop captions with one of these as whole words: names, or a .txt file with one per line."
+    )
+    min_aesthetic: float | None = option(None, "Minimum score; needs --aesthetic_column.")
+    min_side: int = option(1, "Minimum length of the shorter side in pixels, before --resize.", at_least=1)
+    max_aspect_ratio: float | None = option(None, "Maximum ratio of the longer to the shorter side.", at_least=1)
 
 
 class Dropped(Exception):

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..arguments import choose, typed
+from ..arguments import option, typed
 from ..files import write_text
 from ..output_folders import OutputFolderError, claimed, write_own
 from .downloads import UNREACHABLE, DownloadSettings, Fetcher
@@ -45,53 +45,45 @@ MAX_UNREACHABLE_HOSTS = 50  # different servers in a row; after that, the networ
 
 @typed
 @dataclass(frozen=True)
-class PreparationSettings:
-    """Everything besides the table that determines the content of the shards.
+class ShardSettings:
+    """How pictures are written.
 
     Args:
-        filters ([`Filters`], *optional*): Which rows and pictures to keep.
         format (`str`, defaults to `"webdataset"`): One of `FORMATS`.
         shard_size (`int`, defaults to 1000): Samples per shard; the last shard has the remaining ones.
         resize (`int`, *optional*): Length of the shorter side in pixels. Larger pictures are resized to it, smaller
             ones are not enlarged.
-        jpeg_quality (`int`, defaults to 95): 1 to 95.
+        jpeg_quality (`int`, defaults to 95): JPEG quality, 1 to 95.
     """
 
-    filters: Filters = Filters()
-    format: str = "webdataset"
-    shard_size: int = 1000
-    resize: int | None = None
-    jpeg_quality: int = 95
+    format: str = option("webdataset", f"Format of the shards: {', '.join(FORMATS)}.", FORMATS)
+    shard_size: int = option(1000, "Pictures per shard.", at_least=1)
+    resize: int | None = option(
+        None, "Length of the shorter side in pixels, to which larger pictures are resized.", at_least=1
+    )
+    jpeg_quality: int = option(95, "JPEG quality, 1 to 95.", at_least=1, at_most=95)
 
-    def __post_init__(self):
-        object.__setattr__(self, "format", choose("format", self.format, FORMATS))
-        for name in ("shard_size", "resize"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} {value}: must be at least 1")
-        if not 1 <= self.jpeg_quality <= 95:
-            raise ValueError(f"jpeg_quality {self.jpeg_quality}: must lie between 1 and 95")
 
-    def record(self, table: Table) -> dict[str, Any]:
-        """Everything that determines the content of the shards, as JSON values.
+def settings_record(table: Table, filters: Filters, shards: ShardSettings) -> dict[str, Any]:
+    """Everything that determines the content of the shards, as JSON values.
 
-        Raises:
-            `ValueError`: If only one of `min_aesthetic` and the table's aesthetic column is given.
-        """
-        if self.filters.min_aesthetic is not None and table.aesthetic_column is None:
-            raise ValueError(f"min_aesthetic {self.filters.min_aesthetic}: needs aesthetic_column")
-        if self.filters.min_aesthetic is None and table.aesthetic_column is not None:
-            raise ValueError(f"aesthetic_column '{table.aesthetic_column}': needs min_aesthetic")
-        settings = asdict(self)
-        filters = settings.pop("filters")
-        return json.loads(json.dumps({"columns": table.columns, "table": table.digest, **filters, **settings}))
+    Raises:
+        `ValueError`: If only one of `min_aesthetic` and the table's aesthetic column is given.
+    """
+    if filters.min_aesthetic is not None and table.aesthetic_column is None:
+        raise ValueError(f"min_aesthetic {filters.min_aesthetic}: needs aesthetic_column")
+    if filters.min_aesthetic is None and table.aesthetic_column is not None:
+        raise ValueError(f"aesthetic_column '{table.aesthetic_column}': needs min_aesthetic")
+    record = {"columns": table.columns, "table": table.digest, **asdict(filters), **asdict(shards)}
+    return json.loads(json.dumps(record))
 
 
 @typed
 def prepare(
     table: Table,
     output_dir: str | Path,
-    settings: PreparationSettings = PreparationSettings(),
+    filters: Filters | None = None,
+    shards: ShardSettings | None = None,
     downloads: DownloadSettings | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -101,7 +93,8 @@ def prepare(
     Args:
         table ([`Table`]): Captions and addresses of pictures.
         output_dir (`str` or `Path`): A new or empty folder, or that of the same preparation when it was stopped.
-        settings ([`PreparationSettings`], *optional*): What the shards contain.
+        filters ([`Filters`], *optional*): Which rows and pictures to keep.
+        shards ([`ShardSettings`], *optional*): How pictures are written.
         downloads ([`DownloadSettings`], *optional*): How pictures are downloaded.
         overwrite (`bool`, defaults to `False`): Delete the shards of another preparation in the folder, and move
             other files with their names to `.replaced-1`.
@@ -116,13 +109,14 @@ def prepare(
         `ConnectionError`: If many servers in a row cannot be reached. Finished shards are kept.
     """
     with claimed(output_dir) as folder:
-        return _prepare(table, folder, settings, downloads or DownloadSettings(), overwrite)
+        settings = (filters or Filters(), shards or ShardSettings(), downloads or DownloadSettings())
+        return _prepare(table, folder, *settings, overwrite)
 
 
 def _prepare(
-    table: Table, folder: Path, settings: PreparationSettings, downloads: DownloadSettings, overwrite: bool
+    table: Table, folder: Path, filters: Filters, shards: ShardSettings, downloads: DownloadSettings, overwrite: bool
 ) -> dict[str, Any]:
-    record = settings.record(table)
+    record = settings_record(table, filters, shards)
     check_state(folder)
     try:
         report = check_folder(folder, record, len(table))
@@ -135,13 +129,13 @@ def _prepare(
     if report is not None:
         return report
     write_text(folder / STATE / SETTINGS, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    positions, dropped = select(table, settings.filters)
+    positions, dropped = select(table, filters)
     progress = read_progress(folder, record, len(positions))
-    for name in (shard_name(number, settings.format) for number in range(progress.shards)):
+    for name in (shard_name(number, shards.format) for number in range(progress.shards)):
         if (folder / STATE / name).is_file():  # the run was stopped before it moved the shard
             move_shard(folder, name)
     if positions:
-        asyncio.run(_write_shards(table, positions, folder, settings, downloads, progress))
+        asyncio.run(_write_shards(table, positions, folder, filters, shards, downloads, progress))
     dropped += progress.dropped
     if not progress.kept:
         clear_state(folder)
@@ -185,7 +179,8 @@ async def _write_shards(
     table: Table,
     positions: list[int],
     folder: Path,
-    settings: PreparationSettings,
+    filters: Filters,
+    shards: ShardSettings,
     downloads: DownloadSettings,
     progress: Progress,
 ) -> None:
@@ -197,8 +192,7 @@ async def _write_shards(
         async with slots:
             try:
                 data, changes = await fetcher.fetch(row)
-                options = (settings.filters, settings.resize, settings.jpeg_quality)
-                picture = await asyncio.to_thread(read_picture, data, *options)
+                picture = await asyncio.to_thread(read_picture, data, filters, shards.resize, shards.jpeg_quality)
             except Dropped as reason:
                 return str(reason), ()
         return picture, (*changes, *picture.changes)
@@ -217,11 +211,11 @@ async def _write_shards(
                 if isinstance(outcome, Picture) and outcome.sha256 in progress.hashes:
                     outcome = SAME_PICTURE
                 if isinstance(outcome, Picture):
-                    shard = shard or _OpenShard(folder, settings.format, progress)
+                    shard = shard or _OpenShard(folder, shards.format, progress)
                     shard.add(row, outcome, changes)
                 else:
                     progress.drop(outcome, row.address)
-                if shard and len(shard.hashes) == settings.shard_size:
+                if shard and len(shard.hashes) == shards.shard_size:
                     await asyncio.to_thread(shard.finish)
                     shard = None
                 bar.set_postfix(kept=progress.kept, refresh=False)

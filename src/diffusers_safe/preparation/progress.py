@@ -99,7 +99,7 @@ def check_folder(folder: Path, settings: dict[str, Any], rows: int) -> dict[str,
 
     Args:
         folder (`Path`): The output folder, which may not exist.
-        settings (`dict`): From [`PreparationSettings.record`].
+        settings (`dict`): From [`settings_record`].
         rows (`int`): Number of rows of the table.
 
     Returns:
@@ -141,7 +141,7 @@ def read_progress(folder: Path, settings: dict[str, Any], candidates: int) -> Pr
 
     Args:
         folder (`Path`): The output folder.
-        settings (`dict`): From [`PreparationSettings.record`].
+        settings (`dict`): From [`settings_record`].
         candidates (`int`): The largest possible number of candidates.
 
     Raises:
