@@ -10,7 +10,7 @@ machine's speed affect all of them; ratios are computed within each round.
 
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from diffusers_safe.arguments import exit_with_error, parse_dataclass
+from diffusers_safe.arguments import exit_with_error, option, parse_dataclass
 from diffusers_safe.diffusion.noise import NoiseSchedule
 from diffusers_safe.distillation.loop import DistillationLoop
 from diffusers_safe.distillation.objective import FeatureTap, feature_pairs
@@ -34,17 +34,12 @@ from diffusers_safe.training.pictures import Preprocessing, make_pictures
 
 @dataclass
 class SpeedArguments:
-    model: str = field(default=str(MODEL_FOLDER), metadata={"help": "Teacher: folder or Hub id."})
-    student: str = field(default="bk-small", metadata={"help": "Name of the student."})
-    train_batch_size: int = field(default=8, metadata={"help": "Samples per step."})
-    num_images: int = field(default=128, metadata={"help": "Number of training pictures."})
-    rounds: int = field(default=8, metadata={"help": "Number of timed rounds, plus one that is not counted."})
-    steps: int = field(default=3, metadata={"help": "Steps per round."})
-
-    def __post_init__(self):
-        for name in ("train_batch_size", "num_images", "rounds", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+    model: str = option(str(MODEL_FOLDER), "Teacher: folder or Hub id.")
+    student: str = option("bk-small", "Name of the student.")
+    train_batch_size: int = option(8, "Samples per step.", at_least=1)
+    num_images: int = option(128, "Number of training pictures.", at_least=1)
+    rounds: int = option(8, "Number of timed rounds, plus one that is not counted.", at_least=1)
+    steps: int = option(3, "Steps per round.", at_least=1)
 
 
 class PlainLoop:

@@ -9,7 +9,7 @@ not seen the prompts. `blind/answers.json` contains the names.
 """
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image, ImageDraw, ImageFont
 
-from diffusers_safe.arguments import exit_with_error, parse_dataclass, typed
+from diffusers_safe.arguments import exit_with_error, option, parse_dataclass, required, typed
 from diffusers_safe.emoji import MODEL_NAME
 from diffusers_safe.emoji.evaluation import SETTINGS, prompt_rows
 from diffusers_safe.emoji.render import load_sprite
@@ -32,20 +32,13 @@ SIDE, COLUMNS, LABEL, GAP = 96, 3, 20, 12  # COLUMNS is in objects, the others i
 @typed
 @dataclass
 class PicturesArguments:
-    output_dir: str = field(metadata={"help": "Folder for the images, the page and the blind test."})
-    model: str = field(default=MODEL_NAME, metadata={"help": "Name of an embedded model, or folder of a pipeline."})
-    seeds: int = field(default=3, metadata={"help": "Images per object on the page."})
-    seed: int = field(default=0, metadata={"help": "Seed from which the seeds of all images are derived."})
-    num_inference_steps: int = field(default=SETTINGS.num_inference_steps, metadata={"help": "Sampler steps."})
-    guidance_scale: float = field(default=SETTINGS.guidance_scale, metadata={"help": "Classifier-free guidance."})
-    page: str | None = field(
-        default=None, metadata={"help": "File of the page. Default: page.png in the output folder."}
-    )
-
-    def __post_init__(self):
-        for name in ("seeds", "num_inference_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+    output_dir: str = required("Folder for the images, the page and the blind test.")
+    model: str = option(MODEL_NAME, "Name of an embedded model, or folder of a pipeline.")
+    seeds: int = option(3, "Images per object on the page.", at_least=1)
+    seed: int = option(0, "Seed from which the seeds of all images are derived.")
+    num_inference_steps: int = option(SETTINGS.num_inference_steps, "Sampler steps.", at_least=1)
+    guidance_scale: float = option(SETTINGS.guidance_scale, "Classifier-free guidance.")
+    page: str | None = option(None, "File of the page. Default: page.png in the output folder.")
 
 
 def make_page(images: dict[str, list[Image.Image]]) -> Image.Image:

@@ -15,7 +15,7 @@ images are not repeated.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from plain_loop import PlainLoop
 from torch import nn
 from tqdm.auto import tqdm
 
-from diffusers_safe.arguments import exit_with_error, parse_dataclass
+from diffusers_safe.arguments import exit_with_error, option, parse_dataclass
 from diffusers_safe.comparison.evaluate import LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.demo import retained_prompts
@@ -40,27 +40,20 @@ from diffusers_safe.output_folders import check_claim, claimed
 
 @dataclass
 class ArithmeticArguments:
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for the erasures. Finished ones are not repeated."}
+    output_dir: str | None = option(None, "Folder for the erasures. Finished ones are not repeated.")
+    model: str = option(str(MODEL_FOLDER), "Model of the first part: folder or Hub id.")
+    rounds: int = option(3, "Number of rounds; the first is not counted.", at_least=2)
+    num_inference_steps: int = option(50, "Number of steps of the sampling schedule.", at_least=1)
+    latents_per_trajectory: int = option(
+        16, "Latents per trajectory with reuse; also the number of steps per round.", at_least=1
     )
-    model: str = field(default=str(MODEL_FOLDER), metadata={"help": "Model of the first part: folder or Hub id."})
-    rounds: int = field(default=3, metadata={"help": "Number of timed rounds, plus one that is not counted."})
-    num_inference_steps: int = field(default=50, metadata={"help": "Number of steps of the sampling schedule."})
-    latents_per_trajectory: int = field(
-        default=16, metadata={"help": "Latents per trajectory with reuse; also the number of steps per round."}
-    )
-    trajectory_pool: int = field(default=64, metadata={"help": "Number of trajectories in the pool."})
-    skip_erasure: bool = field(default=False, metadata={"help": "Skip the second part."})
-    images_per_prompt: int = field(default=4, metadata={"help": "Images per prompt in the second part."})
-    train_seed: int = field(default=0, metadata={"help": "Seed of the trainings."})
-    image_seed: int = field(default=0, metadata={"help": "Seed of the images."})
+    trajectory_pool: int = option(64, "Number of trajectories in the pool.", at_least=1)
+    skip_erasure: bool = option(False, "Skip the second part.")
+    images_per_prompt: int = option(4, "Images per prompt in the second part.", at_least=1)
+    train_seed: int = option(0, "Seed of the trainings.")
+    image_seed: int = option(0, "Seed of the images.")
 
     def __post_init__(self):
-        for name in ("num_inference_steps", "latents_per_trajectory", "trajectory_pool", "images_per_prompt"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
-        if self.rounds < 2:
-            raise ValueError(f"rounds {self.rounds}: must be at least 2, the first is not counted")
         if not self.skip_erasure and self.output_dir is None:
             raise ValueError("output_dir: is missing; give it, or --skip_erasure true")
 

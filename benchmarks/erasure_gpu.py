@@ -9,7 +9,7 @@ attention, without optimizer and recomputation), divided by that of a large matr
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +17,7 @@ from random_models import UNETS, in_own_process, peak_bytes, random_pipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_safe.arguments import parse_dataclass
+from diffusers_safe.arguments import option, parse_dataclass
 from diffusers_safe.erasure.loop import ErasureLoop
 from diffusers_safe.erasure.options import make_options
 from diffusers_safe.families import make_family
@@ -30,34 +30,20 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass
 class GPUArguments:
-    device: str = field(
-        default="cuda", metadata={"help": f"{', '.join(DEVICES)}; a CPU is only for testing the script."}
-    )
-    size: str = field(default="sd-1", metadata={"help": f"Size of the UNet: {', '.join(UNETS)}."})
-    latent_size: int = field(
-        default=64, metadata={"help": "Height and width of the latents; 64 corresponds to 512 pixels."}
-    )
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 4, 8], metadata={"help": "Batch sizes to measure."})
-    mixed_precision: str = field(
-        default="bf16", metadata={"help": f"Precision of autocast: {', '.join(MIXED_PRECISIONS)}."}
-    )
-    compile: list[str] = field(default_factory=lambda: ["off", "on"], metadata={"help": "torch.compile: off, on."})
-    num_inference_steps: int = field(default=50, metadata={"help": "Number of steps of the sampling schedule."})
-    latents_per_trajectory: int = field(default=1, metadata={"help": "Latents per trajectory; 1 is exact."})
-    steps: int = field(default=16, metadata={"help": "Timed optimizer steps, after as many warm-up steps."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations."})
+    device: str = option("cuda", f"{', '.join(DEVICES)}; a CPU is only for testing the script.", DEVICES)
+    size: str = option("sd-1", f"Size of the UNet: {', '.join(UNETS)}.", UNETS)
+    latent_size: int = option(64, "Height and width of the latents; 64 corresponds to 512 pixels.")
+    batch_sizes: list[int] = option([1, 4, 8], "Batch sizes to measure.")
+    mixed_precision: str = option("bf16", f"Precision of autocast: {', '.join(MIXED_PRECISIONS)}.", MIXED_PRECISIONS)
+    compile: list[str] = option(["off", "on"], "torch.compile: off, on.", ("off", "on"))
+    num_inference_steps: int = option(50, "Number of steps of the sampling schedule.", at_least=1)
+    latents_per_trajectory: int = option(1, "Latents per trajectory; 1 is exact.", at_least=1)
+    steps: int = option(16, "Timed optimizer steps, after as many warm-up steps.", at_least=1)
+    gradient_checkpointing: bool = option(False, "Recompute activations.")
 
     def __post_init__(self):
-        for name, allowed in (("device", DEVICES), ("size", UNETS), ("mixed_precision", MIXED_PRECISIONS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} '{getattr(self, name)}': unknown; allowed are {', '.join(allowed)}")
-        if unknown := set(self.compile) - {"off", "on"}:
-            raise ValueError(f"compile {sorted(unknown)}: unknown; allowed are off, on")
         if self.latent_size < 8 or self.latent_size % 8:
             raise ValueError(f"latent_size {self.latent_size}: must be a multiple of 8")
-        for name in ("num_inference_steps", "latents_per_trajectory", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ValueError(f"batch_sizes {self.batch_sizes}: must be at least 1 each")
 

@@ -18,7 +18,7 @@ a new method, add it as a row, as a model (or a file of models) of `diffusers-sa
 import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from erasure_table import Numbers
 from students import StudentsArguments, folder_of
 from students import student as train_student
 
-from diffusers_safe.arguments import exit_with_error, parse_dataclass
+from diffusers_safe.arguments import exit_with_error, option, parse_dataclass, required
 from diffusers_safe.commands.evaluate import read_subjects
 from diffusers_safe.comparison.evaluate import as_images, evaluate
 from diffusers_safe.emoji import MODEL_FOLDER
@@ -94,26 +94,15 @@ TASKS = {
 
 @dataclass
 class LeaderboardArguments:
-    output_dir: str = field(
-        metadata={"help": "Folder for trainings, images and reports. Finished ones are not repeated."}
-    )
-    quick: bool = field(default=False, metadata={"help": "One object only, with fewer methods."})
-    tasks: list[str] = field(default_factory=list, metadata={"help": f"Tasks: {', '.join(TASKS)}. Default: all."})
-    seed: int = field(default=0, metadata={"help": "Seed of trainings and images."})
-    student_steps: int = field(default=400, metadata={"help": "Training steps of the student; 0 leaves it out."})
-    methods: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Additional rows: name=MODEL ..., or one .yaml; only with a single task."},
-    )
-    docs: str | None = field(default=None, metadata={"help": "Folder for results.md and images/leaderboard-*."})
+    output_dir: str = required("Folder for trainings, images and reports. Finished ones are not repeated.")
+    quick: bool = option(False, "One object only, with fewer methods.")
+    tasks: list[str] = option([], f"Tasks: {', '.join(TASKS)}. Default: all.", TASKS)
+    seed: int = option(0, "Seed of trainings and images.", at_least=0, below=2**32)
+    student_steps: int = option(400, "Training steps of the student; 0 leaves it out.", at_least=0)
+    methods: list[str] = option([], "Additional rows: name=MODEL ..., or one .yaml; only with a single task.")
+    docs: str | None = option(None, "Folder for results.md and images/leaderboard-*.")
 
     def __post_init__(self):
-        if unknown := [name for name in self.tasks if name not in TASKS]:
-            raise ValueError(f"tasks {', '.join(unknown)}: unknown; allowed are {', '.join(TASKS)}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed {self.seed}: must be at least 0 and less than 2**32")
-        if self.student_steps < 0:
-            raise ValueError(f"student_steps {self.student_steps}: must be at least 0")
         self.tasks = self.tasks or (["object"] if self.quick else list(TASKS))
         self.own_rows = read_subjects(self.methods)
         if self.own_rows and len(self.tasks) > 1:

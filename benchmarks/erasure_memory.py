@@ -7,14 +7,14 @@ One optimizer step of SDD at batch size 1, with our loop and with the plain loop
 all weights), each in a separate process. Requires about 20 GB. Goal: less than 60 % of the plain loop.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from plain_loop import PlainLoop
 from random_models import UNETS, in_own_process, peak_bytes, random_pipeline
 
-from diffusers_safe.arguments import parse_dataclass
+from diffusers_safe.arguments import option, parse_dataclass
 from diffusers_safe.erasure.loop import ErasureLoop
 from diffusers_safe.erasure.options import make_options
 from diffusers_safe.families import make_family
@@ -25,22 +25,14 @@ GIB = 2**30
 
 @dataclass
 class MemoryArguments:
-    size: str = field(default="sd-1", metadata={"help": f"Size of the UNet: {', '.join(UNETS)}."})
-    latent_size: int = field(
-        default=64, metadata={"help": "Height and width of the latents; 64 corresponds to 512 pixels."}
-    )
-    num_inference_steps: int = field(
-        default=2, metadata={"help": "Number of sampling steps; more take longer, but no more memory."}
-    )
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Use gradient checkpointing in our loop."})
+    size: str = option("sd-1", f"Size of the UNet: {', '.join(UNETS)}.", UNETS)
+    latent_size: int = option(64, "Height and width of the latents; 64 corresponds to 512 pixels.")
+    num_inference_steps: int = option(2, "Number of sampling steps; more take longer, but no more memory.", at_least=1)
+    gradient_checkpointing: bool = option(False, "Use gradient checkpointing in our loop.")
 
     def __post_init__(self):
-        if self.size not in UNETS:
-            raise ValueError(f"size '{self.size}': unknown; allowed are {', '.join(UNETS)}")
         if self.latent_size < 8 or self.latent_size % 8:
             raise ValueError(f"latent_size {self.latent_size}: must be a multiple of 8")
-        if self.num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps {self.num_inference_steps}: must be at least 1")
 
 
 def plain_peak(args: MemoryArguments) -> tuple[int, int]:

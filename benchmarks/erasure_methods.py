@@ -12,14 +12,14 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
 from erasure_table import Numbers
 
-from diffusers_safe.arguments import exit_with_error, parse_dataclass
+from diffusers_safe.arguments import exit_with_error, option, parse_dataclass, required
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.evaluation import evaluate_erasure
 from diffusers_safe.emoji.metrics import erased_name
@@ -36,16 +36,12 @@ HEAD = ["| recipe | seed | before | after | others before | change of others | o
 
 @dataclass
 class MethodsArguments:
-    output_dir: str = field(metadata={"help": "Folder for all runs. Finished runs are not repeated."})
-    only: list[str] = field(default_factory=list, metadata={"help": "Names of recipes. Default: all."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seed of trainings and images."})
-    images_per_prompt: int = field(default=4, metadata={"help": "Images per prompt."})
+    output_dir: str = required("Folder for all runs. Finished runs are not repeated.")
+    only: list[str] = option([], "Names of recipes. Default: all.", RECIPES)
+    seeds: list[int] = option([0, 1, 2], "Seed of trainings and images.")
+    images_per_prompt: int = option(4, "Images per prompt.", at_least=1)
 
     def __post_init__(self):
-        if unknown := [name for name in self.only if name not in RECIPES]:
-            raise ValueError(f"only {unknown}: unknown; allowed are {', '.join(RECIPES)}")
-        if self.images_per_prompt < 1:
-            raise ValueError(f"images_per_prompt {self.images_per_prompt}: must be at least 1")
         if bad := [seed for seed in self.seeds if not 0 <= seed < 2**32]:
             raise ValueError(f"seeds {bad}: must be at least 0 and less than 2**32")
 

@@ -11,7 +11,7 @@ round.
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from diffusers_safe.arguments import exit_with_error, parse_dataclass
+from diffusers_safe.arguments import exit_with_error, option, parse_dataclass
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.scenes import OBJECTS, prompt_for
 from diffusers_safe.generation.generate import GenerationSettings, PromptRow, generate
@@ -29,18 +29,15 @@ from diffusers_safe.generation.models import DTYPES, Subject
 
 @dataclass
 class SpeedArguments:
-    model: str = field(default=str(MODEL_FOLDER), metadata={"help": "Folder or Hub id."})
-    dtype: str = field(default="float32", metadata={"help": f"Dtype of the weights: {', '.join(DTYPES)}."})
-    rounds: int = field(default=5, metadata={"help": "Number of timed rounds, plus one that is not counted."})
-    images: int = field(default=32, metadata={"help": "Images per variant and round."})
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 4, 16], metadata={"help": "Batch sizes of `generate`."})
-    num_inference_steps: int = field(default=25, metadata={"help": "Number of steps of the scheduler."})
+    model: str = option(str(MODEL_FOLDER), "Folder or Hub id.")
+    dtype: str = option("float32", f"Dtype of the weights: {', '.join(DTYPES)}.")
+    rounds: int = option(5, "Number of timed rounds, plus one that is not counted.", at_least=1)
+    images: int = option(32, "Images per variant and round.", at_least=1)
+    batch_sizes: list[int] = option([1, 4, 16], "Batch sizes of `generate`.")
+    num_inference_steps: int = option(25, "Number of steps of the scheduler.", at_least=1)
 
     def __post_init__(self):
         self.subject = Subject("model", self.model, dtype=self.dtype)
-        for name in ("rounds", "images", "num_inference_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ValueError(f"batch_sizes {self.batch_sizes}: must be at least one number, each at least 1")
 

@@ -11,7 +11,7 @@ import multiprocessing
 import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from diffusers_safe import enable_safe_latent_diffusion
-from diffusers_safe.arguments import exit_with_error, parse_dataclass
+from diffusers_safe.arguments import exit_with_error, option, parse_dataclass
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.generation.models import DTYPES, load_any_pipeline
 from diffusers_safe.pipelines.guidance import SAFETY_CONFIGS
@@ -28,18 +28,11 @@ from diffusers_safe.pipelines.guidance import SAFETY_CONFIGS
 
 @dataclass
 class SpeedArguments:
-    model: str = field(default=str(MODEL_FOLDER), metadata={"help": "Folder or Hub id."})
-    dtype: str = field(default="float32", metadata={"help": f"Dtype of the weights: {', '.join(DTYPES)}."})
-    rounds: int = field(default=10, metadata={"help": "Number of timed rounds, plus one that is not counted."})
-    batch_size: int = field(default=4, metadata={"help": "Images per batch."})
-    num_inference_steps: int = field(default=50, metadata={"help": "Number of steps of the scheduler."})
-
-    def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype '{self.dtype}': unknown; allowed are {', '.join(DTYPES)}")
-        for name in ("rounds", "batch_size", "num_inference_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+    model: str = option(str(MODEL_FOLDER), "Folder or Hub id.")
+    dtype: str = option("float32", f"Dtype of the weights: {', '.join(DTYPES)}.", DTYPES)
+    rounds: int = option(10, "Number of timed rounds, plus one that is not counted.", at_least=1)
+    batch_size: int = option(4, "Images per batch.", at_least=1)
+    num_inference_steps: int = option(50, "Number of steps of the scheduler.", at_least=1)
 
 
 def seconds(pipeline, args: SpeedArguments, call: dict) -> float:

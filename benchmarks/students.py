@@ -13,7 +13,7 @@ also in `table.md`) and a plot, `students.svg`, are written.
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
@@ -21,7 +21,7 @@ from diffusers import StableDiffusionPipeline
 from erasure_table import Numbers
 from transformers import CLIPTokenizer
 
-from diffusers_safe.arguments import exit_with_error, parse_dataclass
+from diffusers_safe.arguments import exit_with_error, option, parse_dataclass, required
 from diffusers_safe.comparison.evaluate import LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.evaluation import evaluate_erasure
@@ -60,22 +60,13 @@ HEAD = [
 
 @dataclass
 class StudentsArguments:
-    output_dir: str = field(metadata={"help": "Folder for all runs. Finished runs are not repeated."})
-    only: list[str] = field(default_factory=list, metadata={"help": "Names of rows. Default: all."})
-    num_images: int = field(default=8000, metadata={"help": "Number of training pictures."})
-    max_train_steps: int = field(default=1000, metadata={"help": "Training steps of each student."})
-    images_per_prompt: int = field(default=4, metadata={"help": "Images per prompt."})
-    rounds: int = field(default=5, metadata={"help": "Rounds of the speed measurement."})
-    seed: int = field(default=0, metadata={"help": "Seed of trainings and images."})
-
-    def __post_init__(self):
-        if unknown := [name for name in self.only if name not in ROWS]:
-            raise ValueError(f"only {unknown}: unknown; allowed are {', '.join(ROWS)}")
-        for name in ("num_images", "max_train_steps", "images_per_prompt", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed {self.seed}: must be at least 0 and less than 2**32")
+    output_dir: str = required("Folder for all runs. Finished runs are not repeated.")
+    only: list[str] = option([], "Names of rows. Default: all.", ROWS)
+    num_images: int = option(8000, "Number of training pictures.", at_least=1)
+    max_train_steps: int = option(1000, "Training steps of each student.", at_least=1)
+    images_per_prompt: int = option(4, "Images per prompt.", at_least=1)
+    rounds: int = option(5, "Rounds of the speed measurement.", at_least=1)
+    seed: int = option(0, "Seed of trainings and images.", at_least=0, below=2**32)
 
 
 def folder_of(args: StudentsArguments) -> Path:

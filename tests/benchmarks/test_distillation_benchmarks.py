@@ -27,7 +27,7 @@ def test_the_speed_of_a_step(load, tiny_model_folder, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [("--only teacher", "only ['teacher']: unknown"), ("--rounds 0", "rounds 0: must be")]
+    ("words", "message"), [("--only teacher", "only 'teacher': unknown"), ("--rounds 0", "rounds 0: must be")]
 )
 def test_invalid_arguments_of_the_table_of_students_are_refused(load, monkeypatch, tmp_path, capsys, words, message):
     monkeypatch.setattr(sys, "argv", ["benchmark", "--output_dir", str(tmp_path / "out"), *words.split()])

@@ -97,7 +97,7 @@ def test_without_a_gpu_an_error_is_reported(load):
         ("erasure_memory", "--size big", "size 'big': unknown; allowed are sd-1, tiny"),
         ("erasure_memory", "--latent_size 7", "latent_size 7: must be a multiple of 8"),
         ("erasure_gpu", "--mixed_precision fp8", "mixed_precision 'fp8': unknown; allowed are no, fp16, bf16"),
-        ("erasure_gpu", "--compile maybe", "compile ['maybe']: unknown"),
+        ("erasure_gpu", "--compile maybe", "compile 'maybe': unknown"),
         ("erasure_gpu", "--batch_sizes 0", "batch_sizes [0]: must be at least 1"),
     ],
 )

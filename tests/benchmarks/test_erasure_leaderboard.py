@@ -93,7 +93,7 @@ def test_erased_concepts_are_measured_and_shown_prompts_are_generated(leaderboar
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--tasks", "objects"], "tasks objects: unknown; allowed are object, group, style"),
+        (["--tasks", "objects"], "tasks 'objects': unknown; allowed are object, group, style"),
         (["--seed", "-1"], "seed -1: must be at least 0"),
         (["--student_steps", "-1"], "student_steps -1: must be at least 0"),
         (["--methods", "mine=x"], "methods mine=x: name the task that they are for with --tasks"),

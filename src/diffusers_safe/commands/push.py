@@ -6,9 +6,9 @@ The model card is written again, unless you edited it. Evaluate the model first 
 Hub cannot be reached or refuses the upload, the exit code is 3.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ..arguments import exit_with_error, parse_dataclass, typed
+from ..arguments import exit_with_error, option, parse_dataclass, required, typed
 from ..hub import check_folder, check_push, default_model_id, push_or_exit, write_benchmark
 from ..output_folders import OVERWRITE_HELP, check_claim, claimed
 
@@ -16,22 +16,13 @@ from ..output_folders import OVERWRITE_HELP, check_claim, claimed
 @typed
 @dataclass
 class PushArguments:
-    folder: str = field(metadata={"help": "Output folder of a training run. The name --folder may be omitted."})
-    hub_model_id: str | None = field(
-        default=None,
-        metadata={"help": "user/name, or a name in your account. Default: the name of the folder."},
-    )
-    hub_token: str | None = field(
-        default=None, repr=False, metadata={"help": "Default: HF_TOKEN, or the token of `hf auth login`."}
-    )
-    hub_private: bool = field(default=False, metadata={"help": "Make a new repository private."})
-    benchmark: str | None = field(
-        default=None, metadata={"help": "Id of the benchmark dataset on the Hub whose prompts were evaluated."}
-    )
-    benchmark_tasks: list[str] = field(
-        default_factory=list, metadata={"help": "Metric of each task of the benchmark: QUANTITY=TASK_ID ..."}
-    )
-    overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
+    folder: str = required("Output folder of a training run. The name --folder may be omitted.")
+    hub_model_id: str | None = option(None, "user/name, or a name in your account. Default: the name of the folder.")
+    hub_token: str | None = option(None, "Default: HF_TOKEN, or the token of `hf auth login`.", secret=True)
+    hub_private: bool = option(False, "Make a new repository private.")
+    benchmark: str | None = option(None, "Id of the benchmark dataset on the Hub whose prompts were evaluated.")
+    benchmark_tasks: list[str] = option([], "Metric of each task of the benchmark: QUANTITY=TASK_ID ...")
+    overwrite: bool = option(False, OVERWRITE_HELP)
 
 
 def check_surroundings(args: PushArguments) -> None:

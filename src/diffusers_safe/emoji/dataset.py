@@ -6,13 +6,13 @@ writes them as a parquet file that `train_distill.py --train_data_dir runs/emoji
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, Features, Image, Value
 
-from ..arguments import exit_with_error, parse_dataclass, typed
+from ..arguments import exit_with_error, option, parse_dataclass, required, typed
 from ..output_folders import OVERWRITE_HELP, check_claim, claimed, prepare_files
 from .render import render
 from .scenes import draw_caption, draw_scene
@@ -71,21 +71,15 @@ def _rows(num_images: int, seed: int, hold_out: bool) -> Iterator[dict]:
 @typed
 @dataclass
 class DatasetArguments:
-    output_dir: str = field(metadata={"help": "Folder for the parquet file."})
-    num_images: int = field(default=8000, metadata={"help": "Number of pictures."})
-    seed: int = field(default=0, metadata={"help": "Seed of the pictures. The embedded model was trained on 0."})
+    output_dir: str = required("Folder for the parquet file.")
+    num_images: int = option(8000, "Number of pictures.", at_least=1)
+    seed: int = option(0, "Seed of the pictures. The embedded model was trained on 0.", at_least=0)
 
-    overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
+    overwrite: bool = option(False, OVERWRITE_HELP)
 
     @property
     def claim(self) -> dict:
         return {"kind": "dataset", "replaces": (FILE_NAME,), "overwrite": self.overwrite}
-
-    def __post_init__(self):
-        if self.num_images < 1:
-            raise ValueError(f"num_images {self.num_images}: must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed {self.seed}: must be at least 0")
 
 
 def main() -> None:

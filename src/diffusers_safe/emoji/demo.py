@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..arguments import exit_with_error, parse_dataclass, typed
+from ..arguments import exit_with_error, option, parse_dataclass, typed
 from ..comparison.evaluate import LoadedModel
 from ..families import load_pipeline
 from ..output_folders import OVERWRITE_HELP, check_claim, check_output_dir, claimed, record_written
@@ -85,21 +85,17 @@ def erasure_command(model: str | Path, concept: str, output_dir: str | Path, see
 @typed
 @dataclass
 class DemoArguments:
-    output_dir: str = field(default="runs/demo", metadata={"help": "Folder for the model, the images and the report."})
-    concept: str = field(
-        default="weapon",
-        metadata={
-            "help": f"What to erase: a group of emoji ({', '.join(GROUPS)}), an object such as banana, or a style "
-            f"({', '.join(STYLES)}).",
-            "choices": [*GROUPS, *OBJECTS, *STYLES],
-        },
+    output_dir: str = option("runs/demo", "Folder for the model, the images and the report.")
+    concept: str = option(
+        "weapon",
+        f"What to erase: a group of emoji ({', '.join(GROUPS)}), an object such as banana, or a style "
+        f"({', '.join(STYLES)}).",
+        [*GROUPS, *OBJECTS, *STYLES],
     )
-    group: str | None = field(
-        default=None, metadata={"help": "Deprecated name of --concept.", "choices": [*GROUPS, None]}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the training and of the images."})
-    overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
-    images_per_prompt: int = field(default=3, metadata={"help": "Images per prompt, before and after."})
+    group: str | None = option(None, "Deprecated name of --concept.", [*GROUPS, None])
+    seed: int = option(0, "Seed of the training and of the images.", at_least=0, below=2**32)
+    overwrite: bool = option(False, OVERWRITE_HELP)
+    images_per_prompt: int = option(3, "Images per prompt, before and after.", at_least=1)
 
     def __post_init__(self):
         if self.group is not None and self.concept not in ("weapon", self.group):
@@ -107,10 +103,6 @@ class DemoArguments:
                 f"group {self.group}: is a deprecated name of concept, which is {self.concept}; give only one"
             )
         self.concept = self.group or self.concept
-        if self.images_per_prompt < 1:
-            raise ValueError(f"images_per_prompt {self.images_per_prompt}: must be at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed {self.seed}: must be at least 0 and less than 2**32")
 
     @property
     def folder(self) -> Path:
