@@ -26,10 +26,10 @@ print(digest.hexdigest()[:16], sys.argv[2])" "$file" "$name/$(basename "$file")"
 }
 
 for recipe in emoji-cat-sdd emoji-sketch-sdd emoji-weapon-sdd; do
-    erase $recipe train_sdd.py --config examples/$recipe.yaml --trajectory_pool 48 --latents_per_trajectory 2
+    erase $recipe train_sdd.py --config examples/$recipe.yaml --trajectory_pool 56 --latents_per_trajectory 2
 done
 for recipe in emoji-cat-esd-x emoji-sketch-esd-u emoji-weapon-esd-x; do
-    erase $recipe train_esd.py --config examples/$recipe.yaml --trajectory_pool 48 --latents_per_trajectory 2
+    erase $recipe train_esd.py --config examples/$recipe.yaml --trajectory_pool 56 --latents_per_trajectory 2
 done
 EMOJI="--pretrained_model_name_or_path emoji"
 erase sdd-plain train_sdd.py $EMOJI --concepts knife gun --retain_prompts "a cat" "a dog"
@@ -44,14 +44,13 @@ erase student train_distill.py --config examples/emoji-student.yaml --train_data
 erase student-sdd train_distill.py $EMOJI --student bk-tiny --train_data_dir "$OUT/data" --caption_column caption \
     --forbidden_concepts knife --sdd_weight 0.5 --snr_gamma 5 --use_ema --center_crop
 
-RUN="--num_inference_steps 6 --overwrite --output_dir"
+RUN="--num_inference_steps 10 --overwrite --output_dir"
 run() {  # NAME COMMAND OPTIONS...
     name=$1
     shift
     python -m diffusers_safe.cli "$@" $RUN "$OUT/$name" > "$OUT/$name.log" 2>&1 || cat "$OUT/$name.log"
 }
 run images generate --model emoji --prompts "a cat" "a knife" --safety strong --safety_concept "a weapon"
-python -m diffusers_safe.cli prompts --help > "$OUT/prompts.log"
 cat > "$OUT/prompts.csv" <<END
 prompt,concept
 a knife,knife
@@ -59,12 +58,11 @@ a gun,
 a cat,
 END
 run evaluation evaluate --models emoji "$OUT/emoji-weapon-sdd" --prompts "$OUT/prompts.csv" --metrics pixel_distance
-run emoji-evaluation evaluate --models "$OUT/emoji-cat-sdd" --emoji cat --max_prompts 12
-run attack attack --model "$OUT/emoji-weapon-sdd" --emoji knife --attacks seeds --num_seeds 3 --max_prompts 12
-for name in images evaluation emoji-evaluation attack; do
+run attack attack --model "$OUT/emoji-weapon-sdd" --emoji knife --attacks seeds --num_seeds 3
+for name in images evaluation attack; do
     find "$OUT/$name" -name "*.png" | sort | xargs cat | sha256sum | cut -c1-16 | sed "s/$/ $name: images/"
 done
-for name in evaluation emoji-evaluation attack; do
+for name in evaluation attack; do
     python -c "
 import json, hashlib, sys
 results = json.load(open(sys.argv[1]))

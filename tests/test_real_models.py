@@ -68,11 +68,11 @@ def test_sdd_on_a_page_is_the_papers_recipe(page, tiny_model_folder, tmp_path):
         "sampling_fraction": 1.0, "latents_per_trajectory": 1, "loss_space": "prediction", "trajectory_pool": 0,
         "concept_schedule": "iterative", "mixed_precision": None, "rank": None,
     }  # fmt: skip
-    assert {name: args.flat.get(name) for name in paper} == paper
+    assert {name: args.flat[name] for name in paper} == paper
     recipe = ["--config", str(ROOT / "examples" / "sd-1.4-nudity-sdd.yaml"), "--resolution", "64"]
     recipe += ["--pretrained_model_name_or_path", tiny_model_folder, "--output_dir", str(tmp_path)]
     args = parse_options("sdd", recipe)
-    assert {name: args.flat.get(name) for name in paper} == paper
+    assert {name: args.flat[name] for name in paper} == paper
 
 
 def test_esd_in_the_docs_is_the_authors_recipe(tiny_model_folder, tmp_path):
@@ -83,7 +83,7 @@ def test_esd_in_the_docs_is_the_authors_recipe(tiny_model_folder, tmp_path):
         "adam_weight_decay": 0.0, "max_grad_norm": 0.0, "negative_guidance_scale": 1.0, "sampling_model": "frozen",
         "num_inference_steps": 50, "sampling_guidance_scale": 3.0, "erase_from": None, "train_batch_size": 1,
     }  # fmt: skip
-    assert {name: args.flat.get(name) for name in authors} == authors
+    assert {name: args.flat[name] for name in authors} == authors
 
 
 @pytest.mark.parametrize("name", ["sd-1.4-nudity-esd-u", "sd-1.4-object-esd-u"])

@@ -147,7 +147,7 @@ def make_loop(teacher_folder, pictures, tmp_path, **changes):
     accelerator = Accelerator(cpu=True)
     teacher = load_pipeline(teacher_folder)
     family, student = make_family(teacher), make_family(student_pipeline(teacher, args))
-    data = make_latents(accelerator, family, open_rows(args), args)
+    data = make_latents(accelerator, family, open_rows(args.data, args.model.cache_dir, args.output.seed), args)
     return DistillationLoop(accelerator, family, student, data, args)
 
 
