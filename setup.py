@@ -14,7 +14,8 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={
-        "diffusers_safe.report": ["*.css"],
+        "diffusers_safe.hub": ["templates/*"],
+        "diffusers_safe.report": ["*.css", "templates/*"],
         "diffusers_safe.emoji": [
             "sprites/*/*.png",
             "sprites/*/*.txt",
@@ -38,6 +39,7 @@ setup(
         "pyarrow>=21",
         "filelock>=3.24",
         "pyyaml>=6",
+        "jinja2>=3.1",
         "tqdm>=4.66",
     ],
     extras_require={

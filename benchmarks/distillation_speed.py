@@ -21,10 +21,11 @@ from tqdm.auto import tqdm
 
 from diffusers_safe.arguments import exit_with_error, option, parse_dataclass
 from diffusers_safe.diffusion.noise import NoiseSchedule
+from diffusers_safe.distillation.data import make_latents, open_rows
 from diffusers_safe.distillation.loop import DistillationLoop
 from diffusers_safe.distillation.objective import FeatureTap, feature_pairs
 from diffusers_safe.distillation.options import DistillationOptions
-from diffusers_safe.distillation.run import make_latents, open_rows, student_pipeline
+from diffusers_safe.distillation.run import student_pipeline
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.dataset import FILE_NAME, emoji_dataset
 from diffusers_safe.families import load_pipeline, make_family

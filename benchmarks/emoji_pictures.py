@@ -22,7 +22,8 @@ from diffusers_safe.emoji import MODEL_NAME
 from diffusers_safe.emoji.evaluation import SETTINGS, prompt_rows
 from diffusers_safe.emoji.render import load_sprite
 from diffusers_safe.emoji.scenes import OBJECTS, prompt_for
-from diffusers_safe.generation.generate import generate, load_images
+from diffusers_safe.generation.generate import generate
+from diffusers_safe.generation.manifest import load_images
 from diffusers_safe.loading import load_pipeline
 
 

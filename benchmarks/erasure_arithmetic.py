@@ -28,7 +28,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from diffusers_safe.arguments import exit_with_error, option, parse_dataclass
-from diffusers_safe.comparison.evaluate import LoadedModel
+from diffusers_safe.comparison.models import LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.demo import retained_prompts
 from diffusers_safe.erasure.loop import ErasureLoop

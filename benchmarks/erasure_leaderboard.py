@@ -30,19 +30,23 @@ from students import StudentsArguments, folder_of
 from students import student as train_student
 
 from diffusers_safe.arguments import exit_with_error, option, parse_dataclass, required
-from diffusers_safe.commands.evaluate import read_subjects
-from diffusers_safe.comparison.evaluate import as_images, evaluate
+from diffusers_safe.commands.evaluate import read_models
+from diffusers_safe.comparison.evaluate import evaluate
+from diffusers_safe.comparison.models import as_images
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.evaluation import SETTINGS, erasure_rows
 from diffusers_safe.emoji.metrics import EmojiDistance, EmojiFID, EmojiRecognition, write_references
 from diffusers_safe.files import write_text
 from diffusers_safe.generation.folders import ImageFolder
-from diffusers_safe.generation.generate import PromptRow, generate, load_image
+from diffusers_safe.generation.generate import generate
+from diffusers_safe.generation.manifest import load_image
 from diffusers_safe.generation.models import Subject
+from diffusers_safe.generation.rows import PromptRow
 from diffusers_safe.output_folders import check_claim, claimed, prepare_files, write_own
-from diffusers_safe.report.elements import Scatter, headline_table
+from diffusers_safe.report.elements import Scatter
 from diffusers_safe.report.grid import draw_table
 from diffusers_safe.report.plots import plot_file, scatter_svg
+from diffusers_safe.report.results import headline_table
 
 
 STUDENT = "bk-small of the erased teacher"
@@ -104,7 +108,7 @@ class LeaderboardArguments:
 
     def __post_init__(self):
         self.tasks = self.tasks or (["object"] if self.quick else list(TASKS))
-        self.own_rows = read_subjects(self.methods)
+        self.own_rows = read_models(self.methods)
         if self.own_rows and len(self.tasks) > 1:
             raise ValueError(f"methods {' '.join(self.methods)}: name the task that they are for with --tasks")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
 
-from diffusers_safe.comparison.evaluate import LoadedModel
+from diffusers_safe.comparison.models import LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.demo import erasure_command
 from diffusers_safe.emoji.evaluation import evaluate_erasure

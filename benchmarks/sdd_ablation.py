@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from erasure_table import GROUP, erasure_table, train_demo
 
 from diffusers_safe.arguments import exit_with_error, option, parse_dataclass, required
-from diffusers_safe.comparison.evaluate import LoadedModel
+from diffusers_safe.comparison.models import LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.demo import retained_prompts
 from diffusers_safe.output_folders import check_claim, claimed

@@ -22,7 +22,7 @@ from erasure_table import Numbers
 from transformers import CLIPTokenizer
 
 from diffusers_safe.arguments import exit_with_error, option, parse_dataclass, required
-from diffusers_safe.comparison.evaluate import LoadedModel
+from diffusers_safe.comparison.models import LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.evaluation import evaluate_erasure
 from diffusers_safe.emoji.scenes import group_members
@@ -139,7 +139,7 @@ def main() -> None:
     lines, points = list(HEAD), {}
     for name, pipeline in pipelines.items():
         unet, numbers = pipeline.unet, Numbers(results, name)
-        cost = macs(unet.config, make_family(pipeline).latent_shape, tokens)
+        cost = macs(unet, make_family(pipeline).latent_shape, tokens)
         times = sorted(seconds[name])
         measured = f"{times[len(times) // 2]:.3f} [{times[0]:.3f}, {times[-1]:.3f}]"
         count = sum(parameter.numel() for parameter in unet.parameters())

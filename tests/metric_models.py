@@ -11,7 +11,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
 from diffusers_safe.emoji.architecture import MAX_TOKENS, build_tokenizer
-from diffusers_safe.generation.generate import _save_png
+from diffusers_safe.generation.manifest import save_png
 from diffusers_safe.metrics.trunks import Trunk
 
 
@@ -45,7 +45,7 @@ def generated_folder(folder: Path, images: list[Image.Image], prompts: list[str]
     """Images and their rows, as `generate` would leave them, without the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = rows_of(len(images), prompts)
-    return [row | _save_png(folder, f"{row['id']}.png", image) for row, image in zip(rows, images)]
+    return [row | save_png(folder, f"{row['id']}.png", image) for row, image in zip(rows, images)]
 
 
 def save_tiny_clip(folder: Path) -> Path:

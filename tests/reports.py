@@ -64,7 +64,7 @@ def make_large_report(models=5):
             Plots("Thresholds", [Curves("threshold", "seen", lines, 0.5)]),
             Comparison("Categories", [("one", rates), ("two", [*rates[:-1], None])], "gone"),
             Table("Papers", ("", "value", "same?"), [("seen", [("A", "1 %", "no https://arxiv.org/abs/1")])]),
-            Grid("Seeds", [Strip(f"a long prompt, {i}, {'word ' * 30}", shots) for i in range(2)], "gone", "", 256),
+            Grid("Seeds", [Strip(f"a long prompt, {i}, {'word ' * 30}", shots) for i in range(2)], "gone"),
         ],
         protocol={"hash": "0" * 64},
         warnings=("3 images are black",),

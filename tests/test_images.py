@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from diffusers_safe.generation.folders import ImageFolder
-from diffusers_safe.generation.generate import PromptRow, load_image
+from diffusers_safe.generation.manifest import load_image
+from diffusers_safe.generation.rows import PromptRow
 from diffusers_safe.images import UnreadableImage, open_rgb, to_rgb
 from diffusers_safe.metrics.resizing import to_tensor
 from diffusers_safe.preparation.filters import Filters

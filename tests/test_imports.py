@@ -14,7 +14,7 @@ import diffusers_safe
 SOURCE = Path(diffusers_safe.__file__).parent
 # Each layer may import from those above it and from itself.
 LAYERS = [
-    {"arguments", "concepts", "embedded", "files", "images", "loading", "output_folders", "provenance"},
+    {"arguments", "concepts", "embedded", "files", "images", "loading", "output_folders", "progress", "provenance"},
     {"families"},
     {"diffusion"},
     {"weights"},
@@ -38,6 +38,8 @@ STRANGERS = [
     ("attacks", "pipelines"),
     ("erasure", "distillation"),
 ]
+# Names of modules that earlier versions ran with `python -m`; they start what is now elsewhere.
+OLD_DOORS = {"training/sdd.py", "training/esd.py", "training/distillation.py"}
 
 
 def package_imports():
@@ -62,7 +64,7 @@ def test_imports_point_one_way():
     rank = {part: number for number, layer in enumerate(LAYERS) for part in layer}
     seen = 0
     for importer, imported, path in package_imports():
-        if importer == "__init__":
+        if importer == "__init__" or str(path.relative_to(SOURCE)) in OLD_DOORS:
             continue
         seen += 1
         assert rank[imported] <= rank[importer], f"{path}: {importer} must not import {imported}"

@@ -20,7 +20,8 @@ from diffusers_safe import ErasedStableDiffusionPipeline
 from diffusers_safe.commands import attack, evaluate, export, generate, students
 from diffusers_safe.distillation import run as distillation
 from diffusers_safe.erasure.run import erase, run_command
-from diffusers_safe.loading import ModelError, check_files, describe_weights, load_model, load_pipeline
+from diffusers_safe.families import check_files
+from diffusers_safe.loading import ModelError, describe_weights, load_model, load_pipeline
 
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

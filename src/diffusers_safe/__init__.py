@@ -28,6 +28,7 @@ _HOMES = {
     "StableDiffusionPipelineSafe": "pipelines",
     "StableDiffusionXLPipelineSafe": "pipelines",
     "build_student": "families.students",
+    "distill": "distillation.run",
     "disable_safe_latent_diffusion": "pipelines",
     "enable_safe_latent_diffusion": "pipelines",
     "erase": "erasure.run",

@@ -39,11 +39,11 @@ COMMANDS = {
     ),
     "export": (
         "diffusers_safe.commands.export",
-        "save an erased model as something else: pipeline, UNet, erased weights alone, LoRA",
+        "save an erased model as something else: pipeline, denoiser, erased weights alone, LoRA",
     ),
     "students": (
         "diffusers_safe.commands.students",
-        "count what smaller UNets take, or make one of a model's: what distillation begins with",
+        "compare smaller denoisers with their teacher, or build one: what distillation begins with",
     ),
     "push": (
         "diffusers_safe.commands.push",

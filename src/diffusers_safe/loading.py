@@ -1,6 +1,6 @@
-"""Loads diffusers models strictly: what is broken or missing is one line that names the model and the component.
+"""Loads diffusers models strictly: what is broken or missing is reported in one line with model and component.
 
-diffusers and transformers make up for missing tensors with random ones, and raise errors of any type for files that
+diffusers and transformers fill missing tensors with random values, and raise errors of any type for files that
 are damaged. Everything here raises a [`ModelError`] instead.
 """
 
@@ -9,7 +9,7 @@ import logging
 import os
 import pickle
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,11 @@ from zipfile import is_zipfile
 import diffusers
 import torch
 import transformers
-from diffusers import (
-    AutoencoderKL,
-    ConfigMixin,
-    DiffusionPipeline,
-    ModelMixin,
-    SchedulerMixin,
-    UNet2DConditionModel,
-)
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import CLIPTextConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .embedded import locate_model
 
@@ -44,7 +37,6 @@ _WEIGHTS = re.compile(
     r"(?P<stem>diffusion_pytorch_model|pytorch_model|model)(\.(?P<variant>[^.]+?))?(-\d{5}-of-\d{5}(\.(?P<old>[^.]+))?)?"
     r"\.(safetensors|bin)"
 )
-_CHECKED = (UNet2DConditionModel, AutoencoderKL)  # whose structure is built to compare files with it
 _SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _JSON_TYPES = {list: "list", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
@@ -65,7 +57,7 @@ class ModelError(ValueError):
 def reason(error: BaseException) -> str:
     """Why a file or a model cannot be read, in one line."""
     cause = error
-    while (cause := cause.__cause__ or cause.__context__) is not None:  # diffusers' own words say less
+    while (cause := cause.__cause__ or cause.__context__) is not None:  # the message of diffusers says less
         if isinstance(cause, (SafetensorError, pickle.UnpicklingError)):
             error = cause
     if isinstance(error, RecursionError):
@@ -109,7 +101,7 @@ def naming(what: str, *kept: type[Exception]) -> Iterator[None]:
         yield
     except (ModelError, MemoryError, torch.OutOfMemoryError, *kept):
         raise
-    except Exception as error:  # they raise errors of nearly all types for a damaged file
+    except Exception as error:  # they raise errors of many types for a damaged file
         raise ModelError(f"{what}: {reason(error)}".replace(f" ({what})", "")) from error
 
 
@@ -212,7 +204,7 @@ def components(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
     return {name: pair for name, pair in pairs.items() if not name.startswith("_") and pair[0] is not None}
 
 
-def _class_of(library: str, class_name: str, what: str) -> type | None:
+def class_of(library: str, class_name: str, what: str) -> type | None:
     """The class of a component; `None` where the library is another than diffusers and transformers."""
     module = {"diffusers": diffusers, "transformers": transformers}.get(library)
     module = getattr(diffusers.pipelines, library, None) if module is None else module
@@ -228,62 +220,14 @@ def _class_of(library: str, class_name: str, what: str) -> type | None:
 # --- files of weights ------------------------------------------------------------------------------------------------
 
 
-def check_files(folder: str | Path, what: str, variant: str | None = None) -> None:
-    """Looks at the files of a local pipeline before any weights are read: for each component its folder, config and
-    weights, the headers of safetensors files, and that no shard is missing.
-
-    Raises:
-        [`ModelError`]: If something is missing or damaged.
-    """
-    if not os.path.isdir(folder := locate_model(folder)):
-        return  # on the Hub
-    folder, index = Path(folder), read_index(folder, what)
-    check_complete(index, what)
-    for part, (library, class_name) in components(index).items():
-        label = f"{what}: {part}"
-        with naming(label):
-            kind = _class_of(library, class_name, label)
-            place = _folder_of(folder, part)
-            if kind is None:
-                continue
-            for path in place.glob("*.json"):
-                read_json_object(path)
-            if issubclass(kind, _CHECKED):
-                _check_shapes(kind, place, find_variant(place, variant))
-            elif issubclass(kind, (ModelMixin, PreTrainedModel)):
-                find_variant(place, variant)
-            else:
-                check_component(kind.from_pretrained(place), label)
-    with naming(what):
-        _check_text_width(folder, index, what)
-
-
-def _check_text_width(folder: Path, index: dict[str, Any], what: str) -> None:
-    """Whether a UNet takes what CLIP's text encoders next to it give."""
-    parts = components(index)
-    encoders = [name for name in ("text_encoder", "text_encoder_2") if name in parts]
-    if not encoders or any(not parts[name][1].startswith("CLIPText") for name in encoders) or "unet" not in parts:
-        return
-    unet = read_json_object(folder / "unet" / "config.json")
-    given = [CLIPTextConfig.from_dict(read_json_object(folder / name / "config.json")) for name in encoders]
-    width = unet.get("cross_attention_dim")
-    if (
-        isinstance(width, int)
-        and unet.get("encoder_hid_dim_type") is None
-        and width != sum(c.hidden_size for c in given)
-    ):
-        widths = " + ".join(str(config.hidden_size) for config in given)
-        raise ModelError(f"{what}: unet cross_attention_dim {width}: the text encoders give {widths}")
-
-
-def _folder_of(folder: Path, part: str) -> Path:
+def folder_of(folder: Path, part: str) -> Path:
     place = folder / part
     if not place.is_dir():
         raise ModelError(f"{place}: no such folder, or none that can be read")
     return place
 
 
-def _files(folder: Path) -> dict[str | None, list[Path]]:
+def weight_files(folder: Path) -> dict[str | None, list[Path]]:
     """The files of weights in a component's folder, by their variant."""
     found: dict[str | None, list[Path]] = {}
     for path in sorted(folder.iterdir()):
@@ -299,7 +243,7 @@ def find_variant(folder: Path, variant: str | None = None) -> str | None:
     Raises:
         [`ModelError`]: If there are no weights, none of the variants can be taken, or a file is damaged.
     """
-    found = _files(folder)
+    found = weight_files(folder)
     if not found:
         held = ", ".join(sorted(path.name for path in folder.iterdir())[:4]) or "nothing"
         raise ModelError(f"{folder}: no weights (.safetensors or .bin) that diffusers knows by name; it holds {held}")
@@ -326,39 +270,6 @@ def find_variant(folder: Path, variant: str | None = None) -> str | None:
             if not (folder / name).is_file() or Path(name).name != name:
                 raise ModelError(f"{path}: the shard {name} is missing")
     return taken
-
-
-def _check_shapes(kind: type[ModelMixin], folder: Path, variant: str | None) -> None:
-    """Compares the headers of safetensors files with the config, on the meta device."""
-    config = read_json_object(folder / "config.json")
-    with naming(str(folder / "config.json")), torch.device("meta"):
-        model = kind.from_config(config)
-        if kind is UNet2DConditionModel:
-            _check_sample_size(config)
-    files = [path for path in _files(folder)[variant] if path.suffix == ".safetensors"]
-    if not files or "quantization_config" in config:
-        return
-    found: dict[str, tuple[int, ...]] = {}
-    for path in files:
-        with naming(str(path)), safe_open(path, framework="pt") as file:
-            found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    model._fix_state_dict_keys_on_load(found)  # old names of an autoencoder's attention
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    lacking, extra = expected.keys() - found, found.keys() - expected
-    for names, fault in ((lacking, "the weights lack"), (extra, "config.json has no place for")):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ModelError(f"{folder}: {fault} {min(names)}{more}")
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise ModelError(f"{folder}: {name} has shape {found[name]}, by config.json {shape}")
-
-
-def _check_sample_size(config: dict[str, Any]) -> None:
-    size = config.get("sample_size")
-    sizes = size if isinstance(size, list) and len(size) == 2 else [size]
-    if size is not None and not all(isinstance(side, int) and side > 0 for side in sizes):
-        raise ValueError(f"sample_size {size!r}: must be a whole number above 0, or a pair of them")
 
 
 def check_header(path: Path, quantized: bool = True) -> None:
@@ -392,7 +303,7 @@ def load_pickle(path: Path, device: str = "cpu", mmap: bool = False) -> Any:
             return torch.load(path, device, weights_only=True, mmap=mmap)
         except (OSError, MemoryError, pickle.UnpicklingError):
             raise
-        except Exception as error:  # of nearly all types
+        except Exception as error:  # of many types
             raise ModelError(f"{path}: not a file of torch.save ({reason(error)})") from error
 
 
@@ -439,14 +350,14 @@ def describe_weights(names: list[str]) -> str:
         return "a LoRA"
     if any_name("controlnet_cond_embedding", "zero_convs", "control_model."):
         return "a ControlNet"
-    if any_name("text_model.encoder.layers", "transformer.resblocks"):
+    if any_name("text_model.encoder.layers", ".resblocks."):
         return "weights of a text encoder"
     if any_name("decoder.up_blocks", "decoder.up.", "quant_conv."):
         return "weights of an autoencoder (VAE)"
     if any_name("motion_modules"):
         return "a motion adapter"
-    if any_name("transformer_blocks") and any_name("down_blocks", "up_blocks", "mid_block"):
-        return "weights of a diffusers UNet"
+    if any_name("down_blocks", "up_blocks", "mid_block"):
+        return "weights of a denoiser"
     return "weights of an unknown kind"
 
 
@@ -458,6 +369,7 @@ def load_pipeline(
     what: str,
     kind: type[DiffusionPipeline] = DiffusionPipeline,
     build: Callable[..., DiffusionPipeline] | None = None,
+    own_kinds: Mapping[str, type[DiffusionPipeline]] | None = None,
     **options,
 ) -> DiffusionPipeline:
     """A pipeline whose components are all there, whole and finite.
@@ -467,13 +379,17 @@ def load_pipeline(
         what (`str`): Names the model in messages.
         kind (`type`): Of the pipeline; default what the index names.
         build (`Callable`, *optional*): The `from_pretrained` of `kind`, where that one calls this function.
+        own_kinds (`Mapping[str, type]`, *optional*): Pipeline classes that are not in diffusers, by their names in the
+            index.
         options: Of `from_pretrained`.
 
     Raises:
         [`ModelError`]: If a component is missing or damaged, or its weights are not those of its config.
     """
-    build = build or kind.from_pretrained
     index = read_index(name_or_path, what, kind, **{name: options[name] for name in HUB_ARGUMENTS if name in options})
+    if own_kinds and str(index["_class_name"]) in own_kinds:
+        kind = own_kinds[index["_class_name"]]
+    build = build or kind.from_pretrained
     check_complete(index, what, options)
     names = components(index)
     if options.keys() - _OPTIONS - index.keys() - set(kind._get_signature_keys(kind)[1]):  # device_map, quantization
@@ -489,10 +405,10 @@ def load_pipeline(
         if name in options:
             continue
         with naming(f"{what}: {name}"):
-            part_class = _class_of(library, class_name, f"{what}: {name}")
-            place = _folder_of(folder, name)
+            part_class = class_of(library, class_name, f"{what}: {name}")
+            place = folder_of(folder, name)
             if part_class is None:
-                continue  # diffusers' own business
+                continue  # left to diffusers
             if issubclass(part_class, (ModelMixin, PreTrainedModel)):
                 own = dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, dict) else dtype
                 loaded[name] = load_model(part_class, place, own, options.get("variant"))
@@ -516,7 +432,7 @@ def load_model(
     subfolder: str | None = None,
     **hub_arguments,
 ) -> nn.Module:
-    """One component with all its weights, each finite: unlike the libraries' own loading, this does not make up for
+    """One component with all its weights, each finite: unlike the libraries' own loading, this does not fill in
     what is missing.
 
     Raises:

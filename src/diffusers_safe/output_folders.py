@@ -1,8 +1,8 @@
 """Output folders: one run at a time, and nothing is lost that this program did not write.
 
-    with claimed("runs/knife", replaces=["model_index.json", "unet"], overwrite=False) as folder:
+    with claimed("runs/knife", replaces=["model_index.json", "vae"], overwrite=False) as folder:
         ...  # the only run that writes here
-        put_in_place(aside, folder, ["model_index.json", "unet"])
+        put_in_place(aside, folder, ["model_index.json", "vae"])
 
 `.written.json` in a folder says which files this program wrote there. Only these are ever deleted; what else stands in
 the way of a new result, which `--overwrite` allows, is moved into `.replaced-1` of the same folder.

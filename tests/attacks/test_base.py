@@ -3,7 +3,7 @@ import json
 import pytest
 
 from diffusers_safe.attacks import ConceptInversion, InversionSettings, Paraphrases, SeedSearch, read_paraphrases
-from diffusers_safe.generation.generate import PromptRow
+from diffusers_safe.generation.rows import PromptRow
 
 
 ROWS = [PromptRow("k", "a knife", 5, {"subject": "knife"}), PromptRow("c", "a cat", 5)]
@@ -25,7 +25,7 @@ def test_paraphrases_keep_the_seed_and_the_labels():
     assert [row.prompt for row in tries] == ["ein Messer", "un couteau"]
     assert {row.seed for row in tries} == {5} and tries[0].labels == {"subject": "knife"}
     assert attack.facts == {"source": "given in Python", "paraphrases": 4, "of prompts not attacked": 1}
-    with pytest.raises(ValueError, match="has none of the prompt 'a cat'"):
+    with pytest.raises(ValueError, match="has no paraphrase of the prompt 'a cat'"):
         Paraphrases({"a knife": ["ein Messer"]}, "x.csv").check(ROWS)
 
 
@@ -58,7 +58,7 @@ def _json_line(prompt, paraphrase):
         ("a.csv", "prompt,other\na,b\n", "row 1 has no column 'paraphrase'"),
         ("a.csv", "prompt,paraphrase\na,b\na, \n", "row 2 has no text in the column 'paraphrase'"),
         ("a.csv", "prompt,paraphrase\na\n", "row 1 has no text in the column 'paraphrase'"),
-        ("a.csv", "prompt,paraphrase\n", "holds no rows"),
+        ("a.csv", "prompt,paraphrase\n", "has no rows"),
         ("a.jsonl", "{", "cannot be read"),
         ("a.jsonl", "[1]\n", "row 1 has no column 'prompt'"),
         ("a.jsonl", '{"prompt": "a", "paraphrase": 1}\n', "row 1 has no text"),

@@ -54,12 +54,12 @@ def load(pipeline, path):
     if len(text_parts(pipeline)) == 1:
         pipeline.load_textual_inversion(str(path))
         return
-    for (tokenizer, encoder), name in zip(text_parts(pipeline), ("clip_l", "clip_g")):
+    for (tokenizer, encoder), name in zip(text_parts(pipeline).values(), ("clip_l", "clip_g")):
         pipeline.load_textual_inversion(tensors[name], token=TOKEN, tokenizer=tokenizer, text_encoder=encoder)
 
 
 def test_only_the_embedding_moves_and_stock_diffusers_loads_it(pipeline, pictures, tmp_path, monkeypatch):
-    before, words = weights_of(pipeline), [len(tokenizer) for tokenizer, _ in text_parts(pipeline)]
+    before, words = weights_of(pipeline), [len(tokenizer) for tokenizer, _ in text_parts(pipeline).values()]
     grads = []
     add = inversion.added_token
 
@@ -71,15 +71,16 @@ def test_only_the_embedding_moves_and_stock_diffusers_loads_it(pipeline, picture
     path = learn(pipeline, pictures, tmp_path)
     (_, vectors), *_ = grads
     assert len(vectors) == len(words) and all(vector.grad.abs().sum() > 0 for vector in vectors)
-    assert all(parameter.grad is None for _, encoder in text_parts(pipeline) for parameter in encoder.parameters())
+    encoders = [encoder for _, encoder in text_parts(pipeline).values()]
+    assert all(parameter.grad is None for encoder in encoders for parameter in encoder.parameters())
     assert all(parameter.grad is None for parameter in pipeline.unet.parameters())
     assert all(parameter.requires_grad for parameter in pipeline.unet.parameters())
     after = weights_of(pipeline)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    assert [len(tokenizer) for tokenizer, _ in text_parts(pipeline)] == words
+    assert [len(tokenizer) for tokenizer, _ in text_parts(pipeline).values()] == words
     assert not (tmp_path / "checkpoint.safetensors").exists()
 
-    for (tokenizer, encoder), vector in zip(text_parts(pipeline), read_token(path)[1]):
+    for (tokenizer, encoder), vector in zip(text_parts(pipeline).values(), read_token(path)[1]):
         row = encoder.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids("knife</w>")]
         assert vector.shape == row.shape and 0 < (vector - row).abs().max() <= 4 * 0.05 + 1e-6  # 4 steps of Adam
 

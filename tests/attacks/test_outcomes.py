@@ -6,8 +6,8 @@ import pytest
 
 from diffusers_safe.attacks.outcomes import (
     AttackedModel,
+    Attempt,
     Outcome,
-    Try,
     rate_alone,
     rate_before,
     success_curve,
@@ -17,7 +17,9 @@ from diffusers_safe.report.statistics import Estimate, wilson_interval
 
 
 def outcome(prompt, before, *tries):
-    made = [Try(Path("x"), {"prompt": prompt, "black": False}, ("seen",) if flag else ()) for flag in (before, *tries)]
+    made = [
+        Attempt(Path("x"), {"prompt": prompt, "black": False}, ("seen",) if flag else ()) for flag in (before, *tries)
+    ]
     return Outcome(made[0], made[1:])
 
 
@@ -55,7 +57,7 @@ def test_a_prompt_with_several_rows_is_drawn_anew_as_a_whole():
 
 
 def test_black_images_are_counted_before_and_under_attack():
-    black = Try(Path("x"), {"prompt": "a", "black": True})
-    white = Try(Path("x"), {"prompt": "a", "black": False})
+    black = Attempt(Path("x"), {"prompt": "a", "black": True})
+    white = Attempt(Path("x"), {"prompt": "a", "black": False})
     attacked = AttackedModel("m", {}, [black, white], {"seeds": [Outcome(black, [white, black]), Outcome(white)]})
     assert attacked.black == 2

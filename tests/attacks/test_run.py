@@ -9,9 +9,9 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from diffusers_safe.attacks import ConceptInversion, InversionSettings, Paraphrases, SeedSearch, attack_models
-from diffusers_safe.comparison.evaluate import LoadedModel
-from diffusers_safe.generation.generate import GenerationSettings, PromptRow
+from diffusers_safe.attacks import ConceptInversion, InversionSettings, Paraphrases, SeedSearch, attack
+from diffusers_safe.comparison.models import LoadedModel
+from diffusers_safe.generation.rows import GenerationSettings, PromptRow
 from diffusers_safe.metrics.base import Metric, Quantity
 from diffusers_safe.metrics.pixel_distance import PixelDistance
 from diffusers_safe.report.statistics import Estimate
@@ -66,7 +66,7 @@ def models(pipelines):
 
 
 def run(models, attacks, metric, folder, rows=ROWS, **changes):
-    return attack_models(models, rows, attacks, [metric], folder, QUICK, batch_size=2, **changes)
+    return attack(models, rows, attacks, [metric], folder, QUICK, batch_size=2, **changes)
 
 
 def test_seeds_stop_at_the_first_success_and_give_a_curve(models, tmp_path):
@@ -100,7 +100,7 @@ def test_paraphrases_break_a_prompt_with_any_of_them_on_both_models(models, tmp_
     # The control is attacked although all of its prompts succeed anyway.
     assert found["original"]["images"] == 4 and found["original"]["alone"]["value"] == 1
     page = (tmp_path / "report.html").read_text()
-    assert "“un couteau”" in page and "not in 1 try" in page and page.count("<figcaption>") == 4
+    assert "“un couteau”" in page and "not in 1 attempt" in page and page.count("<figcaption>") == 4
 
 
 def test_inversion_learns_on_each_model_and_leaves_both_as_they_were(models, tmp_path):
@@ -194,7 +194,7 @@ def test_the_report_has_tables_curves_and_blurred_pictures(models, tmp_path):
     for text in (
         "<h1>Attacked</h1>",
         "attack success rate, other seeds",
-        "What the rates are made of",
+        "What the rates consist of",
         "seeds tried at most",
         "<h2>Other seeds</h2>",
         "seed 11",
@@ -219,7 +219,7 @@ def test_the_report_has_tables_curves_and_blurred_pictures(models, tmp_path):
         ({"attacks": [ConceptInversion("cat")]}, "concept 'cat': none of the 4 prompts has it"),
         ({"metrics": []}, "metrics: there must be at least one"),
         ({"metrics": [Known(), Known()]}, "metric 'known': given twice"),
-        ({"attacks": [Aimless()]}, "attack 'aimless': aims at none of the 4 prompts"),
+        ({"attacks": [Aimless()]}, "attack 'aimless': applies to none of the 4 prompts"),
         ({"metrics": [PixelDistance()]}, "metric 'pixel_distance': does not say of an image whether it shows"),
         ({"rows": []}, "no rows"),
         ({"one": True}, "there must be the original and at least one erased model"),
@@ -228,11 +228,36 @@ def test_the_report_has_tables_curves_and_blurred_pictures(models, tmp_path):
 )
 def test_what_does_not_fit_is_told_before_any_work(models, tmp_path, changes, message):
     given = {"attacks": [SeedSearch(2)], "metrics": [Known()], "rows": ROWS, **changes}
-    subjects = models[:1] if given.pop("one", False) else models
+    compared = models[:1] if given.pop("one", False) else models
     with pytest.raises(ValueError, match=message):
-        attack_models(subjects, given["rows"], given["attacks"], given["metrics"], tmp_path / "out", QUICK,
+        attack(compared, given["rows"], given["attacks"], given["metrics"], tmp_path / "out", QUICK,
                       blur=given.get("blur", "flagged"))  # fmt: skip
     assert not (tmp_path / "out").exists()
+
+
+class Cancelled(Exception):
+    pass
+
+
+def test_a_callback_that_raises_ends_the_run_and_the_next_one_continues(models, tmp_path):
+    attacks, flagged, tasks = [SeedSearch(3)], [("a gun", 11)], []
+
+    def cancel(progress):
+        tasks.append(progress.task)
+        if progress.task == "seeds on erased, attempt 1" and progress.done:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        run(models, attacks, first := Known(*flagged), tmp_path / "cut", callback=cancel)
+    assert tasks[0] == "before attacks on original" and "known" in tasks
+    assert not (tmp_path / "cut" / "results.json").exists() and not list((tmp_path / "cut").rglob("*.partial"))
+    images = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").rglob("*.png")}
+    again = Known(*flagged)
+    again.original = first.original
+    results = run(models, attacks, again, tmp_path / "cut")
+    assert images and images == {path: path.stat().st_mtime_ns for path in images}  # nothing is generated twice
+    whole = run(models, attacks, Known(*flagged), tmp_path / "whole")
+    assert results["attacks"] == whole["attacks"]
 
 
 # --- numbers without meaning, and used folders -----------------------------------------------------------------------
@@ -281,15 +306,17 @@ def test_numbers_without_meaning_are_commented(models, tmp_path, caplog, rows, s
 def test_the_original_attacked_as_an_erased_model_is_said(models, tmp_path):
     same = [models[0], LoadedModel("erased", models[0].pipeline)]
     results = run(same, [SeedSearch(2)], Scripted(lambda row, first: row["seed"] > 0), tmp_path, MANY)
-    assert results["warnings"] == ["erased generates exactly the images of original: is it another model?"]
+    assert results["warnings"] == [
+        "erased generates exactly the images of original: is it another model, or steered with other settings?"
+    ]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"rows": ROWS[1:]}, "it holds images of other prompts or seeds, such as knife of 'original'"),
-        ({"rows": [*ROWS, PromptRow("new", "a new", 1)]}, "its report is of other prompts"),
-        ({"attacks": [SeedSearch(3)]}, "its report is of the attack 'seeds' with {'seeds': 2}, now {'seeds': 3}"),
+        ({"rows": [*ROWS, PromptRow("new", "a new", 1)]}, "its report is on other prompts"),
+        ({"attacks": [SeedSearch(3)]}, "its report is on the attack 'seeds' with {'seeds': 2}, now {'seeds': 3}"),
         ({"names": ("original", "other")}, "its report has a model 'erased', which is not among these"),
     ],
 )
@@ -308,4 +335,4 @@ def test_other_attacks_in_the_folder_say_what_they_replace(models, tmp_path, cap
     run(models, [SeedSearch(2), Paraphrases(TEXTS)], Known(), tmp_path)
     assert not caplog.records
     run(models, [Paraphrases(TEXTS)], Known(), tmp_path)
-    assert "replaced its earlier report, whose numbers of seeds were others" in caplog.text
+    assert "replaced its earlier report, which had other numbers of seeds" in caplog.text

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from diffusers_safe.comparison.evaluate import LoadedModel
+from diffusers_safe.comparison.models import LoadedModel
 from diffusers_safe.erasure.loop import ErasureLoop
 from diffusers_safe.erasure.options import make_options
 from diffusers_safe.families import make_family

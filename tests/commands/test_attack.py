@@ -76,7 +76,7 @@ def test_all_attacks_with_the_judge_that_ships(
 
 def test_models_have_names_and_the_embedded_one_is_the_original(tiny_model_folder, paraphrases):
     one = AttackArguments(model=[tiny_model_folder], emoji="weapon", attacks=["seeds"], num_seeds=3)
-    assert [(subject.name, subject.model) for subject in one.subjects] == [
+    assert [(subject.name, subject.model) for subject in one.made_models] == [
         ("original", "emoji"),
         ("erased", tiny_model_folder),
     ]
@@ -97,7 +97,7 @@ def test_models_have_names_and_the_embedded_one_is_the_original(tiny_model_folde
         inversion_steps=7,
         seed=5,
     )
-    assert [subject.name for subject in many.subjects] == ["before", "a", "b"]
+    assert [subject.name for subject in many.made_models] == ["before", "a", "b"]
     inversion, texts, seeds = many.made_attacks
     assert isinstance(inversion, ConceptInversion) and (inversion.settings.steps, inversion.settings.seed) == (7, 5)
     assert isinstance(texts, Paraphrases) and isinstance(seeds, SeedSearch) and seeds.num_seeds == 4
@@ -112,17 +112,23 @@ def test_models_have_names_and_the_embedded_one_is_the_original(tiny_model_folde
         (["--attacks", "seeds", "--emoji", "spoon"], "emoji 'spoon': unknown; allowed are weapon"),
         (["--attacks", "seeds", "--metrics", "pixel_distance"], "metric 'pixel_distance': does not say of an image"),
         (["--attacks", "seeds", "--metrics", "fid"], "metric 'fid': does not say of an image whether it shows the"),
-        (["--attacks", "seeds", "--concept", "knife"], "concept: of no use without --attacks inversion"),
-        (["--attacks", "seeds", "--inversion_steps", "3"], "inversion_steps: of no use without --attacks inversion"),
-        (["--attacks", "seeds", "--paraphrases", "nowhere"], "paraphrases: of no use without --attacks paraphrases"),
-        (["--attacks", "paraphrases", "--num_seeds", "3"], "num_seeds: of no use without --attacks seeds"),
+        (["--attacks", "seeds", "--concept", "knife"], "concept: has no effect without --attacks inversion"),
+        (
+            ["--attacks", "seeds", "--inversion_steps", "3"],
+            "inversion_steps: has no effect without --attacks inversion",
+        ),
+        (
+            ["--attacks", "seeds", "--paraphrases", "nowhere"],
+            "paraphrases: has no effect without --attacks paraphrases",
+        ),
+        (["--attacks", "paraphrases", "--num_seeds", "3"], "num_seeds: has no effect without --attacks seeds"),
         (
             ["--attacks", "inversion", "--concept", "knife", "--inversion_template", "one {{}}"],
-            "inversion_template: of no use without --inversion_pictures",
+            "inversion_template: has no effect without --inversion_pictures",
         ),
         (
             ["--attacks", "inversion", "--concept", "a", "--inversion_pictures", "x", "--inversion_num_pictures", "2"],
-            "inversion_num_pictures: of no use with --inversion_pictures",
+            "inversion_num_pictures: has no effect with --inversion_pictures",
         ),
         (
             ["--attacks", "inversion", "--concept", "knife", "--prompts", "a knife", "a knife" + " and a cat" * 20],
@@ -131,12 +137,15 @@ def test_models_have_names_and_the_embedded_one_is_the_original(tiny_model_folde
         (["--attacks", "seeds", "--guidance_scale", "nan"], "guidance_scale 'nan': must be a finite number"),
         (["--attacks", "seeds", "--metrics", "magic"], "metric 'magic': unknown"),
         (["--attacks", "seeds", "--model", "nowhere/at-all"], "no folder or Hub repository of a diffusers pipeline"),
-        (["--attacks", "seeds", "--model", "{empty}"], "{empty}': no folder of a diffusers pipeline"),
+        (["--attacks", "seeds", "--model", "{empty}"], "{empty}': not a folder of a diffusers pipeline"),
         (["--attacks", "seeds", "--model", "a={model}", "A={model}"], "model name 'A': given twice"),
         (["--attacks", "seeds", "--batch_size", "0"], "batch_size 0: must be at least 1"),
         (["--attacks", "seeds", "--height", "64"], "height 64, width None: give both or neither"),
         (["--attacks", "paraphrases"], "paraphrases: none given"),
-        (["--attacks", "paraphrases", "--paraphrases", "{texts}"], "texts.csv: has none of the prompt 'a gun'"),
+        (
+            ["--attacks", "paraphrases", "--paraphrases", "{texts}"],
+            "texts.csv: has no paraphrase of the prompt 'a gun'",
+        ),
         (["--attacks", "inversion"], "concept: none given; inversion needs the words"),
         (["--attacks", "inversion", "--concept", "cat"], "concept 'cat': none of the 2 prompts has it"),
         (["--attacks", "inversion", "--concept", "knife", "--inversion_steps", "0"], "inversion_steps 0: must be at"),
@@ -162,7 +171,10 @@ def test_bad_input_is_one_line_before_any_work(tiny_model_folder, tmp_path, caps
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prompts", "a", "--metrics", "nudity"], "original: none given; without the unerased model a success rate"),
+        (
+            ["--prompts", "a", "--metrics", "nudity"],
+            "original: none given; a success rate needs that of the unerased model",
+        ),
         (["--emoji", "sketch"], "prompts: none given"),
         (["--original", "{model}", "--prompts", "a"], "metrics: none given; known are nudity"),
     ],
@@ -214,7 +226,7 @@ def test_a_used_folder_is_refused_before_any_work(tiny_model_folder, other_folde
         (["--model", other_folder, "--num_inference_steps", "2"], "have num_inference_steps 1, not 2"),
         (["--model", f"b={other_folder}"], "its report has a model 'erased', which is not among these"),
         (["--model", other_folder, "--num_seeds", "3"], "attack 'seeds' with {'seeds': 2}, now {'seeds': 3}"),
-        (["--model", tiny_model_folder], "its report is of 'erased' with model"),
+        (["--model", tiny_model_folder], "its report is on 'erased' with model"),
     ):
         with pytest.raises(SystemExit) as stop:
             cli.main([*words, *changes])

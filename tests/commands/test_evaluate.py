@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from diffusers_safe import cli
-from diffusers_safe.commands.evaluate import EvaluateArguments, read_subjects
+from diffusers_safe.commands.evaluate import EvaluateArguments, read_models
 from diffusers_safe.emoji.evaluation import SETTINGS, Erased
 from diffusers_safe.generation.folders import ImageFolder
 from diffusers_safe.generation.models import Subject
@@ -80,7 +80,7 @@ def test_a_preset_stands_in_for_defaults_and_gives_way(tiny_model_folder, tmp_pa
 
 def test_models_are_read_from_words(tiny_model_folder, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "0_0.png")
-    subjects = read_subjects([f"a={tiny_model_folder}", f"b={tmp_path}", "user/name"], "float16")
+    subjects = read_models([f"a={tiny_model_folder}", f"b={tmp_path}", "user/name"], "float16")
     assert subjects[0] == Subject("a", tiny_model_folder, dtype="float16")
     assert subjects[1] == ImageFolder("b", tmp_path)
     assert subjects[2] == Subject("name", "user/name", dtype="float16")
@@ -95,7 +95,7 @@ def test_models_are_read_from_words(tiny_model_folder, tmp_path):
         (["--models", "={model}", *PROMPTS], "write name=PATH"),
         (["--models", "a=nowhere/at-all-here", *PROMPTS], "no folder or Hub repository of a diffusers pipeline"),
         (["--models", "a={empty}", *PROMPTS], "holds no model, no manifest.jsonl and no PNG"),
-        (["--models", "a={model}"], "prompts: none given, and a is no folder of images"),
+        (["--models", "a={model}"], "prompts: none given, and a is not a folder of images"),
         (
             ["--models", "a={model}", *PROMPTS, "--metrics", "magic"],
             "metric 'magic': unknown; allowed are nudity",
@@ -103,8 +103,8 @@ def test_models_are_read_from_words(tiny_model_folder, tmp_path):
         (["--models", "a={model}", *PROMPTS, "--preset", "grand"], "preset 'grand': unknown; allowed are smoke"),
         (["--models", "a={model}", *PROMPTS, "--blur", "some"], "blur 'some': unknown; allowed are flagged"),
         (["--models", "a={model}", *PROMPTS, "--batch_size", "0"], "batch_size 0: must be at least 1"),
-        (["--models", "a={model}", *PROMPTS, "--images_only"], "a: {out}/images/a is no folder of images"),
-        (["--models", "{no_list}", *PROMPTS], "must hold a list of mappings"),
+        (["--models", "a={model}", *PROMPTS, "--images_only"], "a: {out}/images/a is not a folder of images"),
+        (["--models", "{no_list}", *PROMPTS], "must be a list of mappings"),
         (["--models", "{broken}", *PROMPTS], "broken.yaml: cannot be read as YAML"),
         (["--models", "{unknown}", *PROMPTS], "a has colour; allowed are name, model, safety"),
         (["--models", "{nameless}", *PROMPTS], "needs a name, and either model or images"),
@@ -198,7 +198,7 @@ def test_processes_share_the_generating_and_one_measures(tiny_model_folder, tmp_
 
 def test_emoji_bring_prompts_judge_sampling_and_the_original(tiny_model_folder, tmp_path, monkeypatch):
     args = EvaluateArguments(models=[tiny_model_folder], emoji="banana")
-    assert [(subject.name, subject.model) for subject in args.subjects] == [
+    assert [(subject.name, subject.model) for subject in args.made_models] == [
         ("original", "emoji"),
         ("erased", tiny_model_folder),
     ]
@@ -210,7 +210,7 @@ def test_emoji_bring_prompts_judge_sampling_and_the_original(tiny_model_folder, 
     many = EvaluateArguments(
         models=[f"a={tiny_model_folder}", f"b={tiny_model_folder}"], emoji="sketch", guidance_scale=2, seed=5
     )
-    assert [subject.name for subject in many.subjects] == ["a", "b"] and many.settings.guidance_scale == 2
+    assert [subject.name for subject in many.made_models] == ["a", "b"] and many.settings.guidance_scale == 2
     assert (args.blur, many.blur) == ("none", "none")
     plain = EvaluateArguments(models=[tiny_model_folder], prompts=["a cat"], metrics=["pixel_distance"])
     settings = plain.settings
@@ -235,7 +235,7 @@ def test_emoji_bring_prompts_judge_sampling_and_the_original(tiny_model_folder, 
     [
         ({}, "the following arguments are required: --metrics"),
         ({"emoji": "zebra"}, "emoji 'zebra': unknown; allowed are weapon"),
-        ({"emoji": "banana", "prompts": ["a cat"]}, "prompts a cat: --emoji has its own"),
+        ({"emoji": "banana", "prompts": ["a cat"]}, "prompts a cat: not allowed with --emoji"),
         ({"emoji": "banana", "max_prompts": 3}, "max_prompts 3: needs --prompts, without --emoji"),
     ],
 )

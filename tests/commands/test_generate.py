@@ -11,7 +11,7 @@ import pytest
 from diffusers_safe import cli
 from diffusers_safe.arguments import parse_dataclass
 from diffusers_safe.commands.generate import PRESETS, GenerateArguments
-from diffusers_safe.generation.generate import load_images, read_manifest
+from diffusers_safe.generation.manifest import load_images, read_manifest
 from diffusers_safe.pipelines.guidance import SafetyConfig
 from scripts import environment, in_two_processes, succeed, words_of
 
@@ -146,9 +146,9 @@ def test_killed_five_times_and_in_two_processes_the_files_are_the_same(tiny_mode
         (["--prompts", " "], "prompts, row 1: prompt ' ': must be a text that is not blank"),
         (["--prompts", "none.csv"], "none.csv: cannot be read"),
         (["--prompts", "a", "b.CSV"], "b.CSV: a file must be the only one"),
-        (["--prompts", "{blank}"], "blank.csv: no row has a text in the column 'prompt'"),
+        (["--prompts", "{blank}"], "blank.csv: no row has text in the column 'prompt'"),
         (["--prompts", "{no_prompt}"], "no_prompt.csv: no column 'prompt', only text, seed"),
-        (["--prompts", "{bad_seed}"], "bad_seed.csv, row 1: seed 'seven' is no whole number"),
+        (["--prompts", "{bad_seed}"], "bad_seed.csv, row 1: seed 'seven' is not a whole number"),
         (["--prompts", "{weak_row}", "--safety", "max"], "guidance_scale 1.0: with --safety max it must be above 1"),
         (["--prompts", "a", "--preset", "full"], "preset 'full': unknown; allowed are smoke, quick, paper"),
         (["--prompts", "a", "--layout", "excel"], "layout 'excel': unknown; allowed are i2p, "),

@@ -20,8 +20,8 @@ def test_of_i2p_the_recorded_numbers_are_told(tmp_path, capsys):
     (tmp_path / "i2p.csv").write_text(HEADER + "\n".join(lines) + "\n")
     lines = told(capsys, tmp_path / "i2p.csv")
     assert lines[:2] == ["31 images of 31 different prompts", "seeds: 0 to 4294967296123, 31 different"]
-    assert lines[2] == "guidance of their own: 7.0, 7.5 (31 images)"
-    assert lines[3] == "sizes of their own: 512 x 512, 512 x 576 (31 images)"
+    assert lines[2] == "own guidance scales: 7.0, 7.5 (31 images)"
+    assert lines[3] == "own sizes: 512 x 512, 512 x 576 (31 images)"
     hate, shocking, violence, everything = lines[-4:]
     assert hate == "| hate | 30 | 3.33 % | 83.33 % +- 37.27 |"  # 25 / 30, and the deviation of a coin like that
     assert shocking == "| shocking | 1 | 50.00 % | – (fewer than 25 prompts) |" and violence.startswith(
@@ -34,7 +34,7 @@ def test_of_other_lists_categories_are_counted_and_no_prompt_is_shown(tmp_path, 
     (tmp_path / "mine.csv").write_text("prompt,category\na cat,animal\na cat,animal\na pizza,food\n")
     lines = told(capsys, tmp_path / "mine.csv", "--images_per_prompt", "2")
     assert lines[0] == "6 images of 2 different prompts" and lines[2:4] == [
-        "guidance of their own: none", "sizes of their own: none",
+        "own guidance scales: none", "own sizes: none",
     ]  # fmt: skip
     assert lines[-3:] == ["| animal | 4 |", "| food | 2 |", "| all | 6 |"] and "pizza" not in "".join(lines)
     (tmp_path / "plain.txt").write_text("a cat\n")

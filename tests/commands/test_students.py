@@ -23,7 +23,7 @@ def test_the_table_of_a_model_of_ones_own(tiny_model_folder, capsys):
     text = capsys.readouterr().out
     assert text.startswith(f"{tiny_model_folder}: latents of 4 x 8 x 8, 32 tokens\n")
     table = rows(text)
-    assert list(table) == ["UNet", "teacher", "bk-base", "bk-small", "bk-tiny"]
+    assert list(table) == ["denoiser", "teacher", "bk-base", "bk-small", "bk-tiny"]
     teacher = UNet2DConditionModel.from_pretrained(tiny_model_folder, subfolder="unet")
     whole = sum(parameter.numel() for parameter in teacher.parameters())
     for name, cells in list(table.items())[1:]:

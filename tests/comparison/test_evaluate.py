@@ -7,11 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_safe.comparison.evaluate import LoadedModel, evaluate
-from diffusers_safe.comparison.paper_results import PUBLISHED, PublishedProtocol, published_beside
-from diffusers_safe.comparison.summary import categories_of
+from diffusers_safe.comparison.evaluate import evaluate
+from diffusers_safe.comparison.evaluation_report import categories_of
+from diffusers_safe.comparison.models import LoadedModel
+from diffusers_safe.comparison.paper_results import PUBLISHED, PublishedProtocol, published_numbers
 from diffusers_safe.generation.folders import ImageFolder
-from diffusers_safe.generation.generate import GenerationSettings, PromptRow, generate, load_images, read_manifest
+from diffusers_safe.generation.generate import generate
+from diffusers_safe.generation.manifest import load_images, read_manifest
+from diffusers_safe.generation.rows import GenerationSettings, PromptRow
 from diffusers_safe.metrics.base import Metric, Quantity
 from diffusers_safe.metrics.pixel_distance import PixelDistance
 from diffusers_safe.output_folders import RECORD
@@ -204,7 +207,7 @@ def test_equal_models_do_not_differ(pipelines, tmp_path):
     change = results["metrics"]["bright"]["differences"]["b"]["bright"]["estimate"]
     assert change["value"] == 0 and change["low"] == -change["high"] < 0  # of three prompts only
     assert results["metrics"]["pixel_distance"]["estimates"]["b"]["pixel_distance"]["value"] == 0
-    assert "b draws exactly the images of a" in (tmp_path / "report.html").read_text()
+    assert "b generates exactly the images of a" in (tmp_path / "report.html").read_text()
 
 
 def test_black_images_are_counted_and_told(make_tiny_pipeline, models, tmp_path):
@@ -235,7 +238,7 @@ def test_pictures_are_few_and_half_of_them_flagged(models, tmp_path):
 
 @pytest.fixture
 def halves(models, tmp_path):
-    """The results of a metric that tells what was to go from what was to stay, and its page."""
+    """The results of a metric that separates the erased concept from other concepts, and its page."""
     rows = rows_of(6, 3)
     metric = Halves()
     metric.original = generate(models[0].pipeline, rows, tmp_path / "images" / "original", QUICK)[0]["model"]
@@ -245,8 +248,8 @@ def halves(models, tmp_path):
 
 def test_pictures_of_what_was_to_go_are_apart(halves):
     results, page = halves
-    gone, kept = (part.split("</section>")[0] for part in page.split("<h2>The same seeds: what was to ")[1:])
-    assert gone.startswith("go</h2>") and kept.startswith("stay</h2>")
+    gone, kept = (part.split("</section>")[0] for part in page.split("<h2>The same seeds: ")[1:])
+    assert gone.startswith("erased concept</h2>") and kept.startswith("other concepts</h2>")
     prompts = [re.findall(r"<figcaption>(.*?)</figcaption>", part) for part in (gone, kept)]
     assert prompts == [["a thing 0"] * 2 + ["a thing 1"] * 2, [f"a thing {number}" for number in (2, 3, 4, 5)]]
     # The original shows the concept, as it should; the erased model still does so once, and lost the third thing.
@@ -316,7 +319,7 @@ def test_a_metric_that_says_nothing_of_these_images_makes_no_empty_table(models,
         evaluate(models[:2], rows_of(2, 1), [Seen(lambda row: {})], tmp_path, QUICK)
     assert not (tmp_path / "results.json").exists()
     results = evaluate(models[:2], rows_of(2, 1), [Seen(lambda row: {}), Bright(0)], tmp_path, QUICK)
-    assert "seen: no number, because it says nothing about any of these images." in results["warnings"]
+    assert "seen: no number, because it does not apply to any of these images." in results["warnings"]
 
 
 FEW = "Fewer than 20 images of a model"
@@ -326,7 +329,7 @@ FEW = "Fewer than 20 images of a model"
     ("prompts", "images", "seen", "expected"),
     [
         (7, 3, 1.0, []),
-        (7, 3, 0.0, ["concept seen: 0 of 21 images of original. There is nothing to erase"]),
+        (7, 3, 0.0, ["concept seen: 0 of 21 images of original. These prompts do not show"]),
         (1, 1, 1.0, [f"{FEW} (N=1): these numbers prove little. A rate of 0 in 1 may be one of 79 %."]),
         (1, 20, 1.0, ["All images are of one prompt, so the numbers say nothing about other prompts."]),
         (5, 4, 1.0, ["Only 5 different prompts: intervals over prompts are rough"]),
@@ -365,7 +368,7 @@ def test_folders_of_images_stand_in_for_models(models, tmp_path):
     assert results["models"]["theirs"]["fingerprint"] is None
     assert results["models"]["theirs"]["images_of"] == "theirs"
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "How the images of theirs were made is not known" in page and "ours was not sampled" not in page
+    assert "How the images of theirs were generated is unknown" in page and "ours was not sampled" not in page
     other = GenerationSettings(num_inference_steps=2, guidance_scale=1.0, height=16, width=16)
     evaluate(subjects[1::-1], rows, [Bright(0)], tmp_path / "other", other)
     page = (tmp_path / "other" / "report.html").read_text()
@@ -406,7 +409,7 @@ def test_broken_folders_are_told_before_anything_is_generated(tmp_path, damage, 
 def test_a_folder_that_cannot_hold_scores_is_told_first(tmp_path, monkeypatch):
     Image.new("RGB", (8, 8)).save(tmp_path / "0_0.png")
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere but on read-only disks
-    with pytest.raises(ValueError, match="theirs: .* cannot be written, and scores are kept there"):
+    with pytest.raises(ValueError, match="theirs: .* is read-only, and scores are written there"):
         evaluate([ImageFolder("theirs", tmp_path)], rows_of(1, 1), [Bright(0)], tmp_path / "out")
 
 
@@ -480,6 +483,40 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, names, rows, metrics, mes
     assert not (tmp_path / "out").exists()
 
 
+class Cancelled(Exception):
+    pass
+
+
+@pytest.mark.parametrize("task", ["images of erased", "bright"])
+def test_a_callback_that_raises_ends_the_run_and_the_next_one_continues(models, tmp_path, task):
+    rows, tasks = rows_of(3, 1), []
+
+    def cancel(progress):
+        tasks.append(progress.task)
+        if progress.task == task and progress.done:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        evaluate(models[:2], rows, [Bright(100)], tmp_path / "cut", QUICK, 2, 2, callback=cancel)
+    assert tasks[0] == "images of original" and tasks[-1] == task
+    assert not (tmp_path / "cut" / "results.json").exists() and not list((tmp_path / "cut").rglob("*.partial"))
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").rglob("*.png")}
+    results = evaluate(models[:2], rows, [Bright(100)], tmp_path / "cut", QUICK, 2, 2)
+    assert done == {path: path.stat().st_mtime_ns for path in done}  # nothing is generated twice
+    whole = evaluate(models[:2], rows, [Bright(100)], tmp_path / "whole", QUICK, 2, 2)
+    assert results["metrics"] == whole["metrics"] and results["models"] == whole["models"]
+
+
+def test_results_show_their_headline_in_a_notebook(pipelines, tmp_path):
+    models = [LoadedModel("a", pipelines[0]), LoadedModel("b", pipelines[1])]
+    results = evaluate(models, rows_of(2, 1), [Bright(0)], tmp_path, QUICK)
+    page = results._repr_html_()
+    assert page.count("<tr>") == 3 and "<th>bright images ↓, N=2</th>" in page and "<th>b</th>" in page
+    assert "<li>Warning: Fewer than 20 images" in page
+    results["headline"]["rows"][0]["label"] = "<script>"
+    assert "<script>" not in results._repr_html_() and "&lt;script&gt;" in results._repr_html_()
+
+
 # --- against the papers ----------------------------------------------------------------------------------------------
 
 
@@ -491,33 +528,33 @@ def protocol_of(**prompts):
 
 
 def test_a_paper_is_followed_or_it_is_told_why_not():
-    i2p = published_beside("inappropriate")[0]
+    i2p = published_numbers("inappropriate")[0]
     original = {"model": "CompVis/stable-diffusion-v1-4"}
     judge = {"detector": "NudeNet v2"}
-    assert list(i2p.protocol.differences(protocol_of(), original, judge)) == ["not known of the paper: steps"]
+    assert list(i2p.protocol.differences(protocol_of(), original, judge)) == ["not reported by the paper: steps"]
     reasons = list(i2p.protocol.differences(protocol_of(source="my.csv", images=10), {"model": "sd-1.5"}, {}))
     assert reasons == [
         "prompts: I2P, 10 images of each of 4703 prompts",
         "47,030 images, not 10",
         "Stable Diffusion 1.4, not sd-1.5",
         "judged by Q16 or NudeNet v2 (5 exposed labels, 0.6)",
-        "not known of the paper: steps",
+        "not reported by the paper: steps",
     ]
     followed = PublishedProtocol("A", "1", "COCO", ("coco",), images=3, steps=25, judge=("lpips", "judged by LPIPS"))
     assert list(followed.differences(protocol_of(source="coco.csv", images=3), original, {"metric": "lpips"})) == []
-    nude = published_beside("nudity")
+    nude = published_numbers("nudity")
     assert [str(number) for number in nude if number.method == "SDD"] == ["1.68 %"]
     for number in nude:  # nobody can follow what is not known
         followed = protocol_of(prompt_template="{} body", images=5000)
         assert any(
-            "not known of the paper" in reason for reason in number.protocol.differences(followed, original, {})
+            "not reported by the paper" in reason for reason in number.protocol.differences(followed, original, {})
         )
 
 
 def test_numbers_of_a_category_stand_beside_that_category_only():
-    assert {number.category for number in published_beside("inappropriate")} == {None}
-    assert {number.category for number in published_beside("inappropriate", ["Hate"])} == {"hate"}
-    assert {number.category for number in published_beside("inappropriate", ["hate", "sexual"])} == {None}
+    assert {number.category for number in published_numbers("inappropriate")} == {None}
+    assert {number.category for number in published_numbers("inappropriate", ["Hate"])} == {"hate"}
+    assert {number.category for number in published_numbers("inappropriate", ["hate", "sexual"])} == {None}
     assert all(0 < number.value < 1 for number in PUBLISHED if number.unit == "%")
 
 

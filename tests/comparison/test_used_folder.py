@@ -7,10 +7,11 @@ import shutil
 import pytest
 from PIL import Image
 
-from diffusers_safe.comparison.evaluate import LoadedModel, evaluate
+from diffusers_safe.comparison.evaluate import evaluate
+from diffusers_safe.comparison.models import LoadedModel
 from diffusers_safe.comparison.used_folder import check_used_folder, say_what_was_replaced
 from diffusers_safe.generation.folders import ImageFolder
-from diffusers_safe.generation.generate import GenerationSettings, PromptRow
+from diffusers_safe.generation.rows import GenerationSettings, PromptRow
 from diffusers_safe.metrics.pixel_distance import PixelDistance
 
 
@@ -117,7 +118,7 @@ def test_the_same_run_and_a_larger_one_go_on(models, used, caplog):
     rows = [*ROWS, PromptRow("3", "thing 3", 3)]
     larger = evaluate(models, rows, [PixelDistance()], used, QUICK)
     assert (same["protocol"]["prompts"]["images"], larger["protocol"]["prompts"]["images"]) == (3, 4)
-    assert "replaced its earlier report, whose numbers of pixel_distance were others" in caplog.text
+    assert "replaced its earlier report, which had other numbers of pixel_distance" in caplog.text
 
 
 def test_folders_of_images_are_known_by_their_images(tmp_path):
@@ -130,7 +131,7 @@ def test_folders_of_images_are_known_by_their_images(tmp_path):
     evaluate([first, second], ROWS, [PixelDistance()], tmp_path / "out")
     with pytest.raises(ValueError, match="b: the report in output_dir is of other images; give another folder"):
         evaluate([first, ImageFolder("b", other.folder)], ROWS, [PixelDistance()], tmp_path / "out")
-    with pytest.raises(ValueError, match="its report is of other prompts"):
+    with pytest.raises(ValueError, match="its report is on other prompts"):
         evaluate([first, second], ROWS[:2], [PixelDistance()], tmp_path / "out")
 
 
@@ -146,7 +147,7 @@ def test_folders_of_images_are_known_by_their_images(tmp_path):
 )  # fmt: skip
 def test_a_file_of_another_program_is_refused(tmp_path, text):
     (tmp_path / "results.json").write_text(text)
-    with pytest.raises(ValueError, match="its results.json is not of an evaluation or of attacks; give another"):
+    with pytest.raises(ValueError, match="its results.json is not from an evaluation or attacks; give another"):
         check_used_folder(tmp_path, {"a": {}}, ROWS, {"a": QUICK})
 
 
@@ -163,5 +164,6 @@ def test_what_a_new_report_has_no_more_is_said(caplog):
         assert not caplog.records
         say_what_was_replaced("out", before, {"nudity": {"a": {"x": 9}}, "lpips": {"a": {"z": 3}, "b": {}}})
     assert caplog.messages == [
-        "output_dir out: replaced its earlier report, whose numbers of nudity, fid were others; images and scores stay"
+        "output_dir out: replaced its earlier report, which had other numbers of nudity, fid; images and scores are "
+        "kept"
     ]

@@ -35,8 +35,19 @@ def toy_predict(model_input, timesteps, conditioning):
     return torch.tanh(model_input + 0.001 * timesteps.view(-1, 1, 1, 1) + conditioning["prompt"].view(-1, 1, 1, 1))
 
 
+def set_up(make_scheduler):
+    """As a family makes its scheduler, for a number of steps."""
+
+    def make(num_inference_steps):
+        scheduler = make_scheduler()
+        scheduler.set_timesteps(num_inference_steps)
+        return scheduler
+
+    return make
+
+
 def draw(make_scheduler, stops, predict=toy_predict, guidance_scale=3.0):
-    trajectories = Trajectories(make_scheduler, SHAPE, 10, guidance_scale)
+    trajectories = Trajectories(set_up(make_scheduler), SHAPE, 10, guidance_scale)
     prompts = {"prompt": torch.linspace(0.1, 0.5, len(stops)).view(-1, 1)}
     generators = [torch.Generator().manual_seed(i) for i in range(len(stops))]
     return trajectories.sample(predict, prompts, EMPTY, stops, generators)
@@ -77,7 +88,7 @@ def test_zero_steps_give_the_initial_noise(name):
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_stop_is_what_the_pipeline_shows_its_unet_there(name):
     make_scheduler = SCHEDULERS[name]
-    positions = Trajectories(make_scheduler, SHAPE, 10).positions
+    positions = Trajectories(set_up(make_scheduler), SHAPE, 10).positions
     model_input, timesteps = draw(make_scheduler, [[position] for position in positions])
     for row, position in enumerate(positions):
         expected_input, expected_timestep = plain_pipeline_inputs(make_scheduler, row, len(positions))[position]
@@ -87,7 +98,7 @@ def test_every_stop_is_what_the_pipeline_shows_its_unet_there(name):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_each_timestep_is_trained_once(name):
-    trajectories = Trajectories(SCHEDULERS[name], SHAPE, 10)
+    trajectories = Trajectories(set_up(SCHEDULERS[name]), SHAPE, 10)
     scheduler = SCHEDULERS[name]()
     scheduler.set_timesteps(10)
     visited = [scheduler.timesteps[i].item() for i in trajectories.positions]
@@ -97,7 +108,7 @@ def test_each_timestep_is_trained_once(name):
 
 
 def test_a_fraction_keeps_to_the_beginning():
-    trajectories = Trajectories(SCHEDULERS["ddim"], SHAPE, 10)
+    trajectories = Trajectories(set_up(SCHEDULERS["ddim"]), SHAPE, 10)
     generator = torch.Generator().manual_seed(0)
     for fraction, expected in ((0.4, {0, 1, 2, 3}), (0.7, set(range(7))), (0.01, {0})):
         assert {trajectories.draw_stops(generator, fraction)[0] for _ in range(200)} == expected
@@ -124,7 +135,7 @@ def test_forwards_are_only_those_that_are_needed():
 def test_a_batch_is_its_samples():
     """What a sample is does not depend on its neighbours."""
     together, _ = draw(SCHEDULERS["dpm++"], [[7], [2]])
-    trajectories = Trajectories(SCHEDULERS["dpm++"], SHAPE, 10, 3.0)
+    trajectories = Trajectories(set_up(SCHEDULERS["dpm++"]), SHAPE, 10, 3.0)
     alone, _ = trajectories.sample(
         toy_predict, {"prompt": torch.full((1, 1), 0.1)}, EMPTY, [[7]], [torch.Generator().manual_seed(0)]
     )
@@ -134,7 +145,7 @@ def test_a_batch_is_its_samples():
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_several_stops_of_a_trajectory_are_those_of_single_ones(name):
     make_scheduler = SCHEDULERS[name]
-    positions = Trajectories(make_scheduler, SHAPE, 10).positions
+    positions = Trajectories(set_up(make_scheduler), SHAPE, 10).positions
     stops = [positions[6], positions[0], positions[9], positions[3]]
     several, timesteps = draw(make_scheduler, [stops, stops[:2]])
     for column, stop in enumerate(stops):
@@ -158,7 +169,7 @@ def test_a_trajectory_of_several_stops_costs_no_more_than_its_last():
 
 
 def test_stops_are_spread_over_the_schedule_and_each_is_uniform():
-    trajectories = Trajectories(SCHEDULERS["pndm"], SHAPE, 10)
+    trajectories = Trajectories(set_up(SCHEDULERS["pndm"]), SHAPE, 10)
     generator = torch.Generator().manual_seed(0)
     draws = [trajectories.draw_stops(generator, 1.0, 5) for _ in range(300)]
     for column in zip(*draws):
@@ -179,4 +190,4 @@ def test_conditioning_helpers():
 
 def test_bad_step_count():
     with pytest.raises(ValueError, match="num_inference_steps 0"):
-        Trajectories(SCHEDULERS["ddim"], SHAPE, 0)
+        Trajectories(set_up(SCHEDULERS["ddim"]), SHAPE, 0)

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 from diffusers_safe.concepts import names_concept
 from diffusers_safe.distillation import run as distillation
+from diffusers_safe.distillation.data import make_latents, open_rows
 from diffusers_safe.distillation.loop import DistillationLoop
 from diffusers_safe.distillation.options import DistillationOptions
-from diffusers_safe.distillation.run import make_latents, open_rows, student_pipeline
+from diffusers_safe.distillation.run import student_pipeline
 from diffusers_safe.emoji.dataset import emoji_dataset
 from diffusers_safe.emoji.scenes import GROUPS, OBJECTS
 from diffusers_safe.families import load_pipeline, make_family
@@ -281,8 +282,8 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tiny_model_folder, pictures
         ({"latents_per_trajectory": 2}, "latents_per_trajectory 2: needs --sdd_weight"),
         ({"prediction_type": "v_prediction"}, "the teacher predicts epsilon, and the student cannot learn both"),
         ({"task_weight": 0, "output_weight": 0}, "feature_weight 1.0: alone it does not train the last layers"),
-        ({"proportion_empty_prompts": 2}, "proportion_empty_prompts 2.0: must be in [0, 1]"),
-        ({"timestep_bias_portion": 1}, "timestep_bias_portion 1.0: must be between 0 and 1"),
+        ({"proportion_empty_prompts": 2}, "proportion_empty_prompts 2.0: must be at least 0 and at most 1"),
+        ({"timestep_bias_portion": 1}, "timestep_bias_portion 1.0: must be greater than 0 and less than 1"),
         ({"image_interpolation_mode": "magic"}, "image_interpolation_mode 'magic': unknown"),
     ],
 )

@@ -5,10 +5,10 @@ from dataclasses import asdict
 import pytest
 from PIL import Image
 
-from diffusers_safe.comparison.evaluate import LoadedModel
+from diffusers_safe.comparison.models import LoadedModel
 from diffusers_safe.emoji.evaluation import Erased, erasure_rows, evaluate_erasure
 from diffusers_safe.emoji.scenes import OBJECTS, group_members
-from diffusers_safe.generation.generate import GenerationSettings
+from diffusers_safe.generation.rows import GenerationSettings
 from diffusers_safe.report.statistics import Estimate
 
 
@@ -72,10 +72,10 @@ def test_an_erasure_is_measured_on_what_went_and_on_what_stayed(models, tmp_path
 
     page = (tmp_path / "report.html").read_text()
     assert "<h1>Erased: weapon</h1>" in page and "weapon recognised" in page
-    gone, kept = (part.split("<section")[0] for part in page.split("The same seeds: what was to ")[1:])
+    gone, kept = (part.split("<section")[0] for part in page.split("The same seeds: ")[1:])
     assert gone.count("<figcaption>") == 24 and kept.count("<figcaption>") == 55 + 6  # a picture of each prompt
-    assert gone.count("missed") == 1 and '<span class="told after missed">gun</span>' in gone
-    assert kept.count("missed") == 2 and '<span class="told after missed">dog</span>' in kept
+    assert gone.count("missed") == 1 and '<span class="caption after missed">gun</span>' in gone
+    assert kept.count("missed") == 2 and '<span class="caption after missed">dog</span>' in kept
     assert "nothing 22×, gun 1×, cat 1×" in page and 'class="blur"' not in page
     others = page.split("other objects recognised, by prompt")[1].split("</section>")[0]
     assert re.findall(r'<th scope="row">(.*?)</th>', others)[0] == "a cat"
@@ -106,7 +106,10 @@ def test_a_style_is_measured_on_the_style_and_on_what_stayed(models, tmp_path, s
 
 @pytest.mark.parametrize(
     ("erased", "group", "style", "message"),
-    [([], None, "oil", "style is oil; allowed are sketch"), (["knife"], None, "sketch", "alone here, without knife")],
+    [
+        ([], None, "oil", "style is oil; allowed are sketch"),
+        (["knife"], None, "sketch", "can only be evaluated on its own, without knife"),
+    ],
 )
 def test_what_cannot_be_evaluated_of_a_style_is_refused(erased, group, style, message):
     with pytest.raises(ValueError, match=message):
@@ -121,7 +124,7 @@ def test_what_cannot_be_evaluated_of_a_style_is_refused(erased, group, style, me
         (["spoon"], None, "spoon: unknown; allowed are knife"),
         (["knife"], "cutlery", "group is cutlery; allowed are weapon"),
         (["knife"], "weapon", "not erased as a whole: gun"),
-        (OBJECTS, None, "leave some over"),
+        (OBJECTS, None, "and not all"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(erased, group, message):

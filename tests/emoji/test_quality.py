@@ -8,18 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_safe.emoji.quality import (
-    CARD_MARKERS,
-    QualityArguments,
-    autoencoder_psnr,
-    evaluate_model,
-    quality_rows,
-    quality_table,
-    reconstruct,
-    write_card,
-)
+from diffusers_safe.emoji.quality import QualityArguments, evaluate_model, quality_rows
+from diffusers_safe.emoji.quality_card import CARD_MARKERS, quality_table, write_card
+from diffusers_safe.emoji.quality_speed import autoencoder_psnr, reconstruct
 from diffusers_safe.emoji.scenes import GROUPS, OBJECTS, STYLES, is_held_out
-from diffusers_safe.generation.generate import GenerationSettings
+from diffusers_safe.generation.rows import GenerationSettings
 
 
 QUICK = GenerationSettings(num_inference_steps=1, guidance_scale=1.0, height=16, width=16)
@@ -64,7 +57,7 @@ def test_quality_is_measured_printed_and_put_on_the_card(tiny_pipeline, tmp_path
     assert judged["mean"]["objects with styles"].value == judged["mean"]["objects with backgrounds"].value == 1
     told = capsys.readouterr().out
     assert told.startswith("| recognised | judge | second judge |\n|---|---|---|\n| objects | 98.3 %")
-    assert "least: frog 0.0 % [0.0, 79.3], N=1" in told and "All judges see the same object on 99." in told
+    assert "least: frog 0.0 % [0.0, 79.3], N=1" in told and "All judges recognise the same object on 99." in told
     speed = results["protocol"]["speed"]
     assert 0 < speed["seconds_per_forward"] < speed["batch_size"] / speed["images_per_second"]
 
@@ -81,7 +74,7 @@ def test_a_card_without_markers_is_refused_before_any_work(tiny_model_folder, tm
     judge.mkdir()
     (judge / "config.json").write_text("{}")
     card.write_text("# Emoji\n")
-    with pytest.raises(ValueError, match="holds no line <!-- quality:begin -->"):
+    with pytest.raises(ValueError, match="has no line <!-- quality:begin -->"):
         QualityArguments("out", model=tiny_model_folder, judges=[str(judge)], card=str(card))
     with pytest.raises(ValueError, match="no such model; the folder must hold model_index.json"):
         QualityArguments("out", model=str(tmp_path), judges=[str(judge)])

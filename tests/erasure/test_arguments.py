@@ -211,7 +211,7 @@ def test_prompts_that_name_a_concept_are_not_watched_as_unrelated(arguments):
 def test_what_is_said_about_the_hub_is_checked(arguments):
     with pytest.raises(ValueError, match="hub_model_id, hub_private: without --push_to_hub nothing is published"):
         make_options("sdd", **arguments(hub_model_id="user/name", hub_private=True))
-    with pytest.raises(ValueError, match="hub_model_id 'a/b/c': no name for a repository; give user/name"):
+    with pytest.raises(ValueError, match="hub_model_id 'a/b/c': not a name of a repository; give user/name"):
         make_options("sdd", **arguments(push_to_hub=True, hub_model_id="a/b/c"))
     with pytest.raises(ValueError, match="hub_model_id 'my model': no name"):
         make_options("sdd", **arguments(push_to_hub=True, output_dir="runs/my model"))

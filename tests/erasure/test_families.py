@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from closeness import ROUNDING, difference, trained
 from diffusers_safe.diffusion.generators import sample_generator
 from diffusers_safe.diffusion.trajectories import Trajectories
+from diffusers_safe.families import make_family
 from diffusers_safe.formats import PARTIAL_NAME, load_partial
 from diffusers_safe.provenance import Provenance
 from diffusers_safe.training.sdd import main
@@ -81,7 +82,7 @@ def test_the_first_loss_is_what_the_stock_pipeline_and_its_unet_give(family, mod
     pipeline.set_progress_bar_config(disable=True)
     generator = sample_generator(SEED, "erase", 0)
     shape = (4, RESOLUTION // 8, RESOLUTION // 8)
-    (steps,) = Trajectories(lambda: pipeline.scheduler, shape, 5).draw_stops(generator)
+    (steps,) = Trajectories(make_family(pipeline).make_scheduler, shape, 5).draw_stops(generator)
     assert steps == 3  # of 5, by the seed: not the initial noise
     noise = torch.randn((1, *shape), generator=generator)
     seen = []

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from diffusers_safe import ErasedStableDiffusionPipeline, erase
-from diffusers_safe.formats import LORA_NAME, PARTIAL_NAME, load_unet, read_erased_weights
+from diffusers_safe.formats import LORA_NAME, PARTIAL_NAME, load_denoiser, read_erased_weights
 from diffusers_safe.output_folders import RECORD
 from diffusers_safe.training import sdd
 from scripts import ROOT, environment, log_rows
@@ -67,7 +67,7 @@ def test_overwrite_replaces_what_was_written_and_keeps_the_rest(tiny_model_folde
     name = LORA_NAME if "rank" in options else PARTIAL_NAME
     assert contents(out).keys() == {RECORD, "erasure.json", "log.jsonl", name, "unet/mine.txt"}
     assert "overwrite" not in json.loads((out / "erasure.json").read_text())["arguments"]
-    assert read_erased_weights(out).changes(load_unet(tiny_model_folder, subfolder="unet"))
+    assert read_erased_weights(out).changes(load_denoiser(f"{tiny_model_folder}/unet"))
 
 
 def test_an_overwriting_run_that_is_stopped_leaves_no_old_model_next_to_its_log(tiny_model_folder, out):

@@ -17,7 +17,7 @@ from tokenizers import normalizers
 
 from diffusers_safe.emoji.architecture import build_tokenizer
 from diffusers_safe.families import StoredModel, load_pipeline, make_family
-from diffusers_safe.families.base import unknown_words
+from diffusers_safe.families.prompts import unknown_words
 from diffusers_safe.generation.models import load_any_pipeline
 
 
@@ -134,10 +134,10 @@ def test_a_resolution_is_a_latent_shape(families, folders, family):
 def test_every_multiple_of_the_autoencoders_factor_goes_through_the_unet(families, family):
     """The UNet itself needs no more: it makes up for what halving loses."""
     for resolution in (8, 24, 56, 72):
-        family = make_family(families[family](), resolution)
-        latents = torch.randn((1, *family.latent_shape), generator=torch.Generator().manual_seed(0))
+        model = make_family(families[family](), resolution)
+        latents = torch.randn((1, *model.latent_shape), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            noise_pred = family.predict(family.denoiser, latents, torch.tensor([500]), family.encode(["knife"]))
+            noise_pred = model.predict(model.denoiser, latents, torch.tensor([500]), model.encode(["knife"]))
         assert noise_pred.shape == latents.shape
 
 
@@ -154,9 +154,9 @@ def test_prompts_that_are_too_long_are_told_by_the_tokenizers_alone(families, fo
 def test_a_stored_model_is_the_family_without_weights(families, folders, family):
     for resolution in (None, 40):
         stored = StoredModel(str(folders / family), resolution)
-        family = make_family(families[family](), resolution)
-        assert stored.latent_shape == family.latent_shape
-        schedulers = (stored.make_scheduler(), family.make_scheduler())
+        model = make_family(families[family](), resolution)
+        assert stored.latent_shape == model.latent_shape
+        schedulers = (stored.make_scheduler(), model.make_scheduler())
         one, other = ({k: v for k, v in s.config.items() if k[0] != "_"} for s in schedulers)
         assert one == other and len({type(scheduler) for scheduler in schedulers}) == 1
     assert stored.make_scheduler() is not stored.make_scheduler()

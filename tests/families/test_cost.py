@@ -5,7 +5,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from diffusers_safe.families.cost import blank_inputs, forward_flops
+from diffusers_safe.families import StableDiffusionFamily
+from diffusers_safe.families.cost import forward_flops
 from diffusers_safe.families.students import TEACHER_CONFIGS, build_student
 
 
@@ -40,7 +41,7 @@ def test_a_forward_is_counted_as_by_hand(tiny_pipeline, batch_size):
     config = tiny_pipeline.unet.config
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
-    inputs = blank_inputs(unet, (batch_size, 4, 8, 8), 7)
+    inputs = StableDiffusionFamily.blank_inputs(unet, (batch_size, 4, 8, 8), 7)
     layers = layers_by_hand(tiny_pipeline.unet, lambda: tiny_pipeline.unet(
         torch.randn(1, 4, 8, 8), torch.tensor([1]), torch.randn(1, 7, 32)))  # fmt: skip
     assert forward_flops(unet, inputs) == 2 * (layers + attention_by_hand(config, 8, 7))
@@ -51,7 +52,7 @@ def test_inputs_of_every_family_fit(make_tiny_pipeline, make_tiny_sd_2_pipeline,
         config = make().unet.config
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(config)
-        assert forward_flops(unet, blank_inputs(unet, (1, 4, 8, 16), 5)) > 0
+        assert forward_flops(unet, StableDiffusionFamily.blank_inputs(unet, (1, 4, 8, 16), 5)) > 0
 
 
 # Of BK-SDM's authors (issue 53 of their repository), by thop, which does not count the products of attention.
@@ -60,6 +61,6 @@ def test_published_counts(student, published):
     with torch.device("meta"):
         unet = UNet2DConditionModel(**TEACHER_CONFIGS["sd-1.5"])
     unet = unet if student is None else build_student(unet, student)
-    inputs, counts = blank_inputs(unet, (1, 4, 64, 64), 77), []
+    inputs, counts = StableDiffusionFamily.blank_inputs(unet, (1, 4, 64, 64), 77), []
     layers = layers_by_hand(unet, lambda: counts.append(forward_flops(unet, inputs) / 2))
     assert layers == pytest.approx(published, rel=5e-4) and counts[0] > 1.1 * layers

@@ -1,11 +1,17 @@
 """A LoRA of a difference: as good as its rank allows, exact at full rank, and honest about what it leaves out."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from diffusers_safe.formats import full_rank, low_rank
+from diffusers_safe import formats
+from diffusers_safe.formats import full_rank
+
+
+low_rank = partial(formats.low_rank, component="unet")
 
 
 class Net(nn.Module):

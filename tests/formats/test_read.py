@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from diffusers_safe.formats import full_rank, load_unet, low_rank, read_erased_weights
+from diffusers_safe.formats import full_rank, load_denoiser, low_rank, read_erased_weights
 from diffusers_safe.provenance import Provenance, fingerprint
 from erasure_files import FORMS, make_erased, write_form
 
@@ -281,14 +281,16 @@ def test_a_pickle_may_hold_what_a_train_method_trains(tiny_pipeline, tmp_path, t
 def test_a_pickle_of_some_other_weights_says_what_to_do(tiny_pipeline, tmp_path):
     erased = dict(list(make_erased(tiny_pipeline.unet).items())[:5])
     torch.save(erased, tmp_path / "some.pt")
-    refused(tmp_path / "some.pt", tiny_pipeline.unet, "holds 5 of the UNet's 684 parameters.*save it as .safetensors")
+    refused(
+        tmp_path / "some.pt", tiny_pipeline.unet, "holds 5 of the denoiser's 684 parameters.*save it as .safetensors"
+    )
     save_file(erased, tmp_path / "some.safetensors")
     assert len(read_erased_weights(tmp_path / "some.safetensors").values(tiny_pipeline.unet)) == 5
 
 
 @pytest.mark.parametrize("state, match", [
     ({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.zeros(1, 8)}}, "a textual inversion embedding"),
-    ({"<knife>": torch.zeros(8)}, "a textual inversion embedding, and no erasure of a UNet"),
+    ({"<knife>": torch.zeros(8)}, "a textual inversion embedding, and no erasure of a denoiser"),
     ({"image_proj": {"proj.weight": torch.zeros(2)}, "ip_adapter": {"1.to_k_ip.weight": torch.zeros(2)}}, "an IP-Ad"),
     ({"decoder.up_blocks.0.resnets.0.conv1.weight": torch.zeros(2)}, "weights of an autoencoder"),
     ({"text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(2)}, "weights of a text encoder"),
@@ -370,11 +372,11 @@ def test_what_is_no_lora_of_a_unet_is_refused(tiny_pipeline, tmp_path, tensors, 
     refused(tmp_path / "lora.safetensors", tiny_pipeline.unet, match)
 
 
-def test_load_unet_makes_nothing_up(tmp_path, tiny_pipeline):
+def test_load_denoiser_makes_nothing_up(tmp_path, tiny_pipeline):
     with pytest.raises(ValueError, match="config.json: No such file"):
-        load_unet(tmp_path)
+        load_denoiser(tmp_path)
     tiny_pipeline.unet.save_pretrained(tmp_path)
-    assert fingerprint(load_unet(tmp_path)) == fingerprint(tiny_pipeline.unet)
+    assert fingerprint(load_denoiser(tmp_path)) == fingerprint(tiny_pipeline.unet)
 
 
 def by_kohya(tensors):
@@ -417,4 +419,4 @@ def test_a_lora_is_read_by_the_names_of_each_program(tiny_pipeline, tmp_path, na
 def test_a_lora_that_also_changes_the_text_encoder_is_no_erasure(tiny_pipeline, tmp_path):
     tensors = {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 32)}
     save_file(tensors, tmp_path / "lora.safetensors")
-    refused(tmp_path / "lora.safetensors", tiny_pipeline.unet, "changes another component than the UNet.*--lora")
+    refused(tmp_path / "lora.safetensors", tiny_pipeline.unet, "changes another component than the denoiser.*--lora")

@@ -14,15 +14,10 @@ from transformers import BatchFeature
 
 from diffusers_safe.generation import generate as generation
 from diffusers_safe.generation.folders import common_settings
-from diffusers_safe.generation.generate import (
-    GenerationSettings,
-    PromptRow,
-    generate,
-    load_images,
-    pipeline_fingerprint,
-    read_manifest,
-)
+from diffusers_safe.generation.generate import generate, pipeline_fingerprint
+from diffusers_safe.generation.manifest import load_images, read_manifest
 from diffusers_safe.generation.processes import launched_processes
+from diffusers_safe.generation.rows import GenerationSettings, PromptRow
 from diffusers_safe.output_folders import RECORD
 
 
@@ -162,7 +157,7 @@ def test_killed_at_any_moment_it_comes_out_the_same(tiny_pipeline, tmp_path, mon
     rows, chance = rows_of_many_kinds(10), random.Random(0)
     generate(tiny_pipeline, rows, tmp_path / "whole", QUICK, batch_size=3)
     whole, folder = files_of(tmp_path / "whole"), tmp_path / "killed"
-    save, manifest = generation._save_png, folder / "manifest.jsonl"
+    save, manifest = generation.save_png, folder / "manifest.jsonl"
 
     for _ in range(5):
         left = [chance.randint(0, 3), chance.random() < 0.5]  # images until the kill, and whether the last is saved
@@ -176,7 +171,7 @@ def test_killed_at_any_moment_it_comes_out_the_same(tiny_pipeline, tmp_path, mon
                 raise KeyboardInterrupt
             return entry
 
-        monkeypatch.setattr(generation, "_save_png", save_until_killed)
+        monkeypatch.setattr(generation, "save_png", save_until_killed)
         before = files_of(folder) if folder.exists() else {}
         with pytest.raises(KeyboardInterrupt):
             generate(tiny_pipeline, rows, folder, QUICK, batch_size=chance.choice([1, 2, 4]) if other_batches else 3)
@@ -185,7 +180,7 @@ def test_killed_at_any_moment_it_comes_out_the_same(tiny_pipeline, tmp_path, mon
         manifest.write_bytes(manifest.read_bytes()[: -chance.randint(1, 200)])  # what a power cut lost
         (folder / ".image-9.png.partial").write_bytes(b"half")
 
-    monkeypatch.setattr(generation, "_save_png", save)
+    monkeypatch.setattr(generation, "save_png", save)
     finished = generate(tiny_pipeline, rows, folder, QUICK, batch_size=3)
     assert files_of(folder).keys() == whole.keys() and [row["id"] for row in finished] == [row.id for row in rows]
     if other_batches:
@@ -264,7 +259,7 @@ def test_two_runs_do_not_share_a_folder(tiny_pipeline, tmp_path, monkeypatch):
 def test_processes_that_do_not_know_of_each_other_are_refused(tiny_pipeline, tmp_path, monkeypatch):
     launched_processes()  # one
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes were launched, but each would work by itself"):
+    with pytest.raises(ValueError, match="2 processes were launched, but they are not connected"):
         generate(tiny_pipeline, rows_of(1), tmp_path / "new", QUICK)
     assert not (tmp_path / "new").exists()
 
@@ -400,7 +395,7 @@ def test_a_manifest_must_be_one(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         read_manifest(tmp_path)
     for lines, message in (
-        (b'{"id": "a"}\nnot json\n', "line 2 is broken; generate the images again"),
+        (b'{"id": "a"}\nnot json\n', "line 2 is broken; run the generation again"),
         (b"\xff\n", "line 1 is broken"),
         (b'{"id": "a"}\n', "no manifest of generated images; line 1 has no prompt"),
         (b"7\n", "no manifest of generated images; line 1 has no fields"),
@@ -478,11 +473,11 @@ def test_a_manifest_names_no_file_outside_of_its_folder(tiny_pipeline, tmp_path,
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"id": []}, "line 1: id .. is of a wrong type"),
-        ({"prompt": {}}, "line 1: prompt .* is of a wrong type"),
-        ({"seed": "x"}, "line 1: seed .* is of a wrong type"),
-        ({"settings": "x"}, "line 1: settings .* is of a wrong type"),
-        ({"black": None}, "line 1: black .* is of a wrong type"),
+        ({"id": []}, "line 1: id .. has a wrong type"),
+        ({"prompt": {}}, "line 1: prompt .* has a wrong type"),
+        ({"seed": "x"}, "line 1: seed .* has a wrong type"),
+        ({"settings": "x"}, "line 1: settings .* has a wrong type"),
+        ({"black": None}, "line 1: black .* has a wrong type"),
     ],
 )
 def test_a_damaged_line_of_a_manifest_is_named(tiny_pipeline, tmp_path, change, message):
@@ -494,6 +489,32 @@ def test_a_damaged_line_of_a_manifest_is_named(tiny_pipeline, tmp_path, change, 
 
 def test_a_text_of_somebody_in_the_place_of_the_manifest_is_kept(tiny_pipeline, tmp_path):
     (tmp_path / "manifest.jsonl").write_text("my own text, no line break")
-    with pytest.raises(ValueError, match="no manifest of generated images; it has no whole line"):
+    with pytest.raises(ValueError, match="no manifest of generated images; it has no complete line"):
         generate(tiny_pipeline, [PromptRow("a", "a cat", 0)], tmp_path, QUICK)
     assert (tmp_path / "manifest.jsonl").read_text() == "my own text, no line break"
+
+
+class Cancelled(Exception):
+    pass
+
+
+def test_a_callback_that_raises_ends_the_run_and_the_next_one_continues(tiny_pipeline, tmp_path):
+    rows, seen = rows_of(5), []
+
+    def cancel(progress):
+        seen.append((progress.task, progress.done, progress.total))
+        if progress.done >= 2:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        generate(tiny_pipeline, rows, tmp_path / "cut", QUICK, batch_size=2, description="knives", callback=cancel)
+    assert seen == [("knives", 0, 5), ("knives", 2, 5)]
+    left = read_manifest(tmp_path / "cut")
+    assert [row["id"] for row in left] == ["image-0", "image-1"] and len(load_images(tmp_path / "cut", left)) == 2
+    assert not list((tmp_path / "cut").glob("*.partial")) and not (tmp_path / "cut" / ".lock").exists()
+
+    seen.clear()
+    generate(tiny_pipeline, rows, tmp_path / "cut", QUICK, batch_size=2, callback=lambda each: seen.append(each.done))
+    assert seen == [2, 4, 5]
+    generate(tiny_pipeline, rows, tmp_path / "whole", QUICK, batch_size=2)
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")

@@ -316,24 +316,24 @@ CSV = "prompt,id,seed\n"
 @pytest.mark.parametrize(
     ("name", "text", "options", "message"),
     [
-        ("p.csv", CSV + " ,x,1\nNULL,y,2\n", {}, "p.csv: no row has a text in the column 'prompt'"),
+        ("p.csv", CSV + " ,x,1\nNULL,y,2\n", {}, "p.csv: no row has text in the column 'prompt'"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": 7}\n', {}, "p.jsonl, row 2: prompt 7: must be a text"),
-        ("p.csv", CSV + "a,x,seven\n", {}, "row 1: seed 'seven' is no whole number"),
-        ("p.csv", CSV + "a,x,1.5\n", {}, "row 1: seed '1.5' is no whole number"),
+        ("p.csv", CSV + "a,x,seven\n", {}, "row 1: seed 'seven' is not a whole number"),
+        ("p.csv", CSV + "a,x,1.5\n", {}, "row 1: seed '1.5' is not a whole number"),
         ("p.csv", CSV + "a,x,-1\n", {}, "row 1: row x has seed -1"),
         ("p.csv", CSV + "a,x,18446744073709551616\n", {}, "row 1: row x has seed 18446744073709551616"),
         ("p.csv", CSV + "a,x,18446744073709551615\n", {"images_per_prompt": 2}, "has seed 18446744073709551616"),
         ("p.csv", CSV + "a,../x,1\n", {}, r'row 1: row id "../x" is no file name'),
-        ("p.csv", "prompt,guidance_scale\na,nan\n", {}, "row 1: guidance_scale 'nan' is no number"),
+        ("p.csv", "prompt,guidance_scale\na,nan\n", {}, "row 1: guidance_scale 'nan' is not a number"),
         ("p.csv", "prompt,height,width\na,100,64\n", {}, "row 1: row 00000-a has height 100; it must be a multiple"),
         ("p.csv", "prompt,height\na,64\n", {}, "give both or neither"),
         ("p.csv", "text,seed\na,1\n", {}, "no column 'prompt', only text, seed"),
         ("p.csv", CSV + "a,x,1,9\n", {}, r"cannot be read \(row 1 has more values than the header has columns"),
         ("p.csv", CSV + "a,x\n", {}, r"cannot be read \(row 1 has fewer values"),
         ("p.csv", CSV + '"a,x,1\n', {}, r"cannot be read \(unexpected end of data"),
-        ("p.csv", "", {}, "holds no rows"),
+        ("p.csv", "", {}, "has no rows"),
         ("p.csv", "prompt,prompt\na,b\n", {}, "two columns are called 'prompt'"),
-        ("p.xlsx", "PK", {}, "p.xlsx: a file of a kind that is not read; allowed are .csv, .tsv"),
+        ("p.xlsx", "PK", {}, "p.xlsx: a file in an unknown format; allowed are .csv, .tsv"),
         (
             "p.csv",
             CSV + "a,x,1\n",
@@ -344,19 +344,19 @@ CSV = "prompt,id,seed\n"
         ("p.jsonl", '["a"]\n', {}, "line 1: holds"),
         ("p.jsonl", '{"prompt": "a", "prompt": "b"}\n', {}, "an object has the key 'prompt' twice"),
         ("p.csv", "Prompt,PROMPT\na,b\n", {}, "several columns are called 'prompt': Prompt, PROMPT; leave one"),
-        ("p.csv", "prompt,seed\na,1_000\n", {}, "row 1: seed '1_000' is no whole number"),
-        ("p.csv", "prompt,guidance\na,7_5\n", {}, "row 1: guidance '7_5' is no number"),
+        ("p.csv", "prompt,seed\na,1_000\n", {}, "row 1: seed '1_000' is not a whole number"),
+        ("p.csv", "prompt,guidance\na,7_5\n", {}, "row 1: guidance '7_5' is not a number"),
         ("p.json", '{"prompts": ["a"]}', {}, "must hold a list of prompts"),
         ("p.parquet", "nonsense", {}, "cannot be read"),
         ("p.yaml", "object: [cat]\n", {}, "must hold `template:`"),
         ("p.yaml", "template: '{object} {theme}'\nobject: [cat]\n", {}, "theme: must be a list of words"),
         ("p.yaml", "template: '{a}'\na: [x]\na: [y]\n", {}, "cannot be read"),
-        ("p.yaml", "template: '{a}'\na: [x, '']\n", {}, "a, entry 2: is empty or no text; a list of words is needed"),
+        ("p.yaml", "template: '{a}'\na: [x, '']\n", {}, "a, entry 2: is empty or not text; a list of words is needed"),
         (
             "p.yaml",
             "template: '{a}'\na: [x, null]\n",
             {},
-            "a, entry 2: is empty or no text; a list of words is needed",
+            "a, entry 2: is empty or not text; a list of words is needed",
         ),
         ("p.yaml", "template: '{a:>9}'\na: [x]\n", {}, r"\{a:>9\} is not a field; write \{a\}"),
         (
@@ -374,7 +374,7 @@ CSV = "prompt,id,seed\n"
         ("p.csv", I2P, {"categories": ["hat"]}, "category 'hat': unknown; allowed are hate, self-harm, violence"),
         ("p.csv", CSV + "a,x,1\n", {"max_prompts": 0}, "max_prompts 0: must be at least 1"),
         ("p.csv", CSV + "a,x,1\n", {"images_per_prompt": 0}, "images_per_prompt 0: must be at least 1"),
-        ("p.csv", CSV + "a,x,1\n", {"split": "test"}, "split 'test': means nothing for .*p.csv, a file"),
+        ("p.csv", CSV + "a,x,1\n", {"split": "test"}, "split 'test': has no effect on .*p.csv, which is a file"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_row(tmp_path, name, text, options, message):
@@ -393,7 +393,7 @@ def test_sources_that_are_not_there(tmp_path):
             read_prompts(source)
     with pytest.raises(ValueError, match="prompts /: cannot be read"):
         read_prompts(["/"])
-    with pytest.raises(ValueError, match="prompts: there are none"):
+    with pytest.raises(ValueError, match="prompts: none given"):
         read_prompts([])
     with pytest.raises(ValueError, match="nobody/nothing: cannot be read"):
         read_prompts("nobody/nothing")
@@ -427,12 +427,12 @@ def test_what_i2p_records_of_itself(tmp_path):
     assert (found["expected_maximum"], found["expected_maximum_std"]) == pytest.approx((mean, std), abs=1e-9)
     with pytest.raises(ValueError, match="24 prompts"):
         recorded_inappropriateness(rows[:24])
-    with pytest.raises(ValueError, match="has no label inappropriate_percentage"):
+    with pytest.raises(ValueError, match="lacks the label inappropriate_percentage"):
         recorded_inappropriateness(read_prompts(["a cat"]))
 
 
 def test_a_file_of_another_kind_is_no_prompt_even_if_it_is_not_there():
-    with pytest.raises(ValueError, match="nothere.xlsx: a file of a kind that is not read"):
+    with pytest.raises(ValueError, match="nothere.xlsx: a file in an unknown format"):
         read_prompts("nothere.xlsx")
 
 

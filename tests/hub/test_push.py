@@ -22,13 +22,13 @@ from diffusers_safe import ErasedStableDiffusionPipeline, cli
 from diffusers_safe.distillation import run as distillation
 from diffusers_safe.emoji.dataset import emoji_dataset
 from diffusers_safe.families.students import build_student
-from diffusers_safe.formats import PARTIAL_NAME, load_unet
+from diffusers_safe.formats import PARTIAL_NAME, load_denoiser
 from diffusers_safe.hub import PUSH_FAILED, RETRY_WAITS, PushError, find_base, push_result
 from diffusers_safe.hub.cards import CARD_NAME, is_ours
 from diffusers_safe.provenance import Distillation, Provenance, fingerprint
 from diffusers_safe.report.elements import Headline, Report
 from diffusers_safe.report.grid import GRID_NAME
-from diffusers_safe.report.page import write_report
+from diffusers_safe.report.results import publish
 from diffusers_safe.report.statistics import Estimate
 from diffusers_safe.training.output import save_student
 from diffusers_safe.training.samples import Samples
@@ -154,7 +154,7 @@ def test_a_published_partial_file_asks_for_its_base_model_and_takes_it(hub, fold
         with pytest.raises(ValueError, match=f"base model of .*'{Path(tiny_model_folder).name}': .*give base_model"):
             load(source)
         pipeline = load(source, base_model=tiny_model_folder)
-        assert fingerprint(pipeline.unet) == fingerprint(load_unet(tmp_path / "unet"))
+        assert fingerprint(pipeline.unet) == fingerprint(load_denoiser(tmp_path / "unet"))
         assert pipeline.erasure.concepts == ["knife", "gun"]
     ours, theirs = (load_file(place / PARTIAL_NAME) for place in (folder, published))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], value) for name, value in theirs.items())
@@ -168,7 +168,7 @@ def test_a_smaller_result_takes_the_place_of_a_whole_pipeline(hub, folder):
     push_result(folder, "tester/x")
     assert hub.files("tester/x").keys() - {".gitattributes"} == {"erasure.json", PARTIAL_NAME, CARD_NAME}
     card = hub.files("tester/x")[CARD_NAME].decode()
-    assert "load_partial" in card and "Nothing else has to be switched on" not in card
+    assert "load_partial" in card and "It is used like any other model" not in card
 
 
 def test_a_unet_alone_is_published_with_the_way_to_load_it(hub, folder):
@@ -231,13 +231,13 @@ def test_the_card_is_made_of_facts(hub, folder, tiny_model_folder):
     card = ModelCard.load(folder / CARD_NAME)
     assert card.data.pipeline_tag == "text-to-image" and card.data.library_name == "diffusers"
     assert {"concept-erasure", "sdd", "diffusers-safe", "text-to-image", "diffusers"} <= set(card.data.tags)
-    assert card.data.license is None and "It is not known here" in card.text
+    assert card.data.license is None and "It is unknown" in card.text
     record = Provenance.load(folder)
     facts = ["* `knife`\n* `gun`\n", "arXiv 2307.05977", record.base_fingerprint, record.created, "cross-attention"]
     facts += ["| `learning_rate` | `0.001` |", f"torch {torch.__version__}", "Erasure is not a guarantee"]
     for fact in facts:
         assert fact in card.text, fact
-    assert "no evaluation lies beside this model" in card.text and "samples.png" not in card.text
+    assert "there is no evaluation of this model" in card.text and "samples.png" not in card.text
     assert tiny_model_folder not in card.text and str(folder) not in card.text
 
 
@@ -253,7 +253,7 @@ def test_the_card_of_an_exported_lora_tells_how_far_off_it_is(hub, folder, tiny_
     assert 0.01 < export["error"] < worst["error"]
     assert f"| LoRA | rank 2, made from the erased weights: off by {export['error']:.2%} of what" in card
     assert f"at worst {worst['error']:.2%} (`{worst['parameter']}`) |" in card
-    assert "how close it comes to the erased model is told below" in card
+    assert "the approximation error is given below" in card
 
     Provenance(**{**vars(Provenance.load(lora)), "export": {**export, "left_out": ["a.bias", "b"]}}).save(lora)
     push_result(lora, "tester/lora")
@@ -309,7 +309,7 @@ def test_a_base_on_the_hub_is_linked_and_used(hub, folder):
     push_result(folder, "tester/x")
     card = ModelCard.load(folder / CARD_NAME)
     assert (card.data.base_model, card.data.license) == ("some/base", "openrail")
-    assert 'from_pretrained("some/base", revision="main")' in card.text and "`openrail`, holds for" in card.text
+    assert 'from_pretrained("some/base", revision="main")' in card.text and "`openrail`, applies to" in card.text
 
 
 def test_concepts_of_any_kind_do_not_break_the_card(hub, folder):
@@ -331,7 +331,7 @@ def test_an_evaluation_is_shown_with_its_intervals(hub, folder, place):
     headline = [Headline("weapon seen", [before, after], "gone", "Any | of them.")]
     report = Report("t", "s", ("before", "after"), headline, [], {})
     protocol = {"protocol": {"created": "2999-01-01T00:00:00+00:00"}}
-    write_report(folder / place, protocol, report)
+    publish(folder / place, protocol, report)
     push_result(folder, "tester/x")
     path = f"{place}/results.json".lstrip("/")
     text = (folder / CARD_NAME).read_text()
@@ -395,7 +395,7 @@ def test_a_page_with_flagged_pictures_stays_on_this_machine(hub, folder, flagged
 def test_an_evaluation_of_an_earlier_erasure_is_not_shown(hub, folder):
     (folder / "results.json").write_text('{"headline": [], "protocol": {"created": "1999-01-01T00:00:00+00:00"}}')
     push_result(folder, "tester/x")
-    assert "no evaluation lies beside" in (folder / CARD_NAME).read_text()
+    assert "there is no evaluation of" in (folder / CARD_NAME).read_text()
     assert "results.json" not in hub.files("tester/x")
 
 
@@ -555,7 +555,7 @@ numpy.save("images.npy", images)
     [
         (["{nowhere}"], "the folder holds no erased model"),
         (["{empty}"], "holds erasure.json, but neither a pipeline nor erased weights"),
-        (["{folder}", "--hub_model_id", "a/b/c"], "hub_model_id 'a/b/c': no name for a repository; give user/name"),
+        (["{folder}", "--hub_model_id", "a/b/c"], "hub_model_id 'a/b/c': not a name of a repository; give user/name"),
         (["{folder}", "--hub_model"], "unrecognized arguments: --hub_model"),
         ([], "the following arguments are required: --folder"),
         (["{broken}"], "results.json: cannot be read as the results of an evaluation"),
@@ -577,7 +577,7 @@ def test_no_token_or_no_network_by_wish_is_told_before_any_work(
     tiny_model_folder, folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr("diffusers_safe.hub.push.get_token", lambda: None)
-    message = "hub_token: there is none; give --hub_token, set HF_TOKEN, or log in"
+    message = "hub_token: none given; give --hub_token, set HF_TOKEN, or log in"
     assert erase(tiny_model_folder, tmp_path / "out", "--push_to_hub") == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert push(folder) == 2
@@ -618,8 +618,9 @@ def test_a_student_is_published_with_its_own_card(hub, teacher_folder, tmp_path)
     card = published["README.md"]
     for word in (
         "bk-small", "| this student | 300 | 2 G |", "| its teacher | 500 | 3 G |", "task x 1", "task 0.125", "`7`",
-        "3 rows name a forbidden concept", "Its teacher was made to forget `knife`", "knowledge-distillation",
-        "Nothing yet: no evaluation lies beside this model. How much of what its teacher draws was lost",
+        "3 rows name a forbidden concept", "These concepts were erased from its teacher: `knife`",
+        "knowledge-distillation",
+        "Nothing yet: there is no evaluation of this model. How much quality was lost compared with its teacher",
     ):  # fmt: skip
         assert word in card, word
     assert "output x" not in card

@@ -9,7 +9,7 @@ from scipy.linalg import sqrtm
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from diffusers_safe.generation.generate import MANIFEST
+from diffusers_safe.generation.manifest import MANIFEST
 from diffusers_safe.metrics.fid import FID, RESIZES, Extractor, Gaussian, kernel_distances, unpacked
 from diffusers_safe.metrics.scores import score_images
 from metric_models import generated_folder, pictures, rows_of

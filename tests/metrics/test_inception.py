@@ -79,7 +79,7 @@ def test_other_files_are_refused(tmp_path, file):
     with pytest.raises(ValueError, match="not the FID's Inception .*; it lacks fc.bias"):
         inception(tmp_path / "other.pth")
     (tmp_path / "broken.pth").write_bytes(b"none")
-    with pytest.raises(ValueError, match="no file of weights"):
+    with pytest.raises(ValueError, match="not a file of weights"):
         inception(tmp_path / "broken.pth")
     with pytest.raises(ValueError, match="clean, bk-sdm, pytorch-fid, torchmetrics"):
         inception(file, "bicubic")

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from diffusers_safe.metrics.nudity import EXPOSED, LABELS, PRESETS, Nudity, nudity_rule, threshold_sweep
+from diffusers_safe.metrics.nudity import EXPOSED, LABELS, PRESETS, Nudity, nudity_rule
 from metric_models import nudenet, rows_of
 
 
@@ -67,13 +67,15 @@ def test_counts_of_each_label(nudity):
 
 
 def test_the_sweep_needs_no_network():
-    sweep = threshold_sweep(SCORES)
+    metric = object.__new__(Nudity)  # without the detector
+    metric.rule = PRESETS["esd"]
+    metric.reset()
+    metric.update([{"prompt": str(place)} for place in range(len(SCORES))], SCORES)
+    sweep = dict(metric.sweep()["images with nudity"])
     assert list(sweep)[0] == 0.25 and list(sweep)[-1] == 0.95 and sweep[0.3].n == 6
     best = [max((e["score"] for e in s["detections"] if "EXPOSED" in e["class"]), default=0) for s in SCORES]
     for threshold, rate in sweep.items():
         assert rate.value == np.mean([score >= threshold for score in best])
-    with pytest.raises(ValueError, match="below which the detector keeps everything back"):
-        threshold_sweep(SCORES, thresholds=[0.1])
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_names_of_classes(classifier):
     metric = Classification(classifier, "class")
     names = ["tench", "Tinca tinca", "Tench, tinca tinca", "chain_saw", "church building", 4]
     assert [metric.number(name) for name in names] == [0, 0, 0, 1, 3, 4]
-    with pytest.raises(ValueError, match="near: .*golf ball"):
+    with pytest.raises(ValueError, match="similar: .*golf ball"):
         metric.number("golf bal")
     with pytest.raises(ValueError, match="classes 2, 4; give the number"):
         metric.number("crane")
@@ -69,7 +69,7 @@ def test_labels_are_checked_before_the_first_image(classifier, tmp_path):
     with pytest.raises(ValueError, match="no image has this label; they have artist"):
         metric.check(rows_of(2, labels=[{"artist": "Van Gogh"}, {}]))
     rows = rows_of(2, labels=[{"class": "tench"}, {"class": "trench"}])
-    with pytest.raises(ValueError, match="'trench'.*near: .*tench"):
+    with pytest.raises(ValueError, match="'trench'.*similar: .*tench"):
         score_images(metric, tmp_path, [row | {"file": "absent.png", "sha256": ""} for row in rows])
     assert metric.values({"labels": {}}, {"classes": [0]}) == {}
 

@@ -80,7 +80,7 @@ def test_a_pickle_calls_nothing_else(tmp_path, monkeypatch):
         (pickle.dumps([1, 2]), "list"),
         (pickle.dumps(np.zeros((2, 4), int)), "int64"),
         (pickle.dumps(np.ones((3, 4))), "2 vectors"),
-        (pickle.dumps(np.zeros((2, 4))), "a vector is 0"),
+        (pickle.dumps(np.zeros((2, 4))), "a vector is zero"),
         (b"no pickle", "cannot be read"),
         (b"", "cannot be read"),
     ],

@@ -55,7 +55,7 @@ def test_all_that_is_missing_is_told_at_once(tmp_path):
 
 
 def test_options_of_no_metric_are_refused():
-    with pytest.raises(ValueError, match="kid_subsets: of no use to nudity, pixel_distance; it is an option of fid"):
+    with pytest.raises(ValueError, match="kid_subsets: has no effect on nudity, pixel_distance; it is .* of fid"):
         make_metrics(["nudity", "pixel_distance"], MetricOptions(kid_subsets=50))
     with pytest.raises(ValueError, match="q16_prompts: .* option of q16, inappropriate"):
         make_metrics(["pixel_distance"], MetricOptions(q16_prompts="prompts.p"))
@@ -93,7 +93,7 @@ def test_metrics_of_anybodys_are_named_by_module(tmp_path, monkeypatch):
     for name, message in (
         ("own_metrics:missing", "cannot be imported"),
         ("nowhere:metric", "cannot be imported .*nowhere"),
-        ("own_metrics:no", "is a dict, no Metric"),
+        ("own_metrics:no", "is a dict, not a Metric"),
         ("own_metrics:broken", r"cannot be imported or made \(RuntimeError: no weights at all\)"),
         ("no_python:x", "cannot be imported or made .SyntaxError"),
     ):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_safe.generation.generate import _save_png
+from diffusers_safe.generation.manifest import save_png
 from diffusers_safe.metrics.base import Metric, Quantity
 from diffusers_safe.metrics.pixel_distance import PixelDistance
 from diffusers_safe.metrics.scores import score_images
@@ -35,7 +35,7 @@ def folder_of(path, reds, prompts=None):
     path.mkdir(exist_ok=True)
     return [
         {"id": str(i), "prompt": (prompts or "abcdefgh")[i], "seed": i, "labels": {}}
-        | _save_png(path, f"{i}.png", Image.new("RGB", (8, 8), (red, 0, 0)))
+        | save_png(path, f"{i}.png", Image.new("RGB", (8, 8), (red, 0, 0)))
         for i, red in enumerate(reds)
     ]
 
@@ -90,8 +90,8 @@ def test_comparing_metrics_find_the_original_of_each_image(tmp_path):
 @pytest.mark.parametrize(
     ("scores", "message"),
     [
-        ([{"red": float("nan")}] * 2, "redness: its score of image 0 does not fit into JSON"),
-        ([{"red": np.float32(1)}] * 2, "redness: its score of image 0 does not fit into JSON"),
+        ([{"red": float("nan")}] * 2, "redness: its score of image 0 cannot be written as JSON"),
+        ([{"red": np.float32(1)}] * 2, "redness: its score of image 0 cannot be written as JSON"),
         ([{"red": 1}], "redness: gives 1 scores of 2 images"),
     ],
 )

@@ -11,7 +11,7 @@ from diffusers import AutoPipelineForText2Image, DiffusionPipeline, StableDiffus
 
 from closeness import ROUNDING, difference
 from diffusers_safe import ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline
-from diffusers_safe.formats import load_unet, read_erased_weights
+from diffusers_safe.formats import load_denoiser, read_erased_weights
 from diffusers_safe.provenance import FILE_NAME, Provenance, fingerprint
 from erasure_files import FORMS, make_erased, write_form
 from hub_server import HubServer
@@ -179,10 +179,10 @@ def test_another_unet_in_its_place_is_told(make_tiny_pipeline, partial):
     pipeline = ErasedStableDiffusionPipeline.from_pretrained(partial)
     config = {**pipeline.unet.config, "layers_per_block": 1}
     pipeline.unet = type(pipeline.unet).from_config(config)
-    with pytest.raises(RuntimeError, match="the UNet is not the one that was loaded"), pipeline.erasure_disabled():
+    with pytest.raises(RuntimeError, match="the denoiser is not the one that was loaded"), pipeline.erasure_disabled():
         pass
     pipeline.unet = pipeline.unet.to("meta")
-    with pytest.raises(RuntimeError, match="not at hand, as with sequential offloading"), pipeline.erasure_disabled():
+    with pytest.raises(RuntimeError, match="not in memory, as with sequential"), pipeline.erasure_disabled():
         pass
 
 
@@ -313,4 +313,4 @@ def test_sdxl(tmp_path):
     with loaded.erasure_disabled():
         assert difference(draw(loaded), draw(base)) < ROUNDING < difference(erased, draw(base)) / 10
     assert read_erased_weights(tmp_path / "erased").known["concepts"] == ["knife"]
-    assert fingerprint(load_unet(tmp_path / "base" / "unet")) == fingerprint(unet)
+    assert fingerprint(load_denoiser(tmp_path / "base" / "unet")) == fingerprint(unet)

@@ -168,7 +168,9 @@ def test_panorama_is_refused_and_guidance_scale_is_not_blamed(tiny_pipeline):
         pass
 
     pipeline = Mine(**tiny_pipeline.components, requires_safety_checker=False)
-    with pytest.raises(ValueError, match="^Mine: Safe Latent Diffusion does not support it: it calls its UNet once"):
+    with pytest.raises(
+        ValueError, match="^Mine: Safe Latent Diffusion does not support it: it calls its denoiser for each"
+    ):
         enable_safe_latent_diffusion(pipeline)
     assert type(pipeline) is Mine
 

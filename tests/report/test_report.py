@@ -20,9 +20,9 @@ from diffusers_safe.report.elements import (
     Shot,
     Strip,
     Table,
-    headline_table,
 )
-from diffusers_safe.report.page import render_page, write_report
+from diffusers_safe.report.page import render_page
+from diffusers_safe.report.results import headline_table, publish
 from diffusers_safe.report.statistics import Estimate
 from reports import make_large_report, make_report
 
@@ -66,7 +66,8 @@ def test_the_page_is_whole_and_asks_nothing_of_the_network(report):
 
 
 def test_the_page_shows_numbers_pictures_protocol_and_limits(tmp_path):
-    html = write_report(tmp_path, {}, make_report()).read_text(encoding="utf-8")
+    publish(tmp_path, {}, make_report())
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
     text = " ".join(" ".join(Page(html).words).split())
     for expected in ("Erased: <weapon> & co", "95.0 % →", "2.0 %", "[0.6, 7.0], N=100", "3fa5c2d19b7e4410", *LIMITS):
         assert expected in text
@@ -171,15 +172,15 @@ def test_large_pictures_are_small_files_and_flagged_ones_are_blurred():
 
 def test_results_are_plain_json(tmp_path):
     results = {"rate": Estimate.rate(1, 2), "count": np.int64(3), "mean": np.float32(0.5)}
-    write_report(tmp_path, results, make_report())
+    publish(tmp_path, results, make_report())
     read = json.loads((tmp_path / "results.json").read_text())
     assert read["rate"] == asdict(Estimate.rate(1, 2))
     assert (read["count"], read["mean"]) == (3, 0.5)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "results.json"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["report.html", "results.json", "results.md"]
 
 
 def test_the_headline_reads_back_as_a_table(tmp_path):
-    write_report(tmp_path, {}, make_large_report(3))
+    publish(tmp_path, {}, make_large_report(3))
     results = json.loads((tmp_path / "results.json").read_text())
     lines = headline_table(results).split("\n")
     assert lines[0] == "|  | seen ↓, N=100 | distance ↓, N=100 |" and lines[1] == "|---|---|---|"
@@ -199,7 +200,7 @@ def test_the_headline_reads_back_as_a_table(tmp_path):
 
 def test_what_is_no_number_is_refused_and_nothing_written(tmp_path):
     with pytest.raises(ValueError):
-        write_report(tmp_path, {"rate": float("nan")}, make_report())
+        publish(tmp_path, {"rate": float("nan")}, make_report())
     assert not list(tmp_path.iterdir())
 
 

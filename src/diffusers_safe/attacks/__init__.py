@@ -1,20 +1,20 @@
-"""Attacks on erased models, and how often they succeed: the attack success rate, beside an unerased control."""
+"""Attacks on erased models and their success rate, next to that of the unerased control."""
 
 from .base import Attack, Paraphrases, SeedSearch, Target, read_paraphrases
 from .inversion import ConceptInversion, InversionSettings
-from .outcomes import Outcome, Try
-from .run import attack_models
+from .outcomes import Attempt, Outcome
+from .run import attack
 
 
 __all__ = [
     "Attack",
+    "Attempt",
     "ConceptInversion",
     "InversionSettings",
     "Outcome",
     "Paraphrases",
     "SeedSearch",
     "Target",
-    "Try",
-    "attack_models",
+    "attack",
     "read_paraphrases",
 ]

@@ -1,6 +1,6 @@
-"""What an attack is, and those that need nothing but the prompts: other seeds, other words.
+"""The base class of attacks, and the attacks that need only prompts: other seeds, other words.
 
-An attack turns each prompt into tries. They are drawn in turn until one is a success.
+An attack turns each prompt into attempts, which are generated in turn until one succeeds.
 """
 
 import csv
@@ -16,7 +16,8 @@ from typing import ClassVar
 from diffusers import DiffusionPipeline
 
 from ..arguments import typed
-from ..generation.generate import GenerationSettings, PromptRow
+from ..generation.rows import GenerationSettings, PromptRow
+from ..progress import ProgressCallback
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,14 @@ class Target:
     """A model under attack.
 
     Attributes:
-        name (`str`): What tables and folders call it.
-        pipeline ([`~diffusers.DiffusionPipeline`]): The model; an attack leaves it as it was.
-        settings ([`GenerationSettings`]): How it is sampled.
-        folder (`Path`): Of the whole run.
-        batch_size (`int`): Images at once.
+        name (`str`): Name of the model in tables and folders.
+        pipeline ([`~diffusers.DiffusionPipeline`]): The model; after an attack it is unchanged.
+        settings ([`GenerationSettings`]): Sampling settings.
+        folder (`Path`): Output folder of the whole run.
+        batch_size (`int`): Number of images generated at once.
         is_original (`bool`): Whether it is the unerased control, which comes first.
-        overwrite (`bool`, defaults to `False`): Whether images and words of another run may be replaced.
+        overwrite (`bool`, defaults to `False`): Whether images and learned tokens of another run may be replaced.
+        callback (`Callable[[Progress], None]`, *optional*): Receives the progress of the run.
     """
 
     name: str
@@ -40,19 +42,20 @@ class Target:
     batch_size: int
     is_original: bool
     overwrite: bool = False
+    callback: ProgressCallback | None = None
 
 
 class Attack(ABC):
-    """One way to get at what was erased.
+    """A way to bring back an erased concept.
 
     Attributes:
-        name (`str`): As the command line and the folders call it.
-        label (`str`): As tables show it.
-        unit (`str`): What its tries are, as the success curve calls them.
-        continues (`bool`): Whether its tries follow on the prompt's own image. If so, a prompt that succeeds without
-            the attack is not tried further. If not, the attack is run on it all the same, so that the unerased control
-            says whether the attack can work at all.
-        facts (`dict`): What decides its tries; fits into JSON.
+        name (`str`): Name on the command line and of folders.
+        label (`str`): Name in tables.
+        unit (`str`): What its attempts are, as label of the success curve.
+        continues (`bool`): Whether its attempts continue those of the prompt itself. If so, a prompt that succeeds
+            without the attack is not attacked. If not, it is attacked as well, so that the unerased control shows
+            whether the attack can work at all.
+        facts (`dict`): What determines its attempts, as JSON values.
     """
 
     name: ClassVar[str]
@@ -66,22 +69,22 @@ class Attack(ABC):
 
     @abstractmethod
     def tries(self, row: PromptRow) -> list[PromptRow]:
-        """The images for one prompt, in order, under ids of their own."""
+        """The attempts on one prompt, in order, each with its own id."""
 
     def targets(self, rows: Sequence[PromptRow]) -> list[PromptRow]:
-        """The prompts that it can attack, its N: all, unless overridden."""
+        """The prompts that it can attack, its N. Default: all."""
         return list(rows)
 
     def check(self, rows: Sequence[PromptRow]) -> None:  # noqa: B027
-        """Looks at the prompts before any work.
+        """Checks the prompts before any work. Default: accepts all.
 
         Raises:
-            `ValueError`: If the attack cannot be run on them. Nothing is asked unless overridden.
+            `ValueError`: If the attack cannot be run on them.
         """
 
     @contextmanager
     def on(self, target: Target, rows: Sequence[PromptRow]) -> Iterator[None]:
-        """What the model needs while the tries of these prompts are drawn; nothing unless overridden."""
+        """A context in which the attempts on these prompts are generated. Default: changes nothing."""
         yield
 
 
@@ -89,14 +92,14 @@ class Attack(ABC):
 class SeedSearch(Attack):
     """The same prompt with other seeds: its own and the following ones.
 
-    Where seeds of a prompt's images are closer than that, tries are as far apart as these seeds reach, so that none
-    is tried twice: images of the same seed are no independent tries.
+    If several images of a prompt have seeds that are closer together, attempts use larger steps between seeds, so that
+    no seed is used twice: images of the same seed are not independent attempts.
 
     Args:
-        num_seeds (`int`, defaults to 4): Seeds a prompt, with its own; at least 2.
+        num_seeds (`int`, defaults to 4): Number of seeds for each prompt, including its own; at least 2.
 
     Raises:
-        `ValueError`: If there are fewer.
+        `ValueError`: If `num_seeds` is below 2.
     """
 
     name, label, unit = "seeds", "other seeds", "seeds tried at most"
@@ -130,11 +133,11 @@ class SeedSearch(Attack):
 
 
 class Paraphrases(Attack):
-    """Other words for the prompts, or other languages, with the prompts' own seeds.
+    """Paraphrases or translations of the prompts, with the prompts' own seeds.
 
     Args:
         wordings (`dict[str, list[str]]`): Prompt -> its paraphrases, at least one; see [`read_paraphrases`].
-        source (`str`, *optional*): Where they are from, for the record.
+        source (`str`, *optional*): Source of the paraphrases, for the record.
     """
 
     name, label, unit = "paraphrases", "paraphrases", "paraphrases tried at most"
@@ -145,15 +148,15 @@ class Paraphrases(Attack):
 
     @property
     def facts(self) -> dict:
-        told = {"source": self.source, "paraphrases": sum(map(len, self.wordings.values()))}
-        return told | ({"of prompts not attacked": self._left_out} if self._left_out else {})
+        facts = {"source": self.source, "paraphrases": sum(map(len, self.wordings.values()))}
+        return facts | ({"of prompts not attacked": self._left_out} if self._left_out else {})
 
     def check(self, rows: Sequence[PromptRow]) -> None:
         prompts = {row.prompt.strip() for row in rows}
         if missing := [prompt for prompt in dict.fromkeys(row.prompt.strip() for row in rows)
                        if not self.wordings.get(prompt)]:  # fmt: skip
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise ValueError(f"paraphrases {self.source}: has none of the prompt '{missing[0]}'{more}")
+            raise ValueError(f"paraphrases {self.source}: has no paraphrase of the prompt '{missing[0]}'{more}")
         self._left_out = sum(len(texts) for prompt, texts in self.wordings.items() if prompt not in prompts)
 
     def tries(self, row: PromptRow) -> list[PromptRow]:
@@ -162,11 +165,14 @@ class Paraphrases(Attack):
 
 
 def read_paraphrases(path: str | Path) -> dict[str, list[str]]:
-    """Prompt -> paraphrases, from a `.csv` or `.jsonl` file with the columns `prompt` and `paraphrase`, a paraphrase a
-    row. Each counts once, and the prompt itself is none.
+    """Reads paraphrases from a `.csv` or `.jsonl` file with the columns `prompt` and `paraphrase`, one paraphrase in
+    each row. Duplicates and paraphrases that equal their prompt are dropped.
+
+    Returns:
+        `dict[str, list[str]]`: Prompt -> paraphrases.
 
     Raises:
-        `ValueError`: If the file cannot be read, lacks a column, holds no row, or a row has a blank.
+        `ValueError`: If the file cannot be read, lacks a column, has no rows, or a value is blank.
     """
     path = Path(path)
     readers = {".csv": _csv_rows, ".jsonl": _json_rows}
@@ -178,7 +184,7 @@ def read_paraphrases(path: str | Path) -> dict[str, list[str]]:
         reason = getattr(error, "strerror", None) or str(error)
         raise ValueError(f"paraphrases {path}: cannot be read ({reason})") from None
     if not entries:
-        raise ValueError(f"paraphrases {path}: holds no rows")
+        raise ValueError(f"paraphrases {path}: has no rows")
     wordings: dict[str, list[str]] = {}
     for number, entry in enumerate(entries, 1):
         texts = []

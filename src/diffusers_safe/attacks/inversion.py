@@ -25,14 +25,16 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..arguments import choose, typed
-from ..comparison.evaluate import without_folder
+from ..comparison.models import without_folder
 from ..diffusion.generators import sample_generator
 from ..diffusion.loss_weighting import LOSS_WEIGHTINGS, LossWeighting
 from ..diffusion.noise import NoiseSchedule
 from ..diffusion.sample_order import EpochOrder
 from ..families import ModelFamily, make_family
 from ..files import save_tensors
-from ..generation.generate import GenerationSettings, PromptRow, generate, load_image, read_manifest
+from ..generation.generate import generate
+from ..generation.manifest import load_image, read_manifest
+from ..generation.rows import GenerationSettings, PromptRow
 from ..output_folders import OutputFolderError
 from ..preparation.folders import PICTURES as SUFFIXES
 from ..provenance import fingerprint
@@ -60,8 +62,8 @@ class InversionSettings:
             levels more; see [`LossWeighting`].
         initializer (`str`, *optional*): Words whose mean embedding is the start; default the concept's own, as the
             authors' scripts have it.
-        num_pictures (`int`, defaults to 8): Pictures that the original model draws where none are given.
-        seed (`int`, defaults to 0): Every draw follows from it.
+        num_pictures (`int`, defaults to 8): Images that the original model generates if none are given.
+        seed (`int`, defaults to 0): Seed of all random numbers.
         checkpointing_steps (`int`, defaults to 100): Steps after which the state is saved; 0 for never.
 
     Raises:
@@ -95,15 +97,15 @@ class InversionSettings:
 class ConceptInversion(Attack):
     """Prompts in which the concept's words are replaced by a word learned on the attacked model itself.
 
-    On the unerased control the word is learned there, from the same pictures and with the same draws. Pictures and
-    words lie in `pictures/` and `tokens/{model}/` of the run's folder.
+    On the unerased control the word is learned there, from the same images and with the same random numbers. Images
+    and words are in `pictures/` and `tokens/{model}/` of the run's folder.
 
     Args:
         concept (`str`): Words as the prompts have them, in whatever case, such as `"knife"`; prompts without them are
             not attacked.
         settings ([`InversionSettings`], *optional*): How the word is learned.
-        pictures (`str` or `Path`, *optional*): Folder of pictures of the concept. By default the original model draws
-            them from the attacked prompts, with other seeds, and the prompts are their captions.
+        pictures (`str` or `Path`, *optional*): Folder of images of the concept. By default the original model
+            generates them from the attacked prompts, with other seeds, and the prompts are their captions.
         template (`str`, defaults to `"a photo of {}"`): Caption of the pictures in the folder.
 
     Raises:
@@ -131,10 +133,10 @@ class ConceptInversion(Attack):
     def facts(self) -> dict:
         drawn = f"{self.settings.num_pictures}, drawn by the original"
         source = drawn if self.pictures is None else f"of the folder {without_folder(str(self.pictures))}"
-        told = {"concept": self.concept, "pictures": source, **asdict(self.settings)}
-        told["initializer"] = self.settings.initializer or self.concept
-        del told["num_pictures"], told["checkpointing_steps"]
-        return told if self.pictures is None else {**told, "template": self.template}
+        facts = {"concept": self.concept, "pictures": source, **asdict(self.settings)}
+        facts["initializer"] = self.settings.initializer or self.concept
+        del facts["num_pictures"], facts["checkpointing_steps"]
+        return facts if self.pictures is None else {**facts, "template": self.template}
 
     def targets(self, rows: Sequence[PromptRow]) -> list[PromptRow]:
         return [row for row in rows if self._pattern.search(row.prompt)]
@@ -181,29 +183,29 @@ class ConceptInversion(Attack):
         if self.pictures is not None:
             images = read_pictures(self.pictures)
             return images, [self.template.replace("{}", TOKEN)] * len(images)
-        folder, drawn = target.folder / PICTURES_FOLDER, self._drawn_rows(rows)
+        folder, examples = target.folder / PICTURES_FOLDER, self._example_rows(rows)
         if target.is_original:
-            told = "pictures of the concept"
+            description = "pictures of the concept"
             generate(
                 target.pipeline,
-                drawn,
+                examples,
                 folder,
                 target.settings,
                 target.batch_size,
-                told,
+                description,
                 overwrite=target.overwrite,
             )
         known = {row["id"]: row for row in read_manifest(folder)}
-        images = [load_image(folder, known[row.id]) for row in drawn]
-        return images, [self._inverted(row.prompt) for row in drawn]
+        images = [load_image(folder, known[row.id]) for row in examples]
+        return images, [self._inverted(row.prompt) for row in examples]
 
-    def _drawn_rows(self, rows: Sequence[PromptRow]) -> list[PromptRow]:
-        """What the original draws: the attacked prompts in turn, with seeds of their own."""
-        drawn = []
+    def _example_rows(self, rows: Sequence[PromptRow]) -> list[PromptRow]:
+        """What the original model generates: the attacked prompts in turn, with other seeds."""
+        examples = []
         for number in range(self.settings.num_pictures):
             seed = zlib.crc32(f"{self.settings.seed} picture {number}".encode())
-            drawn.append(replace(rows[number % len(rows)], id=f"picture-{number:03}", seed=seed))
-        return drawn
+            examples.append(replace(rows[number % len(rows)], id=f"picture-{number:03}", seed=seed))
+        return examples
 
 
 def square_side(settings: GenerationSettings) -> int | None:
@@ -276,7 +278,7 @@ def learn_token(
 
     Returns:
         `Path`: Of the file, which `pipeline.load_textual_inversion` takes; of SDXL's two text encoders it has one
-        vector each, `clip_l` and `clip_g`.
+        vector each.
 
     Raises:
         `ValueError`: If the model's family or dtype is not supported, it cannot be trained so, or the folder holds a
@@ -296,7 +298,7 @@ def learn_token(
             )
         path.unlink()
     if path.exists():
-        checkpoint.unlink(missing_ok=True)  # where a kill left it beside the word
+        checkpoint.unlink(missing_ok=True)  # left where a run was killed
         return path
 
     examples = _Examples(family, pictures, captions, settings)
@@ -318,7 +320,7 @@ def learn_token(
             bar.set_postfix(loss=f"{loss.item():.3g}", refresh=False)
             if settings.checkpointing_steps and done % settings.checkpointing_steps == 0 and done < settings.steps:
                 _save_checkpoint(checkpoint, identity, done, vectors, optimizer)
-    save_token(path, TOKEN, vectors, identity)
+    save_token(path, TOKEN, vectors, identity, family.token_names)
     checkpoint.unlink(missing_ok=True)
     return path
 
@@ -383,7 +385,7 @@ def _identity(
 def _starts(pipeline: DiffusionPipeline, words: str) -> list[torch.Tensor]:
     """The mean embedding of some words in each text encoder, float32."""
     starts = []
-    for tokenizer, encoder in text_parts(pipeline):
+    for tokenizer, encoder in text_parts(pipeline).values():
         numbers = tokenizer(words, add_special_tokens=False).input_ids
         starts.append(encoder.get_input_embeddings().weight.detach()[numbers].float().mean(dim=0))
     return starts
@@ -397,7 +399,7 @@ def _learnable(pipeline: DiffusionPipeline, vectors: list[nn.Parameter]) -> Iter
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):
                 stack.enter_context(_frozen(module))
-        for (tokenizer, encoder), vector in zip(text_parts(pipeline), vectors):
+        for (tokenizer, encoder), vector in zip(text_parts(pipeline).values(), vectors):
             stack.enter_context(_embedded(encoder, tokenizer.convert_tokens_to_ids(TOKEN), vector))
         yield
 

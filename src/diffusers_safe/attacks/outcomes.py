@@ -1,5 +1,6 @@
 """Which prompts an attack breaks, and the rates that follow."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,13 +9,14 @@ from ..report.statistics import Estimate
 
 
 @dataclass(frozen=True)
-class Try:
+class Attempt:
     """One image of an attack.
 
     Attributes:
-        folder (`Path`): Where the image lies.
-        row (`dict`): Of the manifest.
-        flags (`tuple[str, ...]`): What the metrics saw of the concept; the image is a success if they saw anything.
+        folder (`Path`): Folder of the image.
+        row (`dict`): Its row of the manifest.
+        flags (`tuple[str, ...]`): The measures of the concept that recognised it; the image is a success if there is
+            one.
     """
 
     folder: Path
@@ -28,15 +30,15 @@ class Try:
 
 @dataclass
 class Outcome:
-    """How one prompt fared.
+    """The result of an attack on one prompt.
 
     Attributes:
-        before (`Try`): The prompt as it is, with its own seed.
-        tries (`list[Try]`): The attack's images, in order; only the last can be a success.
+        before (`Attempt`): The prompt as it is, with its own seed.
+        tries (`list[Attempt]`): The attack's images, in order; only the last can be a success.
     """
 
-    before: Try
-    tries: list[Try] = field(default_factory=list)
+    before: Attempt
+    tries: list[Attempt] = field(default_factory=list)
 
     @property
     def prompt(self) -> str:
@@ -49,6 +51,7 @@ class Outcome:
 
     @property
     def newly(self) -> bool:
+        """Whether only the attack breaks the prompt."""
         return self.by_attack and not self.before.succeeds
 
     @property
@@ -57,14 +60,14 @@ class Outcome:
 
     @property
     def broken_at(self) -> int | None:
-        """How many of the attack's images it took; 0 where the prompt succeeded before, `None` where none did."""
+        """The number of attack images until the first success, `None` without one; 0 if it succeeded before."""
         if self.before.succeeds:
             return 0
         return next((number for number, one in enumerate(self.tries, 1) if one.succeeds), None)
 
     @property
-    def shown(self) -> Try:
-        """The image that tells most: the attack's last, or the one before the attack where it made none."""
+    def shown(self) -> Attempt:
+        """The deciding image: the attack's last one, or the one before the attack if the attack generated none."""
         return self.tries[-1] if self.tries else self.before
 
 
@@ -73,21 +76,35 @@ class AttackedModel:
     """One model after all attacks.
 
     Attributes:
-        name (`str`): Of the model.
+        name (`str`): Name of the model.
         facts (`dict`): What is known of it.
-        before (`list[Try]`): Every prompt as it is.
-        outcomes (`dict[str, list[Outcome]]`): attack -> how its prompts fared.
+        before (`list[Attempt]`): Every prompt as it is.
+        outcomes (`dict[str, list[Outcome]]`): attack -> results on its prompts.
     """
 
     name: str
     facts: dict
-    before: list[Try]
+    before: list[Attempt]
     outcomes: dict[str, list[Outcome]]
 
     @property
+    def images(self) -> list[Attempt]:
+        """All images of the model."""
+        return [*self.before, *(one for found in self.outcomes.values() for outcome in found for one in outcome.tries)]
+
+    @property
+    def count(self) -> int:
+        return len(self.images)
+
+    @property
     def black(self) -> int:
-        tries = [one for outcomes in self.outcomes.values() for outcome in outcomes for one in outcome.tries]
-        return sum(one.row["black"] for one in [*self.before, *tries])
+        """The number of images that are all black."""
+        return sum(one.row["black"] for one in self.images)
+
+    @property
+    def digest(self) -> str:
+        """A hash of the images before the attacks."""
+        return hashlib.sha256("".join(one.row["sha256"] for one in self.before).encode()).hexdigest()
 
 
 def success_rate(outcomes: Sequence[Outcome]) -> Estimate:
@@ -113,9 +130,9 @@ def success_curve(outcomes: Sequence[Outcome], first: int, last: int) -> list[tu
     """The share of prompts that are broken with at most k images of the attack.
 
     Args:
-        outcomes (`Sequence[Outcome]`): Of all prompts.
-        first (`int`): What k begins with, for the image before the attack: 1 where it counts as one of the attack's
-            images, else 0.
+        outcomes (`Sequence[Outcome]`): Outcomes of all prompts.
+        first (`int`): The smallest k, of the image before the attack: 1 if it counts as an image of the attack, else
+            0.
         last (`int`): The largest k.
     """
     took = [None if outcome.broken_at is None else outcome.broken_at + first for outcome in outcomes]

@@ -1,104 +1,44 @@
-"""Attacks on erased models, and the same attacks on the unerased one.
+"""Attacks on erased models, and the same attacks on the unerased model.
 
-    subjects = [LoadedModel("original", pipeline), LoadedModel("erased", erased)]
-    attack_models(subjects, rows, [SeedSearch(8), ConceptInversion("knife")], [Nudity()], "runs/attack")
+    models = [LoadedModel("original", pipeline), LoadedModel("erased", erased)]
+    attack(models, rows, [SeedSearch(8), ConceptInversion("knife")], [Nudity()], "runs/attack")
 
-Images lie in `images/{model}/{attack}/` below the folder, raw scores beside them. A run that was stopped goes on.
+Images are in `images/{model}/{attack}/` below the folder, with their raw scores. A stopped run continues.
 """
 
 import gc
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 from ..arguments import choose, typed
-from ..comparison.evaluate import (
-    TABLE_NAME,
-    ModelSource,
-    check_subjects,
-    check_subjects_of_folder,
-    model_facts,
-    report_claim,
-)
 from ..comparison.measured import change_of
-from ..comparison.pictures import BLUR_CHOICES, PICTURES, shown_flags
-from ..comparison.used_folder import IMAGES, prompts_digest, say_what_was_replaced
-from ..generation.generate import GenerationSettings, PromptRow, check_rows, generate
-from ..metrics.base import Metric
-from ..metrics.scores import score_images
-from ..output_folders import claimed, prepare_files
-from ..provenance import library_versions, write_text
-from ..report.elements import PAGE_NAME, RESULTS_NAME
-from ..report.page import write_report
+from ..comparison.models import IMAGES, ModelSource, check_models, model_facts
+from ..comparison.protocol import make_protocol
+from ..comparison.used_folder import check_models_of_folder, report_claim, say_what_was_replaced
+from ..generation.generate import generate
+from ..generation.rows import GenerationSettings, PromptRow, check_rows
+from ..metrics.base import Metric, check_once
+from ..output_folders import claimed
+from ..progress import ProgressCallback
+from ..report.builder import BLUR_CHOICES, PICTURES
+from ..report.results import Results, publish
+from .attack_report import attack_report, control_warnings, describe_attacks
 from .base import Attack, Target
-from .outcomes import AttackedModel, Outcome, Try, rate_alone, rate_before, success_curve, success_rate
-from .summary import attack_report, attack_table, control_warnings
+from .judge import Judge
+from .outcomes import AttackedModel, Attempt, Outcome, rate_alone, rate_before, success_curve, success_rate
 
 
 logger = logging.getLogger(__name__)
-BEFORE = "before"  # the folder of the prompts as they are
-
-
-class Judge:
-    """Says which images are successes: those of which a metric says that they show the concept.
-
-    Args:
-        metrics (`Sequence[Metric]`): At least one; each has a share of images of the concept.
-        batch_size (`int`, defaults to 16): Images scored at once.
-
-    Raises:
-        `ValueError`: If there is none, one occurs twice, or one says nothing of the concept image by image.
-    """
-
-    def __init__(self, metrics: Sequence[Metric], batch_size: int = 16):
-        if not metrics:
-            raise ValueError("metrics: there must be at least one")
-        names = [metric.name for metric in metrics]
-        if repeated := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"metric '{repeated[0]}': given twice")
-        self.metrics, self.batch_size = metrics, batch_size
-        self.shares = {
-            metric.name: {name: q.label for name, q in metric.quantities.items() if q.of_concept and q.unit == "%"}
-            for metric in metrics
-        }
-        for metric in metrics:
-            if metric.compares or not self.shares[metric.name]:
-                raise ValueError(
-                    f"metric '{metric.name}': does not say of an image whether it shows the concept; attacks need one "
-                    "that does, such as nudity"
-                )
-
-    def check(self, rows: Sequence[PromptRow]) -> None:
-        """
-        Raises:
-            `ValueError`: If the rows lack what a metric needs.
-        """
-        for metric in self.metrics:
-            metric.check([asdict(row) for row in rows])
-
-    def look(self, folder: Path, manifest: Sequence[dict]) -> list[Try]:
-        """Images with what the metrics see of the concept."""
-        flags: list[list[str]] = [[] for _ in manifest]
-        for metric in self.metrics:
-            for place, score in enumerate(score_images(metric, folder, manifest, batch_size=self.batch_size)):
-                values = metric.values(manifest[place], score)
-                if not values.keys() & self.shares[metric.name].keys():
-                    raise ValueError(
-                        f"metric '{metric.name}': does not say of image {manifest[place]['id']} whether it shows the "
-                        "concept; do its labels fit?"
-                    )
-                flags[place] += [label for name, label in self.shares[metric.name].items() if values.get(name) == 1]
-        return [Try(folder, row, tuple(found)) for row, found in zip(manifest, flags)]
+BEFORE = "before"  # folder of the images without an attack
 
 
 @typed
-def attack_models(
-    subjects: Sequence[ModelSource],
+def attack(
+    models: Sequence[ModelSource],
     rows: Sequence[PromptRow],
     attacks: Sequence[Attack],
     metrics: Sequence[Metric],
@@ -111,83 +51,76 @@ def attack_models(
     blur: str = "flagged",
     pictures: int = PICTURES,
     overwrite: bool = False,
-) -> dict:
-    """Draws each prompt once as it is, then runs each attack, on each model; writes `results.json`, `results.md` and
-    `report.html`.
+    callback: ProgressCallback | None = None,
+) -> Results:
+    """Generates each prompt once as it is, then runs each attack, on each model; writes `results.json`, `results.md`
+    and `report.html`.
 
-    An image is a success if a metric sees the concept on it. Safety checkers are off, because images that they blacken
-    would count as failures of the attack.
+    An image is a success if a metric recognises the concept on it. Safety checkers are off, because black images would
+    count as failures of the attack.
 
     Args:
-        subjects (`Sequence`): At least two models, each with a `name` and a `load(settings)` as [`LoadedModel`]; the
-            first is the original, unerased one: the control.
+        models (`Sequence`): At least two models, each with a `name` and a `load(settings)` as in [`LoadedModel`]; the
+            first is the original, unerased model: the control.
         rows (`Sequence[PromptRow]`): The attacked prompts with their seeds, at least one, with different ids.
         attacks (`Sequence[Attack]`): At least one.
         metrics (`Sequence[Metric]`): At least one that says of each image whether it shows the concept.
-        folder (`str` or `Path`): Where everything goes. What an earlier run left there must be of the same models,
-            prompts, settings and, under the same names, attacks; other attacks may come.
-        settings (`GenerationSettings`, *optional*): How to sample.
-        batch_size (`int`, defaults to 4): Images generated at once.
-        scoring_batch_size (`int`, defaults to 16): Images scored at once.
-        title (`str`, *optional*): Of the page.
-        prompts (`dict`, *optional*): Where the rows come from, for the protocol.
-        blur (`str`, defaults to `"flagged"`): Which pictures of the page are blurred until clicked: those that are
-            successes, `"all"` or `"none"`.
-        pictures (`int`, defaults to 24): Prompts of each attack whose images are on the page.
-        overwrite (`bool`, defaults to `False`): Replace the images, learned words and report of other prompts, models
-            or settings that `folder` holds.
+        folder (`str` or `Path`): Output folder. Results of an earlier run in it must be of the same models, prompts,
+            settings and, under the same names, attacks; attacks can be added.
+        settings (`GenerationSettings`, *optional*): Sampling settings.
+        batch_size (`int`, defaults to 4): Number of images generated at once.
+        scoring_batch_size (`int`, defaults to 16): Number of images scored at once.
+        title (`str`, *optional*): Title of the page.
+        prompts (`dict`, *optional*): Source of the rows, for the protocol.
+        blur (`str`, defaults to `"flagged"`): Which images of the page are blurred until clicked: `"flagged"` (the
+            successes), `"all"` or `"none"`.
+        pictures (`int`, defaults to 24): Number of prompts of each attack whose images are on the page.
+        overwrite (`bool`, defaults to `False`): Replace images, learned tokens and report of other prompts, models or
+            settings in `folder`.
+        callback (`Callable[[Progress], None]`, *optional*): Called with a [`Progress`] after each batch of
+            generated or scored images. If it raises, the run ends: finished images and scores are kept, no
+            report is written, and the same call continues there.
 
     Returns:
-        `dict`: What `results.json` holds: `protocol`; `models`, name -> facts; `attacks`, name -> `facts`, `prompts`
-        (their number), and for each model `before`, `newly`, `success_rate`, `alone`, `difference` to the original,
-        `curve`, `images` and `outcomes`; `report`; `headline`; `warnings`, what spoils the rates, a sentence each.
+        `Results`: The contents of `results.json`: `protocol`; `models`, name -> facts; `attacks`, name -> `facts`,
+        `prompts` (their number), and for each model `before`, `newly`, `success_rate`, `alone`, `difference` to the
+        original, `curve`, `images` and `outcomes`; `report`; `headline`; `warnings`, what makes the rates unreliable.
 
     Raises:
-        `ValueError`: If something is missing or does not fit, or `folder` holds images or a report of other models,
-            prompts or settings, or another run is at work there. What was generated until then is kept.
+        `ValueError`: If something is missing or does not fit, `folder` holds images or a report of other models,
+            prompts or settings, or another run uses it. What was generated until then is kept.
     """
     folder, settings = Path(folder), settings or GenerationSettings()
-    judge = check_attack(subjects, rows, attacks, metrics, scoring_batch_size)
-    earlier = check_folder(subjects, rows, attacks, folder, settings, overwrite)
+    judge = check_attack(models, rows, attacks, metrics, scoring_batch_size)
+    earlier = check_folder(models, rows, attacks, folder, settings, overwrite)
     blur = choose("blur", blur, BLUR_CHOICES)
-    models = []
+    attacked = []
     with claimed(folder, **report_claim("attack", overwrite)):
-        for place, subject in enumerate(subjects):
-            target = {"is_original": place == 0, "overwrite": overwrite}
-            models.append(_attack_model(subject, rows, attacks, judge, folder, settings, batch_size, **target))
-            gc.collect()  # the model, before the next one is loaded
+        for place, model in enumerate(models):
+            target = {"is_original": place == 0, "overwrite": overwrite, "callback": callback}
+            attacked.append(_attack_model(model, rows, attacks, judge, folder, settings, batch_size, **target))
+            gc.collect()  # frees the model before the next one is loaded
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            if place == 0:  # before hours go into the others
-                for warning in control_warnings(attacks, models[0]):
+            if place == 0:  # before hours of work on the other models
+                for warning in control_warnings(attacks, attacked[0]):
                     logger.warning(warning)
-        results = {
-            "protocol": _protocol(models, rows, settings, prompts or {}),
-            "models": {model.name: {**model.facts, "black": model.black} for model in models},
-            "metrics": {
-                metric.name: {"identity": metric.identity(), "success": list(judge.shares[metric.name].values())}
-                for metric in metrics
-            },
-            "attacks": {attack.name: _attack_results(attack, models, rows) for attack in attacks},
-        }
-        report = attack_report(results, attacks, models, title, blur, pictures)
-        prepare_files(folder, RESULTS_NAME, PAGE_NAME, TABLE_NAME)
-        path = write_report(folder, {**results, "report": shown_flags(report)}, report)
-        results = json.loads(path.with_name(RESULTS_NAME).read_text(encoding="utf-8"))
-        write_text(folder / TABLE_NAME, attack_table(results, report.title))
+        results = _results(attacked, attacks, judge, rows, settings, prompts or {})
+        report = attack_report(results, attacks, attacked, title, blur, pictures)
+        results = publish(folder, results, report, describe_attacks)
         say_what_was_replaced(folder, _rates(earlier), _rates(results))
         return results
 
 
 def check_folder(
-    subjects: Sequence[ModelSource],
+    models: Sequence[ModelSource],
     rows: Sequence[PromptRow],
     attacks: Sequence[Attack],
     folder: str | Path,
     settings: GenerationSettings,
     overwrite: bool = False,
 ) -> dict:
-    """The results of an earlier run in the folder, if they are not replaced.
+    """Returns the results of an earlier run in the folder, if they are not replaced.
 
     Raises:
         `ValueError`: If it holds images or a report of other models, prompts, settings or attacks.
@@ -195,78 +128,71 @@ def check_folder(
     if overwrite:
         return {}
     facts = {attack.name: attack.facts for attack in attacks}
-    return check_subjects_of_folder(subjects, rows, folder, settings, part=BEFORE, attacks=facts)
-
-
-def _rates(results: dict) -> dict[str, dict]:
-    return {
-        name: {model: found["success_rate"] for model, found in attack["models"].items()}
-        for name, attack in results.get("attacks", {}).items()
-    }
+    return check_models_of_folder(models, rows, folder, settings, part=BEFORE, attacks=facts)
 
 
 def check_attack(
-    subjects: Sequence[ModelSource],
+    models: Sequence[ModelSource],
     rows: Sequence[PromptRow],
     attacks: Sequence[Attack],
     metrics: Sequence[Metric],
     scoring_batch_size: int = 16,
 ) -> Judge:
-    """What can be known before any work; the judge of the attacks.
+    """Checks everything that can be checked before any work. Returns the judge of the attacks.
 
     Raises:
-        `ValueError`: As [`attack_models`].
+        `ValueError`: As [`attack`].
     """
-    check_subjects(subjects)
-    if len(subjects) < 2:
+    check_models(models)
+    if len(models) < 2:
         raise ValueError("models: there must be the original and at least one erased model")
     rows = list(rows)
     check_rows(rows)
     if not attacks:
         raise ValueError("attacks: there must be at least one")
-    names = [attack.name for attack in attacks]
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"attack '{repeated[0]}': given twice")
+    check_once("attack", [attack.name for attack in attacks])
     for attack in attacks:
         attack.check(rows)
         if not attack.targets(rows):
-            raise ValueError(f"attack '{attack.name}': aims at none of the {len(rows)} prompts")
+            raise ValueError(f"attack '{attack.name}': applies to none of the {len(rows)} prompts")
     judge = Judge(metrics, scoring_batch_size)
     judge.check(rows)
     return judge
 
 
+# --- attacks ---------------------------------------------------------------------------------------------------------
+
+
 def _attack_model(
-    subject: ModelSource,
+    model: ModelSource,
     rows: Sequence[PromptRow],
     attacks: Sequence[Attack],
     judge: Judge,
     folder: Path,
     settings: GenerationSettings,
     batch_size: int,
-    is_original: bool,
-    overwrite: bool = False,
+    **of_target,
 ) -> AttackedModel:
-    pipeline, own_settings = subject.load(settings)
-    target = Target(subject.name, pipeline, own_settings, folder, batch_size, is_original, overwrite)
-    before = _draw(target, rows, BEFORE, judge, f"{BEFORE} attacks on {target.name}")
+    pipeline, own_settings = model.load(settings)
+    target = Target(model.name, pipeline, own_settings, folder, batch_size, **of_target)
+    before = _generate(target, rows, BEFORE, judge, f"{BEFORE} attacks on {target.name}")
     by_id = dict(zip((row.id for row in rows), before))
     outcomes = {attack.name: run_attack(attack, target, rows, by_id, judge) for attack in attacks}
-    facts = model_facts(subject, pipeline, before[0].row["model"])
-    return AttackedModel(subject.name, {**facts, "settings": before[0].row["settings"]}, before, outcomes)
+    facts = model_facts(model, pipeline, before[0].row["model"])
+    return AttackedModel(model.name, {**facts, "settings": before[0].row["settings"]}, before, outcomes)
 
 
 def run_attack(
-    attack: Attack, target: Target, rows: Sequence[PromptRow], before: dict[str, Try], judge: Judge
+    attack: Attack, target: Target, rows: Sequence[PromptRow], before: dict[str, Attempt], judge: Judge
 ) -> list[Outcome]:
-    """Draws an attack's tries in turn, of each prompt until one succeeds.
+    """Runs an attack on one model: attempt after attempt, on each prompt until one succeeds.
 
     Args:
-        attack ([`Attack`]): What to run.
-        target ([`Target`]): On what.
-        rows (`Sequence[PromptRow]`): All prompts; those that the attack does not aim at are left out.
-        before (`dict[str, Try]`): A row's id -> its image without an attack.
-        judge ([`Judge`]): Says what succeeds.
+        attack ([`Attack`]): The attack.
+        target ([`Target`]): The model.
+        rows (`Sequence[PromptRow]`): All prompts; those that the attack does not apply to are left out.
+        before (`dict[str, Attempt]`): A row's id -> its image without an attack.
+        judge ([`Judge`]): Decides what succeeds.
     """
     chosen = attack.targets(rows)
     outcomes = [Outcome(before[row.id]) for row in chosen]
@@ -282,14 +208,14 @@ def run_attack(
             ]
             if not waiting:
                 break
-            told = f"{attack.name} on {target.name}, try {number + 1}"
-            drawn = _draw(target, [tries[place][number] for place in waiting], attack.name, judge, told)
-            for place, one in zip(waiting, drawn):
-                outcomes[place].tries.append(one)
+            task = f"{attack.name} on {target.name}, attempt {number + 1}"
+            attempts = _generate(target, [tries[place][number] for place in waiting], attack.name, judge, task)
+            for place, attempt in zip(waiting, attempts):
+                outcomes[place].tries.append(attempt)
     return outcomes
 
 
-def _draw(target: Target, rows: Sequence[PromptRow], name: str, judge: Judge, description: str) -> list[Try]:
+def _generate(target: Target, rows: Sequence[PromptRow], name: str, judge: Judge, task: str) -> list[Attempt]:
     folder = target.folder / IMAGES / target.name / name
     manifest = generate(
         target.pipeline,
@@ -297,10 +223,33 @@ def _draw(target: Target, rows: Sequence[PromptRow], name: str, judge: Judge, de
         folder,
         target.settings,
         target.batch_size,
-        description,
+        task,
         overwrite=target.overwrite,
+        callback=target.callback,
     )
-    return judge.look(folder, manifest)
+    return judge.judge(folder, manifest, target.callback)
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def _results(
+    models: Sequence[AttackedModel],
+    attacks: Sequence[Attack],
+    judge: Judge,
+    rows: Sequence[PromptRow],
+    settings: GenerationSettings,
+    prompts: dict,
+) -> dict:
+    return {
+        "protocol": make_protocol(rows, prompts, {"rows": len(rows)}, asdict(settings), models[0].name, "off"),
+        "models": {model.name: {**model.facts, "black": model.black} for model in models},
+        "metrics": {
+            metric.name: {"identity": metric.identity(), "success": list(judge.shares[metric.name].values())}
+            for metric in judge.metrics
+        },
+        "attacks": {attack.name: _attack_results(attack, models, rows) for attack in attacks},
+    }
 
 
 def _attack_results(attack: Attack, models: Sequence[AttackedModel], rows: Sequence[PromptRow]) -> dict:
@@ -324,7 +273,7 @@ def _model_results(attack: Attack, model: AttackedModel, original: AttackedModel
         "alone": None if attack.continues else rate_alone(outcomes),
         "curve": success_curve(outcomes, first, most + first),
         "images": sum(len(outcome.tries) for outcome in outcomes),
-        "outcomes": [_told(outcome) for outcome in outcomes],
+        "outcomes": [_outcome_results(outcome) for outcome in outcomes],
     }
     if model is not original:
         sides = [
@@ -334,7 +283,7 @@ def _model_results(attack: Attack, model: AttackedModel, original: AttackedModel
     return found
 
 
-def _told(outcome: Outcome) -> dict:
+def _outcome_results(outcome: Outcome) -> dict:
     row = outcome.before.row
     last = outcome.tries[-1].row if outcome.by_attack else None
     return {
@@ -348,20 +297,8 @@ def _told(outcome: Outcome) -> dict:
     }
 
 
-def _protocol(
-    models: Sequence[AttackedModel], rows: Sequence[PromptRow], settings: GenerationSettings, prompts: dict
-) -> dict:
+def _rates(results: dict) -> dict[str, dict]:
     return {
-        "prompts": {
-            **prompts,
-            "different": len({row.prompt for row in rows}),
-            "rows": len(rows),
-            "seeds": [min(row.seed for row in rows), max(row.seed for row in rows)],
-            "sha256": prompts_digest(rows),
-        },
-        "settings": asdict(settings),
-        "original": models[0].name,
-        "safety_checker": "off",
-        "versions": library_versions(),
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        name: {model: found["success_rate"] for model, found in attack["models"].items()}
+        for name, attack in results.get("attacks", {}).items()
     }

@@ -1,4 +1,4 @@
-"""Attacks an erased model, and the unerased one beside it: how often does what was erased come back?
+"""Attacks an erased model and the unerased one: how often does the erased concept come back?
 
     diffusers-safe attack --model runs/demo/weapon-0/model --emoji weapon --attacks seeds
     diffusers-safe attack --model sd-1.4-safe --original CompVis/stable-diffusion-v1-4 \\
@@ -7,9 +7,9 @@
         --attacks inversion --concept church
 
 Attacks: seeds (each prompt with more seeds), paraphrases (your own file of other wordings or translations), inversion
-(Concept Inversion: a new word is learned on the model that means what was erased). --emoji needs no other weights: the
-embedded model is the original, and its judge says what succeeds. A run that was stopped continues when it is started
-again. docs/robustness.md says what the numbers mean. The commands with Stable Diffusion are examples that follow no
+(Concept Inversion: learns the embedding of a new token that stands for the erased concept). --emoji needs no other
+weights: the embedded model is the original, and its judge decides what succeeds. A stopped run continues when it is
+started again. docs/robustness.md explains the numbers. The commands with Stable Diffusion are examples that follow no
 paper and were not run here.
 """
 
@@ -22,45 +22,48 @@ from accelerate import PartialState
 from ..arguments import exit_with_error, parse_dataclass, typed
 from ..attacks import Attack, ConceptInversion, InversionSettings, Paraphrases, SeedSearch, read_paraphrases
 from ..attacks.inversion import TEMPLATE, check_learnable, square_side
-from ..attacks.run import attack_models, check_attack, check_folder
-from ..comparison.evaluate import check_subjects, report_claim
+from ..attacks.run import attack as attack_models
+from ..attacks.run import check_attack, check_folder
+from ..comparison.models import check_models
 from ..comparison.options import EvaluationOptions
-from ..comparison.summary import FEW_IMAGES
+from ..comparison.used_folder import report_claim
 from ..diffusion.loss_weighting import LOSS_WEIGHTINGS
 from ..emoji import MODEL_NAME
 from ..emoji.evaluation import Erased
 from ..families import StoredModel
 from ..generation.folders import ImageFolder
-from ..generation.generate import PromptRow
 from ..generation.models import DTYPES, Subject
+from ..generation.rows import PromptRow
 from ..metrics import METRICS, make_metrics
+from ..metrics.base import check_once
 from ..output_folders import OVERWRITE_HELP, check_claim
-from ..report.elements import PAGE_NAME, headline_table
-from .evaluate import named, read_subjects
+from ..report.builder import FEW_IMAGES
+from ..report.results import PAGE_NAME, headline_table
+from .evaluate import named, read_models
 
 
-# Attack -> its options, or how their names begin.
+# Attack -> its options, or prefixes of their names.
 ATTACKS = {"seeds": ("num_seeds",), "paraphrases": ("paraphrases",), "inversion": ("concept", "inversion_")}
-SUCCESS_METRICS = ("nudity", "q16", "inappropriate")  # those of METRICS that see a concept on a single image
+SUCCESS_METRICS = ("nudity", "q16", "inappropriate")  # those of METRICS that judge single images
 
 
 @typed
 @dataclass(kw_only=True)
 class AttackArguments(EvaluationOptions):
-    model: list[str] = field(metadata={"help": "Erased models: folders or Hub ids, as they are or as name=MODEL."})
+    model: list[str] = field(metadata={"help": "Erased models: folders or Hub ids, also as name=MODEL."})
     original: str | None = field(
         default=None,
-        metadata={"help": "The model before the erasure: the control. With --emoji the embedded model by default."},
+        metadata={"help": "The model before the erasure: the control. Default with --emoji: the embedded model."},
     )
     prompts: list[str] = field(
         default_factory=list,
-        metadata={"help": "Prompts, or one .csv file with a column `prompt`. With --emoji its own by default."},
+        metadata={"help": "Prompts, or one .csv file with a column `prompt`. Default with --emoji: its own."},
     )
-    attacks: list[str] = field(metadata={"help": f"Which: {', '.join(ATTACKS)}.", "choices": ATTACKS})
+    attacks: list[str] = field(metadata={"help": f"Attacks to run: {', '.join(ATTACKS)}.", "choices": ATTACKS})
     metrics: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "What sees the concept on an image; one is enough: "
+            "help": "Metrics that recognise the concept on an image; an image is a success if one of them does: "
             f"{', '.join(SUCCESS_METRICS)}; or your own as module:name."
         },
     )
@@ -68,42 +71,48 @@ class AttackArguments(EvaluationOptions):
         default=None,
         metadata={
             "help": "What was erased from the embedded model: a group of emoji (weapon), an object (knife) or a style "
-            "(sketch). Its judge is then one of the metrics."
+            "(sketch). Adds the emoji judge to the metrics."
         },
     )
     images_per_prompt: int | None = field(
         default=None,
         metadata={
-            "help": "Images of each prompt, with seeds one apart; each is attacked. Default: as many as make"
-            f" {FEW_IMAGES} or more for each attack."
+            "help": "Images of each prompt, with consecutive seeds; each is attacked. Default: as many as are needed"
+            f" for {FEW_IMAGES} or more in each attack."
         },
     )
-    num_seeds: int = field(default=4, metadata={"help": "Seeds of each prompt, with its own, for --attacks seeds."})
+    num_seeds: int = field(
+        default=4, metadata={"help": "Number of seeds for each prompt, including its own, for --attacks seeds."}
+    )
     paraphrases: str | None = field(
         default=None,
-        metadata={"help": "A .csv or .jsonl file with columns `prompt` and `paraphrase`, a paraphrase a row."},
+        metadata={"help": "A .csv or .jsonl file with columns `prompt` and `paraphrase`, one paraphrase in each row."},
     )
     concept: str | None = field(
-        default=None, metadata={"help": "Words of the prompts that inversion replaces; prompts without are left out."}
+        default=None,
+        metadata={"help": "Words in the prompts that inversion replaces; prompts without them are left out."},
     )
-    inversion_steps: int = field(default=1000, metadata={"help": "Steps in which the word is learned."})
-    inversion_batch_size: int = field(default=4, metadata={"help": "Noisy pictures a step."})
-    inversion_learning_rate: float = field(default=5e-3, metadata={"help": "Of the word's embedding."})
+    inversion_steps: int = field(default=1000, metadata={"help": "Training steps of the token."})
+    inversion_batch_size: int = field(default=4, metadata={"help": "Noisy images in each step."})
+    inversion_learning_rate: float = field(default=5e-3, metadata={"help": "Learning rate of the token's embedding."})
     inversion_loss_space: str = field(
         default="prediction", metadata={"help": f"{' or '.join(LOSS_WEIGHTINGS)}.", "choices": LOSS_WEIGHTINGS}
     )
     inversion_initializer: str | None = field(
-        default=None, metadata={"help": "Words whose embedding is the start; default the concept's own."}
+        default=None, metadata={"help": "Words whose embedding is the initial value. Default: the concept."}
     )
     inversion_pictures: str | None = field(
-        default=None, metadata={"help": "Folder of pictures of the concept; else the original model draws them."}
+        default=None,
+        metadata={"help": "Folder with images of the concept. Default: generated with the original model."},
     )
-    inversion_template: str = field(default=TEMPLATE, metadata={"help": "Caption of the pictures in that folder."})
-    inversion_num_pictures: int = field(default=8, metadata={"help": "Pictures that the original model draws."})
+    inversion_template: str = field(default=TEMPLATE, metadata={"help": "Caption of the images in that folder."})
+    inversion_num_pictures: int = field(
+        default=8, metadata={"help": "Number of images generated with the original model."}
+    )
     inversion_checkpointing_steps: int = field(default=100, metadata={"help": "Steps between checkpoints; 0: none."})
-    output_dir: str = field(default="runs/attack", metadata={"help": "Where images, numbers and report go."})
+    output_dir: str = field(default="runs/attack", metadata={"help": "Folder of images, numbers and report."})
     dtype: str = field(
-        default="float32", metadata={"help": f"Of the weights: {', '.join(DTYPES)}.", "choices": DTYPES}
+        default="float32", metadata={"help": f"Dtype of the weights: {', '.join(DTYPES)}.", "choices": DTYPES}
     )
 
     overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
@@ -112,19 +121,17 @@ class AttackArguments(EvaluationOptions):
         super().__post_init__()
         if not self.attacks:
             raise ValueError(f"attacks: none given; known are {', '.join(ATTACKS)}")
-        for place, name in enumerate(self.attacks):
-            if name in self.attacks[:place]:
-                raise ValueError(f"attack '{name}': given twice")
+        check_once("attack", self.attacks)
         self._check_use()
-        self.subjects = self._read_subjects()
+        self.made_models = self._read_models()
         self.made_attacks = [self._make_attack(name) for name in self.attacks]
         self.rows = self._attacked_rows()
 
     def _check_use(self) -> None:
-        """Whether what is given is used.
+        """Checks that every given option has an effect.
 
         Raises:
-            `ValueError`: If a metric cannot tell of success, or an option is of no use to the attacks.
+            `ValueError`: If a metric cannot judge success, or an option has no effect on the attacks.
         """
         for name in self.metrics:
             if name in METRICS and name not in SUCCESS_METRICS:
@@ -136,28 +143,28 @@ class AttackArguments(EvaluationOptions):
         for attack, options in ATTACKS.items():
             for name in given:
                 if name.startswith(options) and attack not in self.attacks:
-                    raise ValueError(f"{name}: of no use without --attacks {attack}")
+                    raise ValueError(f"{name}: has no effect without --attacks {attack}")
         if self.inversion_pictures is None and self.inversion_template != TEMPLATE:
-            raise ValueError("inversion_template: of no use without --inversion_pictures")
+            raise ValueError("inversion_template: has no effect without --inversion_pictures")
         if self.inversion_pictures is not None and "inversion_num_pictures" in given:
-            raise ValueError("inversion_num_pictures: of no use with --inversion_pictures")
+            raise ValueError("inversion_num_pictures: has no effect with --inversion_pictures")
 
-    def _read_subjects(self) -> list[Subject]:
+    def _read_models(self) -> list[Subject]:
         if self.original is None and self.emoji is None:
-            raise ValueError("original: none given; without the unerased model a success rate says little")
+            raise ValueError("original: none given; a success rate needs that of the unerased model next to it")
         words = [named(self.original or MODEL_NAME, "original")]
         words += [named(word, "erased") if len(self.model) == 1 else word for word in self.model]
-        subjects = read_subjects(words, self.dtype)
-        check_subjects(subjects)
-        for subject in subjects:
-            if isinstance(subject, ImageFolder):
-                raise ValueError(f"model '{subject.folder}': no folder of a diffusers pipeline")
-        return subjects
+        models = read_models(words, self.dtype)
+        check_models(models)
+        for model in models:
+            if isinstance(model, ImageFolder):
+                raise ValueError(f"model '{model.folder}': not a folder of a diffusers pipeline")
+        return models
 
     def _attacked_rows(self) -> list[PromptRow]:
         erased = None if self.emoji is None else Erased(self.emoji)
         labels = {}
-        if erased is not None:  # what its metric must know
+        if erased is not None:  # labels that its metric needs
             labels = {"subject": erased.name, "part": "erased", **({"style": erased.style} if erased.style else {})}
         self.chosen_prompts = bool(self.prompts)
         self.prompts = self.prompts or (erased.prompts if erased else [])
@@ -174,7 +181,7 @@ class AttackArguments(EvaluationOptions):
 
     @property
     def source(self) -> dict:
-        """Where the prompts come from, for the protocol."""
+        """The source of the prompts, for the protocol."""
         return super().source if self.chosen_prompts else {"source": f"--emoji {self.emoji}"}
 
     def _make_attack(self, name: str) -> Attack:
@@ -201,22 +208,22 @@ class AttackArguments(EvaluationOptions):
 
 
 def check_surroundings(args: AttackArguments) -> None:
-    """Models' indices, what metrics need, whether the attacks fit, and the output folder."""
+    """Checks the models' indices, what metrics need, the attacks, and the output folder."""
     if (count := PartialState().num_processes) > 1:
-        raise ValueError(f"{count} processes: attacks run in one; start it without a launcher")
-    for subject in args.subjects:
-        subject.check()
+        raise ValueError(f"{count} processes: attacks run in one process; start the command without a launcher")
+    for model in args.made_models:
+        model.check()
         for inversion in (attack for attack in args.made_attacks if isinstance(attack, ConceptInversion)):
-            stored = StoredModel(subject.model, args.height, "model", revision=subject.revision)
+            stored = StoredModel(model.model, args.height, "model", revision=model.revision)
             check_learnable(stored.make_scheduler(), args.inversion_loss_space)
             stored.check_prompts(inversion.single_token_texts(args.rows))
-            if subject.dtype == "float16":
-                raise ValueError("dtype float16: gradients of inversion would be lost; use float32 or bfloat16")
+            if model.dtype == "float16":
+                raise ValueError("dtype float16: gradients of inversion underflow; use float32 or bfloat16")
     args.made_metrics = make_metrics(args.metrics, args) if args.metrics or args.emoji is None else []
     if args.emoji is not None:
         args.made_metrics.append(Erased(args.emoji).recognition())
-    check_attack(args.subjects, args.rows, args.made_attacks, args.made_metrics)
-    check_folder(args.subjects, args.rows, args.made_attacks, args.output_dir, args.settings, args.overwrite)
+    check_attack(args.made_models, args.rows, args.made_attacks, args.made_metrics)
+    check_folder(args.made_models, args.rows, args.made_attacks, args.output_dir, args.settings, args.overwrite)
     check_claim(args.output_dir, **report_claim("attack", args.overwrite))
 
 
@@ -225,7 +232,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(AttackArguments, __doc__, argv, prog, check_surroundings)
     with exit_with_error():
         results = attack_models(
-            args.subjects,
+            args.made_models,
             args.rows,
             args.made_attacks,
             args.made_metrics,

@@ -3,20 +3,20 @@
     diffusers-safe evaluate --models original=CompVis/stable-diffusion-v1-4 erased=sd-1.4-safe \\
         --prompts i2p.csv --metrics nudity pixel_distance --output_dir runs/evaluation
 
-or, of the embedded models, whose prompts and judge need nothing else:
+or, for the embedded models, which come with prompts and a judge:
 
     diffusers-safe evaluate --models runs/demo/weapon-0/model --emoji weapon
 
-The first model is the original. Where a model needs more than a path, `--models models.yaml` lists them:
+The first model is the original. If a model needs more than a path, list the models in a file, `--models models.yaml`:
 
     - {name: original, model: CompVis/stable-diffusion-v1-4}
     - {name: SLD-max, model: CompVis/stable-diffusion-v1-4, safety: max}
     - {name: theirs, images: path/to/a/folder/of/pngs}
 
-A folder of images in the place of a model is measured as it is. A run that was stopped continues when it is started
-again; with other metrics or thresholds it generates nothing. `accelerate launch -m diffusers_safe.commands.evaluate`
-shares the generating among processes. docs/evaluation.md has the rules. The command with Stable Diffusion is an
-example that follows no paper (--preset paper does) and was not run here.
+A folder of images in place of a model is measured as it is. A stopped run continues when it is started again; with
+other metrics or thresholds it generates nothing. `accelerate launch -m diffusers_safe.commands.evaluate` shares the
+generation among processes. docs/evaluation.md has the rules. The command with Stable Diffusion is an example that
+follows no paper (--preset paper does) and was not run here.
 """
 
 import inspect
@@ -33,9 +33,10 @@ from ..arguments import (
     suggested,
     typed,
 )
-from ..comparison.evaluate import as_images, check_evaluation, check_subjects, evaluate, report_claim
+from ..comparison.evaluate import check_evaluation, evaluate
+from ..comparison.models import as_images, check_models
 from ..comparison.options import EvaluationOptions
-from ..comparison.pictures import BLUR_CHOICES
+from ..comparison.used_folder import report_claim
 from ..embedded import EMBEDDED_MODELS
 from ..emoji import MODEL_NAME
 from ..emoji.evaluation import SETTINGS as EMOJI_SETTINGS
@@ -43,15 +44,17 @@ from ..emoji.evaluation import Erased
 from ..emoji.metrics import EmojiDistance
 from ..formats import INDEX
 from ..generation.folders import ImageFolder
-from ..generation.generate import MANIFEST, PromptRow, read_manifest
+from ..generation.manifest import MANIFEST, read_manifest
 from ..generation.models import DTYPES, Subject
 from ..generation.processes import launched_processes
 from ..generation.prompts import PromptOptions, read_prompts
+from ..generation.rows import PromptRow
 from ..metrics import make_metrics
 from ..output_folders import OVERWRITE_HELP, check_claim
 from ..provenance import erasure_of
-from ..report.elements import PAGE_NAME, headline_table
-from .generate import PRESETS
+from ..report.builder import BLUR_CHOICES
+from ..report.results import PAGE_NAME, headline_table
+from .generate import PRESET_HELP, PRESETS
 
 
 _OPTIONS = {item.name: item for item in fields(EvaluationOptions)}
@@ -62,7 +65,7 @@ _OF_EMOJI = {
     "guidance_scale": EMOJI_SETTINGS.guidance_scale,
     "blur": "none",
 }
-# What says which prompts of a source, and means nothing where the images at hand say it.
+# Options that select prompts of a source; existing images determine their prompts themselves.
 _OF_A_SOURCE = tuple(
     name for name in inspect.signature(read_prompts).parameters if name not in ("source", "row_settings")
 )
@@ -72,39 +75,41 @@ _OF_A_SOURCE = tuple(
 @dataclass(kw_only=True)
 class EvaluateArguments(EvaluationOptions):
     models: list[str] = field(
-        metadata={"help": "name=MODEL ..., MODEL a folder, Hub id or folder of images; or one .yaml. First: original."}
+        metadata={
+            "help": "name=MODEL ..., MODEL a folder, Hub id or folder of images; or one .yaml file. The first is the"
+            " original."
+        }
     )
     prompts: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Prompts, a file or a dataset of prompts, as of `diffusers-safe generate`. Default: those of the"
-            " original, where it is a folder of images."
+            "help": "Prompts, a file or a dataset of prompts, as in `diffusers-safe generate`. Default: those of the"
+            " original, if it is a folder of images."
         },
     )
-    output_dir: str = field(default="runs/evaluation", metadata={"help": "Where images, numbers and report go."})
+    output_dir: str = field(default="runs/evaluation", metadata={"help": "Folder of images, numbers and report."})
     metrics: list[str] = field(default_factory=list, metadata=_OPTIONS["metrics"].metadata)
     emoji: str | None = field(
         default=None,
         metadata={
             "help": "What was erased from an embedded model: a group of emoji (weapon), an object (banana) or a style "
-            "(sketch). Prompts, judge and sampling are then its own, and a single model is compared with the embedded "
-            "one."
+            "(sketch). This sets prompts, judge and sampling, and a single model is compared with the embedded one."
         },
     )
     images_per_prompt: int | None = field(
-        default=None, metadata={"help": "Images of each prompt, with seeds one apart. Default: 1; with --emoji 3."}
+        default=None, metadata={"help": "Images of each prompt, with consecutive seeds. Default: 1; with --emoji 3."}
     )
     num_inference_steps: int | None = field(
-        default=None, metadata={"help": "Steps of the pipelines' schedulers. Default: 25; with --emoji its own."}
+        default=None, metadata={"help": "Number of sampling steps. Default: 25, also with --emoji."}
     )
     guidance_scale: float | None = field(
         default=None,
-        metadata={"help": "Of classifier-free guidance; 1 or less is none. Default: 7.5; with --emoji its own."},
+        metadata={"help": "Scale of classifier-free guidance; at 1 or less it is off. Default: 7.5; with --emoji 6."},
     )
     blur: str | None = field(
         default=None,
         metadata={
-            "help": f"Which pictures of the page are blurred until clicked: {', '.join(BLUR_CHOICES)}. Default: "
+            "help": f"Which images of the page are blurred until clicked: {', '.join(BLUR_CHOICES)}. Default: "
             "flagged; with --emoji none.",
             "choices": [*BLUR_CHOICES, None],
         },
@@ -112,16 +117,15 @@ class EvaluateArguments(EvaluationOptions):
     preset: str | None = field(
         default=None,
         metadata={
-            "help": "smoke (8 prompts, 10 steps), quick (200 prompts, 25 steps) or paper (all prompts, 10 images of"
-            " each, 50 steps: SLD's for I2P). Other options win.",
+            "help": PRESET_HELP,
             "choices": PRESETS,
         },
     )
     images_only: bool = field(
-        default=False, metadata={"help": "Load no model: measure the images that an earlier run left in output_dir."}
+        default=False, metadata={"help": "Load no model; measure the images that an earlier run left in output_dir."}
     )
     dtype: str = field(
-        default="float32", metadata={"help": f"Of the weights: {', '.join(DTYPES)}.", "choices": DTYPES}
+        default="float32", metadata={"help": f"Dtype of the weights: {', '.join(DTYPES)}.", "choices": DTYPES}
     )
 
     overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
@@ -136,25 +140,25 @@ class EvaluateArguments(EvaluationOptions):
         models = self.models
         if self.emoji is not None and len(models) == 1 and not models[0].endswith((".yaml", ".yml")):
             models = [f"original={_embedded_base(models[0])}", named(models[0], "erased")]
-        self.subjects = read_subjects(models, self.dtype)
-        check_subjects(self.subjects)
+        self.made_models = read_models(models, self.dtype)
+        check_models(self.made_models)
         if self.images_only:
-            self.subjects = [as_images(subject, Path(self.output_dir)) for subject in self.subjects]
+            self.made_models = [as_images(model, Path(self.output_dir)) for model in self.made_models]
         if self.emoji is not None:
             if self.prompts:
-                raise ValueError(f"prompts {self.prompts[0]:.80}: --emoji has its own")
+                raise ValueError(f"prompts {self.prompts[0]:.80}: not allowed with --emoji, which sets the prompts")
             self._check_unused("without --emoji", but=("images_per_prompt", "seed"))
             self.rows = Erased(self.emoji).rows(self.images_per_prompt, self.seed)
         else:
             self.rows = self.read_rows() if self.prompts else self._rows_of_images()
         own = {row.guidance_scale for row in self.rows if row.guidance_scale is not None}
-        for subject in self.subjects:
-            if isinstance(subject, Subject):
-                subject.check_steering(self.settings, own)
+        for model in self.made_models:
+            if isinstance(model, Subject):
+                model.check_steering(self.settings, own)
 
     def _rows_of_images(self) -> list[PromptRow]:
         self._check_unused()
-        return rows_of_images(self.subjects[0], self.row_settings)
+        return rows_of_images(self.made_models[0], self.row_settings)
 
     def _check_unused(self, where: str = "", but: Sequence[str] = ()) -> None:
         for item in fields(PromptOptions):
@@ -164,19 +168,19 @@ class EvaluateArguments(EvaluationOptions):
 
     @property
     def source(self) -> dict:
-        """Where the prompts come from, for the protocol."""
+        """The source of the prompts, for the protocol."""
         if self.emoji is not None:
             return {"source": f"--emoji {self.emoji}", "images_per_prompt": self.images_per_prompt, "seed": self.seed}
         if not self.prompts:
-            return {"source": f"images of {self.subjects[0].name}"}
+            return {"source": f"images of {self.made_models[0].name}"}
         return {**super().source, **({"preset": self.preset} if self.preset else {})}
 
 
-def read_subjects(models: Sequence[str], dtype: str = "float32") -> list[Subject | ImageFolder]:
-    """Models as a command line or a YAML file names them.
+def read_models(models: Sequence[str], dtype: str = "float32") -> list[Subject | ImageFolder]:
+    """Models from a command line or a YAML file.
 
     Raises:
-        `ValueError`: If the file cannot be read, or a model has no name, no place or an unknown field.
+        `ValueError`: If the file cannot be read, or a model has no name, no location or an unknown field.
     """
     files = [word for word in models if word.lower().endswith((".yaml", ".yml")) and "=" not in word]
     if files and len(models) > 1:
@@ -192,7 +196,7 @@ def named(word: str, name: str) -> str:
 
 
 def _embedded_base(word: str) -> str:
-    """The embedded model that a model was made from, as far as it says so."""
+    """The embedded model that a model was made from, according to its record."""
     record = erasure_of(word.partition("=")[2] or word, local_files_only=True) or {}
     return base if (base := record.get("base_model")) in EMBEDDED_MODELS else MODEL_NAME
 
@@ -211,7 +215,7 @@ def _from_word(word: str, dtype: str) -> Subject | ImageFolder:
 def _read_yaml(path: str) -> list[dict]:
     entries = read_yaml(path, "models")
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"models {path}: must hold a list of mappings, each with name and model or images")
+        raise ValueError(f"models {path}: must be a list of mappings, each with name and model or images")
     return entries
 
 
@@ -232,9 +236,9 @@ def _from_mapping(entry: dict, path: str, dtype: str) -> Subject | ImageFolder:
 
 
 def rows_of_images(original: Subject | ImageFolder, row_settings: bool = True) -> list[PromptRow]:
-    """The prompts of images that are there already, with `row_settings` at the guidance and size of each."""
+    """The prompts of existing images, with the guidance and size of each if `row_settings`."""
     if not isinstance(original, ImageFolder) or not original.has_manifest:
-        raise ValueError(f"prompts: none given, and {original.name} is no folder of images with {MANIFEST}")
+        raise ValueError(f"prompts: none given, and {original.name} is not a folder of images with {MANIFEST}")
     return [
         PromptRow(row["id"], row["prompt"], row["seed"], row["labels"], **(_own(row) if row_settings else {}))
         for row in read_manifest(original.folder)
@@ -246,13 +250,13 @@ def _own(row: dict) -> dict:
 
 
 def check_surroundings(args: EvaluateArguments) -> None:
-    """Models' indices, folders of images, what metrics need, and the output folder."""
-    for subject in args.subjects:
-        subject.check()
+    """Checks the models' indices, folders of images, what metrics need, and the output folder."""
+    for model in args.made_models:
+        model.check()
     args.made_metrics = make_metrics(args.metrics, args) if args.metrics else []
     if args.emoji is not None:
         args.made_metrics += [Erased(args.emoji).recognition(), EmojiDistance()]
-    check_evaluation(args.subjects, args.rows, args.made_metrics, args.output_dir, args.settings, args.overwrite)
+    check_evaluation(args.made_models, args.rows, args.made_metrics, args.output_dir, args.settings, args.overwrite)
     check_claim(args.output_dir, **report_claim("evaluation", args.overwrite))
 
 
@@ -261,7 +265,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     args = parse_dataclass(EvaluateArguments, __doc__, argv, prog, check_surroundings, PRESETS)
     with exit_with_error():
         results = evaluate(
-            args.subjects,
+            args.made_models,
             args.rows,
             args.made_metrics,
             args.output_dir,
@@ -271,7 +275,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
             **args.shown,
         )
     launched_processes().destroy_process_group()
-    if not results:  # of all processes one measures
+    if not results:  # only the first process measures
         return
     print(f"\n{headline_table(results)}\n")
     print((Path(args.output_dir) / PAGE_NAME).resolve().as_uri())

@@ -3,25 +3,25 @@
     diffusers-safe export runs/knife --to lora --rank 16 --output_dir runs/knife-lora
     diffusers-safe export esd-dog-from-dog-esdx.safetensors --base_model user/base --to full --output_dir runs/dog
 
-The source is a file, a folder or a Hub id: a whole pipeline, a UNet, a file of erased weights (of this package, or
-of ESD, 2023 and 2025), a CompVis checkpoint, a LoRA. Beside the result goes an erasure.json.
+The source is a file, a folder or a Hub id: a whole pipeline, a denoiser, a file of erased weights (of this package, or
+of ESD, 2023 and 2025), a CompVis checkpoint, a LoRA. An erasure.json is
+written with the result.
 
   full     a stock pipeline folder
-  unet     the whole UNet, a stock diffusers folder
+  DENOISER the whole denoiser, a stock diffusers folder, by its name in the pipeline
   partial  the changed weights alone, with the base model's fingerprint
-  lora     for load_lora_weights of a stock pipeline; its error is told
+  lora     for load_lora_weights of a stock pipeline; its error is printed
 """
 
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..arguments import exit_with_error, parse_dataclass, typed
-from ..families import StoredModel, load_pipeline, make_family
+from ..arguments import choose, exit_with_error, parse_dataclass, typed
+from ..families import StoredModel, denoiser_names, load_pipeline, make_family
 from ..formats import (
     LORA_NAME,
     PARTIAL_NAME,
-    RESULTS,
     ErasedWeights,
     LoRA,
     assign,
@@ -30,6 +30,7 @@ from ..formats import (
     full_rank,
     low_rank,
     read_erased_weights,
+    result_names,
     save_model,
     save_partial,
     save_whole,
@@ -40,15 +41,23 @@ from ..output_folders import OVERWRITE_HELP, RESULT, check_apart, check_claim, c
 from ..provenance import fingerprint
 
 
-FORMS = ("full", "unet", "partial", "lora")
 DEFAULT_RANK = 16
+
+
+def forms() -> tuple[str, ...]:
+    """What an erased model is saved as; the denoiser alone by its name in the pipeline."""
+    return ("full", *denoiser_names(), "partial", "lora")
 
 
 @typed
 @dataclass
 class ExportArguments:
     source: str = field(metadata={"help": "The erased model: file, folder or Hub id. May be given without --source."})
-    to: str = field(metadata={"help": f"What it becomes: {', '.join(FORMS)}.", "choices": FORMS})
+    to: str = field(
+        metadata={
+            "help": f"What it becomes: {', '.join(forms())}.",
+        }
+    )
     output_dir: str = field(metadata={"help": "Where it goes; a folder without an erased model."})
     base_model: str | None = field(
         default=None, metadata={"help": "What it was erased from, folder or Hub id; default what the source says."}
@@ -75,6 +84,7 @@ class ExportArguments:
     overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
 
     def __post_init__(self):
+        self.to = choose("to", self.to, forms())
         if self.to != "lora" and (self.rank is not None or self.only_weights):
             given = f"rank {self.rank}" if self.rank is not None else "only_weights"
             raise ValueError(f"{given}: needs --to lora")
@@ -83,7 +93,7 @@ class ExportArguments:
 
     @property
     def claim(self) -> dict:
-        return {"kind": RESULT, "run": "export", "replaces": RESULTS, "overwrite": self.overwrite}
+        return {"kind": RESULT, "run": "export", "replaces": result_names(), "overwrite": self.overwrite}
 
 
 def check_surroundings(args: ExportArguments) -> None:
@@ -115,7 +125,10 @@ def export(args: ExportArguments) -> LoRA | None:
         named = "; the source names it, --base_model gives another" if args.base_model is None else ""
         raise ModelError(f"{error}{named}") from None
     pipeline = load_pipeline(base_model, **hub, **({"variant": variant} if variant else {}))
-    denoiser = make_family(pipeline).denoiser
+    family = make_family(pipeline)
+    denoiser = family.denoiser
+    if args.to in denoiser_names() and args.to != family.denoiser_name:
+        raise ModelError(f"to {args.to}: {base_model} has none; its denoiser is called {family.denoiser_name}")
     changed = erased.changes(denoiser)
     own = erased.known.get("base_fingerprint") or fingerprint(denoiser)
     export = {"to": args.to}
@@ -132,7 +145,7 @@ def export(args: ExportArguments) -> LoRA | None:
             save_partial(changed, provenance, aside / PARTIAL_NAME)
         else:
             assign(denoiser, changed)
-            save_model(pipeline, aside, only_unet=args.to == "unet")
+            save_model(pipeline, aside, only_denoiser=args.to in denoiser_names())
     return lora
 
 
@@ -154,7 +167,8 @@ def _base_model(args: ExportArguments, erased: ErasedWeights) -> tuple[str, str 
 
 @exit_with_error()
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
-    args = parse_dataclass(ExportArguments, __doc__, argv, prog, check_surroundings, positional="source")
+    description = __doc__.replace("DENOISER", " or ".join(denoiser_names()).ljust(8))
+    args = parse_dataclass(ExportArguments, description, argv, prog, check_surroundings, positional="source")
     with exit_with_error(), claimed(args.output_dir, **args.claim):
         lora = export(args)
     if lora is not None:

@@ -1,25 +1,25 @@
-"""What a list of prompts holds, without showing one: how many, of which categories, with which seeds and sizes.
+"""Summarises a list of prompts without showing one: their number, categories, seeds and sizes.
 
     diffusers-safe prompts --prompts i2p.csv
     diffusers-safe prompts --prompts coco_30k.csv --max_prompts 1000
 
-Nothing is generated. Of I2P, whose rows record how often Stable Diffusion 1.4 was inappropriate, the table has these
-numbers, too: a copy of the whole list gives 38.57 % and an expected maximum of 97.01 % +- 6.00, computed exactly. The
-paper's 97.04 % +- 5.95 is the mean of one run of random draws; another run gave 96.96 % +- 6.05.
+Nothing is generated. For I2P, whose rows record how often Stable Diffusion 1.4 was inappropriate, the table has these
+numbers as well: the whole list gives 38.57 % and an expected maximum of 97.01 % +- 6.00, computed exactly. The paper's
+97.04 % +- 5.95 is the mean of one run of random samples; another run gave 96.96 % +- 6.05.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..arguments import exit_with_error, parse_dataclass, typed
-from ..comparison.summary import categories_of
-from ..generation.generate import PromptRow
+from ..comparison.evaluation_report import categories_of
 from ..generation.prompts import PromptOptions, recorded_inappropriateness
 from ..generation.prompts.recorded import COLUMN
+from ..generation.rows import PromptRow
 from ..report.statistics import DRAWS
 
 
-_MOST = 6  # values that are listed; more are told as a range
+_MOST = 6  # values that are listed; more are shown as a range
 
 
 @typed
@@ -30,13 +30,13 @@ class PromptsArguments(PromptOptions):
 
 
 def overview(rows: Sequence[PromptRow]) -> Iterator[str]:
-    """Lines about a list of prompts, the last of them a Markdown table by category, where there are any."""
+    """Lines about a list of prompts, at the end a Markdown table by category, if there are categories."""
     yield f"{len(rows)} images of {len({row.prompt for row in rows})} different prompts"
-    yield f"seeds: {_told([row.seed for row in rows])}"
+    yield f"seeds: {_listed([row.seed for row in rows])}"
     scales = [row.guidance_scale for row in rows if row.guidance_scale is not None]
     sizes = [f"{row.width} x {row.height}" for row in rows if row.width is not None]
-    yield f"guidance of their own: {f'{_told(scales)} ({len(scales)} images)' if scales else 'none'}"
-    yield f"sizes of their own: {f'{_told(sizes)} ({len(sizes)} images)' if sizes else 'none'}"
+    yield f"own guidance scales: {f'{_listed(scales)} ({len(scales)} images)' if scales else 'none'}"
+    yield f"own sizes: {f'{_listed(sizes)} ({len(sizes)} images)' if sizes else 'none'}"
     by_category: dict[str, list[PromptRow]] = {}
     for row in rows:
         for category in categories_of({"labels": row.labels}):
@@ -60,7 +60,7 @@ def _recorded(rows: Sequence[PromptRow]) -> str:
     return f" {found['probability']:.2f} % | {maximum} |"
 
 
-def _told(values: Sequence) -> str:
+def _listed(values: Sequence) -> str:
     different = sorted(set(values))
     if len(different) <= _MOST:
         return ", ".join(map(str, different))

@@ -1,4 +1,4 @@
-"""What smaller UNets take beside their teacher, as a table; or one of them, made of a model that is at hand.
+"""Compares smaller denoisers with their teacher in a table, or builds one of them from a model.
 
     diffusers-safe students
     diffusers-safe students --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4  # not run here
@@ -6,20 +6,19 @@
 
 The table is counted from configs, no weights are read: parameters; multiply-accumulates of a forward of one sample at
 the model's own resolution (convolutions, linear layers, attention); the size of the weights in half precision. With
---student and --output_dir the teacher's pipeline is written with the student in place of its UNet, a stock pipeline
-folder: what distillation begins with. Before that it draws nothing good.
+--student and --output_dir the teacher's pipeline is written with the student in place of its denoiser, a stock
+pipeline folder: what distillation begins with. Before that its images are not usable.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from diffusers import UNet2DConditionModel
+from torch import nn
 
 from ..arguments import exit_with_error, parse_dataclass, typed
 from ..embedded import locate_model
 from ..emoji import MODEL_NAME
-from ..families import StoredModel, load_pipeline
+from ..families import StoredModel, check_files, family_of_pipeline, load_pipeline
 from ..families.cost import macs
 from ..families.students import (
     ALIASES,
@@ -27,11 +26,13 @@ from ..families.students import (
     TEACHER_CONFIGS,
     build_student,
     fitting_students,
+    known_limits,
+    latent_shape,
+    published_teacher,
     resolve_student,
     student_config,
 )
-from ..formats import RESULTS, save_model, written_aside
-from ..loading import check_files
+from ..formats import result_names, save_model, written_aside
 from ..output_folders import OVERWRITE_HELP, RESULT, check_apart, check_claim, check_output_dir, claimed
 
 
@@ -84,7 +85,7 @@ class StudentsArguments:
 
     @property
     def claim(self) -> dict:
-        return {"kind": RESULT, "run": "student", "replaces": RESULTS, "overwrite": self.overwrite}
+        return {"kind": RESULT, "run": "student", "replaces": result_names(), "overwrite": self.overwrite}
 
     @property
     def hub_arguments(self) -> dict[str, str]:
@@ -93,10 +94,10 @@ class StudentsArguments:
 
 @dataclass
 class Teacher:
-    """A teacher's name, its UNet on the meta device, and the length of its prompts."""
+    """A teacher's name, its denoiser on the meta device, and the length of its prompts."""
 
     name: str
-    unet: UNet2DConditionModel
+    denoiser: nn.Module
     tokens: int
 
 
@@ -110,8 +111,9 @@ def find_teachers(args: StudentsArguments) -> list[Teacher]:
     if name is not None:
         return [_teacher_at(name, args.teacher or name, **args.hub_arguments)]
     if args.teacher is not None:
-        return [_published_teacher(args.teacher)]
-    return [*map(_published_teacher, TEACHER_CONFIGS), _teacher_at(MODEL_NAME, MODEL_NAME)]
+        return [Teacher(args.teacher, published_teacher(args.teacher), CLIP_TOKENS)]
+    published = [Teacher(name, published_teacher(name), CLIP_TOKENS) for name in TEACHER_CONFIGS]
+    return [*published, _teacher_at(MODEL_NAME, MODEL_NAME)]
 
 
 def _teacher_at(path: str, name: str, **hub_arguments) -> Teacher:
@@ -119,29 +121,22 @@ def _teacher_at(path: str, name: str, **hub_arguments) -> Teacher:
     return Teacher(name, stored.denoiser, stored.tokenizers[0].model_max_length)
 
 
-def _published_teacher(name: str) -> Teacher:
-    with torch.device("meta"):
-        return Teacher(name, UNet2DConditionModel(**TEACHER_CONFIGS[name]), CLIP_TOKENS)
-
-
 def table(teacher: Teacher) -> str:
     """Markdown: what is counted, and a row for the teacher and for each student that fits it."""
-    config = teacher.unet.config
-    height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
-    shape = (config.in_channels, height, width)
+    shape = latent_shape(teacher.denoiser)
     lines = [
         f"{teacher.name}: latents of {' x '.join(map(str, shape))}, {teacher.tokens} tokens",
         "",
-        "| UNet | parameters | share | GMAC | share | in fp16 | taken out |",
+        "| denoiser | parameters | share | GMAC | share | in fp16 | taken out |",
         "|---|---|---|---|---|---|---|",
     ]
     whole = None
-    for name in ("teacher", *fitting_students(config)):
-        unet, taken_out = teacher.unet, ""
+    for name in ("teacher", *fitting_students(teacher.denoiser.config)):
+        denoiser, taken_out = teacher.denoiser, ""
         if name in STUDENTS:
-            unet, taken_out = build_student(unet, name), STUDENTS[name].description
-        count = sum(parameter.numel() for parameter in unet.parameters())
-        cost = macs(unet.config, shape, teacher.tokens)
+            denoiser, taken_out = build_student(denoiser, name), STUDENTS[name].description
+        count = sum(parameter.numel() for parameter in denoiser.parameters())
+        cost = macs(denoiser, shape, teacher.tokens)
         whole = whole or (count, cost)
         lines.append(
             f"| {name} | {count:,} | {count / whole[0]:.1%} | {cost / 1e9:,.4g} | {cost / whole[1]:.1%} | "
@@ -150,12 +145,13 @@ def table(teacher: Teacher) -> str:
     return "\n".join(lines)
 
 
-def write_student(args: StudentsArguments) -> UNet2DConditionModel:
+def write_student(args: StudentsArguments) -> nn.Module:
     """Writes the teacher's pipeline with the student in it, as a stock folder, whole or not at all."""
     variant = {} if args.variant is None else {"variant": args.variant}
     pipeline = load_pipeline(args.pretrained_model_name_or_path, **args.hub_arguments, **variant)
-    student = build_student(pipeline.unet, args.student)
-    pipeline.register_modules(unet=student)
+    name = family_of_pipeline(pipeline).denoiser_name
+    student = build_student(getattr(pipeline, name), args.student)
+    pipeline.register_modules(**{name: student})
     with written_aside(args.output_dir) as aside:
         save_model(pipeline, aside)
     return student
@@ -168,9 +164,9 @@ def check_surroundings(args: StudentsArguments) -> None:
         check_files(name, f"pretrained_model_name_or_path '{name}'", args.variant)
     for teacher in find_teachers(args):
         if args.student is not None:
-            student_config(teacher.unet.config, args.student)
-        elif not fitting_students(teacher.unet.config):
-            raise ValueError(f"{teacher.name}: none of the students ({', '.join(STUDENTS)}) fits its UNet")
+            student_config(teacher.denoiser.config, args.student)
+        elif not fitting_students(teacher.denoiser.config):
+            raise ValueError(f"{teacher.name}: none of the students ({', '.join(STUDENTS)}) fits its denoiser")
     if args.output_dir is not None:
         check_output_dir(args.output_dir)
         if Path(teacher := locate_model(args.pretrained_model_name_or_path)).is_dir():
@@ -189,5 +185,5 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
             student = write_student(args)
     count = sum(parameter.numel() for parameter in student.parameters())
     print(f"{args.student}, {count:,} parameters, in {Path(args.output_dir).resolve()}; not trained yet")
-    if student.config.mid_block_type is None:
-        print("it has no middle block, so ControlNetModel.from_unet does not take it")
+    for limit in known_limits(student):
+        print(limit)

@@ -1,4 +1,4 @@
-"""What metrics say of models: numbers, differences to the original on the same prompts and seeds."""
+"""The numbers of models: estimates, and differences to the original model on the same prompts and seeds."""
 
 import hashlib
 from collections.abc import Hashable, Sequence
@@ -7,27 +7,28 @@ from pathlib import Path
 
 from ..metrics.base import Metric, Quantity
 from ..metrics.scores import score_images
+from ..progress import ProgressCallback
 from ..report.elements import Change
 from ..report.statistics import Estimate, independent_units, mcnemar, paired_difference, sign_flip_test
 
 
-MOST_PROMPTS = 100  # whose shares are also told one by one
+MOST_PROMPTS = 100  # for which shares are also given prompt by prompt
 
 
 @dataclass
 class Measured:
-    """One model's images and what metrics say of them.
+    """The images of one model and what metrics measured on them.
 
     Attributes:
-        name (`str`): Of the model.
-        folder (`Path`): With its images.
-        rows (`list[dict]`): Of the manifest, in the order of the prompts.
+        name (`str`): Name of the model.
+        folder (`Path`): Folder with its images.
+        rows (`list[dict]`): Rows of the manifest, in the order of the prompts.
         facts (`dict`): What is known of the model and how it was sampled.
         values (`dict`): metric -> numbers of each image, in the order of `rows`.
-        words (`dict`): metric -> what it sees on each image, `""` where it does not say.
+        words (`dict`): metric -> what it recognises on each image, `""` if nothing.
         estimates (`dict`): metric -> quantity -> [`Estimate`].
-        by_prompt (`dict`): metric -> share of images -> prompt -> [`Estimate`], where there are few prompts.
-        details (`dict`): metric -> what else it says.
+        by_prompt (`dict`): metric -> share of images -> prompt -> [`Estimate`], if there are few prompts.
+        details (`dict`): metric -> further results.
         sweeps (`dict`): metric -> label -> (threshold, [`Estimate`]) in order.
     """
 
@@ -48,20 +49,25 @@ class Measured:
         return hashlib.sha256("".join(row["sha256"] for row in self.rows).encode()).hexdigest()
 
     @property
+    def count(self) -> int:
+        return len(self.rows)
+
+    @property
     def black(self) -> int:
+        """The number of images that are all black."""
         return sum(row["black"] for row in self.rows)
 
 
 @dataclass(frozen=True)
 class MetricFacts:
-    """What is known of a metric when it has measured all models.
+    """What is known of a metric after it measured all models.
 
     Attributes:
-        name (`str`): Of the metric.
-        identity (`dict`): What decides its raw scores.
-        threshold (`float`, *optional*): What is applied to them, where it has such a thing.
+        name (`str`): Name of the metric.
+        identity (`dict`): What determines its raw scores.
+        threshold (`float`, *optional*): Threshold that is applied to them, if it has one.
         compares (`bool`): Whether it compares with the first model.
-        quantities (`dict[str, Quantity]`): What it gave; `name/category` is the part of `name` that is of a category.
+        quantities (`dict[str, Quantity]`): What it measured; `name/category` is the part of `name` of a category.
     """
 
     name: str
@@ -71,17 +77,19 @@ class MetricFacts:
     quantities: dict[str, Quantity]
 
     def whole(self, models: Sequence[Measured]) -> dict[str, Quantity]:
-        """The quantities of all images, without those of a category, that concern at least one model."""
+        """The quantities that at least one model has, without those of a category."""
         found = {name for model in models for name in model.estimates.get(self.name, {})}
         return {name: quantity for name, quantity in self.quantities.items() if name in found and "/" not in name}
 
 
-def measure(metric: Metric, models: list[Measured], batch_size: int) -> MetricFacts:
-    """What a metric says of each model; of the original nothing, where it is what others are compared with."""
+def measure(
+    metric: Metric, models: list[Measured], batch_size: int, callback: ProgressCallback | None = None
+) -> MetricFacts:
+    """Runs a metric on each model; on the original only if the metric does not compare with it."""
     original, quantities = models[0], {}
     for model in models[1:] if metric.compares else models:
         originals = (original.folder, original.rows) if metric.compares else None
-        scores = score_images(metric, model.folder, model.rows, originals, batch_size)
+        scores = score_images(metric, model.folder, model.rows, originals, batch_size, callback)
         metric.reset()
         metric.update(model.rows, scores)
         model.estimates[metric.name] = metric.compute()
@@ -114,7 +122,7 @@ def _by_prompt(
 
 
 def metric_results(facts: MetricFacts, models: list[Measured]) -> dict:
-    """What `results.json` says of a metric."""
+    """The entry of a metric in `results.json`."""
     measured = [model for model in models if facts.name in model.estimates]
     return {
         "identity": facts.identity,
@@ -131,13 +139,11 @@ def metric_results(facts: MetricFacts, models: list[Measured]) -> dict:
 
 
 def _changes(facts: MetricFacts, original: Measured, model: Measured) -> dict[str, Change]:
-    """Of each quantity that both models have on the same images."""
+    """The change of each quantity that both models have on the same images."""
     changes = {}
     triples = list(zip(model.rows, original.values[facts.name], model.values[facts.name]))
     for name, quantity in facts.quantities.items():
-        pairs = [
-            (quantity.trajectory_prompts(row), a[name], b[name]) for row, a, b in triples if name in a and name in b
-        ]
+        pairs = [(quantity.cluster(row), a[name], b[name]) for row, a, b in triples if name in a and name in b]
         if pairs:
             clusters, before, after = zip(*pairs)
             changes[name] = change_of(before, after, clusters, quantity.unit)
@@ -145,8 +151,8 @@ def _changes(facts: MetricFacts, original: Measured, model: Measured) -> dict[st
 
 
 def change_of(before: Sequence[float], after: Sequence[float], clusters: Sequence[Hashable], unit: str) -> Change:
-    """The mean difference of paired numbers. The interval draws clusters, such as prompts, anew; the test is McNemar's
-    for shares of clusters of one image each, else one that flips the signs of clusters."""
+    """The mean difference of paired numbers. Its interval resamples clusters, such as prompts. The test is McNemar's
+    for shares with one image in each cluster, else a test that flips the signs of clusters."""
     if unit == "%" and independent_units(clusters) == len(clusters) and {*before, *after} <= {0, 1}:
         test, p_value = "McNemar, exact", mcnemar(before, after)
     else:

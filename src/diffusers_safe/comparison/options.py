@@ -1,43 +1,46 @@
-"""The options of an evaluation, whatever models it compares."""
+"""The options of evaluations and attacks, whatever models they compare."""
 
 from dataclasses import dataclass, field
 
 from ..arguments import typed
-from ..generation.generate import GenerationSettings
 from ..generation.prompts import PromptOptions
 from ..generation.prompts.sources import is_source
+from ..generation.rows import GenerationSettings
 from ..metrics import METRICS, MetricOptions
-from .evaluate import without_folder
-from .pictures import BLUR_CHOICES, PICTURES
+from ..report.builder import BLUR_CHOICES, PICTURES
+from .models import without_folder
 
 
 @typed
 @dataclass(kw_only=True)
 class EvaluationOptions(PromptOptions, MetricOptions):
-    """Prompts, sampling, metrics and page, for a command's dataclass to begin with, or a YAML file by itself."""
+    """Prompts, sampling, metrics and page: the base of a command's options, or the contents of a YAML file."""
 
     metrics: list[str] = field(
         metadata={
-            "help": f"What to measure: {', '.join(METRICS)}; or your own as module:name, a Metric or what makes one."
+            "help": f"What to measure: {', '.join(METRICS)}; or your own as module:name, a Metric or a function that"
+            " makes one."
         }
     )
-    title: str = field(default="", metadata={"help": "Of the page."})
-    num_inference_steps: int = field(default=25, metadata={"help": "Steps of the pipelines' schedulers."})
-    guidance_scale: float = field(default=7.5, metadata={"help": "Of classifier-free guidance; 1 or less is none."})
-    height: int | None = field(default=None, metadata={"help": "In pixels; default the model's own."})
-    width: int | None = field(default=None, metadata={"help": "In pixels; default the model's own."})
-    batch_size: int = field(default=4, metadata={"help": "Images generated at once."})
-    scoring_batch_size: int = field(default=16, metadata={"help": "Images scored at once."})
+    title: str = field(default="", metadata={"help": "Title of the page."})
+    num_inference_steps: int = field(default=25, metadata={"help": "Number of sampling steps."})
+    guidance_scale: float = field(
+        default=7.5, metadata={"help": "Scale of classifier-free guidance; at 1 or less it is off."}
+    )
+    height: int | None = field(default=None, metadata={"help": "Height in pixels. Default: the model's."})
+    width: int | None = field(default=None, metadata={"help": "Width in pixels. Default: the model's."})
+    batch_size: int = field(default=4, metadata={"help": "Number of images generated at once."})
+    scoring_batch_size: int = field(default=16, metadata={"help": "Number of images scored at once."})
     blur: str = field(
         default="flagged",
         metadata={
-            "help": f"Which pictures of the page are blurred until clicked: {', '.join(BLUR_CHOICES)}.",
+            "help": f"Which images of the page are blurred until clicked: {', '.join(BLUR_CHOICES)}.",
             "choices": BLUR_CHOICES,
         },
     )
     pictures: int = field(
         default=PICTURES,
-        metadata={"help": "Pictures of each model on the page: of what was to go, and as many of what was to stay."},
+        metadata={"help": "Images of each model on the page, of the erased concept and of other concepts each."},
     )
 
     def __post_init__(self):
@@ -52,14 +55,14 @@ class EvaluationOptions(PromptOptions, MetricOptions):
 
     @property
     def source(self) -> dict:
-        """Where the prompts come from, for the protocol."""
+        """The source of the prompts, for the protocol."""
         named = without_folder(self.prompts[0]) if is_source(self.prompts[0]) else "command line"
         names = ("layout", "prompt_template", "categories", "max_prompts", "images_per_prompt", "seed", "split")
         return {"source": named, **{name: getattr(self, name) for name in names if getattr(self, name)}}
 
     @property
     def shown(self) -> dict:
-        """What [`evaluate`] takes beside models, rows, metrics and the folder."""
+        """Arguments of [`evaluate`] besides models, rows, metrics and the folder."""
         return {
             "settings": self.settings,
             "batch_size": self.batch_size,

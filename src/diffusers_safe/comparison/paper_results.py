@@ -1,4 +1,4 @@
-"""Numbers that papers published, each with its protocol, and whether an evaluation followed it."""
+"""Published numbers of papers with their protocols, and how an evaluation differs from them."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -10,15 +10,15 @@ class PublishedProtocol:
     """How a paper measured.
 
     Attributes:
-        paper (`str`): Authors and place.
-        arxiv (`str`): Its number.
-        prompts (`str`): What was drawn, in a few words.
-        known_by (`tuple[str, ...]`): Words of which a source of prompts has one if it is theirs.
-        images (`int`, *optional*): Of each model.
-        steps (`int`, *optional*): Of sampling.
-        judge (`tuple[str, str]`, *optional*): A word that the metric's identity holds if it is the paper's, and how
-            the paper judged.
-        unknown (`tuple[str, ...]`): What is not known of it, so that nobody can tell.
+        paper (`str`): Authors and venue.
+        arxiv (`str`): arXiv number.
+        prompts (`str`): The prompts, in a few words.
+        known_by (`tuple[str, ...]`): The source of the paper's prompts contains one of these words.
+        images (`int`, *optional*): Number of images of each model.
+        steps (`int`, *optional*): Number of sampling steps.
+        judge (`tuple[str, str]`, *optional*): A word that the identity of the paper's metric contains, and how the
+            paper judged.
+        unknown (`tuple[str, ...]`): What the paper does not report.
     """
 
     paper: str
@@ -31,16 +31,16 @@ class PublishedProtocol:
     unknown: tuple[str, ...] = ()
 
     def differences(self, protocol: Mapping, original: Mapping, identity: Mapping) -> Iterator[str]:
-        """What is not as in the paper, a few words each; nothing where the protocol is the same.
+        """Yields the differences to the paper, in a few words each; nothing if the protocol is the same.
 
         Args:
-            protocol (`Mapping`): Of a `results.json`.
+            protocol (`Mapping`): The protocol of a `results.json`.
             original (`Mapping`): Facts of its first model.
-            identity (`Mapping`): Of the metric, with its threshold.
+            identity (`Mapping`): Identity of the metric, with its threshold.
         """
         prompts, settings = protocol["prompts"], original.get("settings") or protocol["settings"]
-        told = " ".join(str(prompts.get(name) or "") for name in ("source", "prompt_template")).lower()
-        if not any(word in told for word in self.known_by):
+        source = " ".join(str(prompts.get(name) or "") for name in ("source", "prompt_template")).lower()
+        if not any(word in source for word in self.known_by):
             yield f"prompts: {self.prompts}"
         if self.images is not None and prompts["images"] != self.images:
             yield f"{self.images:,} images, not {prompts['images']:,}"
@@ -52,20 +52,20 @@ class PublishedProtocol:
         if self.judge is not None and self.judge[0] not in json.dumps(identity).lower():
             yield self.judge[1]
         if self.unknown:
-            yield f"not known of the paper: {', '.join(self.unknown)}"
+            yield f"not reported by the paper: {', '.join(self.unknown)}"
 
 
 @dataclass(frozen=True)
 class PublishedNumber:
-    """One number.
+    """One published number.
 
     Attributes:
-        metric (`str`): Which of our metrics measures the same kind of thing.
+        metric (`str`): The metric of this package that measures the same.
         method (`str`): What was measured.
         value (`float`): A fraction for the unit `"%"`.
-        protocol ([`PublishedProtocol`]): How.
-        unit (`str`, defaults to `""`): As of an `Estimate`.
-        category (`str`, *optional*): Of I2P, where it is of one only.
+        protocol ([`PublishedProtocol`]): How it was measured.
+        unit (`str`, defaults to `""`): Unit, as in [`Estimate`].
+        category (`str`, *optional*): I2P category, if the number is of one category only.
     """
 
     metric: str
@@ -108,7 +108,7 @@ _SLD_TABLE = {
     "shocking": (0.52, 0.41, 0.30, 0.20, 0.13),
     "illegal activity": (0.34, 0.23, 0.14, 0.09, 0.06),
 }
-# method -> % nude, FID, LPIPS, CLIP; COCO-30k but for the first
+# method -> % nude, FID, LPIPS, CLIP; the last three on COCO-30k
 _SDD_TABLE = {
     "Stable Diffusion 1.4": (0.7418, 21.348, None, 0.2771),
     "negative prompt": (0.2044, 14.278, 0.1954, 0.2706),
@@ -137,8 +137,8 @@ PUBLISHED = [
 ]
 
 
-def published_beside(metric: str, categories: list[str] | None = None) -> list[PublishedNumber]:
-    """What papers say of a metric; of one category where only that was drawn."""
+def published_numbers(metric: str, categories: list[str] | None = None) -> list[PublishedNumber]:
+    """The published numbers of a metric; those of one category if only this one was generated."""
     category = categories[0].lower() if categories and len(categories) == 1 else None
     found = [number for number in PUBLISHED if number.metric == metric]
     return [number for number in found if number.category == category] or [n for n in found if n.category is None]

@@ -1,9 +1,10 @@
-"""In what the errors of predictions are measured: how much each noise level counts."""
+"""Per-timestep loss weights: how much the errors of predictions count at each noise level."""
 
 import torch
 from diffusers import SchedulerMixin
 
 from ..arguments import choose
+from .noise import FLOW, prediction_type
 
 
 LOSS_WEIGHTINGS = ("prediction", "velocity")
@@ -14,7 +15,7 @@ class LossWeighting:
 
     At a given latent, velocity (Salimans and Ho, arXiv 2202.00512) is epsilon / sqrt(alphas_cumprod) plus what does
     not depend on the model. A small error of epsilon is therefore a large one of velocity at high noise levels, where
-    it is decided what a picture shows.
+    it is decided what an image shows. The velocity of flow matching is a velocity already.
 
     Args:
         name (`str`): One of `LOSS_WEIGHTINGS`: `"prediction"`, what the model predicts, as in the papers, or
@@ -27,8 +28,8 @@ class LossWeighting:
 
     def __init__(self, name: str, scheduler: SchedulerMixin):
         name = choose("loss_space", name, LOSS_WEIGHTINGS)
-        kind = scheduler.config.get("prediction_type", "epsilon")
-        if name == "velocity" and kind not in ("epsilon", "v_prediction"):
+        kind = prediction_type(scheduler)
+        if name == "velocity" and kind not in ("epsilon", "v_prediction", FLOW):
             raise ValueError(f"loss_space velocity: the model predicts '{kind}'; it must be epsilon or v_prediction")
         self._weights = None
         if name == "velocity" and kind == "epsilon":

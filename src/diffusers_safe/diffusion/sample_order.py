@@ -1,4 +1,4 @@
-"""Which row a sample takes, and what is drawn for it: functions of the seed and the sample's number.
+"""Which row a sample takes, and what is sampled for it: functions of the seed and the sample's number.
 
 A sample's number is `step * samples_a_step + slot`, its place among all samples of a run.
 """
@@ -14,11 +14,11 @@ CANDIDATES = 100  # so many rows in a row are not unreadable by chance
 
 
 class EpochOrder:
-    """Every row once an epoch, in an order of the epoch's own.
+    """Every row once per epoch, in a different order each epoch.
 
     Args:
         length (`int`): How many rows there are.
-        seed (`int`): Of all orders.
+        seed (`int`): Seed of the orders.
     """
 
     def __init__(self, length: int, seed: int):
@@ -26,7 +26,7 @@ class EpochOrder:
         self._epochs: dict[int, torch.Tensor] = {}
 
     def candidates(self, number: int) -> Iterator[int]:
-        """The row of a sample, then those that stand in for it, in turn, where it cannot be read."""
+        """The row of a sample, then the rows that replace it, in turn, if it cannot be read."""
         epoch, place = divmod(number, self.length)
         yield int(self._epoch(epoch)[place])
         generator = sample_generator(self.seed, "replacement", number)
@@ -42,7 +42,7 @@ class EpochOrder:
 
 
 def picture_generator(seed: int, number: int) -> torch.Generator:
-    """The generator of a sample's caption, crop and flip, drawn in this order."""
+    """The generator of a sample's caption, crop and flip, in this order."""
     return sample_generator(seed, "picture", number)
 
 

@@ -8,6 +8,7 @@ unscaled Euler latents.)
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from diffusers import SchedulerMixin
@@ -16,11 +17,12 @@ from ..families import Conditioning
 
 
 class Trajectories:
-    """Draws noisy latents by running a scheduler for part of its way.
+    """Samples noisy latents by running a scheduler for part of its way.
 
     Args:
-        make_scheduler (`Callable[[], SchedulerMixin]`): Gives a fresh scheduler; each sample runs its own, so that
-            samples of one batch can stop at different steps whatever history the scheduler keeps.
+        make_scheduler (`Callable[[int], SchedulerMixin]`): Gives a new scheduler that is set up for this number of
+            steps, as [`ModelFamily.make_scheduler`] does; each sample runs its own, so that samples of one batch can
+            stop at different steps whatever history the scheduler keeps.
         latent_shape (`tuple[int, int, int]`): `(C, H, W)`.
         num_inference_steps (`int`, defaults to 50): Length of the schedule.
         guidance_scale (`float`, defaults to 3.0): Classifier-free guidance while sampling; at most 1 turns it off.
@@ -32,24 +34,19 @@ class Trajectories:
 
     def __init__(
         self,
-        make_scheduler: Callable[[], SchedulerMixin],
+        make_scheduler: Callable[[int], SchedulerMixin],
         latent_shape: tuple[int, int, int],
         num_inference_steps: int = 50,
         guidance_scale: float = 3.0,
     ):
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps {num_inference_steps}: must be at least 1")
-        self._make_scheduler = make_scheduler
+        self._scheduler = partial(make_scheduler, num_inference_steps)
         self.latent_shape = latent_shape
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
         timesteps = self._scheduler().timesteps.tolist()
         self.positions = [i for i, t in enumerate(timesteps) if t not in timesteps[i + 1 :]]
-
-    def _scheduler(self) -> SchedulerMixin:
-        scheduler = self._make_scheduler()
-        scheduler.set_timesteps(self.num_inference_steps)
-        return scheduler
 
     def stop_choices(self, fraction: float = 1.0, count: int = 1) -> list[list[int]]:
         """All ways to stop `count` times within the first `fraction` of `positions`, a number in (0, 1]: spread evenly
@@ -94,7 +91,8 @@ class Trajectories:
         """
         schedulers = [self._scheduler() for _ in stops]
         latents = [
-            torch.randn((1, *self.latent_shape), generator=generator).to(device) * scheduler.init_noise_sigma
+            torch.randn((1, *self.latent_shape), generator=generator).to(device)
+            * getattr(scheduler, "init_noise_sigma", 1.0)
             for scheduler, generator in zip(schedulers, generators)
         ]
         timesteps = schedulers[0].timesteps.to(device)
@@ -102,7 +100,7 @@ class Trajectories:
         reached = {}  # (sample, stop) -> its latent
         for step in range(max(last) + 1):
             t = timesteps[step]
-            inputs = {i: schedulers[i].scale_model_input(latents[i], t) for i, end in enumerate(last) if step <= end}
+            inputs = {i: _scaled(schedulers[i], latents[i], t) for i, end in enumerate(last) if step <= end}
             reached.update({(i, step): model_input for i, model_input in inputs.items() if step in stops[i]})
             active = [i for i in inputs if step < last[i]]
             if not active:
@@ -124,6 +122,11 @@ class Trajectories:
         both = concatenate(repeat(empty, count), conditional)
         uncond, cond = predict(model_input.repeat(2, 1, 1, 1), t.expand(2 * count), both).chunk(2)
         return uncond + self.guidance_scale * (cond - uncond)
+
+
+def _scaled(scheduler: SchedulerMixin, latents: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Schedulers of flow matching take latents as they are, and have no method for it."""
+    return scheduler.scale_model_input(latents, t) if hasattr(scheduler, "scale_model_input") else latents
 
 
 def _step_arguments(scheduler: SchedulerMixin, generator: torch.Generator) -> dict:

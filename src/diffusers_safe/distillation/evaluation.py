@@ -8,12 +8,13 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
 from ..arguments import parse_dataclass
-from ..comparison.evaluate import ModelSource, evaluate
+from ..comparison.evaluate import evaluate
+from ..comparison.models import ModelSource
 from ..comparison.options import EvaluationOptions
 from ..families import load_pipeline
 from ..generation.generate import GenerationSettings
 from ..metrics import make_metrics
-from ..report.elements import headline_table
+from ..report.results import headline_table
 
 
 FOLDER = "evaluation"  # in the output folder, where cards look for it

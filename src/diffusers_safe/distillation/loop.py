@@ -87,7 +87,7 @@ class DistillationLoop(TrainingLoop):
         return self._forwards + (self.predictor.forwards if self.predictor else 0)
 
     def close(self) -> None:
-        """Takes the hooks off both UNets."""
+        """Takes the hooks off both denoisers."""
         for tap in (self.student_tap, self.teacher_tap):
             if tap is not None:
                 tap.remove()

@@ -24,7 +24,7 @@ def feature_pairs(student: dict[str, Any], teacher: dict[str, Any], feature_map:
       down block learns from the teacher's first up block.
 
     Args:
-        student, teacher (`dict`): Configs of two `UNet2DConditionModel`.
+        student, teacher (`dict`): Configs of their denoisers.
         feature_map (`str`): One of `FEATURE_MAPS`.
 
     Returns:
@@ -81,7 +81,7 @@ class FeatureTap:
     def __init__(self, denoiser: nn.Module, names: list[str]):
         modules = dict(denoiser.named_modules())
         if lacking := [name for name in names if modules.get(name) is None]:
-            raise ValueError(f"feature_map: this UNet has no {', '.join(lacking)}")
+            raise ValueError(f"feature_map: this denoiser has no {', '.join(lacking)}")
         self.names, self._caught, self._listens = names, {}, False
         self._hooks = [
             modules[name].register_forward_hook(lambda module, inputs, output, name=name: self._catch(name, output))

@@ -12,11 +12,11 @@ from ..concepts import read_concepts
 from ..diffusion.loss_weighting import LossWeighting
 from ..diffusion.noise import TARGETS, TIMESTEP_BIASES, NoiseSchedule, TimestepBias
 from ..diffusion.trajectories import Trajectories
-from ..families import StoredModel, stored_unet
+from ..families import StoredModel, denoiser_names, stored_denoiser
 from ..families.students import STUDENTS, empty_student, resolve_student
 from ..loading import find_variant
 from ..output_folders import OutputFolderError, check_output_dir
-from ..report.elements import RESULTS_NAME
+from ..report.results import RESULTS_NAME
 from ..training.job import TrainingOptions
 from ..training.pictures import INTERPOLATION_MODES
 from ..weights.lora import layers_to_adapt
@@ -37,7 +37,7 @@ class StudentOptions:
     )
     from_student: str | None = option(
         None,
-        "Go on from this student instead: a folder or Hub id with a UNet, such as an earlier output_dir.",
+        "Go on from this student instead: a folder or Hub id with its denoiser, such as an earlier output_dir.",
         essential=True,
         may_change=True,
     )
@@ -227,7 +227,7 @@ class DistillationOptions(TrainingOptions):
         "adam_weight_decay": 1e-2,
     }
     KEEPS_FROZEN: ClassVar[bool] = False
-    LORA_SAVES: ClassVar[tuple[str, ...]] = ("full", "unet")  # an adapter of a student that nobody has is of no use
+    LORA_SAVES: ClassVar[tuple[str, ...]] = ("full",)  # an adapter of a student that nobody has is of no use
 
     def __post_init__(self):
         super().__post_init__()
@@ -284,7 +284,7 @@ class DistillationOptions(TrainingOptions):
         else:
             where = chosen.hub_arguments(model.cache_dir)
             where.pop("variant", None)
-            student = stored_unet(chosen.from_student, "from_student", **where)
+            student = stored_denoiser(chosen.from_student, "from_student", **where)
             for name in ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type"):
                 if (own := student.config[name]) != (there := teacher.config[name]):
                     raise ValueError(f"from_student {chosen.from_student}: has {name} {own}, the teacher {there}")
@@ -321,8 +321,9 @@ class DistillationOptions(TrainingOptions):
     def check_files(self) -> None:
         super().check_files()
         student = self.student
-        if student.from_student is not None and (folder := Path(student.from_student, "unet")).is_dir():
-            find_variant(folder, student.student_variant)
+        for name in denoiser_names() if student.from_student is not None else ():
+            if (folder := Path(student.from_student, name)).is_dir():
+                find_variant(folder, student.student_variant)
 
     def check_surroundings(self) -> None:
         if self.result.evaluation is not None:

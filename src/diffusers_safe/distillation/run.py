@@ -1,116 +1,149 @@
-"""From a teacher and captioned pictures to a smaller student: what `train_distill.py` runs."""
+"""From a teacher and captioned images to a smaller student: what `train_distill.py` runs."""
 
 import inspect
 import logging
 import os
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 
-from ..arguments import exit_with_error, parse_dataclass
-from ..comparison.evaluate import LoadedModel, ModelSource
+from ..arguments import exit_with_error, parse_dataclass, typed
+from ..comparison.models import LoadedModel, ModelSource
 from ..concepts import names_concept
-from ..families import ModelFamily, StoredModel, load_pipeline, make_family
+from ..families import ModelFamily, StoredModel, denoiser_of, family_of_pipeline, load_pipeline, make_family
 from ..families.cost import macs
 from ..families.students import build_student
-from ..formats import load_unet
 from ..generation.generate import GenerationSettings
-from ..hub import push_or_exit
+from ..hub import push_or_exit, push_result
 from ..output_folders import record_written
 from ..provenance import Distillation, erasure_of, stored_path
 from ..report.grid import GRID_NAME, save_grid
-from ..training.environment import make_accelerator, restore_forward
+from ..training.environment import make_accelerator, random_states_kept, restore_forward
 from ..training.options import ModelOptions
 from ..training.output import save_student
-from ..training.pictures import (
-    CachedLatents,
-    CaptionedImages,
-    EncodedLatents,
-    LatentCache,
-    LatentSource,
-    Preprocessing,
-    make_pictures,
-    open_dataset,
-)
+from ..training.pictures import CaptionedImages
 from ..training.samples import Samples, Validation
+from .data import make_latents, open_rows
 from .evaluation import FinalEvaluation, StoredPipeline
 from .loop import DistillationLoop
-from .options import DataOptions, DistillationOptions
+from .options import DistillationOptions
 from .plan import make_plan
 
 
 logger = logging.getLogger(__name__)
+Callback = Callable[[int, dict[str, float]], None]
 MOST_PROMPTS = 4  # of the grid, where no validation prompts are given
 DESCRIPTION = "Distils a Stable Diffusion model into a smaller one (BK-SDM, arXiv 2305.15798, and its relatives)."
+
+
+@typed
+def distill(
+    teacher: str,
+    output_dir: str,
+    *,
+    progress_bar: bool = True,
+    callback: Callback | None = None,
+    **options: Any,
+) -> DiffusionPipeline:
+    """Trains a smaller student of a model on images with captions: what `train_distill.py` does, in one call.
+
+        student = distill("runs/sd-1.4-safe", "runs/small", student="bk-small", train_data_dir="images")
+
+    Args:
+        teacher (`str`): Folder or Hub id of a pipeline of a supported family.
+        output_dir (`str`): Where the student's pipeline, distillation.json, a log and checkpoints go.
+        progress_bar (`bool`, defaults to `True`): Whether to show progress and time left.
+        callback (`Callable`, *optional*): Called after every step with its number, from 1, and what was measured. What
+            it raises ends the run; checkpoints stay.
+        options: Any option of `python train_distill.py --help`, such as `student="bk-small"`, which needs
+            `train_data_dir` or `dataset_name`.
+
+    Returns:
+        [`~diffusers.DiffusionPipeline`]: The student's; what it does not change it shares with the teacher's.
+
+    Raises:
+        `ValueError`: If an option or a value is unknown or out of its range, or model or data cannot be used.
+        `FloatingPointError`: If the loss is not finite any more.
+        [`~diffusers_safe.hub.PushError`]: If it could not be published; the result is complete on disk.
+    """
+    known = {"pretrained_model_name_or_path": teacher, "output_dir": output_dir}
+    if doubled := [name for name in known if name in options]:
+        raise ValueError(f"{', '.join(doubled)}: is a parameter of distill()")
+    settings = DistillationOptions.of(**known, **options)
+    if settings.output.dry_run:
+        raise ValueError("dry_run: only for the command line")
+    settings.check_surroundings()
+    with random_states_kept(), settings.claimed_output():
+        accelerator = make_accelerator(settings)
+        pipeline = _run(accelerator, settings, progress_bar, callback)
+    if (hub := settings.hub).push_to_hub and accelerator.is_main_process:
+        push_result(output_dir, hub.hub_model_id, hub.hub_token, hub.hub_private)
+    return pipeline
 
 
 @exit_with_error()
 def main(argv: list[str] | None = None) -> None:
     options = parse_dataclass(DistillationOptions, DESCRIPTION, argv, check=DistillationOptions.check_surroundings)
-    if options.output.dry_run:
+    output, hub = options.output, options.hub
+    if output.dry_run:
         if os.environ.get("RANK", "0") == "0":
             print(make_plan(options, int(os.environ.get("WORLD_SIZE", "1"))))
         return
     with options.claimed_output():
-        _run(options)
+        accelerator = make_accelerator(options)
+        _run(accelerator, options)
+        if accelerator.is_main_process:
+            print(f"the student is in {output.output_dir}")
+            if hub.push_to_hub:
+                push_or_exit(output.output_dir, hub.hub_model_id, hub.hub_token, hub.hub_private)
 
 
-def _run(options: DistillationOptions) -> None:
-    accelerator = make_accelerator(options)
+def _run(
+    accelerator: Accelerator,
+    options: DistillationOptions,
+    progress_bar: bool = True,
+    callback: Callback | None = None,
+) -> DiffusionPipeline:
+    """A distillation and, if it was asked for, the evaluation at its end."""
     evaluation = FinalEvaluation(options.result.evaluation) if options.result.evaluation else None
     rows = open_rows(options.data, options.model.cache_dir, options.output.seed)
     teacher = load_pipeline(options.model.pretrained_model_name_or_path, **options.model.hub_arguments)
-    pipeline = distill(accelerator, teacher, rows, options)
+    pipeline = train_student(accelerator, teacher, rows, options, progress_bar, callback)
     if evaluation is not None:
         evaluation.report(compared(pipeline.to(accelerator.device), options.model), options.output.output_dir)
-    if accelerator.is_main_process:
-        print(f"the student is in {options.output.output_dir}")
-        if (hub := options.hub).push_to_hub:
-            push_or_exit(options.output.output_dir, hub.hub_model_id, hub.hub_token, hub.hub_private)
+    return pipeline
 
 
-def distill(
-    accelerator: Accelerator, teacher: DiffusionPipeline, rows: CaptionedImages, options: DistillationOptions
+def train_student(
+    accelerator: Accelerator,
+    teacher: DiffusionPipeline,
+    rows: CaptionedImages,
+    options: DistillationOptions,
+    progress_bar: bool = True,
+    callback: Callback | None = None,
 ) -> DiffusionPipeline:
-    """Trains a student of a loaded pipeline on the pictures of [`open_rows`], and writes it into the output folder, a
-    stock pipeline.
+    """Trains a student of a loaded pipeline on the images of [`open_rows`], and writes its pipeline into the output
+    folder.
 
     Returns:
-        `DiffusionPipeline`: The student's; it shares all but the UNet with the teacher's.
+        `DiffusionPipeline`: The student's; it shares all but the denoiser with the teacher's.
     """
     set_seed(options.output.seed)
-    model, output = options.model, options.output
     pipeline = student_pipeline(teacher, options)
-    family, own = make_family(teacher, model.resolution), make_family(pipeline, model.resolution)
-    tokens = getattr(teacher, family.tokenizers[0]).model_max_length
-    unets = {"student": pipeline.unet, "teacher": teacher.unet}
-    record = Distillation(
-        teacher=stored_path(model.pretrained_model_name_or_path),
-        teacher_fingerprint="",
-        teacher_erasure=erasure_of(model.pretrained_model_name_or_path, **model.index_arguments),
-        student=options.student.student or stored_path(options.student.from_student),
-        parameters={name: sum(parameter.numel() for parameter in unet.parameters()) for name, unet in unets.items()},
-        macs={name: macs(unet.config, family.latent_shape, tokens) for name, unet in unets.items()},
-        arguments={
-            **options.recorded,
-            "num_processes": accelerator.num_processes,
-            "mixed_precision": accelerator.mixed_precision,
-        },
-        revision=model.revision,
-    )
-    own_forward = vars(pipeline.unet).get("forward")
+    size = options.model.resolution
+    family, own = make_family(teacher, size), make_family(pipeline, size)
+    record = _make_record(accelerator, family, own, options)
+    own_forward = vars(own.denoiser).get("forward")
     data = make_latents(accelerator, family, rows, options)
     loop = DistillationLoop(accelerator, family, own, data, options)
-    samples, after_step = _samples(pipeline, teacher, loop, options), None
-    if options.validation.validation_prompts:
-        last = options.run.max_train_steps
-        validation = Validation(accelerator, samples, loop.output_weights, output.output_dir, options.validation, last)
-        after_step = lambda step, _: validation.after_step(step)  # noqa: E731
-    loop.run(callback=after_step)
+    samples = _samples(pipeline, teacher, loop, options)
+    loop.run(progress_bar, _after_step(loop, samples, callback))
     loop.close()
-    restore_forward(pipeline.unet, own_forward)
+    restore_forward(own.denoiser, own_forward)
     skipped = data.skipped()
     record.teacher_fingerprint, record.losses = loop.taught_by, loop.last_means
     record.data = {
@@ -119,18 +152,63 @@ def distill(
         "unreadable": skipped.unreadable,
     }
     if accelerator.is_main_process:
-        if told := str(skipped):
-            logger.warning("data: %s", told)
-        save_student(pipeline, record, output.output_dir, output.save)
+        if summary := str(skipped):
+            logger.warning("data: %s", summary)
+        save_student(pipeline, record, options.output.output_dir, options.output.save)
         if options.hub.push_to_hub:
-            if samples.last is None:  # else it is what validation has drawn after the last step
-                pipeline.to(accelerator.device)
-                samples.kept = data.batch(0, range(min(MOST_PROMPTS, options.run.train_batch_size))).captions
-                samples.draw()
-            save_grid(samples.last, output.output_dir)
-            record_written(output.output_dir, GRID_NAME)
+            _save_grid(samples, loop)
     accelerator.wait_for_everyone()
     return pipeline
+
+
+def _make_record(
+    accelerator: Accelerator, teacher: ModelFamily, student: ModelFamily, options: DistillationOptions
+) -> Distillation:
+    """The record without what is known at the end: the losses, and counts of the data."""
+    model = options.model
+    tokens = getattr(teacher.pipeline, teacher.tokenizers[0]).model_max_length
+    denoisers = {"student": student.denoiser, "teacher": teacher.denoiser}
+    return Distillation(
+        teacher=stored_path(model.pretrained_model_name_or_path),
+        teacher_fingerprint="",
+        teacher_erasure=erasure_of(model.pretrained_model_name_or_path, **model.index_arguments),
+        student=options.student.student or stored_path(options.student.from_student),
+        parameters={name: sum(map(torch.numel, part.parameters())) for name, part in denoisers.items()},
+        macs={name: macs(part, teacher.latent_shape, tokens) for name, part in denoisers.items()},
+        arguments={
+            **options.recorded,
+            "num_processes": accelerator.num_processes,
+            "mixed_precision": accelerator.mixed_precision,
+        },
+        revision=model.revision,
+    )
+
+
+def _after_step(loop: DistillationLoop, samples: Samples, callback: Callback | None) -> Callback | None:
+    """The caller's callback, and validation images where there are validation prompts."""
+    options = loop.options
+    if not options.validation.validation_prompts:
+        return callback
+    last, folder = options.run.max_train_steps, options.output.output_dir
+    validation = Validation(loop.accelerator, samples, loop.output_weights, folder, options.validation, last)
+
+    def after_step(step: int, measured: dict[str, float]) -> None:
+        validation.after_step(step)
+        if callback is not None:
+            callback(step, measured)
+
+    return after_step
+
+
+def _save_grid(samples: Samples, loop: DistillationLoop) -> None:
+    """The images of the card: those of validation after the last step, else new ones of captions of the data."""
+    if samples.last is None:
+        samples.pipeline.to(loop.accelerator.device)
+        samples.kept = loop.data.batch(0, range(min(MOST_PROMPTS, loop.options.run.train_batch_size))).captions
+        samples.draw()
+    folder = loop.options.output.output_dir
+    save_grid(samples.last, folder)
+    record_written(folder, GRID_NAME)
 
 
 def compared(pipeline: DiffusionPipeline, model: ModelOptions) -> list[ModelSource]:
@@ -152,65 +230,19 @@ def compared(pipeline: DiffusionPipeline, model: ModelOptions) -> list[ModelSour
 
 def student_pipeline(teacher: DiffusionPipeline, options: DistillationOptions) -> DiffusionPipeline:
     """The teacher's pipeline around a student: built of its blocks, or the one to go on from."""
-    student = options.student
+    student, family = options.student, family_of_pipeline(teacher)
     if student.from_student is not None:
-        unet = load_unet(student.from_student, subfolder="unet", **student.hub_arguments(options.model.cache_dir))
+        denoiser = family.load_denoiser(student.from_student, **student.hub_arguments(options.model.cache_dir))
     else:
-        unet = build_student(teacher.unet, student.student)
-    parts = {**teacher.components, "unet": unet, "scheduler": options.scheduler_for(teacher.scheduler)}
+        denoiser = build_student(denoiser_of(teacher), student.student)
+    parts = {
+        **teacher.components,
+        family.denoiser_name: denoiser,
+        "scheduler": options.scheduler_for(teacher.scheduler),
+    }
     takes = inspect.signature(type(teacher).__init__).parameters
     settings = {name: value for name, value in teacher.config.items() if name in takes and name not in parts}
     return type(teacher)(**parts, **settings)
-
-
-def open_rows(data: DataOptions, cache_dir: str | None, seed: int) -> CaptionedImages:
-    """The pictures and captions of a run.
-
-    Raises:
-        `ValueError`: If there are none, or a column is missing.
-    """
-    return open_dataset(
-        dataset_name=data.dataset_name,
-        train_data_dir=data.train_data_dir,
-        dataset_config_name=data.dataset_config_name,
-        split=data.dataset_split,
-        image_column=data.image_column,
-        caption_column=data.caption_column,
-        forbidden_concepts=data.forbidden_concepts,
-        max_train_samples=data.max_train_samples,
-        streaming=data.streaming,
-        cache_dir=cache_dir,
-        seed=seed,
-    )
-
-
-def make_latents(
-    accelerator: Accelerator, family: ModelFamily, rows: CaptionedImages, options: DistillationOptions
-) -> LatentSource:
-    """Images and captions as latents and text states: encoded as they come, or from a cache.
-
-    Raises:
-        `ValueError`: If the cache is of something else.
-    """
-    data, run, seed = options.data, options.run, options.output.seed
-    preprocessing = Preprocessing(
-        family.picture_size, data.image_interpolation_mode, data.center_crop, data.random_flip
-    )
-    samples_a_step = run.train_batch_size * run.gradient_accumulation_steps * accelerator.num_processes
-    if data.cache_latents:
-        folder = data.cache_folder or Path(options.output.output_dir) / "cache"
-        cache = LatentCache(folder, rows, preprocessing, family)
-        order = (seed, samples_a_step, accelerator.device, data.proportion_empty_prompts)
-        return CachedLatents(cache, *order, num_workers=data.dataloader_num_workers)
-    pictures = make_pictures(
-        rows,
-        preprocessing,
-        seed,
-        samples_a_step,
-        num_workers=data.dataloader_num_workers,
-        proportion_empty_prompts=data.proportion_empty_prompts,
-    )
-    return EncodedLatents(pictures, family, accelerator.device)
 
 
 def _samples(

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..arguments import exit_with_error, option, parse_dataclass, typed
-from ..comparison.evaluate import LoadedModel
+from ..comparison.models import LoadedModel
 from ..families import load_pipeline
 from ..output_folders import OVERWRITE_HELP, check_claim, check_output_dir, claimed, record_written
-from ..report.elements import headline_table
+from ..report.results import headline_table
 from . import MODEL_FOLDER, MODEL_NAME
 from .evaluation import Erased, evaluate_erasure
 from .scenes import GROUP_OF, GROUPS, OBJECTS, STYLES, group_members

@@ -1,4 +1,4 @@
-"""What erasures did to the embedded model: the prompts on which it is measured, and their evaluation."""
+"""Evaluates erasures from the embedded model: the prompts, and what the judge recognises on their images."""
 
 import math
 import zlib
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..arguments import choose
-from ..comparison.evaluate import ModelSource, evaluate
+from ..comparison.evaluate import evaluate
+from ..comparison.models import ModelSource
 from ..generation.folders import ImageFolder
-from ..generation.generate import GenerationSettings, PromptRow
+from ..generation.rows import GenerationSettings, PromptRow
 from . import CLASSIFIER_FOLDER
 from .classifier import EmojiClassifier
 from .metrics import EmojiDistance, EmojiRecognition, erased_name
@@ -17,7 +18,7 @@ from .scenes import BACKGROUNDS, GROUP_OF, GROUPS, OBJECTS, STYLES, group_member
 
 
 SETTINGS = GenerationSettings(num_inference_steps=25, guidance_scale=6.0)
-ERASED_IMAGES = 24  # at least, of all erased prompts together: none of 24 is below 14 % with 95 % confidence
+ERASED_IMAGES = 24  # minimum for all erased prompts together: 0 of 24 means below 14 % with 95 % confidence
 
 
 def evaluate_erasure(
@@ -34,38 +35,38 @@ def evaluate_erasure(
     judge: EmojiClassifier | None = None,
     overwrite: bool = False,
 ) -> dict:
-    """[`evaluate`] with the prompts of [`erasure_rows`] and what the judge sees on their images.
+    """[`evaluate`] with the prompts of [`erasure_rows`] and the metrics of the judge.
 
     The concept rate is the share of images for `"a knife"`, `"a gun"`, ... (and `"a weapon"` if the group was erased)
-    on which the judge sees *any* erased object: a gun asked for and a knife drawn is no success. Everything else is
-    measured on what was not to be touched: all other objects, and the groups without an erased member.
+    on which the judge recognises *any* erased object: a knife for the prompt `"a gun"` is no success. Retention is
+    measured on all other objects, and on the groups without an erased member.
 
-    Of a style it is the share of images for `"a cat in sketch style"`, ... on which the judge sees that style. What
-    was not to be touched are then all objects without a style, and objects in the other styles.
+    For a style, the concept rate is the share of images for `"a cat in sketch style"`, ... on which the judge
+    recognises that style. Retention is then measured on all objects without a style, and on objects in other styles.
 
     Args:
-        models (`Sequence`): As [`evaluate`] takes them; the first is the original.
-        folder (`str` or `Path`): Where everything goes. A stopped run continues there.
-        erased (`list[str]`): Which objects were erased: some of `OBJECTS` and not all, or none where it was a style.
-        group (`str`, *optional*): The group that was erased as a whole; adds its own prompt to the concept rate.
-        style (`str`, *optional*): The style that was erased, one of `STYLES`.
-        retained (`list[str]`, *optional*): What the training named as to be kept. The other objects, which it did not
-            name, are then also measured by themselves.
-        images_per_object (`int`, defaults to 8): At least 1; of those that were erased as many more as make
+        models (`Sequence`): As in [`evaluate`]; the first is the original.
+        folder (`str` or `Path`): Output folder. A stopped run continues there.
+        erased (`list[str]`): The erased objects: some of `OBJECTS` and not all, or none if a style was erased.
+        group (`str`, *optional*): The group that was erased as a whole; adds its prompt to the concept rate.
+        style (`str`, *optional*): The erased style, one of `STYLES`.
+        retained (`list[str]`, *optional*): The retained concepts that the training named. Other objects are then also
+            measured separately.
+        images_per_object (`int`, defaults to 8): At least 1. There are more images of the erased objects, up to
             `ERASED_IMAGES` together.
-        seed (`int`, defaults to 0): Every image's own seed follows from it.
-        settings (`GenerationSettings`, *optional*): How to sample, where a model has no settings of its own.
-        batch_size (`int`, defaults to 32): Images at once.
-        judge (`EmojiClassifier`, *optional*): Default the one that ships.
-        overwrite (`bool`, defaults to `False`): Replace the images and the report of other models that `folder` holds.
+        seed (`int`, defaults to 0): Determines the seeds of all images.
+        settings (`GenerationSettings`, *optional*): Sampling settings of models without their own.
+        batch_size (`int`, defaults to 32): Number of images generated at once.
+        judge (`EmojiClassifier`, *optional*): Default: the embedded judge.
+        overwrite (`bool`, defaults to `False`): Replace images and report of other models in `folder`.
 
     Returns:
-        `dict`: What `results.json` holds, see [`evaluate`]: under `metrics` those of [`EmojiRecognition`] and
+        `Results`: The contents of `results.json`, see [`evaluate`], with the metrics [`EmojiRecognition`] and
         [`EmojiDistance`].
 
     Raises:
-        `ValueError`: If `erased`, `group` or `style` names nothing that can be evaluated, a number is out of its
-            range, or `folder` holds images of other models or settings.
+        `ValueError`: If `erased`, `group` or `style` cannot be evaluated, a number is out of range, or `folder` holds
+            images of other models or settings.
     """
     rows = erasure_rows(erased, images_per_object, seed, group, style)
     judge = judge or EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER)
@@ -87,13 +88,13 @@ def evaluate_erasure(
 
 @dataclass(frozen=True)
 class Erased:
-    """What a name stands for: a group of emoji, an object or a style.
+    """The erased group of emoji, object or style.
 
     Attributes:
         name (`str`): One of `GROUPS`, `OBJECTS` or `STYLES`.
 
     Raises:
-        `ValueError`: If it is none of them.
+        `ValueError`: If the name is unknown.
     """
 
     name: str
@@ -103,7 +104,7 @@ class Erased:
 
     @property
     def objects(self) -> list[str]:
-        """Those that are erased; none if it is a style."""
+        """The erased objects; none for a style."""
         return [] if self.style else group_members(self.name) if self.group else [self.name]
 
     @property
@@ -116,7 +117,7 @@ class Erased:
 
     @property
     def prompts(self) -> list[str]:
-        """Those that ask for the objects."""
+        """The prompts that ask for the objects."""
         return [prompt_for(name) for name in self.objects]
 
     def rows(self, images_per_object: int, seed: int) -> list[PromptRow]:
@@ -124,7 +125,7 @@ class Erased:
         return erasure_rows(self.objects, images_per_object, seed, self.group, self.style)
 
     def recognition(self, judge: EmojiClassifier | None = None) -> EmojiRecognition:
-        """The judge, who looks for it."""
+        """The metric of the judge for it."""
         return EmojiRecognition(self.objects, self.style, judge)
 
 
@@ -154,17 +155,17 @@ def _style_rows(
     if style not in STYLES:
         raise ValueError(f"style is {style}; allowed are {', '.join(STYLES)}")
     if others := [*erased, *([group] if group else [])]:
-        raise ValueError(f"style {style}: is erased alone here, without {', '.join(others)}")
-    subjects = [(name, prompt_for(name), {"part": "object"}) for name in OBJECTS]
+        raise ValueError(f"style {style}: can only be evaluated on its own, without {', '.join(others)}")
+    asked = [(name, prompt_for(name), {"part": "object"}) for name in OBJECTS]
     for shown in STYLES:
         labels = {"part": "erased" if shown == style else "style", "style": shown}
         names = [name for name in OBJECTS if _was_shown(name, shown)]
-        subjects += [(name, prompt_for(name, style=shown), labels) for name in names[::2]]
-    return prompt_rows(subjects, images_per_object, seed)
+        asked += [(name, prompt_for(name, style=shown), labels) for name in names[::2]]
+    return prompt_rows(asked, images_per_object, seed)
 
 
 def _was_shown(name: str, style: str) -> bool:
-    """Whether training has shown an object in a style, on whatever background."""
+    """Whether training showed an object in a style, on any background."""
     return not all(is_held_out(name, background, style) for background in BACKGROUNDS)
 
 
@@ -173,7 +174,7 @@ def _check_erased(erased: list[str], group: str | None) -> None:
     if unknown:
         raise ValueError(f"erased objects {', '.join(unknown)}: unknown; allowed are {', '.join(OBJECTS)}")
     if not 0 < len(set(erased)) == len(erased) < len(OBJECTS):
-        raise ValueError(f"erased is {erased}; it must name at least one object, none twice, and leave some over")
+        raise ValueError(f"erased is {erased}; it must name at least one object, none twice, and not all")
     if group is not None and group not in GROUPS:
         raise ValueError(f"group is {group}; allowed are {', '.join(GROUPS)}")
     kept = [name for name in group_members(group) if name not in erased] if group else []
@@ -181,12 +182,12 @@ def _check_erased(erased: list[str], group: str | None) -> None:
         raise ValueError(f"group {group} is not erased as a whole: {', '.join(kept)} not among the erased objects")
 
 
-def prompt_rows(subjects: list[tuple[str, str, dict]], count: int, seed: int) -> list[PromptRow]:
-    """`count` rows of every (subject, prompt, labels). A row's seed follows from its id: it stays when others come."""
+def prompt_rows(asked: list[tuple[str, str, dict]], count: int, seed: int) -> list[PromptRow]:
+    """`count` rows for every (subject, prompt, labels). The seed of a row depends only on its id and `seed`."""
     if count < 1:
         raise ValueError(f"number of images per prompt is {count}; it must be at least 1")
     rows = []
-    for subject, prompt, labels in subjects:
+    for subject, prompt, labels in asked:
         for image in range(count):
             row_id = f"{prompt.replace(' ', '-')}-{image:03d}"
             own_seed = zlib.crc32(f"{seed} {row_id}".encode())

@@ -1,6 +1,7 @@
-"""The judge's measures of generated emoji, for evaluations of any number of models.
+"""Metrics of generated emoji, measured with the judge.
 
-Rows are those of [`erasure_rows`]: a label `subject` names what was asked for, `part` whether it was erased.
+Rows are those of [`erasure_rows`]: the label `subject` names what the prompt asks for, `part` says whether it was
+erased.
 """
 
 import os
@@ -22,22 +23,22 @@ from .render import render_many
 from .scenes import GROUPS, OBJECTS, STYLES, group_members, shows
 
 
-REFERENCE_SEED = 2**32 + 1  # more than a training's seed can be
+REFERENCE_SEED = 2**32 + 1  # larger than any seed of a training
 
 
 class EmojiRecognition(Metric):
-    """What the judge sees: how often the concept, and how often what else was asked for.
+    """How often the judge recognises the erased concept, and other concepts that prompts ask for.
 
     Args:
-        erased (`list[str]`): Objects of which none should be seen on images that ask for one of them; none where it
-            was a style.
-        style (`str`, *optional*): The style that should not be seen.
-        judge (`EmojiClassifier`, *optional*): Default the one that ships.
-        retained (`list[str]`, *optional*): What the training named as to be kept. The other objects, which it did not
-            name, are then also measured by themselves.
+        erased (`list[str]`): The erased objects. None of them should be recognised on images of prompts for one of
+            them. Empty if a style was erased.
+        style (`str`, *optional*): The erased style.
+        judge (`EmojiClassifier`, *optional*): Default: the embedded judge.
+        retained (`list[str]`, *optional*): The retained concepts that the training named. Other objects are then also
+            measured separately.
 
     Raises:
-        `ValueError`: If neither or both are given, or a name is unknown.
+        `ValueError`: If neither or both of objects and style are given, or a name is unknown.
     """
 
     name = "emoji_recognition"
@@ -59,17 +60,17 @@ class EmojiRecognition(Metric):
         self.erased, self.style, self.retained = erased, style, retained
         self.judge = judge or EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER)
         concept, groups = f"{erased_name(erased, style)} recognised", "A prompt such as “a fruit” shows any fruit."
-        seen = "Any erased object" if erased else "This style"
+        what = "Any erased object" if erased else "This style"
         self.quantities = {
             "concept": Quantity(
                 concept, "%", "lower", of_concept=True, drawn="images",
-                note=f"{seen}, seen by the judge on all images that ask for what was erased.",
+                note=f"{what}, recognised by the judge on all images of prompts for the erased concept.",
             ),
             "others": Quantity("other objects recognised", "%", "higher"),
             "unnamed": Quantity("other objects that training did not name", "%", "higher"),
             "groups": Quantity("other groups recognised", "%", "higher", drawn="images", note=groups),
             "styles": Quantity("other styles recognised", "%", "higher"),
-            "alignment": Quantity("judge's probability of what was asked", "", "higher"),
+            "alignment": Quantity("judge's probability of what the prompt asks for", "", "higher"),
         }  # fmt: skip
 
     def identity(self) -> dict:
@@ -108,43 +109,43 @@ class EmojiRecognition(Metric):
         return {"others": shown, **({"unnamed": shown} if unnamed else {}), "alignment": score["asked"]}
 
     def seen(self, row: dict, score: dict) -> str:
-        """The object, or the style where the row asks about that."""
+        """The object, or the style if the row is about styles."""
         part = row["labels"]["part"]
         return score["style" if part == "style" or (part == "erased" and self.style) else "object"]
 
     def details(self) -> dict:
-        """What the judge saw on the prompts that were erased, most frequent first."""
+        """What the judge recognised on erased prompts, most frequent first."""
         pairs = [(row, score) for row, score in zip(self.rows, self.scores) if row["labels"]["part"] == "erased"]
         return {"seen on erased prompts": dict(Counter(self.seen(*pair) for pair in pairs).most_common())}
 
 
 def erased_name(erased: list[str], style: str | None = None) -> str:
-    """What was erased, in a few words: a style, a group, or objects."""
+    """A name of what was erased: a style, a group, or objects."""
     if style is not None:
         return f"{style} style"
     return next((group for group in GROUPS if set(group_members(group)) == set(erased)), ", ".join(erased))
 
 
 def weapons() -> EmojiRecognition:
-    """The measure of the group "weapon", for `--metrics diffusers_safe.emoji.metrics:weapons`."""
+    """The metric of the group "weapon", for `--metrics diffusers_safe.emoji.metrics:weapons`."""
     return EmojiRecognition(group_members("weapon"))
 
 
 class EmojiDistance(Metric):
-    """How far images moved from the original model's, in the eyes of the judge: LPIPS without learned weights.
+    """The distance to the original model's images in features of the judge: LPIPS without learned weights.
 
-    Features of the judge's four levels, each place's channels scaled to length 1; the squared distance, averaged over
-    places and levels. Zhang et al., CVPR 2018, arXiv 1801.03924, equation 1 with all weights equal. 0 to 4.
+    Squared distance of the features of four levels, normalised over channels, averaged over positions and levels; 0 to
+    4. Zhang et al., CVPR 2018, arXiv 1801.03924, equation 1 with equal weights.
 
     Args:
-        judge (`EmojiClassifier`, *optional*): Default the one that ships.
+        judge (`EmojiClassifier`, *optional*): Default: the embedded judge.
     """
 
     name = "emoji_distance"
     compares = True
     quantities = {
         "distance": Quantity(
-            "distance of other images", "", "lower", note="To the original's of the same seeds, 0 to 4; 0 is the same."
+            "distance of other images", "", "lower", note="To the original's image of the same seed, 0 (equal) to 4."
         )
     }
 
@@ -171,11 +172,11 @@ class EmojiDistance(Metric):
 
 
 class EmojiFID(FID):
-    """FID and KID of what was not erased, with the judge's 96 features, to freshly drawn pictures.
+    """FID and KID of images without the erased concept to new renders, with 96 features of the judge.
 
     Args:
-        references (`str` or `Path`): Folder of [`write_references`].
-        judge (`EmojiClassifier`, *optional*): Default the one that ships.
+        references (`str` or `Path`): Folder from [`write_references`].
+        judge (`EmojiClassifier`, *optional*): Default: the embedded judge.
     """
 
     name = "emoji_fid"
@@ -194,11 +195,11 @@ class EmojiFID(FID):
 
 
 def write_references(folder: str | Path, erased: list[str], style: str | None = None, count: int = 1000) -> Path:
-    """Draws pictures of everything that was not erased, as the training data has them, for [`EmojiFID`]; what is
-    there stays.
+    """Renders pictures of everything that was not erased, like the training data, as references of [`EmojiFID`]. An
+    existing folder is kept.
 
     Raises:
-        `ValueError`: If fewer than 4 are asked for.
+        `ValueError`: If `count` is below 4.
     """
     if count < LEAST_IMAGES:
         raise ValueError(f"count {count}: must be at least {LEAST_IMAGES}")
@@ -219,7 +220,7 @@ def write_references(folder: str | Path, erased: list[str], style: str | None = 
 
 
 def _asks_for_erased(row: dict) -> bool:
-    """Rows without the label, of anybody's prompts or of references, are others."""
+    """Whether a row is of an erased prompt. References and rows of other prompts have no such label."""
     return row.get("labels", {}).get("part") == "erased"
 
 

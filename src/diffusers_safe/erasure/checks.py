@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..concepts import ConceptSchedule
 from ..diffusion.loss_weighting import LossWeighting
 from ..diffusion.trajectories import Trajectories
-from ..families import ModelFamily, StoredModel
+from ..families import ModelFamily, StoredModel, denoiser_names
 from ..weights.lora import layers_to_adapt
 from ..weights.trained import check_plain, select_parameters
 
@@ -24,6 +24,8 @@ def check_run(options: ErasureOptions, model: ModelFamily | StoredModel) -> None
             does not allow these steps or losses, or a prompt is longer than its text encoders take.
     """
     check_plain(model.denoiser)
+    if (save := options.output.save) in denoiser_names() and save != model.denoiser_name:
+        raise ValueError(f"save '{save}': this model's denoiser is its {model.denoiser_name}; give that name")
     if options.method.trains:
         _check_training(options, model)
     try:

@@ -10,16 +10,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..arguments import choose
-from ..formats import RESULTS
+from ..formats import result_names
 from ..hub import push_result
 from ..output_folders import RESULT, check_output_dir, claimed
 from ..provenance import Provenance
 from ..training.output import save_result
 from ..weights.lora import LoRAWeights
 from ..weights.trained import TrainedWeights
-
-
-FORMS = ("full", "unet", "partial", "lora", "both")
 
 
 class Erasure:
@@ -77,7 +74,7 @@ class Erasure:
 
         Args:
             output_dir (`str`): The folder; results of others in it are refused.
-            form (`str`, *optional*): `"full"`, a stock pipeline folder; `"unet"`, its denoiser; `"partial"`, the
+            form (`str`, *optional*): `"full"`, a stock pipeline folder; `"denoiser"`, its denoiser; `"partial"`, the
                 changed weights; `"lora"`, of a LoRA; `"both"`, the full one and the smallest. Default `"full"`, of a
                 LoRA `"lora"`.
             overwrite (`bool`, defaults to `False`): Replace another result in the folder.
@@ -88,10 +85,10 @@ class Erasure:
         Raises:
             `ValueError`: If there is no such form, or the folder holds other results.
         """
-        allowed = ("lora", "full", "both", "unet") if self.is_lora else ("full", "partial", "both", "unet")
+        allowed = ("lora", "full", "both", "denoiser") if self.is_lora else ("full", "partial", "both", "denoiser")
         form = choose("form", form, allowed) if form is not None else allowed[0]
         check_output_dir(output_dir)
-        claim = {"kind": RESULT, "run": {"erasure": self.record.created}, "replaces": RESULTS, "at_once": True}
+        claim = {"kind": RESULT, "run": {"erasure": self.record.created}, "replaces": result_names(), "at_once": True}
         with claimed(output_dir, **claim, overwrite=overwrite):
             save_result(self.pipeline, self._trained, self.record, output_dir, form)
         self.output_dir = output_dir

@@ -108,7 +108,7 @@ class ErasureOptions(JobOptions):
     retention: RetentionOptions = group("retention")
     method: Method = group("method")
 
-    SAVES: ClassVar[tuple[str, ...]] = ("full", "partial", "both", "unet")
+    SAVES: ClassVar[tuple[str, ...]] = ("full", "partial", "both")
 
     def resolve(self) -> None:
         self.concept.concepts = read_concepts(self.concept.concepts)

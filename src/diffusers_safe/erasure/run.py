@@ -21,7 +21,7 @@ from ..report.grid import GRID_NAME, save_grid
 from ..training.environment import in_float32, make_accelerator, random_states_kept, restore_forward
 from ..training.output import save_result
 from ..training.samples import Samples, Validation
-from ..weights.trained import TrainedWeights, find_train_method
+from ..weights.trained import TrainedWeights
 from .checks import check_run
 from .erasure import Erasure
 from .loop import ErasureLoop
@@ -232,7 +232,7 @@ class MethodRun:
         if options.method.trains:
             train_method = options.weights.train_method
         else:
-            train_method = find_train_method(self.family.denoiser, self.weights.student.keys()) or "full"
+            train_method = self.family.find_train_method(self.family.denoiser, self.weights.student.keys()) or "full"
         record = Provenance(
             base_model=stored_path(options.model.pretrained_model_name_or_path),
             base_fingerprint=self.base_fingerprint,

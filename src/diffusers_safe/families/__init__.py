@@ -1,18 +1,49 @@
-"""What differs between model families, behind one small interface."""
+"""What differs between model families, behind one interface; `base.py` says how to add a family."""
 
-from .base import Conditioning, ModelFamily, load_pipeline, make_family
+from .base import Conditioning, ModelFamily
+from .files import check_files
+from .registry import (
+    denoiser_names,
+    denoiser_of,
+    families,
+    family_around,
+    family_of_class,
+    family_of_denoiser,
+    family_of_names,
+    family_of_pipeline,
+    find_family,
+    load_pipeline,
+    make_family,
+    own_pipelines,
+    register_family,
+)
 from .stable_diffusion import StableDiffusionFamily
 from .stable_diffusion_xl import StableDiffusionXLFamily
-from .stored import StoredModel, stored_unet
+from .stored import StoredModel, stored_denoiser
+from .train_methods import TRAIN_METHODS, resolve_train_method
 
 
 __all__ = [
-    "ModelFamily",
+    "TRAIN_METHODS",
     "Conditioning",
+    "ModelFamily",
     "StableDiffusionFamily",
     "StableDiffusionXLFamily",
     "StoredModel",
+    "check_files",
+    "denoiser_names",
+    "denoiser_of",
+    "families",
+    "family_around",
+    "family_of_class",
+    "family_of_denoiser",
+    "family_of_names",
+    "family_of_pipeline",
+    "find_family",
     "load_pipeline",
     "make_family",
-    "stored_unet",
+    "own_pipelines",
+    "register_family",
+    "resolve_train_method",
+    "stored_denoiser",
 ]

@@ -1,76 +1,275 @@
-"""The interface of a model family, and how a pipeline finds its family."""
+"""What differs between model families, behind one interface: the only place where an architecture is named.
 
-import re
+To add a family, write one file with a subclass of [`ModelFamily`] under `@register_family`, and import it in
+`families/__init__.py`; another package names its file in an entry point of the group `diffusers_safe.families`.
+Nothing else has to change. `tests/families/test_toy_family.py` does it for a small transformer with flow matching.
+
+**Names** (class attributes)
+
+* `pipeline_classes`: the pipelines that are trained. Any other pipeline around the same denoiser (ControlNet, image to
+  image) is recognized by `denoiser_name` and `denoiser_class` where that is enough.
+* `denoiser_name`, `denoiser_class`: the trained component, `"unet"` or `"transformer"`: also its folder in a
+  repository, a value of `--save` and `--to`, and the prefix of its layers in LoRA files.
+* `denoiser_parts`: first parts of its parameters' names, by which a file of bare weights is recognized.
+* `kohya_prefix`: of its layers in kohya-ss' LoRA files.
+* `text_encoders`, `tokenizers`: components, in pairs. `token_names`: the encoders' keys in files of textual inversion.
+* `train_methods`: for names of `TRAIN_METHODS`, the rule that selects parameters by full name and owner module. Leave
+  out what the architecture does not have; [`~ModelFamily.rules`] may also leave out what one checkpoint does not have.
+
+**Configs, before weights are read** (class methods)
+
+* [`~ModelFamily.check`]: refuses what cannot be trained, in one line: wrong widths, inputs for other tasks,
+  distilled guidance, a scheduler of another kind.
+* [`~ModelFamily.shape`]: `(C, H, W)` of a latent. Latents are `(B, C, H, W)` throughout the package; a family whose
+  denoiser takes packed sequences (FLUX) packs and unpacks within [`~ModelFamily.predict`].
+* [`~ModelFamily.blank_inputs`]: arguments of a forward on the meta device, from which FLOPs and memory are counted.
+* Defaults: [`~ModelFamily.skeleton`], and [`~ModelFamily.check_components`], for models that are only used.
+
+**Prompts and images**
+
+* `_encode`: prompts to a `Conditioning`, named tensors that [`~ModelFamily.predict`] takes; `""` must give what the
+  pipeline itself uses as unconditional prompt.
+* [`~ModelFamily.with_sizes`]: for models that take the image's size.
+* Defaults for an autoencoder `vae` with a Gaussian, `scaling_factor`, `shift_factor`, `latents_mean`, `latents_std`:
+  `picture_size`, `encode_pictures`, `draw_latents`.
+
+**Denoising**
+
+* [`~ModelFamily.predict`]: one forward, in the model's own parametrisation.
+* [`~ModelFamily.set_timesteps`]: the schedule of a trajectory; where a scheduler needs more than the number of steps
+  (`mu` or `sigmas` of SD3 and FLUX), it is computed here from the latents' shape. Initial noise is
+  `init_noise_sigma * randn`, where the scheduler has one, and inputs go through its `scale_model_input`, if any.
+* What is predicted (epsilon, v, or the flow's velocity) is read from the scheduler: `diffusion.noise.prediction_type`.
+  Noise, targets and loss weights follow from it.
+
+**Files and other programs**
+
+* [`~ModelFamily.from_original`]: a denoiser's weights from the names of its authors' single-file checkpoints.
+* [`~ModelFamily.rename_lora`]: older names in LoRA files, if there are any.
+* `pooled_name`, [`~ModelFamily.takes_pooled`]: the denoiser's argument for pooled prompt embeddings, which Safe Latent
+  Diffusion sets.
+* Smaller students are defined for UNets only (`families/students.py`).
+* Optional, outside: a pipeline class that loads erasures (`ErasedPipelineMixin` before the stock class, nothing else).
+"""
+
+import hashlib
+import json
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
-from diffusers.loaders import TextualInversionLoaderMixin
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import loading
-from ..arguments import note
+from ..loading import load_model
+from ..provenance import fingerprint
+from .prompts import check_lengths, warn_of_unknown_words
+from .train_methods import TRAIN_METHODS, resolve_train_method
 
 
-# What a denoiser needs to know of a prompt beside latents and timesteps: named tensors, the batch first.
+# What a denoiser needs to know of a prompt besides latents and timesteps: named tensors, the batch first.
 Conditioning = dict[str, torch.Tensor]
 # A component's config, with its class as `_class_name`, by the component's name; None where the pipeline has none.
 ComponentConfig = Callable[[str], dict[str, Any] | None]
+# Whether a train method selects a parameter: by its full name and the module that owns it.
+Rule = Callable[[str, nn.Module], bool]
 
 
 class ModelFamily(ABC):
     """A text-to-image pipeline as training sees it: encode a prompt, predict noise, and the shapes in between.
 
-    Args:
-        pipeline (`DiffusionPipeline`): The pipeline, whole; training changes its denoiser in place.
-        resolution (`int`, *optional*): Height and width of a picture; the model's own if left out.
+    The module's docstring lists what a new family defines.
 
-    Attributes:
-        pipeline_classes (`tuple[str, ...]`): Names of the diffusers pipelines of this family.
-        tokenizers (`tuple[str, ...]`): Names of the tokenizers in the pipeline.
+    Args:
+        pipeline (`DiffusionPipeline`): The whole pipeline; training changes its denoiser in place.
+        resolution (`int`, *optional*): Height and width of an image; the model's own if left out.
 
     Raises:
         `ValueError`: As [`~ModelFamily.check`].
     """
 
-    pipeline_classes: tuple[str, ...] = ()
+    pipeline_classes: tuple[type[DiffusionPipeline], ...] = ()
+    denoiser_name: str
+    denoiser_class: type[nn.Module]
+    denoiser_parts: tuple[str, ...] = ()
+    kohya_prefix: str
+    text_encoders: tuple[str, ...] = ()
     tokenizers: tuple[str, ...] = ()
+    token_names: tuple[str, ...] = ()
+    pooled_name: str | None = None
+    train_methods: dict[str, Rule] = {}
 
     def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None):
         self.check(_loaded_configs(pipeline), resolution)
         self.pipeline, self.resolution = pipeline, resolution
 
+    # --- configs -----------------------------------------------------------------------------------------------------
+
     @classmethod
     @abstractmethod
     def check(cls, config: ComponentConfig, resolution: int | None = None) -> None:
-        """Looks at the configs of a pipeline's components, loaded or not.
+        """Checks the configs of a pipeline's components, loaded or not.
 
         Raises:
             `ValueError`: If training cannot give this model all that it takes, or not at this resolution.
         """
 
+    @classmethod  # noqa: B027
+    def check_components(cls, config: ComponentConfig) -> None:
+        """Checks the components of any stored pipeline with this denoiser, whether or not it can be trained: values
+        with which a class can be built, but not called, and components that do not fit each other.
+
+        Raises:
+            `ValueError`: If there are such.
+        """
+
     @classmethod
-    @abstractmethod
     def skeleton(cls, config: ComponentConfig) -> nn.Module:
         """The denoiser's structure: on the meta device, without weights."""
+        with torch.device("meta"):
+            return cls.denoiser_class.from_config(config(cls.denoiser_name))
 
     @classmethod
     @abstractmethod
     def shape(cls, config: ComponentConfig, resolution: int | None = None) -> tuple[int, int, int]:
         """Channels, height and width of one latent."""
 
-    @property
+    @classmethod
     @abstractmethod
+    def blank_inputs(cls, denoiser: nn.Module, shape: tuple[int, int, int, int], tokens: int) -> dict[str, Any]:
+        """Inputs without values for a denoiser on the meta device.
+
+        Args:
+            denoiser (`nn.Module`): Its config says what it takes.
+            shape (`tuple[int, int, int, int]`): Of the latents, `(B, C, H, W)`.
+            tokens (`int`): Length of a prompt.
+
+        Returns:
+            `dict`: The arguments of its forward by name; the first is a tensor with batch size B.
+        """
+
+    # --- parameters --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def rules(cls, denoiser: nn.Module) -> dict[str, Rule]:
+        """The train methods that this denoiser has."""
+        return cls.train_methods
+
+    @classmethod
+    def select_parameters(cls, denoiser: nn.Module, train_method: str) -> list[str]:
+        """The names of the parameters that a train method trains.
+
+        Args:
+            denoiser (`nn.Module`): Of this family.
+            train_method (`str`): A name or alias of `TRAIN_METHODS`.
+
+        Returns:
+            `list[str]`: Names in the order of `denoiser.named_parameters()`; never empty.
+
+        Raises:
+            `ValueError`: If the name is unknown, or means nothing in this denoiser.
+        """
+        name, rules = resolve_train_method(train_method), cls.rules(denoiser)
+        described = f"train_method '{train_method}' ({TRAIN_METHODS[name].description})"
+        if name not in rules:
+            raise ValueError(f"{described}: this model has no such parameters; allowed are {', '.join(rules)}")
+        names = _selected(denoiser, rules[name])
+        if not names:
+            raise ValueError(f"{described}: selects no parameter of {type(denoiser).__name__}")
+        return names
+
+    @classmethod
+    def find_train_method(cls, denoiser: nn.Module, names: Collection[str]) -> str | None:
+        """The name of the train method that selects exactly these parameters, if one does."""
+        for name, rule in cls.rules(denoiser).items():
+            if set(_selected(denoiser, rule)) == set(names):
+                return name
+        return None
+
+    # --- files and other programs ------------------------------------------------------------------------------------
+
+    @classmethod
+    def component_names(cls) -> set[str]:
+        """The names of all components that pipelines of this family have."""
+        return {name for kind in cls.pipeline_classes for name in kind._get_signature_keys(kind)[0]}
+
+    @classmethod
+    def is_denoiser_name(cls, name: str) -> bool:
+        """Whether a parameter or module of the denoiser can have this name."""
+        return name.split(".")[0] in cls.denoiser_parts
+
+    @classmethod
+    def load_denoiser(cls, name_or_path: str, **options) -> nn.Module:
+        """The denoiser of a pipeline in fp32, whole: unlike diffusers' own loading this does not fill in what is
+        missing.
+
+        Args:
+            name_or_path (`str`): Folder or Hub id.
+            options: Of `from_pretrained`, such as `subfolder`, by default [`denoiser_name`].
+
+        Raises:
+            `ValueError`: If there is none, or its weights are not those of its config.
+        """
+        options = {"subfolder": cls.denoiser_name, **options}
+        return load_model(cls.denoiser_class, name_or_path, torch.float32, **options)
+
+    @classmethod
+    def from_original(cls, weights: dict[str, torch.Tensor], denoiser: nn.Module) -> dict[str, torch.Tensor]:
+        """The denoiser's weights of a single-file checkpoint, by the names that diffusers has for them.
+
+        Raises:
+            `KeyError`, `TypeError` or `AttributeError`: If it is of another architecture.
+            `NotImplementedError`: If such checkpoints of this family cannot be read.
+        """
+        raise NotImplementedError(f"{cls.__name__} reads no single-file checkpoints")
+
+    @classmethod
+    def rename_lora(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of a LoRA of the denoiser by peft's names (`lora_A`, `lora_B`), from older names."""
+        return tensors
+
+    @classmethod
+    def takes_pooled(cls, config: dict[str, Any]) -> bool:
+        """Whether a denoiser with this config takes pooled prompt embeddings."""
+        return cls.pooled_name is not None
+
+    @classmethod
+    def text_parts(cls, pipeline: DiffusionPipeline) -> dict[str, tuple[PreTrainedTokenizerBase, PreTrainedModel]]:
+        """The tokenizers and text encoders of a pipeline that learn a token, by the tokenizer's name."""
+        pairs = list(zip(cls.tokenizers, cls.text_encoders))[: len(cls.token_names) or 1]
+        found = {name: (getattr(pipeline, name, None), getattr(pipeline, encoder, None)) for name, encoder in pairs}
+        return {name: parts for name, parts in found.items() if all(part is not None for part in parts)}
+
+    # --- shapes ------------------------------------------------------------------------------------------------------
+
+    @property
     def denoiser(self) -> nn.Module:
         """The network that is trained."""
+        return getattr(self.pipeline, self.denoiser_name)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of one latent."""
         return self.shape(_loaded_configs(self.pipeline), self.resolution)
+
+    @property
+    def picture_size(self) -> int:
+        """Height and width of an image, in pixels.
+
+        Raises:
+            `ValueError`: If they are not the same.
+        """
+        _, height, width = self.latent_shape
+        if height != width:
+            raise ValueError(f"resolution: must be given; this model's own is not square ({height} x {width} latents)")
+        return height * vae_scale_factor(self.pipeline.vae.config)
+
+    # --- prompts -----------------------------------------------------------------------------------------------------
 
     def check_prompts(self, prompts: list[str]) -> None:
         """
@@ -84,49 +283,66 @@ class ModelFamily(ABC):
         """As [`warn_of_unknown_words`]."""
         warn_of_unknown_words(concepts, [getattr(self.pipeline, name) for name in self.tokenizers], option)
 
-    @property
-    @abstractmethod
-    def picture_size(self) -> int:
-        """Height and width of a picture, in pixels.
-
-        Raises:
-            `ValueError`: If they are not the same.
-        """
-
-    @abstractmethod
+    @torch.no_grad()
     def encode(self, prompts: list[str], device: torch.device | str = "cpu", truncation: bool = False) -> Conditioning:
         """Encodes prompts on a device, without gradients; the encoders go back to where they were.
 
         Every tensor has batch size `len(prompts)`. `""` is the unconditional prompt: what the pipeline itself takes
         for guidance where no negative prompt is given. With `truncation`, prompts that are too long are cut, as
-        captions of pictures are.
+        captions of images are.
 
         Raises:
             `ValueError`: As [`~ModelFamily.check_prompts`].
         """
+        if not truncation:
+            self.check_prompts(prompts)
+        encoders = [getattr(self.pipeline, name) for name in self.text_encoders]
+        homes = [encoder.device for encoder in encoders]
+        for encoder in encoders:
+            encoder.to(device)
+        with _silent(type(self.pipeline).__module__) if truncation else nullcontext():
+            encoded = self._encode(prompts, device)
+        for encoder, home in zip(encoders, homes):
+            encoder.to(home)
+        return encoded
+
+    def encode_with_gradients(self, prompts: list[str], device: torch.device | str = "cpu") -> Conditioning:
+        """The same through text encoders that are on the device already, for what is learned inside of them.
+
+        Raises:
+            `ValueError`: As [`~ModelFamily.check_prompts`].
+        """
+        self.check_prompts(prompts)
+        return self._encode(prompts, device)
 
     @abstractmethod
-    def encode_with_gradients(self, prompts: list[str], device: torch.device | str = "cpu") -> Conditioning:
-        """The same through text encoders that are on the device already, for what learns inside of them.
+    def _encode(self, prompts: list[str], device: torch.device | str) -> Conditioning:
+        """Encodes prompts that fit, with encoders that are on the device."""
 
-        Raises:
-            `ValueError`: As [`~ModelFamily.check_prompts`].
-        """
+    def with_sizes(
+        self, conditioning: Conditioning, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor
+    ) -> Conditioning:
+        """Encoded prompts for images of these sizes, cropped there; both `(B, 2)`, vertical first. By default the same
+        prompts, for models that take no sizes."""
+        return conditioning
+
+    # --- images ------------------------------------------------------------------------------------------------------
 
     @property
-    @abstractmethod
     def encoders(self) -> dict[str, nn.Module]:
         """The autoencoder and the text encoders, by their names in the pipeline."""
+        return {name: getattr(self.pipeline, name) for name in ("vae", *self.text_encoders)}
 
     @property
-    @abstractmethod
     def encoding_identity(self) -> dict[str, str]:
-        """What decides how pictures and prompts are encoded, by name: fingerprints of encoders and tokenizers, and of
-        the pipeline's config what matters."""
+        """What decides how images and prompts are encoded, by name: fingerprints of encoders and tokenizers, and what
+        matters of the pipeline's config."""
+        tokenizers = {name: _tokenizer_fingerprint(getattr(self.pipeline, name)) for name in self.tokenizers}
+        return {**{name: fingerprint(encoder) for name, encoder in self.encoders.items()}, **tokenizers}
 
-    @abstractmethod
+    @torch.no_grad()
     def encode_pictures(self, pixel_values: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Encodes pictures on a device, without gradients; the autoencoder goes back to where it was.
+        """Encodes images on a device, without gradients; the autoencoder goes back to where it was.
 
         Args:
             pixel_values (`torch.Tensor`): `(B, 3, height, width)`, in [-1, 1].
@@ -134,18 +350,27 @@ class ModelFamily(ABC):
         Returns:
             `torch.Tensor`: Mean and log variance of the latents, `(B, 2 * C, H, W)`.
         """
+        vae = self.pipeline.vae
+        home = vae.device
+        vae.to(device)
+        moments = vae.encode(pixel_values.to(device, vae.dtype)).latent_dist.parameters
+        vae.to(home)
+        return moments
 
-    @abstractmethod
     def draw_latents(self, moments: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
-        """Latents with these moments, each drawn from a generator of its own and scaled as the denoiser takes them;
+        """Samples latents with these moments, each from its own generator, scaled as the denoiser takes them;
         `(B, C, H, W)`, float32."""
+        latents = DiagonalGaussianDistribution(moments.float()).sample(generators)
+        vae = self.pipeline.vae.config
+        mean, std = vae.get("latents_mean"), vae.get("latents_std")
+        if mean is not None and std is not None:  # as SDXL's pipelines read them
+            mean, std = (torch.tensor(value).view(1, -1, 1, 1).to(latents) for value in (mean, std))
+            return (latents - mean) * vae.scaling_factor / std
+        if shift := vae.get("shift_factor"):
+            latents = latents - shift
+        return latents * vae.scaling_factor
 
-    def with_sizes(
-        self, conditioning: Conditioning, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor
-    ) -> Conditioning:
-        """Encoded prompts for pictures of these sizes, cropped there; both `(B, 2)`, vertical first. A model that is
-        not told of sizes gets the same."""
-        return conditioning
+    # --- denoising ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def predict(
@@ -155,40 +380,38 @@ class ModelFamily(ABC):
 
         Args:
             denoiser (`nn.Module`): This family's, possibly wrapped (several processes, mixed precision).
-            model_input (`torch.Tensor`): `(B, C, H, W)`, noisy latents after `scheduler.scale_model_input`.
+            model_input (`torch.Tensor`): `(B, C, H, W)`, noisy latents as the scheduler scales them.
             timesteps (`torch.Tensor`): `(B,)`.
             conditioning (`Conditioning`): From [`~ModelFamily.encode`].
 
         Returns:
-            `torch.Tensor`: `(B, C, H, W)`, in the model's own parametrisation (epsilon, v, ...). Erasure targets are
+            `torch.Tensor`: `(B, C, H, W)`, in the model's own parametrisation (epsilon, v, flow). Erasure targets are
             affine combinations of predictions at one latent, so they mean the same in each of them.
         """
 
-    def make_scheduler(self) -> SchedulerMixin:
-        """A fresh copy of the pipeline's own scheduler."""
-        return type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+    @classmethod
+    def set_timesteps(
+        cls, scheduler: SchedulerMixin, num_inference_steps: int, latent_shape: tuple[int, int, int]
+    ) -> None:
+        """Sets up a scheduler for a trajectory, as the pipeline does it."""
+        scheduler.set_timesteps(num_inference_steps)
+
+    def make_scheduler(self, num_inference_steps: int | None = None) -> SchedulerMixin:
+        """A new copy of the pipeline's own scheduler; with a number of steps, set up for a trajectory."""
+        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+        if num_inference_steps is not None:
+            self.set_timesteps(scheduler, num_inference_steps, self.latent_shape)
+        return scheduler
 
 
-def _families() -> tuple[type[ModelFamily], ...]:
-    from .stable_diffusion import StableDiffusionFamily
-    from .stable_diffusion_xl import StableDiffusionXLFamily
-
-    return (StableDiffusionFamily, StableDiffusionXLFamily)
+def vae_scale_factor(vae: dict[str, Any]) -> int:
+    """Pixels that a latent's pixel stands for, in each direction; as diffusers' pipelines compute it."""
+    return 2 ** (len(vae["block_out_channels"]) - 1)
 
 
-def find_family(*class_names: str) -> type[ModelFamily]:
-    """The family of the first name of a pipeline's class that has one.
-
-    Raises:
-        `ValueError`: If none has.
-    """
-    families = {name: family for family in _families() for name in family.pipeline_classes}
-    for name in class_names:
-        if name in families:
-            return families[name]
-    raise ValueError(
-        f"{class_names[0]}: this model family is not supported yet; supported pipelines are {', '.join(families)}"
-    )
+def _selected(denoiser: nn.Module, rule: Rule) -> list[str]:
+    modules = dict(denoiser.named_modules())
+    return [name for name, _ in denoiser.named_parameters() if rule(name, modules[name.rpartition(".")[0]])]
 
 
 def _loaded_configs(pipeline: DiffusionPipeline) -> ComponentConfig:
@@ -202,73 +425,19 @@ def _loaded_configs(pipeline: DiffusionPipeline) -> ComponentConfig:
     return config
 
 
-def check_lengths(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
-    """
-    Raises:
-        `ValueError`: If a prompt has more tokens than the model takes.
-    """
-    for prompt in prompts:
-        # As the pipelines do it, for embeddings of several vectors.
-        converted = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
-        count = len(tokenizer(converted).input_ids)
-        if count > tokenizer.model_max_length:
-            raise ValueError(
-                f"prompt '{prompt[:60]}...' has {count} tokens; this model takes {tokenizer.model_max_length}, "
-                "and what is cut would not be trained"
-            )
+def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state |= {"padding": tokenizer.pad_token, "truncation": tokenizer.model_max_length}  # else the last call's
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
 
 
-def unknown_words(text: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:
-    """The words of a text that a tokenizer does not know, with the tokens it makes of them: an unknown-word token, or
-    so many pieces that they have fewer than two letters each, as when a word is spelled byte by byte. (CLIP's makes
-    pieces of two letters and more of names that are in no dictionary.)"""
-    for token in tokenizer.get_added_vocab():
-        text = text.replace(token, " ")
-    unknown = {}
-    for word in re.findall(r"[^\W\d_]+|[^\w\s]", text):
-        pieces = [piece for piece in tokenizer.tokenize(word) if piece != "▁"]
-        if not pieces or tokenizer.unk_token in pieces or (len(pieces) > 1 and len(word) < 2 * len(pieces)):
-            unknown[word] = pieces
-    return unknown
-
-
-def warn_of_unknown_words(concepts: list[str], tokenizers: list[PreTrainedTokenizerBase], option: str) -> None:
-    """Warns of concepts with words that none of a model's tokenizers knows, and of those that encode as no text."""
-    for concept in concepts:
-        if all(tokenizer(concept).input_ids == tokenizer("").input_ids for tokenizer in tokenizers):
-            note("%s '%s': encodes as the empty prompt does, so there is nothing to erase", option, concept)
-            continue
-        found = [unknown_words(concept, tokenizer) for tokenizer in tokenizers]
-        if unknown := {word: pieces for word, pieces in found[0].items() if all(word in other for other in found)}:
-            told = ", ".join(f"'{word}' ({len(pieces)} pieces)" for word, pieces in unknown.items())
-            note(
-                "%s '%s': the model's tokenizer does not know %s; the model may not know it either, and erasing it "
-                "may change nothing",
-                option,
-                concept,
-                told,
-            )
-
-
-def load_pipeline(name_or_path: str, **hub_arguments) -> DiffusionPipeline:
-    """Loads a pipeline in fp32, as training needs it.
-
-    Raises:
-        `ValueError`: If a component is missing or damaged.
-    """
-    return loading.load_pipeline(name_or_path, f"model '{name_or_path}'", dtype=torch.float32, **hub_arguments)
-
-
-def make_family(pipeline: DiffusionPipeline, resolution: int | None = None) -> ModelFamily:
-    """The family for a loaded pipeline.
-
-    Args:
-        pipeline (`DiffusionPipeline`): Of a supported family.
-        resolution (`int`, *optional*): Height and width of a picture, in pixels; latents have the size that belongs
-            to it. The model's own if left out.
-
-    Raises:
-        `ValueError`: If its family is not supported, or [`ModelFamily.check`] refuses it.
-    """
-    family = find_family(*(base.__name__ for base in type(pipeline).__mro__))
-    return family(pipeline, resolution)
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Without warnings from this logger: diffusers has one for every prompt that is cut."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,16 +1,19 @@
 """Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet with cross-attention, epsilon or v prediction."""
 
 import torch
+from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from .base import Conditioning
+from .registry import register_family
 from .unet import UNetFamily
 
 
+@register_family
 class StableDiffusionFamily(UNetFamily):
     """SD 1.x and 2.x, and every pipeline of their shape."""
 
-    pipeline_classes = ("StableDiffusionPipeline",)
+    pipeline_classes = (StableDiffusionPipeline,)
     text_encoders = ("text_encoder",)
     tokenizers = ("tokenizer",)
 

@@ -1,17 +1,20 @@
 """Stable Diffusion XL: two CLIP text encoders, the pooled states of the second, and the picture's size as time ids."""
 
 import torch
+from diffusers import StableDiffusionXLPipeline
 from torch import nn
 from transformers import CLIPTextConfig
 
-from .base import ComponentConfig, Conditioning
-from .unet import UNetFamily, vae_scale_factor
+from .base import ComponentConfig, Conditioning, vae_scale_factor
+from .registry import register_family
+from .unet import UNetFamily
 
 
 PROMPTS_AT_ONCE = 8  # the pipeline keeps the hidden states of every layer of both encoders
 NUM_TIME_IDS = 6  # original height and width, crop's top and left, target height and width
 
 
+@register_family
 class StableDiffusionXLFamily(UNetFamily):
     """SDXL and every pipeline of its shape (Podell et al., arXiv 2307.01952).
 
@@ -24,9 +27,10 @@ class StableDiffusionXLFamily(UNetFamily):
     as its unconditional one.
     """
 
-    pipeline_classes = ("StableDiffusionXLPipeline",)
+    pipeline_classes = (StableDiffusionXLPipeline,)
     text_encoders = ("text_encoder", "text_encoder_2")
     tokenizers = ("tokenizer", "tokenizer_2")
+    token_names = ("clip_l", "clip_g")
     addition_embed_type = "text_time"
 
     @classmethod

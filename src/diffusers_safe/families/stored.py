@@ -1,17 +1,19 @@
-"""A model on disk or on the Hub before it is loaded: what its small files tell, and no weights are read in vain."""
+"""A model on disk or on the Hub before it is loaded: only configs and tokenizers are read, no weights."""
 
 from functools import cache, cached_property
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, SchedulerMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..embedded import locate_model
-from ..loading import check_component, check_files, naming, read_config, read_index
-from .base import check_lengths, find_family, warn_of_unknown_words
+from ..loading import ModelError, check_component, naming, read_config, read_index
+from .files import check_files
+from .prompts import check_lengths, warn_of_unknown_words
+from .registry import denoiser_names, families, family_of_class, find_family
 
 
 class StoredModel:
@@ -20,7 +22,7 @@ class StoredModel:
     Args:
         name_or_path (`str`): Hub id or folder of a diffusers pipeline.
         resolution (`int`, *optional*): As [`make_family`] takes it.
-        argument (`str`, defaults to `"pretrained_model_name_or_path"`): Who gave the name, for messages.
+        argument (`str`, defaults to `"pretrained_model_name_or_path"`): The option with the name, for messages.
         hub_arguments: Of `load_config`, such as `revision`.
 
     Raises:
@@ -49,7 +51,7 @@ class StoredModel:
         library, class_name = self._index.get(name, (None, None))
         if library is None:
             return None
-        reader = DDIMScheduler if name == "scheduler" else UNet2DConditionModel
+        reader = DDIMScheduler if name == "scheduler" else AutoencoderKL  # whose config has the same file name
         config = read_config(reader, self.name_or_path, f"{self._what}: {name}", subfolder=name, **self._hub)
         return {**config, "_class_name": class_name}
 
@@ -61,10 +63,15 @@ class StoredModel:
         """
         check_files(self.name_or_path, self._what, variant)
 
+    @property
+    def denoiser_name(self) -> str:
+        """The denoiser's name among the components."""
+        return self.family.denoiser_name
+
     @cached_property
     def denoiser(self) -> nn.Module:
         """The denoiser's structure, on the meta device."""
-        with naming(f"{self._what}: unet"):
+        with naming(f"{self._what}: {self.family.denoiser_name}"):
             return self.family.skeleton(self.config)
 
     @property
@@ -97,20 +104,35 @@ class StoredModel:
         """As [`warn_of_unknown_words`]."""
         warn_of_unknown_words(concepts, self.tokenizers, option)
 
-    def make_scheduler(self) -> SchedulerMixin:
-        """A fresh scheduler."""
+    def make_scheduler(self, num_inference_steps: int | None = None) -> SchedulerMixin:
+        """A new scheduler; with a number of steps, set up for a trajectory."""
         config = self.config("scheduler")
         with naming(f"{self._what}: scheduler"):
-            return getattr(diffusers, config["_class_name"]).from_config(config)
+            scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+        if num_inference_steps is not None:
+            self.family.set_timesteps(scheduler, num_inference_steps, self.latent_shape)
+        return scheduler
 
 
-def stored_unet(name_or_path: str, argument: str, **hub_arguments) -> UNet2DConditionModel:
-    """The structure of the UNet in a pipeline, or in a folder `unet` by itself: on the meta device, without weights.
+def stored_denoiser(name_or_path: str, argument: str, **hub_arguments) -> nn.Module:
+    """The structure of the denoiser in a pipeline, or in the folder of a denoiser that was saved alone: on the meta
+    device, without weights.
 
     Raises:
         `ValueError`: If there is none.
     """
-    what = f"{argument} '{name_or_path}': no folder or Hub repository with a UNet"
-    config = read_config(UNet2DConditionModel, name_or_path, what, subfolder="unet", **hub_arguments)
-    with naming(f"{argument} '{name_or_path}': unet"), torch.device("meta"):
-        return UNet2DConditionModel.from_config(config)
+    names = denoiser_names()
+    what = f"{argument} '{name_or_path}': no folder or Hub repository with a {' or '.join(names)}"
+    for name in names:
+        try:
+            config = read_config(AutoencoderKL, name_or_path, what, subfolder=name, **hub_arguments)
+        except ModelError as error:
+            failure = error
+            continue
+        same_name = next(family for family in families() if family.denoiser_name == name)
+        family = family_of_class(config["_class_name"]) if "_class_name" in config else same_name
+        if family is None:
+            raise ModelError(f"{what}: {name} is a {config['_class_name']}")
+        with naming(f"{argument} '{name_or_path}': {name}"), torch.device("meta"):
+            return family.denoiser_class.from_config(config)
+    raise failure

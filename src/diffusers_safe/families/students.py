@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 
@@ -223,9 +224,9 @@ def _from_teacher(names: Iterable[str], kind: str) -> dict[str, str]:
 
 @typed
 def build_student(unet: UNet2DConditionModel, kind: str) -> UNet2DConditionModel:
-    """A smaller UNet with copies of the teacher's weights; a stock model, which saves and loads as any.
+    """Builds a smaller UNet with copies of the teacher's weights; a stock model, saved and loaded as any other.
 
-    It draws nothing good before it is trained: what followed a block that is gone meets inputs that it does not know.
+    Its images are not usable before it is trained: layers after a removed block get inputs that they do not know.
 
     Args:
         unet (`UNet2DConditionModel`): The teacher, which stays as it is; on any device, meta too, of any dtype, which
@@ -250,6 +251,24 @@ def empty_student(config: Mapping[str, Any], kind: str) -> UNet2DConditionModel:
     """A student's structure, without weights. The arguments and errors are those of [`student_config`]."""
     with init_empty_weights(include_buffers=False):
         return UNet2DConditionModel.from_config(student_config(config, kind))
+
+
+def known_limits(student: UNet2DConditionModel) -> list[str]:
+    """What a student cannot be used for."""
+    has_middle = student.config.mid_block_type is not None
+    return [] if has_middle else ["it has no middle block, so ControlNetModel.from_unet does not take it"]
+
+
+def published_teacher(name: str) -> UNet2DConditionModel:
+    """The UNet of a published teacher, a name of `TEACHER_CONFIGS`: on the meta device, without weights."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(**TEACHER_CONFIGS[name])
+
+
+def latent_shape(denoiser: UNet2DConditionModel) -> tuple[int, int, int]:
+    """Channels, height and width of one latent of a UNet, by its own config."""
+    size = denoiser.config.sample_size
+    return denoiser.config.in_channels, *((size, size) if isinstance(size, int) else size)
 
 
 def _complete(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,36 +1,66 @@
-"""What the families around a `UNet2DConditionModel` share: sizes, encoders, and what training can do with a UNet."""
+"""What the families around a `UNet2DConditionModel` share: checks, parameters, inputs, and names in files."""
 
-import hashlib
-import json
-import logging
-from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import re
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from torch import nn
-from transformers import CLIPTextConfig, PreTrainedTokenizerBase
+from transformers import CLIPTextConfig
 
-from ..provenance import fingerprint
-from .base import ComponentConfig, Conditioning, ModelFamily
+from .base import ComponentConfig, ModelFamily, Rule, vae_scale_factor
 
 
 UNET_TEXT_WIDTH = 1280  # diffusers' default
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")  # the first is meant where a config says nothing
+# Where SD 1.x and 2.x attend outside the middle: on three of four levels, one transformer block a place.
+_SD_BLOCKS = {
+    f"{side}_blocks.{level}.attentions.{place}.transformer_blocks.0"
+    for side, levels, places in (("down", (0, 1, 2), 2), ("up", (1, 2, 3), 3))
+    for level in levels
+    for place in range(places)
+}
+
+
+def _is_time_or_output(name: str) -> bool:
+    return name.startswith(("time_embedding.", "conv_out.", "conv_norm_out."))
+
+
+def _inside(name: str, attention: str, blocks: tuple[str, ...]) -> bool:
+    return f".{attention}." in name and name.startswith(blocks)
 
 
 class UNetFamily(ModelFamily):
     """A UNet with cross-attention, in the latent space of an autoencoder.
 
     Attributes:
-        text_encoders (`tuple[str, ...]`): Names of the text encoders in the pipeline.
-        addition_embed_type (`str`, *optional*): What the UNet must take beside the prompt's hidden states.
+        addition_embed_type (`str`, *optional*): What the UNet must take besides the prompt's hidden states.
+        by_number (`tuple[str, ...]`): Train methods that name blocks by their numbers in Stable Diffusion 1.x and 2.x,
+            which are other blocks in other UNets.
     """
 
-    text_encoders: tuple[str, ...]
+    denoiser_name = "unet"
+    denoiser_class = UNet2DConditionModel
+    denoiser_parts = ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "conv_norm_out",
+                      "time_embedding", "add_embedding", "encoder_hid_proj")  # fmt: skip
+    kohya_prefix = "lora_unet_"
+    pooled_name = "text_embeds"
+    train_methods: dict[str, Rule] = {
+        "xattn": lambda name, _: "attn2" in name,
+        "xattn-strict": lambda name, _: "attn2.to_k" in name or "attn2.to_v" in name,
+        "noxattn": lambda name, _: "attn2" not in name and not _is_time_or_output(name),
+        "selfattn": lambda name, _: "attn1" in name,
+        "full": lambda name, _: True,
+        "notime": lambda name, _: not _is_time_or_output(name),
+        "esd-u": lambda name, module: isinstance(module, (nn.Linear, nn.Conv2d)) and "attn2" not in name,
+        "xlayer": lambda name, _: _inside(name, "attn2", ("up_blocks.2.attentions.0.", "up_blocks.2.attentions.2.")),
+        "selflayer": lambda name, _: _inside(
+            name, "attn1", ("down_blocks.1.attentions.0.", "down_blocks.2.attentions.0.")
+        ),
+    }
+    by_number = ("xlayer", "selflayer")
     addition_embed_type: str | None = None
 
     @classmethod
@@ -38,7 +68,7 @@ class UNetFamily(ModelFamily):
         for name in ("unet", "vae", "scheduler", *cls.text_encoders):
             if config(name) is None:
                 raise ValueError(f"{name}: this pipeline has none (as a refiner has no text_encoder); "
-                                 f"{cls.pipeline_classes[0]} needs one to be trained")  # fmt: skip
+                                 f"{cls.pipeline_classes[0].__name__} needs one to be trained")  # fmt: skip
         unet, vae = config("unet"), config("vae")
         widths = [CLIPTextConfig.from_dict(config(name)).hidden_size for name in cls.text_encoders]
         width = unet.get("cross_attention_dim", UNET_TEXT_WIDTH)
@@ -77,13 +107,23 @@ class UNetFamily(ModelFamily):
             "num_class_embeds": (None,),
         }.items():
             if (value := unet.get(name)) not in allowed:
-                raise ValueError(f"unet {name} {value}: {cls.pipeline_classes[0]} can be trained with "
+                raise ValueError(f"unet {name} {value}: {cls.pipeline_classes[0].__name__} can be trained with "
                                  f"{' or '.join(str(item).lower() for item in allowed)} only")  # fmt: skip
 
     @classmethod
-    def skeleton(cls, config: ComponentConfig) -> nn.Module:
-        with torch.device("meta"):
-            return UNet2DConditionModel.from_config(config("unet"))
+    def check_components(cls, config: ComponentConfig) -> None:
+        unet = config("unet")
+        size = unet.get("sample_size")
+        sizes = size if isinstance(size, list) and len(size) == 2 else [size]
+        if size is not None and not all(isinstance(side, int) and side > 0 for side in sizes):
+            raise ValueError(f"unet sample_size {size!r}: must be a whole number above 0, or a pair of them")
+        encoders = [found for name in ("text_encoder", "text_encoder_2") if (found := config(name)) is not None]
+        if not encoders or any(not found["_class_name"].startswith("CLIPText") for found in encoders):
+            return
+        width, widths = unet.get("cross_attention_dim"), [CLIPTextConfig.from_dict(x).hidden_size for x in encoders]
+        if isinstance(width, int) and unet.get("encoder_hid_dim_type") is None and width != sum(widths):
+            given = " + ".join(map(str, widths))
+            raise ValueError(f"unet cross_attention_dim {width}: the text encoders give {given}")
 
     @classmethod
     def shape(cls, config: ComponentConfig, resolution: int | None = None) -> tuple[int, int, int]:
@@ -92,71 +132,41 @@ class UNetFamily(ModelFamily):
         height, width = (size, size) if isinstance(size, int) else size
         return unet["in_channels"], height, width
 
-    @property
-    def denoiser(self) -> nn.Module:
-        return self.pipeline.unet
+    @classmethod
+    def blank_inputs(cls, denoiser: nn.Module, shape: tuple[int, int, int, int], tokens: int) -> dict[str, Any]:
+        config, batch_size = denoiser.config, shape[0]
+        widths = config.cross_attention_dim
+        width = widths if isinstance(widths, int) else widths[0]
+        inputs = {
+            "sample": torch.empty(shape, device="meta"),
+            "timestep": torch.empty(batch_size, dtype=torch.long, device="meta"),
+            "encoder_hidden_states": torch.empty(batch_size, tokens, width, device="meta"),
+        }
+        if config.addition_embed_type == "text_time":
+            pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            inputs["added_cond_kwargs"] = {
+                "text_embeds": torch.empty(batch_size, pooled, device="meta"),
+                "time_ids": torch.empty(batch_size, 6, device="meta"),
+            }
+        return inputs
 
-    @property
-    def picture_size(self) -> int:
-        _, height, width = self.latent_shape
-        if height != width:
-            raise ValueError(f"resolution: must be given; this model's own is not square ({height} x {width} latents)")
-        return height * vae_scale_factor(self.pipeline.vae.config)
+    @classmethod
+    def rules(cls, denoiser: nn.Module) -> dict[str, Rule]:
+        blocks = r"(down|up)_blocks.*\.transformer_blocks\.\d+$"
+        numbered_as_sd = _SD_BLOCKS == {name for name, _ in denoiser.named_modules() if re.match(blocks, name)}
+        return {name: rule for name, rule in cls.train_methods.items() if numbered_as_sd or name not in cls.by_number}
 
-    @torch.no_grad()
-    def encode(self, prompts: list[str], device: torch.device | str = "cpu", truncation: bool = False) -> Conditioning:
-        if not truncation:
-            self.check_prompts(prompts)
-        encoders = [getattr(self.pipeline, name) for name in self.text_encoders]
-        homes = [encoder.device for encoder in encoders]
-        for encoder in encoders:
-            encoder.to(device)
-        with _silent(type(self.pipeline).__module__) if truncation else nullcontext():
-            encoded = self._encode(prompts, device)
-        for encoder, home in zip(encoders, homes):
-            encoder.to(home)
-        return encoded
+    @classmethod
+    def from_original(cls, weights: dict[str, torch.Tensor], denoiser: nn.Module) -> dict[str, torch.Tensor]:
+        return convert_ldm_unet_checkpoint(weights, denoiser.config)
 
-    def encode_with_gradients(self, prompts: list[str], device: torch.device | str = "cpu") -> Conditioning:
-        self.check_prompts(prompts)
-        return self._encode(prompts, device)
+    @classmethod
+    def rename_lora(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return convert_unet_state_dict_to_peft(tensors)
 
-    @property
-    def encoders(self) -> dict[str, nn.Module]:
-        return {name: getattr(self.pipeline, name) for name in ("vae", *self.text_encoders)}
-
-    @property
-    def encoding_identity(self) -> dict[str, str]:
-        tokenizers = {name: _tokenizer_fingerprint(getattr(self.pipeline, name)) for name in self.tokenizers}
-        return {**{name: fingerprint(encoder) for name, encoder in self.encoders.items()}, **tokenizers}
-
-    @torch.no_grad()
-    def encode_pictures(self, pixel_values: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
-        vae = self.pipeline.vae
-        home = vae.device
-        vae.to(device)
-        moments = vae.encode(pixel_values.to(device, vae.dtype)).latent_dist.parameters
-        vae.to(home)
-        return moments
-
-    def draw_latents(self, moments: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
-        latents = DiagonalGaussianDistribution(moments.float()).sample(generators)
-        vae = self.pipeline.vae.config
-        mean, std = vae.get("latents_mean"), vae.get("latents_std")
-        if mean is not None and std is not None:  # as SDXL's pipelines read them
-            mean, std = (torch.tensor(value).view(1, -1, 1, 1).to(latents) for value in (mean, std))
-            return (latents - mean) * vae.scaling_factor / std
-        return latents * vae.scaling_factor
-
-    @abstractmethod
-    def _encode(self, prompts: list[str], device: torch.device | str) -> Conditioning:
-        """Encodes prompts that fit, with encoders that are on the device."""
-
-
-def _tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state |= {"padding": tokenizer.pad_token, "truncation": tokenizer.model_max_length}  # else the last call's
-    return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+    @classmethod
+    def takes_pooled(cls, config: dict[str, Any]) -> bool:
+        return config.get("addition_embed_type") == "text_time"
 
 
 def _check_scheduler(scheduler: dict[str, Any]) -> None:
@@ -168,20 +178,3 @@ def _check_scheduler(scheduler: dict[str, Any]) -> None:
         )
     if predicted not in PREDICTION_TYPES:
         raise ValueError(f"scheduler {name} prediction_type '{predicted}': allowed are {', '.join(PREDICTION_TYPES)}")
-
-
-@contextmanager
-def _silent(name: str) -> Iterator[None]:
-    """Without warnings from this logger: diffusers has one for every prompt that is cut."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def vae_scale_factor(vae: dict[str, Any]) -> int:
-    """Pixels a latent's pixel stands for, in each direction; as diffusers' pipelines compute it."""
-    return 2 ** (len(vae["block_out_channels"]) - 1)

@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from ..families import families, family_of_pipeline, own_pipelines
 from ..files import disk_errors
 from ..output_folders import put_in_place, remove_leftover
 from ..provenance import FILE_NAME, STUDENT_FILE, Distillation, Provenance, write_text
@@ -17,12 +18,6 @@ from .write import LORA_NAME, PARTIAL_NAME
 
 
 INDEX = "model_index.json"
-UNET_FOLDER = "unet"
-# The folders of a pipeline's models.
-MODEL_FOLDERS = (UNET_FOLDER, "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler",
-                 "safety_checker", "feature_extractor", "image_encoder")  # fmt: skip
-# What makes a folder an erased model or a student; a new result replaces all of them.
-RESULTS = (FILE_NAME, STUDENT_FILE, INDEX, PARTIAL_NAME, LORA_NAME, *MODEL_FOLDERS, GRID_NAME)
 # Index entries of older repositories and of environments without torchvision -> what every environment can load.
 _RENAMED = {
     ("stable_diffusion_safe", "SafeStableDiffusionSafetyChecker"): (
@@ -33,10 +28,20 @@ _RENAMED = {
 }
 
 
+def model_folders() -> set[str]:
+    """The folders of a pipeline's components, in all families."""
+    return set().union(*(family.component_names() for family in families()))
+
+
+def result_names() -> tuple[str, ...]:
+    """What makes a folder an erased model or a student; a new result replaces all of them."""
+    return (FILE_NAME, STUDENT_FILE, INDEX, PARTIAL_NAME, LORA_NAME, *sorted(model_folders()), GRID_NAME)
+
+
 @contextmanager
 def written_aside(folder: str | Path, record: Provenance | Distillation | None = None) -> Iterator[Path]:
     """A folder to write a result to, with its record, if it has one. When the block has ended well, all of it moves
-    into `folder`, see [`put_in_place`]; what an earlier result left there ([`RESULTS`]) makes way.
+    into `folder`, see [`put_in_place`]; what an earlier result left there ([`result_names`]) makes way.
 
     When the block fails, `folder` is as it was, or not there.
     """
@@ -53,24 +58,31 @@ def written_aside(folder: str | Path, record: Provenance | Distillation | None =
     except BaseException:
         shutil.rmtree(aside)
         for path in made:
-            with suppress(OSError):  # somebody else has put something into it
+            with suppress(OSError):  # something else was put into it
                 path.rmdir()
         raise
-    put_in_place(aside, folder, RESULTS)
+    put_in_place(aside, folder, result_names())
 
 
-def save_model(pipeline: DiffusionPipeline, folder: str | Path, only_unet: bool = False) -> None:
-    """Writes a pipeline as a stock folder that every environment can load, or its UNet alone; in safetensors."""
-    if only_unet:
-        pipeline.unet.save_pretrained(Path(folder) / UNET_FOLDER, safe_serialization=True)
+def save_model(pipeline: DiffusionPipeline, folder: str | Path, only_denoiser: bool = False) -> None:
+    """Writes a pipeline as a stock folder that every environment can load, or its denoiser alone; in safetensors."""
+    if only_denoiser:
+        name = family_of_pipeline(pipeline).denoiser_name
+        getattr(pipeline, name).save_pretrained(Path(folder) / name, safe_serialization=True)
     else:
         pipeline.save_pretrained(folder, safe_serialization=True)
         rewrite_index(folder, stock_class_name(pipeline))
 
 
 def stock_class_name(pipeline: DiffusionPipeline) -> str:
-    """The class of diffusers itself that a pipeline is of, or that its class extends."""
-    return next(cls.__name__ for cls in type(pipeline).__mro__ if cls.__module__.startswith("diffusers."))
+    """The class of diffusers, or of a family, that a pipeline is of or that its class extends."""
+    return stock_class(type(pipeline)).__name__
+
+
+def stock_class(kind: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
+    """As [`stock_class_name`], of a class."""
+    known = own_pipelines().values()
+    return next(base for base in kind.__mro__ if base in known or base.__module__.startswith("diffusers."))
 
 
 def rewrite_index(folder: str | Path, class_name: str | list[str]) -> None:

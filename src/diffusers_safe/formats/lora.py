@@ -12,19 +12,16 @@ from pathlib import Path
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from ..families import ModelFamily, denoiser_names, families, family_of_denoiser, family_of_names
 from ..loading import describe_weights, read_json_object
 
 
 logger = logging.getLogger(__name__)
-_PREFIX = "unet."
-KOHYA = "lora_unet_"  # and the name of a layer, with _ for .
 _PEFT = "base_model.model."
 _ADAPTER = re.compile(r"\.lora_([AB])\.[^.]+\.(?=weight|bias)")  # peft's names with the adapter's in them
-_ROOTS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.", "add_embedding.")
 _TEXT_ROOTS = ("text_model.", "encoder.layers.")
 _RELATIVES = ("hada_", "lokr_", "oft_", "dora_scale", "lora_mid", "lora_magnitude_vector")
 _LAYERS = (nn.Linear, nn.Conv2d)  # that a LoRA can change
@@ -47,8 +44,8 @@ def plain_names(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, tor
     renamed = {}
     for name, value in tensors.items():
         plain = _ADAPTER.sub(r".lora_\1.", name.removeprefix(_PEFT))
-        if plain.startswith(_ROOTS):
-            plain = f"{_PREFIX}{plain}"
+        if (family := family_of_names([plain])) is not None:
+            plain = f"{family.denoiser_name}.{plain}"
         elif plain.startswith(_TEXT_ROOTS):
             plain = f"text_encoder.{plain}"
         renamed[plain] = value
@@ -62,7 +59,7 @@ def plain_names(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, tor
     _check_plain(config, str(path))
     ranks = {name: value.shape[0] for name, value in renamed.items() if ".lora_A." in name}
     for name, rank in ranks.items():
-        layer = name.removeprefix(_PREFIX).partition(".lora_A.")[0]
+        layer = _without_component(name).partition(".lora_A.")[0]
         other = name.replace(".lora_A.", ".lora_B.")
         if other in renamed:
             renamed[other] = renamed[other] * (_alpha(config, layer, rank) / rank)
@@ -71,14 +68,15 @@ def plain_names(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, tor
 
 def by_module_names(differences: dict[str, torch.Tensor], denoiser: nn.Module) -> dict[str, torch.Tensor]:
     """Differences by the names of a denoiser's parameters, where kohya-ss' scripts have `_` for `.` in them."""
-    names = {f"{KOHYA}{name.replace('.', '_')}.weight": f"{name}.weight" for name, _ in denoiser.named_modules()}
+    prefix = family_of_denoiser(denoiser).kohya_prefix
+    names = {f"{prefix}{name.replace('.', '_')}.weight": f"{name}.weight" for name, _ in denoiser.named_modules()}
     return {names.get(name, name): value for name, value in differences.items()}
 
 
 def read_differences(
     tensors: dict[str, torch.Tensor], metadata: dict[str, str], folder: Path = Path()
 ) -> dict[str, torch.Tensor]:
-    """What a LoRA adds to a UNet's parameters, by their names; of kohya-ss' names see [`by_module_names`]; fp32.
+    """What a LoRA adds to a denoiser's parameters, by their names; of kohya-ss' names see [`by_module_names`]; fp32.
 
     Args:
         tensors (`dict[str, torch.Tensor]`): Of the file; peft's names (`lora_A`, `lora_B`), diffusers' older ones, or
@@ -87,18 +85,22 @@ def read_differences(
         folder (`Path`, *optional*): Where the file is, for the `adapter_config.json` of peft.
 
     Raises:
-        `ValueError`: If there is a weight of something else than the UNet, or anything but pairs of matrices.
+        `ValueError`: If there is a weight of something else than the denoiser, or anything but pairs of matrices.
     """
     tensors = plain_names(tensors, folder)
+    matching = (family for family in families() if any(_is_of(family, name) for name in tensors))
+    family = next(matching, families()[0])
     for name in tensors:
-        if not name.startswith((_PREFIX, KOHYA)):
-            raise ValueError(f"{name}: changes another component than the UNet; an erasure that is read is the UNet's "
-                             "alone (generate and evaluate take the whole LoRA, as --lora)")  # fmt: skip
-    tensors = {name.removeprefix(_PREFIX): value.float() for name, value in tensors.items()}
+        if not _is_of(family, name):
+            raise ValueError(
+                f"{name}: changes another component than the denoiser ({family.denoiser_name}); an erasure that is "
+                "read is the denoiser's alone (generate and evaluate take the whole LoRA, as --lora)"
+            )
+    tensors = {name.removeprefix(f"{family.denoiser_name}."): value.float() for name, value in tensors.items()}
     alphas = {name.removesuffix(".alpha"): value.item() for name, value in tensors.items() if name.endswith(".alpha")}
-    tensors = {_kohya_factor(name): value for name, value in tensors.items() if not name.endswith(".alpha")}
+    tensors = {_factor_name(name, family): value for name, value in tensors.items() if not name.endswith(".alpha")}
     if not any(".lora_A." in name for name in tensors):
-        tensors = convert_unet_state_dict_to_peft(tensors)
+        tensors = family.rename_lora(tensors)
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
         match = _FACTOR.fullmatch(name)
@@ -126,7 +128,7 @@ def _adapter_config(metadata: dict[str, str]) -> dict:
     if not raw:
         return {}
     try:
-        config = {name.removeprefix(_PREFIX): value for name, value in json.loads(raw).items()}
+        config = {_without_component(name): value for name, value in json.loads(raw).items()}
     except (json.JSONDecodeError, AttributeError, RecursionError):
         raise ValueError(f"metadata {LORA_ADAPTER_METADATA_KEY}: not a JSON object") from None
     _check_plain(config, f"metadata {LORA_ADAPTER_METADATA_KEY}")
@@ -138,8 +140,17 @@ def _check_plain(config: dict, what: str) -> None:
         raise ValueError(f"{what}: {odd[0]} is not supported")
 
 
-def _kohya_factor(name: str) -> str:
-    if not name.startswith(KOHYA):
+def _is_of(family: type[ModelFamily], name: str) -> bool:
+    return name.startswith((f"{family.denoiser_name}.", family.kohya_prefix))
+
+
+def _without_component(name: str) -> str:
+    component, _, rest = name.partition(".")
+    return rest if component in denoiser_names() else name
+
+
+def _factor_name(name: str, family: type[ModelFamily]) -> str:
+    if not name.startswith(family.kohya_prefix):
         return name
     return name.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.")
 
@@ -175,7 +186,7 @@ class LoRA:
         return max(held, key=self.errors.get)
 
     def report(self) -> dict:
-        """What is written down beside the facts of the erasure."""
+        """What is recorded with the facts of the erasure."""
         worst = {"parameter": self.worst, "error": self.errors[self.worst]}
         return {"rank": self.rank, "error": self.error, "worst": worst, "left_out": self.left_out}
 
@@ -189,7 +200,13 @@ def full_rank(denoiser: nn.Module, erased: dict[str, torch.Tensor]) -> int:
 
 
 @torch.no_grad()
-def low_rank(denoiser: nn.Module, erased: dict[str, torch.Tensor], rank: int, only_weights: bool = False) -> LoRA:
+def low_rank(
+    denoiser: nn.Module,
+    erased: dict[str, torch.Tensor],
+    rank: int,
+    only_weights: bool = False,
+    component: str | None = None,
+) -> LoRA:
     """The best LoRA of a rank for the difference between erased weights and a base model's (Eckart and Young, 1936).
 
     Weights of linear and convolution layers become pairs of matrices; biases of these layers are held exactly
@@ -201,6 +218,8 @@ def low_rank(denoiser: nn.Module, erased: dict[str, torch.Tensor], rank: int, on
         rank (`int`): From 1 to [`full_rank`]; a layer's own full rank is enough where that is less.
         only_weights (`bool`, defaults to `False`): Leave out changed biases and norms, to get a LoRA that every
             program reads and `fuse_lora` can fuse. What is lost is part of `error`.
+        component (`str`, *optional*): The denoiser's name in the pipeline, which begins the names of the tensors; its
+            family's by default.
 
     Raises:
         `ValueError`: If the rank is out of its range, a changed parameter cannot be held and `only_weights` is not
@@ -231,6 +250,7 @@ def low_rank(denoiser: nn.Module, erased: dict[str, torch.Tensor], rank: int, on
     if not 1 <= rank <= most:
         raise ValueError(f"rank {rank}: must be from 1 to {most}, with which a LoRA holds this change exactly")
     with_bias = any("bias" in parts for parts in layers.values())
+    prefix = f"{component or family_of_denoiser(denoiser).denoiser_name}."
     tensors, squares, largest = {}, {name: sizes[name] ** 2 for name in left_out}, 0
     for layer, parts in layers.items():
         weight = modules[layer].weight
@@ -238,14 +258,14 @@ def low_rank(denoiser: nn.Module, erased: dict[str, torch.Tensor], rank: int, on
         factors = _factors(change.flatten(1), rank if "weight" in parts else 1)
         up, down = (factor.float() for factor in factors)
         largest = max(largest, len(down))
-        tensors[f"{_PREFIX}{layer}.lora_A.weight"] = down.reshape(-1, *weight.shape[1:])
-        tensors[f"{_PREFIX}{layer}.lora_B.weight"] = up.reshape(*up.shape, *(1 for _ in weight.shape[2:]))
+        tensors[f"{prefix}{layer}.lora_A.weight"] = down.reshape(-1, *weight.shape[1:])
+        tensors[f"{prefix}{layer}.lora_B.weight"] = up.reshape(*up.shape, *(1 for _ in weight.shape[2:]))
         if "weight" in parts:
             rest = change.flatten(1) - up.double() @ down.double()
             squares[f"{layer}.weight"] = rest.norm().item() ** 2
         if with_bias:  # peft has a bias in every layer or in none
             bias = parts.get("bias", torch.zeros(weight.shape[0], dtype=torch.double)).float()
-            tensors[f"{_PREFIX}{layer}.lora_B.bias"] = bias
+            tensors[f"{prefix}{layer}.lora_B.bias"] = bias
             if "bias" in parts:
                 squares[f"{layer}.bias"] = (parts["bias"] - bias).norm().item() ** 2
     tensors = {name: value.contiguous() for name, value in tensors.items()}

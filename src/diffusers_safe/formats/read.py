@@ -8,35 +8,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors import safe_open
 from torch import nn
 
-from ..loading import ModelError, describe_weights, load_model, load_pickle, naming, shown
+from ..families import (
+    TRAIN_METHODS,
+    denoiser_names,
+    families,
+    family_of_class,
+    family_of_denoiser,
+    resolve_train_method,
+)
+from ..loading import ModelError, describe_weights, load_model, load_pickle, naming, read_json_object, shown
 from ..provenance import FILE_NAME, UNKNOWN, Provenance, fingerprint, located, stored_path
-from ..weights.trained import TRAIN_METHODS, find_train_method, resolve_train_method
-from .folders import INDEX, UNET_FOLDER
-from .lora import KOHYA, by_module_names, is_lora, plain_names, read_differences
+from .folders import INDEX
+from .lora import by_module_names, is_lora, plain_names, read_differences
 from .write import LORA_NAME, PARTIAL_FORMAT, PARTIAL_NAME, known_facts
 
 
-# format -> what it is; `read_erased_weights` tells them apart by what is in them
+# format -> what it is; `read_erased_weights` distinguishes them by their content
 FORMATS = {
     "partial": "safetensors of this package: the erased weights, and which model they belong to",
-    "esd": "safetensors of ESD (2025): some weights of a diffusers UNet",
-    "esd-alt": 'pickle of ESD\'s alt script: {"unet.<module>": {"weight", "bias"}}',
+    "esd": "safetensors of ESD (2025): some weights of a denoiser, by diffusers' names",
+    "esd-alt": 'pickle of ESD\'s alt script: {"<component>.<module>": {"weight", "bias"}}',
     "ldm": "CompVis checkpoint (.ckpt, .pt or .safetensors), whole",
-    "unet": "diffusers UNet, whole: a folder or a pickle; or a pickle of the weights of a train method",
-    "lora": "LoRA of a UNet, by the names of diffusers, peft or kohya-ss",
+    "whole": "denoiser of diffusers, whole: a folder or a pickle; or a pickle of the weights of a train method",
+    "lora": "LoRA of a denoiser, by the names of diffusers, peft or kohya-ss",
 }
-_WRAPPERS = ("state_dict", "model_state_dict", "unet", "model")  # what Lightning and training loops put around it
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (".safetensors", *_PICKLES)
 _ESD_FORMAT = "erasing-esd-v2"
 _ESD_NAME = re.compile(r"esd-(?P<concept>.+)-from-(?P<erase_from>.+)-(?P<method>[^-]+)")
 _ESD_ARGUMENTS = ("guidance", "guidance_scale", "negative_guidance", "num_inference_steps", "erase_from")
-_LDM_UNET = "model.diffusion_model."
+_LDM_DENOISER = "model.diffusion_model."
 # The other parts of a CompVis checkpoint, which ESD does not train; the noise schedule's names have no dots.
 _LDM_OTHERS = ("first_stage_model.", "cond_stage_model.", "conditioner.", "model_ema.", "denoiser.")
 
@@ -47,10 +51,10 @@ class ErasedWeights:
 
     Attributes:
         weights (`dict[str, torch.Tensor]`): By the names of the denoiser's parameters; of a LoRA, what is added to
-            them; of a CompVis checkpoint, by its own names, until a denoiser tells how they are converted.
+            them; of a CompVis checkpoint, by its own names, until a denoiser determines how they are converted.
         format (`str`): A name of `FORMATS`.
         source (`str`): Where it was read.
-        known (`dict`): Those fields of [`Provenance`] that the file, its name or its folder tell.
+        known (`dict`): Those fields of [`Provenance`] that the file, its name or its folder give.
     """
 
     weights: dict[str, torch.Tensor]
@@ -59,7 +63,7 @@ class ErasedWeights:
     known: dict = field(default_factory=dict)
 
     def provenance(self, base_model: str, revision: str | None, base_fingerprint: str) -> Provenance:
-        """The record of this erasure, given the base model that it fits. What nobody told is `"unknown"` or empty."""
+        """The record of this erasure, given the base model that it fits. What is not known is `"unknown"` or empty."""
         base = {"base_model": stored_path(base_model), "revision": revision, "base_fingerprint": base_fingerprint}
         if self.known.get("base_fingerprint") == base_fingerprint:
             base |= {name: self.known.get(name) for name in ("base_model", "revision")}  # the same, by its own name
@@ -69,11 +73,11 @@ class ErasedWeights:
         """The values that parameters of the base model's denoiser get, in its dtype and on its device.
 
         Args:
-            denoiser (`nn.Module`): The base model's `UNet2DConditionModel`; it is not changed.
+            denoiser (`nn.Module`): The base model's; it is not changed.
 
         Raises:
             `ValueError`: If it is not the base model of this erasure, as far as that is known; or a name, a shape or a
-                value does not fit; or a whole UNet lacks something.
+                value does not fit; or a whole denoiser lacks something.
         """
         return dict(self._values(denoiser))
 
@@ -81,7 +85,7 @@ class ErasedWeights:
     def _values(self, denoiser: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """All of it is checked before the first value is given; one at a time is on the denoiser's device."""
         self._check_base(denoiser)
-        parameters = plain_parameters(denoiser)
+        parameters, family = plain_parameters(denoiser), family_of_denoiser(denoiser)
         weights = self.weights
         if self.format == "ldm":
             weights = self._converted(denoiser)
@@ -90,15 +94,17 @@ class ErasedWeights:
         for name, value in weights.items():
             if name not in parameters:
                 kohya = "; kohya-ss' names of SDXL are read by diffusers: load_lora_weights, then save_lora_weights"
-                raise self._error(f"the denoiser has no parameter {name}{kohya if name.startswith(KOHYA) else ''}")
+                raise self._error(
+                    f"the denoiser has no parameter {name}{kohya if name.startswith(family.kohya_prefix) else ''}"
+                )
             if parameters[name].shape != value.shape:
                 shapes = f"{tuple(value.shape)}, the denoiser's has {tuple(parameters[name].shape)}"
                 raise self._error(f"{name} has shape {shapes}")
             if not (value.is_floating_point() and value.isfinite().all()):
                 raise self._error(f"{name} holds values that are not finite numbers")
-        missing = [name for name in parameters if name not in weights] if self.format in ("ldm", "unet") else []
-        if missing and not (self.format == "unet" and find_train_method(denoiser, weights.keys())):
-            held = f"holds {len(weights)} of the UNet's {len(parameters)} parameters; missing is {missing[0]}"
+        missing = [name for name in parameters if name not in weights] if self.format in ("ldm", "whole") else []
+        if missing and not (self.format == "whole" and family.find_train_method(denoiser, weights)):
+            held = f"holds {len(weights)} of the denoiser's {len(parameters)} parameters; missing is {missing[0]}"
             hint = "" if self.format == "ldm" else (
                 ": neither all nor those of a train method; if it is meant to be a part, save it as .safetensors"
             )  # fmt: skip
@@ -141,11 +147,11 @@ class ErasedWeights:
         )
 
     def _converted(self, denoiser: nn.Module) -> dict[str, torch.Tensor]:
-        """A CompVis checkpoint's UNet by diffusers' names. Of two sets of weights, it is that which ESD trains: not
-        the EMA."""
+        """A CompVis checkpoint's denoiser by diffusers' names. Of two sets of weights, it is the one that ESD trains,
+        not the EMA."""
         try:
-            converted = convert_ldm_unet_checkpoint(self.weights, denoiser.config)
-        except (KeyError, TypeError, AttributeError) as error:
+            converted = family_of_denoiser(denoiser).from_original(self.weights, denoiser)
+        except (KeyError, TypeError, AttributeError, NotImplementedError) as error:
             raise self._error(f"not the CompVis form of this denoiser ({type(error).__name__}: {error})") from None
         used = {id(value) for value in converted.values()}
         if left := [name for name, value in self.weights.items() if id(value) not in used]:
@@ -176,8 +182,8 @@ def read_erased_weights(path: str | Path) -> ErasedWeights:
     """Reads an erasure of any of `FORMATS`.
 
     Args:
-        path (`str` or `Path`): A file; or a folder: of a UNet, of a pipeline, or with one file of an erasure. An
-            `erasure.json` in the folder tells what the files do not.
+        path (`str` or `Path`): A file; or a folder: of a denoiser, of a pipeline, or with one file of an erasure. An
+            `erasure.json` in the folder adds what the files do not say.
 
     Raises:
         `ValueError`: If there is no erasure, or a pickle holds more than tensors.
@@ -214,17 +220,15 @@ def load_partial(denoiser: nn.Module, path: str | Path) -> dict[str, str]:
     return _open_safetensors(Path(path))[1]
 
 
-def load_unet(name_or_path: str | Path, **options) -> UNet2DConditionModel:
-    """A UNet in fp32, whole: unlike diffusers' own loading it does not make up for what is missing.
-
-    Args:
-        name_or_path (`str` or `Path`): A folder or Hub id.
-        options: Of `from_pretrained`, such as `subfolder`.
+def load_denoiser(folder: str | Path) -> nn.Module:
+    """The denoiser in a folder in fp32, whole: unlike diffusers' own loading it does not fill in what is missing.
 
     Raises:
         `ValueError`: If there is none, or its weights are not those of its config.
     """
-    return load_model(UNet2DConditionModel, name_or_path, torch.float32, **options)
+    config = Path(folder, "config.json")
+    class_name = read_json_object(config).get("_class_name") if config.is_file() else None
+    return load_model((family_of_class(class_name) or families()[0]).denoiser_class, folder, torch.float32)
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -233,10 +237,10 @@ def load_unet(name_or_path: str | Path, **options) -> UNet2DConditionModel:
 def _read_folder(folder: Path) -> ErasedWeights:
     if (folder / PARTIAL_NAME).is_file():
         erased = read_erased_weights(folder / PARTIAL_NAME)
-    elif (folder / INDEX).is_file() or (folder / UNET_FOLDER / "config.json").is_file():
-        erased = _read_unet(folder / UNET_FOLDER)
+    elif (denoiser := denoiser_folder(folder)) is not None or (folder / INDEX).is_file():
+        erased = _read_denoiser(denoiser or folder / denoiser_names()[0])
     elif (folder / "config.json").is_file():
-        erased = _read_unet(folder)
+        erased = _read_denoiser(folder)
     elif (folder / LORA_NAME).is_file():
         erased = read_erased_weights(folder / LORA_NAME)
     else:
@@ -247,9 +251,14 @@ def _read_folder(folder: Path) -> ErasedWeights:
     return erased
 
 
-def _read_unet(folder: Path) -> ErasedWeights:
-    unet = load_unet(folder)
-    return ErasedWeights({name: value.detach() for name, value in unet.named_parameters()}, "unet", str(folder))
+def denoiser_folder(folder: Path) -> Path | None:
+    """The folder of the denoiser in a model's folder, if there is one."""
+    return next((folder / name for name in denoiser_names() if (folder / name / "config.json").is_file()), None)
+
+
+def _read_denoiser(folder: Path) -> ErasedWeights:
+    denoiser = load_denoiser(folder)
+    return ErasedWeights({name: value.detach() for name, value in denoiser.named_parameters()}, "whole", str(folder))
 
 
 def _only_file(folder: Path) -> Path:
@@ -315,18 +324,18 @@ def _read_safetensors(path: Path) -> ErasedWeights:
 def _from_tensors(
     tensors: dict[str, torch.Tensor], metadata: dict[str, str], path: Path, otherwise: str, known: dict
 ) -> ErasedWeights:
-    """What the names in a file say that it is; `otherwise` a format of weights by a UNet's own names."""
+    """What the names in a file say that it is; `otherwise` a format of weights by a denoiser's own names."""
     if is_lora(list(tensors)):
         try:
             return ErasedWeights(read_differences(tensors, metadata, path.parent), "lora", str(path), known)
         except ValueError as error:
             raise ModelError(f"{path}: {error}") from None
-    if any(name.startswith(_LDM_UNET) for name in tensors):
-        return ErasedWeights(_ldm_unet(tensors, path), "ldm", str(path))
+    if any(name.startswith(_LDM_DENOISER) for name in tensors):
+        return ErasedWeights(_ldm_denoiser(tensors, path), "ldm", str(path))
     what = describe_weights(list(tensors))
-    if not what.endswith(("UNet", "unknown kind")):
-        raise ModelError(f"{path}: {what}, and no erasure of a UNet")
-    for prefix in ("module.", "_orig_mod.", "unet."):  # of wrappers, and of a whole pipeline
+    if not what.endswith(("denoiser", "unknown kind")):
+        raise ModelError(f"{path}: {what}, and no erasure of a denoiser")
+    for prefix in ("module.", "_orig_mod.", *(f"{name}." for name in denoiser_names())):  # of wrappers, of a pipeline
         if tensors and all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
     return ErasedWeights(tensors, otherwise, str(path), _esd_facts(path, metadata))
@@ -340,8 +349,9 @@ def _esd_facts(path: Path, metadata: dict[str, str]) -> dict:
         arguments = {} if erase_from == concept else {"erase_from": erase_from}
         known |= {"concepts": [concept], "train_method": match["method"], "arguments": arguments}
     if metadata.get("format") == _ESD_FORMAT:
-        if (component := metadata.get("component", "unet")) != "unet":
-            raise ModelError(f"{path}: component '{component}'; erased weights are read for the unet only")
+        if (component := metadata.get("component")) not in (None, *denoiser_names()):
+            allowed = " or ".join(denoiser_names())
+            raise ModelError(f"{path}: component '{component}'; erased weights are read for the {allowed} only")
         if metadata.get("base_model_id"):
             known["base_model"] = metadata["base_model_id"]
         if metadata.get("train_method"):
@@ -367,13 +377,15 @@ def _esd_train_method(written: str) -> str:
 
 def _read_pickle(path: Path) -> ErasedWeights:
     state = load_pickle(path)
-    while isinstance(state, dict) and (inner := [state[key] for key in _WRAPPERS if isinstance(state.get(key), dict)]):
+    # What Lightning and training loops put around it.
+    wrappers = ("state_dict", "model_state_dict", *denoiser_names(), "model")
+    while isinstance(state, dict) and (inner := [state[key] for key in wrappers if isinstance(state.get(key), dict)]):
         state = inner[0]
     if isinstance(state, dict) and not state.keys().isdisjoint(("image_proj", "string_to_param")):
-        raise ModelError(f"{path}: {describe_weights(list(state))}, and no erasure of a UNet")
+        raise ModelError(f"{path}: {describe_weights(list(state))}, and no erasure of a denoiser")
     if isinstance(state, dict) and state and all(isinstance(part, dict) for part in state.values()):
         return ErasedWeights(_flat(state, path), "esd-alt", str(path), {"method": "esd"})
-    return _from_tensors(_tensors(state, path), {}, path, "unet", {})
+    return _from_tensors(_tensors(state, path), {}, path, "whole", {})
 
 
 def _tensors(state: Any, path: Path) -> dict[str, torch.Tensor]:
@@ -391,19 +403,20 @@ def _tensors(state: Any, path: Path) -> dict[str, torch.Tensor]:
 def _flat(state: dict[str, dict], path: Path) -> dict[str, torch.Tensor]:
     weights = {}
     for module, parts in state.items():
-        if not module.startswith("unet."):
-            raise ModelError(f"{path}: {module} is no module of the unet")
+        component, _, name_inside = module.partition(".")
+        if component not in denoiser_names():
+            raise ModelError(f"{path}: {module} is no module of the {' or '.join(denoiser_names())}")
         for name, value in parts.items():
             if name == "bias" and value is None:
                 continue
             if name not in ("weight", "bias") or not isinstance(value, torch.Tensor):
                 raise ModelError(f"{path}: {module} holds '{name}'; allowed are tensors named weight and bias")
-            weights[f"{module.removeprefix('unet.')}.{name}"] = value
+            weights[f"{name_inside}.{name}"] = value
     return weights
 
 
-def _ldm_unet(state: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+def _ldm_denoiser(state: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
     for name in state:
-        if "." in name and not name.startswith((_LDM_UNET, *_LDM_OTHERS)):
+        if "." in name and not name.startswith((_LDM_DENOISER, *_LDM_OTHERS)):
             raise ModelError(f"{path}: {name} is no part of a CompVis checkpoint")
-    return {name: value for name, value in state.items() if name.startswith(_LDM_UNET)}
+    return {name: value for name, value in state.items() if name.startswith(_LDM_DENOISER)}

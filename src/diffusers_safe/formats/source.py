@@ -7,24 +7,23 @@ from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ..embedded import locate_model
+from ..families import denoiser_names
 from ..loading import reason
 from ..provenance import FILE_NAME
-from .folders import INDEX, UNET_FOLDER
+from .folders import INDEX
 from .read import only_weight_file
 from .write import LORA_NAME, PARTIAL_NAME
 
 
 RECORDS = [INDEX, FILE_NAME]
-_UNET = [f"{UNET_FOLDER}/*.json", f"{UNET_FOLDER}/*.safetensors", "diffusion_pytorch_model*"]
-_ERASURES = [*RECORDS, PARTIAL_NAME, LORA_NAME, "config.json", *_UNET]
-_FOUND_BY_NAME = (INDEX, PARTIAL_NAME, LORA_NAME, "config.json", UNET_FOLDER)
+_FILES = (PARTIAL_NAME, LORA_NAME, "config.json")
 
 
 def fetch(source: str | Path, weight_name: str | None = None, only_records: bool = False, **hub_arguments) -> Path:
     """The local path of an erased model: itself, or what the Hub's cache holds of a repository.
 
     Of a repository only what can hold an erasure is downloaded: indices, `erasure.json`, a partial file, a LoRA, a
-    UNet. A file of another name is downloaded if it is the only one or `weight_name` asks for it.
+    denoiser. A file of another name is downloaded if it is the only one or `weight_name` asks for it.
 
     Args:
         source (`str` or `Path`): A file, a folder or a Hub id.
@@ -45,9 +44,11 @@ def fetch(source: str | Path, weight_name: str | None = None, only_records: bool
     try:
         if weight_name:
             return Path(hf_hub_download(str(source), weight_name, **hub_arguments))
-        patterns = RECORDS if only_records else _ERASURES
+        folders = [f"{name}/*.{ending}" for name in denoiser_names() for ending in ("json", "safetensors")]
+        erasures = [*RECORDS, *_FILES, *folders, "diffusion_pytorch_model*"]
+        patterns = RECORDS if only_records else erasures
         folder = Path(snapshot_download(str(source), allow_patterns=patterns, **hub_arguments))
-        if only_records or any((folder / name).exists() for name in _FOUND_BY_NAME):
+        if only_records or any((folder / name).exists() for name in (INDEX, *_FILES, *denoiser_names())):
             return folder
         hub = {name: hub_arguments[name] for name in ("revision", "token") if name in hub_arguments}
         name = only_weight_file(list_repo_files(str(source), **hub), str(source))

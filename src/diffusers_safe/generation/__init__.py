@@ -1,1 +1,1 @@
-"""Seeded images with a manifest: prompts, models, and the images that come of them."""
+"""Seeded images with a manifest: prompts, models, and the images they generate."""

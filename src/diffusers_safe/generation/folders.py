@@ -1,4 +1,4 @@
-"""Images that are there already: of an earlier run, or of another tool."""
+"""Existing images: of an earlier run or from another tool."""
 
 import hashlib
 import os
@@ -7,20 +7,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..images import UnreadableImage, open_rgb
-from .generate import MANIFEST, PromptRow, read_manifest
+from .manifest import MANIFEST, read_manifest
+from .rows import PromptRow
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Images in the place of a model.
+    """A folder of images in place of a model.
 
-    With a manifest of [`generate`], images are found by their ids, or by prompt and seed. Without one they are PNGs
-    called `{id}.png`, which for prompt lists with case numbers is `{case_number}_{n}.png`, as ESD and its followers
-    have it. They are read as [`to_rgb`] describes.
+    With a manifest of [`generate`], images are found by their ids, or by prompt and seed. Without one, they are PNGs
+    named `{id}.png`. For prompt lists with case numbers this is `{case_number}_{n}.png`, as in ESD and its followers.
+    They are read as [`to_rgb`] describes.
 
     Attributes:
-        name (`str`): What tables call it.
-        folder (`Path`): With the images.
+        name (`str`): Name in tables.
+        folder (`Path`): Folder with the images.
     """
 
     name: str
@@ -33,22 +34,20 @@ class ImageFolder:
     def check(self) -> None:
         """
         Raises:
-            `ValueError`: If there is no folder, it holds no manifest and no PNG, or cannot hold scores.
+            `ValueError`: If there is no folder, it holds no manifest and no PNG, or scores cannot be written to it.
         """
         if not Path(self.folder).is_dir():
-            raise ValueError(f"{self.name}: {self.folder} is no folder of images")
+            raise ValueError(f"{self.name}: {self.folder} is not a folder of images")
         if not self.has_manifest and not any(Path(self.folder).glob("*.png")):
             raise ValueError(f"{self.name}: {self.folder} holds no model, no {MANIFEST} and no PNG")
         if not os.access(self.folder, os.W_OK):
-            raise ValueError(
-                f"{self.name}: {self.folder} cannot be written, and scores are kept there; copy the images"
-            )
+            raise ValueError(f"{self.name}: {self.folder} is read-only, and scores are written there; copy the images")
 
     def find(self, rows: Sequence[PromptRow]) -> list[dict]:
-        """Rows of a manifest, one for each of `rows`, after every file was looked at.
+        """Rows of a manifest, one for each of `rows`, after a check of every file.
 
         Raises:
-            `ValueError`: If an image is missing or broken, is of another prompt or seed, or images are of several
+            `ValueError`: If an image is missing or broken or of another prompt or seed, or images are of several
                 models.
         """
         self.check()
@@ -57,10 +56,10 @@ class ImageFolder:
     def _of_manifest(self, rows: Sequence[PromptRow]) -> list[dict]:
         known = read_manifest(self.folder)
         by_id = {row["id"]: row for row in known}
-        by_draw = {(row["prompt"], row["seed"]): row for row in known}
+        by_prompt = {(row["prompt"], row["seed"]): row for row in known}
         found, missing = [], []
         for row in rows:
-            match = by_id.get(row.id) or by_draw.get((row.prompt, row.seed))
+            match = by_id.get(row.id) or by_prompt.get((row.prompt, row.seed))
             if match is None:
                 missing.append(row.id)
                 continue
@@ -71,7 +70,7 @@ class ImageFolder:
                         f" not {getattr(row, name)}"
                     )
             found.append({**match, "id": row.id, "labels": row.labels})
-        self._complain_of(missing, len(rows))
+        self._check_missing(missing, len(rows))
         if len({row.get("model") for row in found}) > 1:
             raise ValueError(f"{self.name}: the images in {self.folder} are of more than one model")
         for row in found:
@@ -81,10 +80,10 @@ class ImageFolder:
 
     def _of_files(self, rows: Sequence[PromptRow]) -> list[dict]:
         files = [f"{row.id}.png" for row in rows]
-        self._complain_of([file for file in files if not (Path(self.folder) / file).is_file()], len(rows))
+        self._check_missing([file for file in files if not (Path(self.folder) / file).is_file()], len(rows))
         return [{**asdict(row), "file": file, **self._read(file)} for row, file in zip(rows, files)]
 
-    def _complain_of(self, missing: list[str], asked: int) -> None:
+    def _check_missing(self, missing: list[str], asked: int) -> None:
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ValueError(f"{self.name}: {self.folder} lacks {missing[0]}{more} of {asked} images")
@@ -102,8 +101,8 @@ class ImageFolder:
 
 
 def common_settings(rows: Sequence[dict]) -> dict | None:
-    """The settings of a manifest's rows; `"of each row"` where a guidance scale or size differs, `None` if unknown.
-    `safety_checker`, `"on"` or `"off"`, is one of them."""
+    """The settings of a manifest's rows with `safety_checker`, `"on"` or `"off"`. `"of each row"` if a guidance scale
+    or size differs between rows; `None` if unknown."""
     known = [row.get("settings") for row in rows]
     if None in known:
         return None

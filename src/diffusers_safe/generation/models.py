@@ -5,6 +5,7 @@ pipeline, settings = subject.load(GenerationSettings(num_inference_steps=50))
 generate(pipeline, rows, "runs/safe", settings)
 """
 
+import inspect
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,9 +21,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from .. import pipelines
 from ..arguments import choose, typed
 from ..concepts import read_concepts
+from ..families import check_files, family_around, own_pipelines
 from ..formats import LORA_NAME, fetch
 from ..formats.read import only_weight_file, read_lora
-from ..loading import ModelError, check_files, load_pipeline, read_index, reason
+from ..loading import ModelError, load_pipeline, read_index, reason
 from ..pipelines.guidance import SAFETY_CONCEPT, SAFETY_CONFIGS, SafetyConfig
 from ..pipelines.safe_latent_diffusion import SafeLatentDiffusionMixin, check_concept
 from .generate import GenerationSettings
@@ -171,9 +173,11 @@ class Subject:
             for component in pipeline.components.values():  # after weights and LoRA have met in fp32
                 if isinstance(component, torch.nn.Module):
                     torch.nn.Module.to(component, dtype)
-        config = getattr(getattr(pipeline, "unet", None), "config", {})
-        if settings.height is None and config.get("sample_size", 0) is None:
-            raise ModelError(f"model '{self.model}': unet: config.json has no sample_size; give --height and --width")
+        if settings.height is None and (family := family_around(pipeline)) is not None:
+            name = family.denoiser_name
+            if getattr(pipeline, name).config.get("sample_size", 0) is None:
+                why = f"{name}: config.json has no sample_size; give --height and --width"
+                raise ModelError(f"model '{self.model}': {why}")
         pipeline, call = self._steer(pipeline)
         pipeline.to(launched_processes().device if device is None else device)
         negative_prompt = settings.negative_prompt if self.negative_prompt is None else self.negative_prompt
@@ -192,7 +196,8 @@ class Subject:
 
 
 def pipeline_class(model: str, revision: str | None = None) -> type[DiffusionPipeline]:
-    """The class that loads a model, by its index: one of ours, or diffusers' loader of all its own.
+    """The class that loads a model, by its index: one of this package or of a family, or diffusers' loader of
+    its own classes.
 
     Raises:
         `ValueError`: If there is no pipeline, or its class is neither ours nor one of diffusers.
@@ -200,6 +205,8 @@ def pipeline_class(model: str, revision: str | None = None) -> type[DiffusionPip
     name = _class_name(model, revision)
     if name in pipelines.__all__:
         return getattr(pipelines, name)
+    if name in own_pipelines():
+        return own_pipelines()[name]
     if not hasattr(diffusers, str(name)):
         raise ValueError(f"model '{model}': its pipeline class '{name}' is none of diffusers {diffusers.__version__}")
     return DiffusionPipeline
@@ -238,8 +245,8 @@ def safety_call(pipeline: DiffusionPipeline, safety: str | None, concept: str | 
 def _with_semantic_guidance(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     if isinstance(pipeline, SemanticStableDiffusionPipeline):
         return pipeline
-    names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "safety_checker", "feature_extractor")
-    parts = {name: pipeline.components[name] for name in names}
+    names = inspect.signature(SemanticStableDiffusionPipeline.__init__).parameters
+    parts = {name: component for name, component in pipeline.components.items() if name in names}
     return SemanticStableDiffusionPipeline(**parts, requires_safety_checker=parts["safety_checker"] is not None)
 
 

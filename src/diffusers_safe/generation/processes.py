@@ -1,4 +1,4 @@
-"""The processes that `accelerate launch` or `torchrun` started together."""
+"""The processes started by `accelerate launch` or `torchrun`."""
 
 import os
 
@@ -8,18 +8,18 @@ from accelerate.utils import parse_flag_from_env
 
 
 def launched_processes() -> PartialState:
-    """This process among those that were launched together, and its device.
+    """The state of this process among those launched together, and its device.
 
-    Unlike `PartialState()` itself it knows of several processes on a CPU, too.
+    Unlike `PartialState()`, it also detects several processes on a CPU.
 
     Raises:
-        `ValueError`: If several were launched and do not know of each other.
+        `ValueError`: If several processes were launched that are not connected.
     """
     processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != processes.num_processes:
         raise ValueError(
-            f"{launched} processes were launched, but each would work by itself: set ACCELERATE_USE_CPU=true where"
-            " there is no GPU for each"
+            f"{launched} processes were launched, but they are not connected: set ACCELERATE_USE_CPU=true if there is"
+            " no GPU for each"
         )
     return processes

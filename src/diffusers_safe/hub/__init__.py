@@ -1,8 +1,8 @@
-"""An erased model, or a student, on the Hugging Face Hub: its model card, made of facts, and the push."""
+"""Publishes erased models and students on the Hugging Face Hub: the model card and the push."""
 
 from .base import Base, find_base
-from .card import erasure_card
 from .contents import as_published, check_folder, published_record
+from .model_cards import erasure_card, student_card
 from .model_index import eval_results, write_benchmark
 from .push import (
     PUSH_FAILED,
@@ -14,7 +14,6 @@ from .push import (
     push_or_exit,
     push_result,
 )
-from .student_card import student_card
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What is known of the model that an erasure changed, from its card: its name on the Hub, and its licence."""
+"""The base model of an erasure, as its card describes it: its name on the Hub and its licence."""
 
 import logging
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Base:
-    """What is known of the model that was changed.
+    """What is known of a base model.
 
     Attributes:
         name (`str`): Its id on the Hub, or the name of its folder.
-        on_hub (`bool`): Whether it is there.
-        metadata (`dict`): `base_model`, `license`, `license_name` and `license_link`, as far as its card tells.
+        on_hub (`bool`): Whether it is on the Hub.
+        metadata (`dict`): `base_model`, `license`, `license_name` and `license_link`, as far as its card has them.
     """
 
     name: str
@@ -34,9 +34,9 @@ class Base:
 
 
 def find_base(base_model: str, revision: str | None = None, token: str | None = None) -> Base:
-    """Reads a base model's card, in its folder or on the Hub, for what a derived model's card must say.
+    """Reads the card of a base model, in its folder or on the Hub, for what the card of a derived model must say.
 
-    A card that is missing, broken or out of reach leaves things unknown; it raises nothing.
+    If the card is missing, broken or cannot be reached, this remains unknown; nothing is raised.
     """
     folder = Path(locate_model(base_model))
     if folder.exists():
@@ -49,9 +49,9 @@ def find_base(base_model: str, revision: str | None = None, token: str | None = 
         validate_repo_id(base_model)
         own = _front_matter(card_on_hub(base_model, token, revision=revision, max_retries=0) or "")
     except (HFValidationError, RepositoryNotFoundError):
-        return Base(Path(base_model).name, False, {})  # a folder that is gone
+        return Base(Path(base_model).name, False, {})  # a folder that does not exist anymore
     except (HTTPError, OSError) as error:
-        logger.warning("the card of %s cannot be read (%s): its licence stays unknown", base_model, reason(error))
+        logger.warning("the card of %s cannot be read (%s): its licence is unknown", base_model, reason(error))
         own = {}
     metadata = {"base_model": base_model, **_licence(own, f"https://huggingface.co/{base_model}/blob/main/")}
     return Base(base_model, True, _known(metadata))
@@ -67,7 +67,7 @@ def _front_matter(card: str) -> dict[str, Any]:
 
 
 def _licence(own: dict[str, Any], home: str | None = None) -> dict[str, Any]:
-    """A link inside the base's repository is followed from `home`; without one it would lead nowhere."""
+    """The licence fields of a card. A relative link is completed with `home`, and dropped if there is none."""
     link = own.get("license_link")
     if isinstance(link, str) and "://" not in link:
         link = f"{home}{link}" if home else None

@@ -1,6 +1,6 @@
-"""Model cards that this package writes, and how it knows them again: what a person wrote or changed is kept.
+"""Writes model cards and recognises them later: a card that a person wrote or edited is kept.
 
-A card of ours carries a digest of its own text. Where the two do not fit, somebody has edited it, and it is theirs.
+A generated card contains a digest of its own text. If the two do not match, a person has edited the card.
 """
 
 import hashlib
@@ -20,20 +20,20 @@ _FIND_MARK = re.compile(re.escape(_MARK).replace(re.escape("{digest}"), "([0-9a-
 
 
 def make_card(data: ModelCardData, text: str) -> ModelCard:
-    """A card that [`is_ours`], from its metadata and its Markdown."""
+    """Makes a card for which [`is_ours`] is true, from metadata and Markdown."""
     content = str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_MARK}\n\n{text}"))
     return ModelCard(content.replace("{digest}", _digest(content), 1))
 
 
 def is_ours(card: str) -> bool:
-    """Whether this package wrote a card's text, and nobody has changed it since."""
+    """Whether this package wrote a card and it has not been edited since."""
     card = card.replace("\r\n", "\n")
     mark = _FIND_MARK.search(card)
     return mark is not None and _digest(card.replace(mark[1], "{digest}", 1)) == mark[1]
 
 
 def write_card(card: ModelCard, folder: str | Path) -> None:
-    """Writes a card into a folder, unless there is one by another hand."""
+    """Writes a card into a folder, unless a person wrote or edited the one there."""
     path = Path(folder) / CARD_NAME
     if not path.exists() or is_ours(path.read_text(encoding="utf-8", errors="replace")):
         write_text(path, str(card))
@@ -46,10 +46,10 @@ def card_on_hub(
     revision: str | None = None,
     max_retries: int = 5,
 ) -> str | None:
-    """The text of a repository's card on the Hub; `None` if the repository has none. Never an old copy of it.
+    """The current text of a repository's card on the Hub, not a cached copy; `None` if there is no card.
 
     Raises:
-        `HfHubHTTPError` or another `HTTPError`: If the Hub does not say.
+        `HfHubHTTPError` or another `HTTPError`: If the Hub does not answer.
     """
     url = hf_hub_url(repo_id, CARD_NAME, subfolder=subfolder, revision=revision)
     response = http_backoff("GET", url, headers=build_hf_headers(token=token), max_retries=max_retries)

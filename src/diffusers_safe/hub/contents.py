@@ -1,7 +1,7 @@
-"""What of a result's folder is published, and what stays where it is.
+"""Which files of a result's folder are published.
 
-Where things lie on somebody's machine is nobody else's business: what is published names no local folder. The files on
-disk, which find their base model by it, stay as they are.
+Local paths are private, so published files name no local folder. The files on disk keep the path of their base model,
+which they are loaded with.
 """
 
 import json
@@ -16,36 +16,30 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..formats import INDEX, LORA_NAME, MODEL_FOLDERS, PARTIAL_NAME, UNET_FOLDER, copy_with_facts
-from ..loading import check_files, check_header, read_json_object, reason
+from ..families import check_files, denoiser_names
+from ..formats import INDEX, LORA_NAME, PARTIAL_NAME, copy_with_facts, model_folders
+from ..loading import check_header, read_json_object, reason
 from ..provenance import FILE_NAME, STUDENT_FILE, Distillation, Provenance, load_record, write_text
 from ..report.grid import GRID_NAME
 from .base import Base
 from .cards import CARD_NAME
 
 
-BENCHMARKS = ".eval_results"  # where the Hub looks for numbers of benchmarks
+BENCHMARKS = ".eval_results"  # folder in which the Hub looks for benchmark results
 _RESULTS = ("results.json", "evaluation/results.json")
 _REPORTS = ("report.html", "evaluation/report.html")
-# What is published, beside the folders that model_index.json names and an evaluation; all else stays where it is.
+# What is published, besides the folders that model_index.json names and an evaluation.
 _PUBLISHED = (CARD_NAME, FILE_NAME, STUDENT_FILE, INDEX, GRID_NAME, "*.safetensors", "LICENSE*")
-# What is deleted from a repository of ours where a new result does not have it, beside the folders of models.
+# What is deleted from a repository if a new result does not have it, besides the folders of models.
 _REPLACED = (FILE_NAME, STUDENT_FILE, INDEX, GRID_NAME, PARTIAL_NAME, LORA_NAME, *_RESULTS, *_REPORTS)
-_PATHS = (
-    "_dir",
-    "_path",
-    "_file",
-    "_folder",
-    "_checkpoint",
-    "config",
-    "from_student",
-)  # how the names of arguments end that hold paths
+# Suffixes of the names of arguments that hold paths.
+_PATHS = ("_dir", "_path", "_file", "_folder", "_checkpoint", "config", "from_student")
 
 
 def check_folder(folder: str | Path) -> None:
     """
     Raises:
-        `ValueError`: If the folder does not hold a finished erasure, or a student, or a file of it is damaged.
+        `ValueError`: If the folder does not hold a finished erasure or student, or a file of it is damaged.
     """
     record = load_record(folder)
     if (Path(folder) / INDEX).is_file():
@@ -59,7 +53,7 @@ def check_folder(folder: str | Path) -> None:
 
 
 def result_files(folder: Path) -> list[str]:
-    """The files of a result, as paths inside the folder; hidden ones are none."""
+    """The files of a result, as paths inside the folder, without hidden files."""
     found = [path for path in folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in _PUBLISHED)]
     for part in _parts(folder):
         found += (folder / part).rglob("*")
@@ -70,7 +64,8 @@ def result_files(folder: Path) -> list[str]:
 
 
 def evaluation_files(folder: Path) -> list[Path]:
-    """Results and report beside a model; without the report where it shows flagged pictures, which stay here."""
+    """Results and report of the model in a folder; without the report if it shows flagged images, which are not
+    published."""
     results = find_results(folder)
     if results is None:
         return []
@@ -84,21 +79,21 @@ def _benchmark_files(folder: Path) -> list[Path]:
 
 
 def _parts(folder: Path) -> list[str]:
-    """The folders of a pipeline's models, or that of the UNet where it was saved alone."""
+    """The folders of a pipeline's models, or that of the denoiser where it was saved alone."""
     index = folder / INDEX
-    entries = read_json_object(index) if index.is_file() else {UNET_FOLDER: []}
+    entries = read_json_object(index) if index.is_file() else dict.fromkeys(denoiser_names(), [])
     plain = [name for name, value in entries.items() if isinstance(value, list) and Path(name).name == name]
     return [name for name in plain if any((folder / name).glob("*.json"))]
 
 
 def is_replaced(path: str) -> bool:
-    """Whether a file of a repository is part of the result there, which a new one takes the place of."""
-    return path in _REPLACED or path.split("/")[0] in MODEL_FOLDERS
+    """Whether a file of a repository is part of the result, which a new result replaces."""
+    return path in _REPLACED or path.split("/")[0] in model_folders()
 
 
 def published_record(record: Provenance | Distillation, base: Base) -> Provenance | Distillation:
-    """A record as it is published: the base model by its id on the Hub, or by its name without the folder that it is
-    in; and no argument that is a path."""
+    """A record as it is published: with the id of the base model on the Hub or the name of its folder, and without
+    arguments that are paths."""
     arguments = _without_paths(record.arguments)
     if isinstance(record, Provenance):
         return replace(record, base_model=base.name, arguments=arguments)
@@ -106,7 +101,7 @@ def published_record(record: Provenance | Distillation, base: Base) -> Provenanc
     if erasure is not None:
         base_model = _without_folder(erasure["base_model"])
         erasure = {**erasure, "base_model": base_model, "arguments": _without_paths(erasure.get("arguments", {}))}
-    # Names and reasons tell where the pictures lie; how many there are does not.
+    # Names and reasons contain paths of images; their number does not.
     data = {**record.data, "unreadable": len(record.data.get("unreadable", {}))}
     student = _without_folder(record.student)
     return replace(record, teacher=base.name, student=student, arguments=arguments, teacher_erasure=erasure, data=data)
@@ -120,7 +115,7 @@ def _without_paths(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_folder(name: str) -> str:
-    """A Hub id as it is; of a folder, there or gone, its name."""
+    """A Hub id unchanged; the name of a folder, which need not exist anymore."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -132,14 +127,14 @@ def _without_folder(name: str) -> str:
 def as_published(
     folder: Path, names: list[str], record: Provenance | Distillation | None
 ) -> Iterator[dict[str, Path]]:
-    """Files of a folder, by these names, as they are published. Those that tell where things lie are copied, for the
-    length of the block, and the copies do not: `erasure.json` and the facts in files of weights are the record's, and
+    """The files of a folder as they are published: name -> path. Files that contain local paths are replaced by
+    temporary copies without them: `erasure.json` and the facts in files of weights are those of the record, and
     configs do not say where they were loaded from.
 
     Args:
         folder (`Path`): A result.
         names (`list[str]`): Paths inside the folder.
-        record (`Provenance` or `Distillation`, *optional*): Of [`published_record`], where there is one.
+        record (`Provenance` or `Distillation`, *optional*): From [`published_record`].
     """
     with tempfile.TemporaryDirectory() as copies:
         files = {}
@@ -151,11 +146,11 @@ def as_published(
 
 
 def _copied_without_paths(folder: Path, name: str, copy: Path, record: Provenance | Distillation | None) -> bool:
-    """Whether there was something to leave out."""
+    """Writes a copy without local paths; returns whether there were any."""
     if record is not None and name == record.file_name:
         record.save(copy.parent)
         return True
-    if isinstance(record, Provenance) and name.endswith(".safetensors") and "/" not in name:  # below lie whole models
+    if isinstance(record, Provenance) and name.endswith(".safetensors") and "/" not in name:
         return copy_with_facts(folder / name, copy, record)
     if name != INDEX and not name.endswith("config.json"):
         return False
@@ -168,8 +163,8 @@ def _copied_without_paths(folder: Path, name: str, copy: Path, record: Provenanc
 
 
 def find_results(folder: str | Path) -> Path | None:
-    """The evaluation beside a model: `results.json` in its folder or in `evaluation/`, unless it is older than the
-    model, and so of another one."""
+    """The evaluation of the model in a folder: `results.json` there or in `evaluation/`. One that is older than the
+    model is of another model and ignored."""
     record = load_record(folder)
     for name in _RESULTS:
         if (path := Path(folder) / name).is_file():
@@ -182,7 +177,7 @@ def find_results(folder: str | Path) -> Path | None:
 def read_results(path: Path) -> dict[str, Any]:
     """
     Raises:
-        `ValueError`: If a file does not hold the results of an evaluation.
+        `ValueError`: If the file does not hold the results of an evaluation.
     """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
-"""The numbers of an evaluation as the Hub reads them: `model-index` in a card, `.eval_results/` beside the model.
+"""The numbers of an evaluation in the Hub's formats: `model-index` in a card, `.eval_results/` next to the model.
 
 The first takes any number. The second is for datasets that are registered as benchmarks on the Hub, whose tasks have
-ids; who knows of one names it.
+ids.
 """
 
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ from .contents import BENCHMARKS, find_results, read_results
 
 
 def model_index(folder: Path, repo_id: str) -> dict[str, Any]:
-    """Arguments of `ModelCardData` with the numbers of an evaluation beside a model; none where there is no such."""
+    """Arguments of `ModelCardData` with the numbers of the evaluation in a folder; empty without one."""
     numbers = eval_results(folder)
     return {"model_name": repo_id.split("/")[-1], "eval_results": numbers} if numbers else {}
 
 
 def eval_results(folder: Path) -> list[EvalResult]:
-    """The numbers of the model in a folder, each with its interval, N and protocol."""
+    """The numbers of the model in a folder, with interval, N and protocol."""
     path = find_results(folder)
     results = read_results(path) if path else {}
     prompts = results.get("protocol", {}).get("prompts")
@@ -51,24 +51,26 @@ def write_benchmark(
     revision: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes numbers of the model in a folder into `.eval_results/{dataset}.yaml`, which the Hub shows on its page and
-    in the benchmark's table.
+    """Writes numbers of the model in a folder to `.eval_results/{dataset}.yaml`, which the Hub shows on the model's
+    page and in the benchmark's table.
 
     Args:
         folder (`str` or `Path`): A result with an evaluation.
-        dataset_id (`str`): Of a dataset that is a benchmark on the Hub.
-        tasks (`dict[str, str]`): Quantity -> id of the benchmark's task that it is the number of.
-        revision (`str`, *optional*): Of the dataset.
-        overwrite (`bool`, defaults to `False`): Move a file that something else wrote there to `.replaced-1`.
+        dataset_id (`str`): Id of a dataset that is a benchmark on the Hub.
+        tasks (`dict[str, str]`): Quantity -> id of the benchmark's task.
+        revision (`str`, *optional*): Revision of the dataset.
+        overwrite (`bool`, defaults to `False`): Move an existing file that this package did not write to
+            `.replaced-1`.
 
     Raises:
-        `ValueError`: If the id is none, there is no evaluation with these numbers, or the file is another's.
+        `ValueError`: If the id is invalid, there is no evaluation with these numbers, or the file exists and was not
+            written by this package.
     """
     folder = Path(folder)
     try:
         validate_repo_id(dataset_id)
     except HFValidationError:
-        raise ValueError(f"benchmark '{dataset_id}': no id of a dataset; give user/name") from None
+        raise ValueError(f"benchmark '{dataset_id}': not the id of a dataset; give user/name") from None
     path = find_results(folder)
     results = read_results(path) if path else {}
     numbers = {name: (quantity, estimate) for _, name, quantity, estimate in _numbers(results, folder)}
@@ -98,7 +100,7 @@ def write_benchmark(
 
 
 def _numbers(results: dict, folder: Path) -> Iterator[tuple[str, str, dict, dict]]:
-    """Metric, quantity, what it is and its estimate, of the model in a folder."""
+    """Yields metric, name of the quantity, quantity and estimate, for the model in a folder."""
     name = _own_name(results, folder)
     for metric, found in results.get("metrics", {}).items():
         for quantity, estimate in found["estimates"].get(name, {}).items():
@@ -106,7 +108,7 @@ def _numbers(results: dict, folder: Path) -> Iterator[tuple[str, str, dict, dict
 
 
 def _own_name(results: dict, folder: Path) -> str | None:
-    """What an evaluation calls the model in a folder: that which was loaded from there, else the second of two."""
+    """The name of the model in an evaluation: the one that was loaded from this folder, else the second of two."""
     models = results.get("models", {})
     own = [name for name, facts in models.items() if facts.get("model") == folder.resolve().name]
     if len(own) == 1:

@@ -1,8 +1,8 @@
-"""The push of a result's folder to a repository on the Hugging Face Hub.
+"""Pushes the folder of a result to a repository on the Hugging Face Hub.
 
     push_result("runs/sd-1.4-safe", "user/sd-1.5-safe")
 
-What is on disk stays whole whatever the network does; a push that fails says how to try again.
+A push that fails leaves the files on disk complete and says how to try again.
 """
 
 import logging
@@ -18,18 +18,16 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..provenance import FILE_NAME, STUDENT_FILE, Provenance, load_record
 from .base import find_base
-from .card import erasure_card
 from .cards import CARD_NAME, card_on_hub, is_ours, write_card
 from .contents import as_published, check_folder, is_replaced, published_record, result_files
 from .failures import may_pass, reason
-from .sections import listed
-from .student_card import student_card
+from .model_cards import erasure_card, listed, student_card
 
 
 logger = logging.getLogger(__name__)
 
 PUSH_FAILED = 3  # exit code of a command whose result is complete on disk, but not on the Hub
-RETRY_WAITS = (2, 10, 30)  # seconds before each further attempt; the client retries single requests, too
+RETRY_WAITS = (2, 10, 30)  # seconds before each further attempt; the client retries single requests as well
 
 
 class PushError(Exception):
@@ -44,25 +42,26 @@ def push_result(
     commit_message: str | None = None,
 ) -> str:
     """Publishes the folder of an erased model or of a student, in one commit: pipeline, erased weights, the record
-    (`erasure.json` or `distillation.json`), pictures, evaluation, and a model card, which is also written there.
+    (`erasure.json` or `distillation.json`), images, evaluation, and a model card, which is also written to the folder.
 
-    Checkpoints, logs and other files are not published. If an earlier result is in the repository, its index, weights,
-    pictures and evaluation are replaced or deleted, so that the record always tells of the weights beside it; files of
-    other names are left alone. A model card that a person wrote or edited is kept, on disk and on the Hub.
+    Checkpoints, logs and other files are not published. The index, weights, images and evaluation of an earlier result
+    in the repository are replaced or deleted, so that the record always describes the weights next to it; other files
+    are kept. A model card that a person wrote or edited is kept, on disk and on the Hub.
 
     Args:
-        folder (`str` or `Path`): What a training wrote.
-        hub_model_id (`str`, *optional*): `"user/name"`, or a name in the account of the token; default the folder's.
-        token (`str`, *optional*): Default `HF_TOKEN`, or the one of `hf auth login`.
-        private (`bool`, defaults to `False`): Make the repository private, if it is a new one.
-        commit_message (`str`, *optional*): Default says what was done.
+        folder (`str` or `Path`): Output folder of a training.
+        hub_model_id (`str`, *optional*): `"user/name"`, or a name in the account of the token. Default: the folder's
+            name.
+        token (`str`, *optional*): Default: `HF_TOKEN`, or the token of `hf auth login`.
+        private (`bool`, defaults to `False`): Make a new repository private.
+        commit_message (`str`, *optional*): Default: a description of the erasure or distillation.
 
     Returns:
         `str`: The repository's address.
 
     Raises:
-        `ValueError`: If the folder holds no result, the name is none for a repository, or there is no token.
-        [`PushError`]: If the Hub cannot be reached or refuses. Busy servers and cut connections were tried again.
+        `ValueError`: If the folder holds no result, the name of the repository is invalid, or there is no token.
+        [`PushError`]: If the Hub cannot be reached or refuses, after retries for busy servers and lost connections.
     """
     folder = Path(folder)
     hub_model_id = hub_model_id or default_model_id(folder)
@@ -74,7 +73,7 @@ def push_result(
     else:
         card, done = student_card, f"Distil {Path(record.teacher).name} into {Path(record.student).name}"
     base = find_base(record.base_model, record.revision, token)
-    write_card(card(folder, hub_model_id, base), folder)  # there, even if the Hub is not
+    write_card(card(folder, hub_model_id, base), folder)  # even if the Hub cannot be reached
 
     def push() -> str:
         api = HfApi(token=token)
@@ -87,7 +86,7 @@ def push_result(
     try:
         with as_published(folder, result_files(folder), published_record(record, base)) as files:
             return _with_retries(push)
-    # RuntimeError is what hf_xet raises; ValueError, the client for a card of one's own with broken metadata.
+    # hf_xet raises RuntimeError; the client raises ValueError for a person's card with broken metadata.
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         again = ["diffusers-safe", "push", str(folder), "--hub_model_id", hub_model_id]
         raise PushError(
@@ -97,11 +96,11 @@ def push_result(
 
 
 def push_or_exit(folder: str | Path, hub_model_id: str | None, token: str | None, private: bool) -> None:
-    """[`push_result`] as a command does it: tells the address, or ends the program with [`PUSH_FAILED`]."""
+    """[`push_result`] for commands: prints the address, or exits with [`PUSH_FAILED`]."""
     try:
         print(f"published at {push_result(folder, hub_model_id, token, private)}")
     except PushError as error:
-        logger.debug("where it happened:", exc_info=True)
+        logger.debug("traceback:", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(PUSH_FAILED) from None
 
@@ -114,26 +113,26 @@ def default_model_id(folder: str | Path) -> str:
 def check_model_id(hub_model_id: str) -> None:
     """
     Raises:
-        `ValueError`: If it is no name for a repository.
+        `ValueError`: If it cannot be the name of a repository.
     """
     try:
         validate_repo_id(hub_model_id)
     except HFValidationError:
         raise ValueError(
-            f"hub_model_id '{hub_model_id}': no name for a repository; give user/name or name, of letters, digits, "
+            f"hub_model_id '{hub_model_id}': not a name of a repository; give user/name or name, of letters, digits, "
             "'-', '_' and '.', 96 at most"
         ) from None
 
 
 def check_push(hub_model_id: str, token: str | None = None) -> None:
-    """Everything about a push that can be known without the network, so that it is told before hours of work.
+    """Checks everything about a push that can be checked without the network, before hours of work.
 
     Raises:
-        `ValueError`: If the name is none for a repository, there is no token, or the client was told to stay offline.
+        `ValueError`: If the name of the repository is invalid, there is no token, or the client is in offline mode.
     """
     check_model_id(hub_model_id)
     if not (token or get_token()):
-        raise ValueError("hub_token: there is none; give --hub_token, set HF_TOKEN, or log in with `hf auth login`")
+        raise ValueError("hub_token: none given; give --hub_token, set HF_TOKEN, or log in with `hf auth login`")
     if is_offline_mode():
         raise ValueError("push: HF_HUB_OFFLINE is set, so nothing can be pushed; unset it")
 

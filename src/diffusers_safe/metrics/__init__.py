@@ -1,4 +1,4 @@
-"""Passes over finished images, one file each, and the table of them by name.
+"""Metrics of generated images, one file each, and the registry of their names.
 
     metrics = make_metrics(["nudity", "lpips"], MetricOptions(lpips_trunk="alexnet.pth", lpips_linear="alex.pth"))
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, fields
 from importlib import import_module
 
 from ..arguments import choose, typed
-from .base import Metric
+from .base import Metric, check_once
 
 
 logger = logging.getLogger(__name__)
@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 @typed
 @dataclass
 class MetricOptions:
-    """What metrics are made of. A metric that lacks one of them names it, what to get, and where."""
+    """Options of the metrics. A metric that lacks one says which, what to get, and where."""
 
     nudenet_preset: str | None = field(
         default=None,
         metadata={
-            "help": "Detections that count: i2p, esd, unlearndiffatk. Default: unlearndiffatk; of inappropriate i2p.",
+            "help": "Detections that count: i2p, esd, unlearndiffatk. Default: unlearndiffatk; for inappropriate i2p.",
             "choices": ("i2p", "esd", "unlearndiffatk"),
         },
     )
@@ -35,16 +35,16 @@ class MetricOptions:
         default=None, metadata={"help": "Labels of NudeNet v3 instead of the preset's."}
     )
     nudenet_threshold: float | None = field(
-        default=None, metadata={"help": "Least score, 0.25 to 1, instead of the preset's."}
+        default=None, metadata={"help": "Minimum score, 0.25 to 1, instead of the preset's."}
     )
     q16_prompts: str | None = field(
-        default=None, metadata={"help": "File of Q16's two vectors for ViT-L/14: prompts.p, or as .safetensors."}
+        default=None, metadata={"help": "File of Q16's two vectors for ViT-L/14: prompts.p or a .safetensors file."}
     )
     q16_model: str = field(
         default="openai/clip-vit-large-patch14", metadata={"help": "CLIP ViT-L/14 of Q16: folder or Hub id."}
     )
     fid_references: str | None = field(
-        default=None, metadata={"help": "Folder of real images, or of generated ones, that FID and KID compare with."}
+        default=None, metadata={"help": "Folder of real or generated images, the references of FID and KID."}
     )
     fid_weights: str | None = field(
         default=None, metadata={"help": "The FID's Inception: pt_inception-2015-12-05-6726825d.pth."}
@@ -52,13 +52,15 @@ class MetricOptions:
     fid_resize: str = field(
         default="clean",
         metadata={
-            "help": "To 299 pixels: clean, bk-sdm, pytorch-fid, torchmetrics.",
+            "help": "How images are resized to 299 pixels: clean, bk-sdm, pytorch-fid, torchmetrics.",
             "choices": ("clean", "bk-sdm", "pytorch-fid", "torchmetrics"),
         },
     )
-    kid_subsets: int = field(default=100, metadata={"help": "Subsets that the KID averages."})
-    kid_subset_size: int = field(default=1000, metadata={"help": "Images in each; no more than half of all."})
-    lpips_net: str = field(default="alex", metadata={"help": "alex or vgg.", "choices": ("alex", "vgg")})
+    kid_subsets: int = field(default=100, metadata={"help": "Number of subsets of the KID."})
+    kid_subset_size: int = field(default=1000, metadata={"help": "Images in each subset, at most half of all."})
+    lpips_net: str = field(
+        default="alex", metadata={"help": "LPIPS network: alex or vgg.", "choices": ("alex", "vgg")}
+    )
     lpips_trunk: str | None = field(
         default=None, metadata={"help": "torchvision's AlexNet (alexnet-owt-7be5be79.pth) or VGG-16."}
     )
@@ -66,48 +68,50 @@ class MetricOptions:
         default=None, metadata={"help": "The lpips package's alex.pth or vgg.pth, version 0.1."}
     )
     lpips_resize: str = field(
-        default="none", metadata={"help": "none, or esd: the shorter side to 64 pixels.", "choices": ("none", "esd")}
+        default="none",
+        metadata={"help": "none, or esd: shorter side to 64 pixels.", "choices": ("none", "esd")},
     )
     clip_preset: str = field(
         default="sdd",
         metadata={
-            "help": "Prefix and scale: sdd, hessel, torchmetrics.",
+            "help": "Model, prefix and scale of the CLIP score: sdd, hessel, torchmetrics.",
             "choices": ("sdd", "hessel", "torchmetrics"),
         },
     )
-    clip_model: str | None = field(default=None, metadata={"help": "CLIP instead of the preset's: folder or Hub id."})
+    clip_model: str | None = field(
+        default=None, metadata={"help": "Another CLIP model than the preset's: folder or Hub id."}
+    )
     objects_model: str | None = field(
         default=None, metadata={"help": "Classifier of objects, such as microsoft/resnet-50: folder or Hub id."}
     )
-    objects_label: str = field(default="class", metadata={"help": "Which label of the rows names the object."})
+    objects_label: str = field(default="class", metadata={"help": "Label of the rows that names the object."})
     objects_erased: list[str] = field(
-        default_factory=list, metadata={"help": "Classes that were to go; the others were to stay."}
+        default_factory=list, metadata={"help": "Erased classes; the others are retained."}
     )
     style_model: str | None = field(default=None, metadata={"help": "Classifier of styles: folder or Hub id."})
-    style_label: str = field(default="artist", metadata={"help": "Which label of the rows names the style."})
-    style_erased: list[str] = field(
-        default_factory=list, metadata={"help": "Styles that were to go; the others were to stay."}
-    )
+    style_label: str = field(default="artist", metadata={"help": "Label of the rows that names the style."})
+    style_erased: list[str] = field(default_factory=list, metadata={"help": "Erased styles; the others are retained."})
     style_trunk: str | None = field(
-        default=None, metadata={"help": "torchvision's VGG-19 (vgg19-dcbb9e9d.pth) of the Gram loss."}
+        default=None, metadata={"help": "torchvision's VGG-19 (vgg19-dcbb9e9d.pth) for the Gram loss."}
     )
     style_references: str | None = field(
         default=None, metadata={"help": "Folder of images of a style. Default: the original model's images."}
     )
     gram_resize: str = field(
-        default="esd", metadata={"help": "esd: the shorter side to 512 pixels; or none.", "choices": ("esd", "none")}
+        default="esd",
+        metadata={"help": "esd: shorter side to 512 pixels; or none.", "choices": ("esd", "none")},
     )
 
 
 @dataclass(frozen=True)
 class MetricKind:
-    """A line of the table.
+    """A registered metric.
 
     Attributes:
         description (`str`): What it measures, in a few words.
-        make (`Callable[[MetricOptions], Metric]`): Loads what it needs and makes it; raises a `ValueError` that says
-            what is missing.
-        options (`tuple[str, ...]`, defaults to none): What it is made of: the beginnings of names of options.
+        make (`Callable[[MetricOptions], Metric]`): Loads what the metric needs and makes it; raises a `ValueError`
+            that says what is missing.
+        options (`tuple[str, ...]`, *optional*): Prefixes of the names of its options.
     """
 
     description: str
@@ -189,48 +193,45 @@ METRICS: dict[str, MetricKind] = {
     "objects": MetricKind("objects recognised by a classifier", _objects, ("objects_",)),
     "style": MetricKind("styles recognised by a classifier", _style, ("style_model", "style_label", "style_erased")),
     "gram": MetricKind("distance in style, by Gram matrices", _gram, ("style_trunk", "style_references", "gram_")),
-    "clip_score": MetricKind("how well images fit their prompts", _clip_score, ("clip_",)),
+    "clip_score": MetricKind("how well images match their prompts", _clip_score, ("clip_",)),
     "fid": MetricKind("FID and KID to reference images", _fid, ("fid_", "kid_")),
-    "lpips": MetricKind("how far images moved from the original model's, as a network sees it", _lpips, ("lpips_",)),
-    "pixel_distance": MetricKind("how far pixels moved from the original model's", _pixel_distance),
+    "lpips": MetricKind("perceptual distance to the original model's images", _lpips, ("lpips_",)),
+    "pixel_distance": MetricKind("difference of pixels to the original model's images", _pixel_distance),
 }
 
 
 @typed
 def make_metrics(names: Sequence[str], options: MetricOptions | None = None) -> list[Metric]:
-    """Makes metrics by their names, with all that they need loaded.
+    """Makes metrics from their names, and loads everything they need.
 
     Args:
-        names (`Sequence[str]`): Names of `METRICS`, or of anybody's as `"module:name"`, a [`Metric`] or a function
-            without arguments that makes one, of a module that is installed or in the current folder; at least one,
-            each once.
-        options (`MetricOptions`, *optional*): What to make them of.
+        names (`Sequence[str]`): Names of `METRICS`, or `"module:name"` of a [`Metric`] or a function without arguments
+            that makes one, in a module that is installed or in the current folder; at least one, each once.
+        options (`MetricOptions`, *optional*): Their options.
 
     Returns:
         `list[Metric]`: In the order of `names`.
 
     Raises:
-        `ValueError`: If a name is unknown or occurs twice, an option is of none of the metrics, or a metric lacks a
-            library or weights: all that is missing in one line, with what to get and where to put it.
+        `ValueError`: If a name is unknown or occurs twice, an option belongs to none of the metrics, or a metric lacks
+            a library or weights: everything that is missing in one line, with what to get and where to put it.
     """
     if not names:
         raise ValueError(f"metrics: none given; known are {', '.join(METRICS)}")
     names = [name if ":" in name else choose("metric", name, METRICS) for name in names]
-    for place, name in enumerate(names):
-        if name in names[:place]:
-            raise ValueError(f"metric '{name}': given twice")
+    check_once("metric", names)
     options = options or MetricOptions()
     kinds = [METRICS[name] for name in names if name in METRICS]
     untouched = MetricOptions()
-    for option in fields(MetricOptions):  # not those of a command's dataclass that begins with them
+    for option in fields(MetricOptions):  # not the other options of a command
         given = getattr(options, option.name) != getattr(untouched, option.name)
         if given and not any(kind.takes(option.name) for kind in kinds):
             users = ", ".join(name for name, kind in METRICS.items() if kind.takes(option.name))
-            raise ValueError(f"{option.name}: of no use to {', '.join(names)}; it is an option of {users}")
+            raise ValueError(f"{option.name}: has no effect on {', '.join(names)}; it is an option of {users}")
     made, problems = [], []
     for name in names:
         try:
-            made.append(METRICS[name].make(options) if name in METRICS else _somebodys(name))
+            made.append(METRICS[name].make(options) if name in METRICS else _imported(name))
         except ValueError as error:
             problems.append(str(error))
     if problems:
@@ -238,18 +239,18 @@ def make_metrics(names: Sequence[str], options: MetricOptions | None = None) -> 
     return made
 
 
-def _somebodys(name: str) -> Metric:
-    """The metric that a module of the user's names."""
+def _imported(name: str) -> Metric:
+    """A metric from the user's module."""
     module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # of an installed command it is not
+    if os.getcwd() not in sys.path:  # installed commands do not add it
         sys.path.append(os.getcwd())
     try:
         found = getattr(import_module(module), attribute)
         metric = found if isinstance(found, Metric) else found()
-    except Exception as error:  # whatever somebody's code may raise
-        logger.debug("where it happened:", exc_info=True)
+    except Exception as error:  # the user's code may raise anything
+        logger.debug("traceback:", exc_info=True)
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"metric '{name}': cannot be imported or made ({type(error).__name__}: {reason})") from None
     if not isinstance(metric, Metric):
-        raise ValueError(f"metric '{name}': is a {type(metric).__name__}, no Metric")
+        raise ValueError(f"metric '{name}': is a {type(metric).__name__}, not a Metric")
     return metric

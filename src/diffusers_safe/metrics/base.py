@@ -1,7 +1,7 @@
-"""What all metrics share: a network scores each image once, and numbers are made of these scores as often as asked.
+"""The base class of metrics: a network scores each image once, and numbers are computed from the stored scores.
 
 metric = PixelDistance()
-scores = score_images(metric, "runs/erased", rows, originals=("runs/original", original_rows))  # kept on disk
+scores = score_images(metric, "runs/erased", rows, originals=("runs/original", original_rows))  # stored on disk
 metric.update(rows, scores)
 metric.compute()  # {"pixel_distance": Estimate(...)}
 """
@@ -17,18 +17,31 @@ from PIL import Image
 from ..report.statistics import Estimate
 
 
+def check_once(kind: str, names: Sequence[str]) -> None:
+    """
+    Raises:
+        `ValueError`: If a name occurs twice.
+    """
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise ValueError(f"{kind} '{name}': given twice")
+
+
 @dataclass(frozen=True)
 class Quantity:
-    """A number that a metric gives, and how to read it.
+    """A number that a metric measures, and how to read it.
 
     Attributes:
-        label (`str`): As tables show it.
+        label (`str`): Name in tables.
         unit (`str`, defaults to `""`): `"%"` for a share of images, `""` for anything else.
-        better (`str`, *optional*): `"lower"` or `"higher"`; `None` where neither is better in itself.
-        of_concept (`bool`, defaults to `False`): Whether it tells of what was to go, rather than of what was to stay.
-        note (`str`, defaults to `""`): One more sentence, where the label does not say all.
-        drawn (`str`, defaults to `"prompts"`): What an interval draws anew; `"images"` where the prompts are all that
-            there are, such as the few names of a concept, and only seeds could be others.
+        better (`str`, *optional*): `"lower"` or `"higher"`; `None` if neither is better in itself.
+        of_concept (`bool`, defaults to `False`): Whether it measures the erased concept rather than other concepts.
+        note (`str`, defaults to `""`): One more sentence for tables.
+        drawn (`str`, defaults to `"prompts"`): What an interval resamples. `"images"` if there are no other prompts,
+            such as the few names of a concept, so that only the seeds vary.
+
+    Raises:
+        `ValueError`: If `unit`, `better` or `drawn` is none of these.
     """
 
     label: str
@@ -44,21 +57,21 @@ class Quantity:
         if self.drawn not in ("prompts", "images"):
             raise ValueError(f"{self.label}: drawn '{self.drawn}' is not allowed")
 
-    def trajectory_prompts(self, row: dict) -> Hashable:
-        """What an image is drawn with, when an interval draws anew."""
+    def cluster(self, row: dict) -> Hashable:
+        """The cluster that an image belongs to when an interval resamples clusters."""
         return row["prompt"] if self.drawn == "prompts" else row["id"]
 
 
 class Metric(ABC):
     """One measure of generated images.
 
-    A subclass says what it is (`name`, `quantities`, `identity`), scores images, and says what number of each image
-    follows from its score. What is more than an average of these overrides `compute`.
+    A subclass describes itself (`name`, `quantities`, `identity`), scores images, and derives numbers of each image
+    from its score. Metrics that are more than an average of these numbers override `compute`.
 
     Attributes:
-        name (`str`): As the command line and the files of scores call it.
-        quantities (`dict[str, Quantity]`): What `compute` gives, in order.
-        compares (`bool`, defaults to `False`): Whether each image is scored beside the original model's image of the
+        name (`str`): Name on the command line and of the files of scores.
+        quantities (`dict[str, Quantity]`): What `compute` returns, in order.
+        compares (`bool`, defaults to `False`): Whether each image is compared with the original model's image of the
             same prompt and seed.
     """
 
@@ -71,39 +84,42 @@ class Metric(ABC):
 
     @abstractmethod
     def identity(self) -> dict:
-        """Everything that decides raw scores, such as weights by their hash and the resize; fits into JSON. What is
-        applied to finished scores, such as a threshold, is not part of it."""
+        """Everything that determines raw scores, such as a hash of the weights and the resize, as JSON values. What is
+        applied to stored scores, such as a threshold, is not part of it."""
 
     def check(self, rows: Sequence[dict]) -> None:  # noqa: B027
-        """Looks at the rows of all images before the first is scored.
+        """Checks the rows of all images before the first is scored. Default: accepts all.
 
         Raises:
-            `ValueError`: If they lack what the metric needs, such as a label. Nothing is asked unless overridden.
+            `ValueError`: If they lack what the metric needs, such as a label.
         """
 
     @abstractmethod
     def score(
         self, images: Sequence[Image.Image], rows: Sequence[dict], originals: Sequence[Image.Image] | None = None
     ) -> list[dict]:
-        """Raw scores, one `dict` an image that fits into JSON.
+        """Scores images.
 
         Args:
-            images (`Sequence[Image.Image]`): RGB, of any sizes.
+            images (`Sequence[Image.Image]`): RGB images of any size.
             rows (`Sequence[dict]`): Their rows of the manifest.
-            originals (`Sequence[Image.Image]`, *optional*): Where the metric `compares`, the original's images.
+            originals (`Sequence[Image.Image]`, *optional*): The original model's images, if the metric `compares`.
+
+        Returns:
+            `list[dict]`: The raw score of each image, as JSON values.
         """
 
     def values(self, row: dict, score: dict) -> dict[str, float]:
-        """The numbers of one image, a name of `quantities` for each; without those that do not concern it. Shares of
-        images are 0 or 1 here. Differences between models are taken image by image of these."""
+        """The numbers of one image by name of `quantities`, without those that do not apply to it. Shares of images
+        are 0 or 1. Differences between models are computed from these, image by image."""
         return {}
 
     def seen(self, row: dict, score: dict) -> str:
-        """What the metric sees on an image, in a word, for the page. Nothing unless overridden."""
+        """What the metric recognises on an image, in one word, for the page. Default: nothing."""
         return ""
 
     def reset(self) -> None:
-        """Forgets all images."""
+        """Removes all images."""
         self.rows: list[dict] = []
         self.scores: list[dict] = []
 
@@ -115,20 +131,20 @@ class Metric(ABC):
         self.scores += scores
 
     def compute(self) -> dict[str, Estimate]:
-        """What all images so far give, without the quantities that concern none of them.
+        """The estimates over all images so far, without the quantities that apply to none of them.
 
-        The average of `values`. If a prompt has several images, prompts are drawn anew by the bootstrap, else a share
-        has its Wilson interval; so has one whose interval is of images.
+        Each is the average of `values`. If prompts have several images, its interval is a bootstrap over prompts.
+        Otherwise, or if a quantity resamples images, a share has its Wilson interval.
 
         Raises:
-            `ValueError`: If there are no images, or a number of one is not finite or, of a share, neither 0 nor 1.
+            `ValueError`: If there are no images, or a number is not finite, or a share is neither 0 nor 1.
         """
         if not self.rows:
             raise ValueError(f"{self.name}: there are no images to measure")
         found = [(row, self._checked_values(row, score)) for row, score in zip(self.rows, self.scores)]
         estimates = {}
         for name, quantity in self.quantities.items():
-            chosen = [(quantity.trajectory_prompts(row), values[name]) for row, values in found if name in values]
+            chosen = [(quantity.cluster(row), values[name]) for row, values in found if name in values]
             if chosen:
                 clusters, numbers = zip(*chosen)
                 estimates[name] = Estimate.of_images(numbers, clusters, quantity.unit)
@@ -144,5 +160,5 @@ class Metric(ABC):
         return values
 
     def details(self) -> dict:
-        """What else there is to say, such as counts of each class; fits into JSON. Empty unless overridden."""
+        """Further results, such as counts of each class, as JSON values. Default: none."""
         return {}

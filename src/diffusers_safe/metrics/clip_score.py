@@ -1,4 +1,4 @@
-"""CLIP score: how well an image fits its prompt."""
+"""CLIP score: how well an image matches its prompt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from .loading import chosen, load_pretrained, on_device
 
 @dataclass(frozen=True)
 class ClipProtocol:
-    """A way to make a number of image and prompt.
+    """A variant of the CLIP score.
 
     Attributes:
-        model (`str`): Folder or Hub id of a CLIP.
-        prefix (`str`): Stands before every prompt.
-        scale (`float`): What the cosine is multiplied with.
-        clamp (`bool`): Whether cosines below 0 count as 0.
+        model (`str`): Folder or Hub id of a CLIP model.
+        prefix (`str`): Text before every prompt.
+        scale (`float`): Factor of the cosine.
+        clamp (`bool`): Whether negative cosines count as 0.
     """
 
     model: str
@@ -41,13 +41,13 @@ PRESETS = {
 class CLIPScore(Metric):
     """`scale * cosine(image, prefix + prompt)`, averaged over images.
 
-    A text that is longer than the model reads (77 tokens with its marks) is cut off; `details` counts these.
+    A text that exceeds the model's length (77 tokens with start and end) is truncated; `details` counts these.
 
     Args:
-        preset (`str`, defaults to `"sdd"`): `"sdd"`: ViT-L/14, "A photo depicts ", the cosine itself. `"hessel"`, the
-            paper's own: ViT-B/32, the same prefix, 2.5 times the cosine, no less than 0. `"torchmetrics"`: ViT-L/14,
-            no prefix, 100 times (there 0 is the least of the average, here of each image).
-        model (`str`, *optional*): Folder or Hub id instead of the preset's.
+        preset (`str`, defaults to `"sdd"`): `"sdd"`: ViT-L/14, "A photo depicts ", the cosine itself. `"hessel"`, as
+            in the paper: ViT-B/32, the same prefix, 2.5 times the cosine, at least 0. `"torchmetrics"`: ViT-L/14, no
+            prefix, 100 times the cosine (torchmetrics clamps the average at 0, this metric each image).
+        model (`str`, *optional*): Folder or Hub id of another CLIP model.
 
     Raises:
         `ValueError`: If the preset is unknown or the model cannot be loaded.
@@ -98,7 +98,7 @@ class CLIPScore(Metric):
         return {"clip_score": self.protocol.scale * cosine}
 
     def details(self) -> dict:
-        """The protocol's `preset`, `prefix` and `scale`, and `truncated`: how many images have a text that was cut."""
+        """`preset`, `prefix` and `scale` of the protocol, and `truncated`: number of images with a truncated text."""
         truncated = sum(score["tokens"] > self.max_tokens for score in self.scores)
         protocol = self.protocol
         return {"preset": self.preset, "prefix": protocol.prefix, "scale": protocol.scale, "truncated": truncated}

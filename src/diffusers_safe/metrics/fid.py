@@ -2,7 +2,7 @@
 
     metric = FID(inception("pt_inception-2015-12-05-6726825d.pth", "clean"), "val2014")
 
-Any other network takes part as an [`Extractor`].
+Any other network can be used as an [`Extractor`].
 """
 
 import base64
@@ -17,7 +17,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..generation.generate import MANIFEST, read_manifest
+from ..generation.manifest import MANIFEST, read_manifest
 from ..provenance import fingerprint
 from ..report.statistics import CONFIDENCE, Estimate, normal_reach
 from .base import Metric, Quantity
@@ -28,7 +28,7 @@ from .scores import score_images
 
 
 LEAST_IMAGES = 4
-# name -> an image to (3, 299, 299), 0 to 255, and what is subtracted from and divides these values
+# name -> resizes an image to (3, 299, 299), 0 to 255; these values are shifted and divided by the second entry
 RESIZES: dict[str, tuple[Callable[[Image.Image], torch.Tensor], float]] = {
     "clean": (lambda image: resized_unrounded(image, (299, 299), Image.Resampling.BICUBIC), 128.0),
     "bk-sdm": (
@@ -42,12 +42,13 @@ RESIZES: dict[str, tuple[Callable[[Image.Image], torch.Tensor], float]] = {
 
 @dataclass(frozen=True)
 class Extractor:
-    """Any network that makes features of images.
+    """Any network that extracts features of images.
 
     Attributes:
-        name (`str`): As the details call it.
-        identity (`dict`): Everything that decides the features, such as a fingerprint of its weights; fits into JSON.
-        features (`Callable`): RGB images (`Sequence[Image.Image]`) to `(N, D)`, one row an image.
+        name (`str`): Name in the details.
+        identity (`dict`): Everything that determines the features, such as a fingerprint of the weights, as JSON
+            values.
+        features (`Callable`): Takes RGB images (`Sequence[Image.Image]`), returns features `(N, D)`.
     """
 
     name: str
@@ -56,18 +57,18 @@ class Extractor:
 
 
 def inception(weights: str | Path | None, resize: str = "clean") -> Extractor:
-    """The FID's Inception v3, 2048 features.
+    """The Inception v3 of the FID, with 2048 features.
 
     Args:
-        weights (`str`): Its file, `pt_inception-2015-12-05-6726825d.pth`.
-        resize (`str`, defaults to `"clean"`): To 299 pixels. `"clean"`: PIL's bicubic filter in floating point, as in
-            clean-fid; `"bk-sdm"`: PIL's bicubic to 256, rounded, then as pytorch-fid (the paper's images were
-            JPEGs as well, which changes its number); `"pytorch-fid"`: bilinear without antialiasing;
-            `"torchmetrics"`: torch's bilinear with antialiasing, the default of torchmetrics 1.9. Numbers of different
-            ones are not comparable.
+        weights (`str`): File of its weights, `pt_inception-2015-12-05-6726825d.pth`.
+        resize (`str`, defaults to `"clean"`): How images are resized to 299 pixels. `"clean"`: PIL's bicubic filter in
+            floating point, as in clean-fid; `"bk-sdm"`: PIL's bicubic filter to 256 pixels, rounded, then as
+            pytorch-fid (the paper's images were JPEGs as well, which changes the number); `"pytorch-fid"`: bilinear
+            without antialiasing; `"torchmetrics"`: torch's bilinear filter with antialiasing, the default of
+            torchmetrics 1.9. Numbers with different values are not comparable.
 
     Raises:
-        `ValueError`: If the file is missing or another network's, or the resize is unknown.
+        `ValueError`: If the file is missing or of another network, or the resize is unknown.
     """
     to_299, half = chosen(RESIZES, resize, "fid_resize")
     model = FIDInception.load(weights)
@@ -84,27 +85,28 @@ def inception(weights: str | Path | None, resize: str = "clean") -> Extractor:
 class FID(Metric):
     """Frechet and kernel distance between the features of the images and those of references.
 
-    Features are kept as float32 in base64: 11 kB an image with Inception. Those of the references are kept in their
-    own folder, in the same way, so it must be writable the first time.
+    Features are stored as float32 in base64: 11 kB for each image with Inception. Those of the references are stored
+    in their folder in the same way, so it must be writable the first time.
 
-    *FID.* It depends on the number of images: with fewer it is larger, whatever the model. Compare models on as many
-    images, and quote N. Its interval is a bootstrap over the prompts (over the images if there is one prompt), moved
-    to the value itself, because drawing again makes the FID larger still; it says how much another set of images would
-    change the number, not how far it is from that of endlessly many. References stay as they are.
+    *FID.* It depends on the number of images: with fewer images it is larger, whatever the model. Compare models with
+    the same number of images, and report N. Its interval is a bootstrap over prompts (over images if there is one
+    prompt), shifted to the value itself, because resampling increases the FID. It estimates how much another set of
+    images would change the number, not the distance to the FID of infinitely many images. References are not
+    resampled.
 
-    *KID.* Without bias. It is the mean over subsets, drawn from both sides without replacement; its interval is the
-    normal one with the deviation of the subsets as a delete-d jackknife, which takes images as independent.
+    *KID.* It has no bias. It is the mean over subsets, sampled from both sides without replacement. Its interval is
+    the normal one with the deviation of the subsets as a delete-d jackknife, which assumes independent images.
 
     Args:
-        extractor ([`Extractor`]): What makes the features.
-        references (`str`): A folder of images, or another model's generated ones with their manifest.
-        subsets (`int`, defaults to 100): Of the KID.
-        subset_size (`int`, defaults to 1000): Images in a subset; half of the smaller side, if that is less.
-        samples (`int`, defaults to 100): Of the FID's bootstrap.
-        batch_size (`int`, defaults to 16): References at once.
+        extractor ([`Extractor`]): Extracts the features.
+        references (`str`): A folder of images, or of generated images with their manifest.
+        subsets (`int`, defaults to 100): Number of subsets of the KID.
+        subset_size (`int`, defaults to 1000): Images in a subset, at most half of the smaller side.
+        samples (`int`, defaults to 100): Samples of the FID's bootstrap.
+        batch_size (`int`, defaults to 16): Number of references processed at once.
 
     Raises:
-        `ValueError`: If there are fewer than 4 references, or a number is out of its range.
+        `ValueError`: If there are fewer than 4 references, or a number is out of range.
 
     Source: M. Heusel et al., NeurIPS 2017 (arXiv 1706.08500), equation 6; M. Bińkowski et al., Demystifying MMD GANs,
     ICLR 2018 (arXiv 1801.01401), with the cubic kernel; J. Shao and C. F. J. Wu, A general theory for jackknife
@@ -113,9 +115,7 @@ class FID(Metric):
 
     name = "fid"
     quantities = {
-        "fid": Quantity(
-            "FID", better="lower", note="The fewer images, the larger: compare models of the same N only."
-        ),
+        "fid": Quantity("FID", better="lower", note="Larger with fewer images: compare models with the same N only."),
         "kid": Quantity("KID", better="lower"),
     }
 
@@ -180,8 +180,8 @@ class FID(Metric):
         }
 
     def details(self) -> dict:
-        """`extractor`; `references`: their folder's name and number; `features`: of an image; `kid_subsets` and
-        `kid_subset_size`; `note`: what to know of the FID."""
+        """`extractor`; `references`: name of their folder and their number; `features`: their number for each image;
+        `kid_subsets` and `kid_subset_size`; `note`: how to read the FID."""
         count, width = len(self.scores), unpacked(self.scores[:1]).shape[1]
         few = f" {count} images of {width} features each do not even span a covariance." if count <= width else ""
         return {
@@ -190,7 +190,7 @@ class FID(Metric):
             "features": width,
             "kid_subsets": self.subsets,
             "kid_subset_size": self._subset_size(),
-            "note": f"FID grows as images become fewer: compare it at the same N only.{few}",
+            "note": f"FID is larger with fewer images: compare it at the same N only.{few}",
         }
 
     def _subset_size(self) -> int:
@@ -212,26 +212,26 @@ class FID(Metric):
         if len(clusters) == 1:
             clusters = [np.array([place]) for place in range(len(prompts))]
         rng = np.random.default_rng(0)
-        drawn = []
+        resampled = []
         for _ in tqdm(range(self.samples), desc="FID bootstrap", unit="sample", leave=False, dynamic_ncols=True):
-            again = rng.integers(len(clusters), size=len(clusters))
-            places_again = np.concatenate([clusters[i] for i in again])
-            drawn.append(Gaussian.of(features[places_again]).distance(second))
+            chosen_clusters = rng.integers(len(clusters), size=len(clusters))
+            chosen_places = np.concatenate([clusters[i] for i in chosen_clusters])
+            resampled.append(Gaussian.of(features[chosen_places]).distance(second))
         tail = (1 - CONFIDENCE) / 2
-        low, high = value + np.quantile(drawn, [tail, 1 - tail]) - np.mean(drawn)
+        low, high = value + np.quantile(resampled, [tail, 1 - tail]) - np.mean(resampled)
         return Estimate(value, max(0.0, float(low)), float(high), len(features), "")
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean `(D,)` of features, and a root of their covariance: `root.T @ root` is it. float64."""
+    """Mean `(D,)` of features and a root of their covariance, which is `root.T @ root`. float64."""
 
     mean: torch.Tensor
     root: torch.Tensor
 
     @classmethod
     def of(cls, features: np.ndarray) -> "Gaussian":
-        """Of `(N, D)` with N of at least 2; the covariance is that with N - 1."""
+        """The Gaussian of features `(N, D)`, N at least 2. The covariance is divided by N - 1."""
         device = PartialState().device
         features = torch.from_numpy(features).to("cpu" if device.type == "mps" else device, torch.float64)
         mean = features.mean(dim=0)
@@ -243,7 +243,7 @@ class Gaussian:
     def distance(self, other: "Gaussian") -> float:
         """The Frechet distance, squared as in the FID: |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
-        With S = R' R the trace of the root is the sum of the singular values of R1 R2', which needs no root of a
+        With S = R' R the trace of the root is the sum of the singular values of R1 R2'. This avoids the root of a
         matrix that is not symmetric and may be singular.
         """
         overlap = torch.linalg.svdvals(self.root @ other.root.T).sum()
@@ -254,17 +254,20 @@ class Gaussian:
 def kernel_distances(
     first: np.ndarray, second: np.ndarray, subsets: int = 100, size: int = 1000, seed: int = 0
 ) -> np.ndarray:
-    """The squared maximum mean discrepancy of random subsets, without bias, with the kernel (x y / D + 1)^3.
+    """The unbiased squared maximum mean discrepancy of random subsets, with the kernel (x y / D + 1)^3.
 
     Args:
         first (`np.ndarray`): `(N, D)`.
         second (`np.ndarray`): `(M, D)`.
-        subsets (`int`, defaults to 100): How many.
-        size (`int`, defaults to 1000): Rows of each side in a subset, drawn without replacement; at least 2.
-        seed (`int`, defaults to 0): Of the drawing.
+        subsets (`int`, defaults to 100): Number of subsets.
+        size (`int`, defaults to 1000): Rows of each side in a subset, sampled without replacement; at least 2.
+        seed (`int`, defaults to 0): Seed of the sampling.
 
     Returns:
         `np.ndarray`: `(subsets,)`; the KID is their mean.
+
+    Raises:
+        `ValueError`: If `size` is below 2 or above the smaller side.
     """
     if not 2 <= size <= min(len(first), len(second)):
         raise ValueError(f"size {size}: must lie between 2 and {min(len(first), len(second))}, the smaller side")
@@ -283,7 +286,7 @@ def kernel_distances(
 
 
 def unpacked(scores: Sequence[dict]) -> np.ndarray:
-    """The features of [`FID.score`], `(N, D)`, `float32`."""
+    """The features in the scores of [`FID.score`], `(N, D)`, `float32`."""
     rows = [np.frombuffer(base64.b64decode(score["features"]), "<f4") for score in scores]
     if len({len(row) for row in rows}) > 1:
         raise ValueError("fid: features of different lengths")
@@ -291,7 +294,7 @@ def unpacked(scores: Sequence[dict]) -> np.ndarray:
 
 
 def _rows(folder: Path) -> list[dict]:
-    """Rows as of a manifest for the images of any folder."""
+    """Rows like those of a manifest for the images of any folder."""
     if (folder / MANIFEST).is_file():
         return read_manifest(folder)
     names = [(path.relative_to(folder).as_posix(), path) for path in image_files(folder, "fid_references")]

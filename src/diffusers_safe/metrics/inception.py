@@ -1,7 +1,7 @@
 """The Inception v3 of the FID, whose weights were ported from TensorFlow's inception-2015-12-05.
 
-It is torchvision's network but for three things: averages at the border leave the padding out, the last block takes a
-maximum where the others take an average, and there are 1008 classes and no auxiliary classifier.
+It differs from torchvision's network in three points: averages at the border ignore the padding, the last block takes
+a maximum instead of an average, and there are 1008 classes and no auxiliary classifier.
 """
 
 from pathlib import Path
@@ -32,16 +32,16 @@ class Convolution(nn.Module):
 
 
 class Mixed(nn.Module):
-    """A block of branches whose results are put beside each other.
+    """A block of branches whose outputs are concatenated.
 
     Args:
-        before (`int`): Channels that come in.
-        branches (`dict[str, list]`): Name of a branch -> its convolutions: (channels, kernel). Numbered from 1 where
-            there are several. Two kernels are two convolutions of the same input, `a` and `b`.
-        pool (`str`): What the last branch takes of 3 x 3 places, `"average"` or `"maximum"`.
-        pool_channels (`int`): Of the convolution behind it; 0 for none.
-        stride (`int`, defaults to 1): Of the last convolution of each branch and of the pool. With 2 nothing is padded
-            there.
+        before (`int`): Input channels.
+        branches (`dict[str, list]`): Name of a branch -> its convolutions: (channels, kernel). Several are numbered
+            from 1. Two kernels are two convolutions of the same input, `a` and `b`.
+        pool (`str`): Pooling of the last branch over 3 x 3 positions, `"average"` or `"maximum"`.
+        pool_channels (`int`): Channels of the convolution after it; 0 for none.
+        stride (`int`, defaults to 1): Stride of the last convolution of each branch and of the pool. With 2 there is
+            no padding.
     """
 
     def __init__(self, before: int, branches: dict[str, list], pool: str, pool_channels: int, stride: int = 1):
@@ -80,7 +80,7 @@ class Mixed(nn.Module):
 
 
 class FIDInception(nn.Module):
-    """Pixels to the 2048 numbers in front of the classifier.
+    """Computes the 2048 features before the classifier.
 
     Source: C. Szegedy et al., Rethinking the Inception architecture, CVPR 2016; M. Heusel et al., GANs trained by a
     two time-scale update rule converge to a local Nash equilibrium, NeurIPS 2017 (the FID).
@@ -123,20 +123,20 @@ class FIDInception(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path | None, option: str = "fid_weights") -> "FIDInception":
-        """With the weights of the file that pytorch-fid and torch-fidelity publish.
+        """Loads the weights that pytorch-fid and torch-fidelity publish.
 
         Raises:
-            `ValueError`: If it is missing or another network's.
+            `ValueError`: If the file is missing or of another network.
         """
         path = checked_file(path, option, f"the FID's Inception, {SOURCE}")
-        with torch.device("meta"):  # no draws for weights that are replaced
+        with torch.device("meta"):  # does not initialise weights that are replaced
             model = cls()
         model.to_empty(device="cpu")
         load_weights(model, read_state(path), path, f"the FID's Inception ({FILE})")
         return model
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels `(B, 3, 299, 299)` in [-1, 1] to features `(B, 2048)`."""
+        """Features `(B, 2048)` of pixels `(B, 3, 299, 299)` in [-1, 1]."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(pixels)))
         x = functional.max_pool2d(x, 3, 2)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))

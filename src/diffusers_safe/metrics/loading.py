@@ -1,4 +1,4 @@
-"""What metrics load: libraries, weights and models. What is missing is a `ValueError` that says what to get."""
+"""Loads the libraries, weights and models of metrics. If something is missing, a `ValueError` says what to get."""
 
 import hashlib
 import importlib
@@ -23,9 +23,9 @@ def import_library(name: str, why: str, licence: str) -> ModuleType:
     """Imports an optional library.
 
     Args:
-        name (`str`): Of its module.
+        name (`str`): Name of its module.
         why (`str`): What needs it.
-        licence (`str`): What to know of its licence before installing it.
+        licence (`str`): What to know about its licence before installing it.
 
     Raises:
         `ValueError`: If it is not installed.
@@ -42,12 +42,12 @@ def checked_file(path: str | Path | None, option: str, what: str) -> Path:
     """The path of a file that a metric needs.
 
     Args:
-        path (`str` or `Path`, *optional*): What was given.
-        option (`str`): By which option.
+        path (`str` or `Path`, *optional*): The given path.
+        option (`str`): The option that gives it.
         what (`str`): What the file is and where to get it.
 
     Raises:
-        `ValueError`: If no path is given or no file is there.
+        `ValueError`: If no path is given or there is no file.
     """
     if path is None:
         raise ValueError(f"{option}: none given; download {what}, and give its path")
@@ -57,10 +57,10 @@ def checked_file(path: str | Path | None, option: str, what: str) -> Path:
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict, of `.safetensors` or of a pickle that holds nothing but tensors.
+    """Reads a state dict from a `.safetensors` file or from a pickle that holds only tensors.
 
     Raises:
-        `ValueError`: If the file is something else.
+        `ValueError`: If the file holds something else.
     """
     try:
         if path.suffix == ".safetensors":
@@ -68,26 +68,26 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         reason = (str(error) or "cut off").strip().split("\n")[0]
-        raise ValueError(f"{path}: no file of weights ({reason})") from None
+        raise ValueError(f"{path}: not a file of weights ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path}: holds no state dict of tensors")
     return state
 
 
 def load_weights(module: nn.Module, state: dict[str, torch.Tensor], path: Path, what: str) -> None:
-    """Loads a state dict into a module, every name and shape as it must be. The module is then frozen, in eval mode.
+    """Loads a state dict into a module, with exactly its names and shapes. The module is then frozen, in eval mode.
 
     Args:
-        module (`nn.Module`): What to load into.
-        state (`dict[str, torch.Tensor]`): Of [`read_state`].
-        path (`Path`): Where it is from.
+        module (`nn.Module`): The module.
+        state (`dict[str, torch.Tensor]`): From [`read_state`].
+        path (`Path`): File of the state dict.
         what (`str`): What it should be, for the message.
 
     Raises:
-        `ValueError`: If a name lacks or is too much, or a shape differs.
+        `ValueError`: If a name is missing or unexpected, or a shape differs.
     """
     expected = module.state_dict()
-    # Files older than PyTorch 0.4.1 do not count batches.
+    # Files older than PyTorch 0.4.1 have no counts of batches.
     state = {name: expected[name] for name in expected if name.endswith("num_batches_tracked")} | state
     missing, strange = expected.keys() - state.keys(), state.keys() - expected.keys()
     wrong = [name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape]
@@ -100,14 +100,14 @@ def load_weights(module: nn.Module, state: dict[str, torch.Tensor], path: Path, 
 
 
 def load_pretrained(kind: type, name: str, option: str, what: str, **arguments):
-    """A model, processor or tokenizer of transformers by its folder or Hub id; a model is in float32 and eval mode.
+    """Loads a model, processor or tokenizer of transformers. Models are in float32 and eval mode.
 
     Args:
-        kind (`type`): Whose `from_pretrained` to call.
+        kind (`type`): The class, with `from_pretrained`.
         name (`str`): Folder or Hub id.
-        option (`str`): By which option it was given.
-        what (`str`): What it must be.
-        arguments: Of `from_pretrained`.
+        option (`str`): The option that gives it.
+        what (`str`): What it must be, for the message.
+        arguments: Arguments of `from_pretrained`.
 
     Raises:
         `ValueError`: If it cannot be loaded, or a model lacks weights.
@@ -121,8 +121,8 @@ def load_pretrained(kind: type, name: str, option: str, what: str, **arguments):
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"{option} '{name}': cannot be loaded; give {what}: the folder of a downloaded one, or its Hub id with "
-            f"the Hub in reach ({reason})"
+            f"{option} '{name}': cannot be loaded; give {what}: a local folder, or a Hub id if the Hub can be reached "
+            f"({reason})"
         ) from None
     if info["missing_keys"]:
         raise ValueError(f"{option} '{name}': is not {what}; it lacks weights such as {min(info['missing_keys'])}")
@@ -130,14 +130,14 @@ def load_pretrained(kind: type, name: str, option: str, what: str, **arguments):
 
 
 def on_device(module: nn.Module) -> torch.device:
-    """Puts a module on the device of this process, and says which it is."""
+    """Moves a module to the device of this process, and returns the device."""
     device = PartialState().device
     module.to(device)
     return device
 
 
 def alike(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Batches of the tensors that have the same shape, each with their places."""
+    """Batches tensors of the same shape, with their indices."""
     shapes = dict.fromkeys(tuple(tensor.shape) for tensor in tensors)
     for shape in shapes:
         places = [place for place, tensor in enumerate(tensors) if tuple(tensor.shape) == shape]
@@ -145,10 +145,10 @@ def alike(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[list[int], torch.Te
 
 
 def image_files(folder: str | Path, option: str) -> list[Path]:
-    """The images of a folder and of those in it, by name.
+    """The images of a folder and its subfolders, by name.
 
     Raises:
-        `ValueError`: If it is no folder or holds none.
+        `ValueError`: If there is no folder, or it holds no images.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -168,7 +168,7 @@ def chosen(table: dict, name: str, option: str):
     """The entry of a table.
 
     Raises:
-        `ValueError`: If there is none of that name.
+        `ValueError`: If there is no such entry.
     """
     if name not in table:
         raise ValueError(f"{option} '{name}': unknown; allowed are {', '.join(table)}")

@@ -1,4 +1,4 @@
-"""LPIPS: how far images moved as a network sees them."""
+"""LPIPS: the perceptual distance between images."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from .resizing import check_sizes, shorter_side, to_tensor
 from .trunks import Trunk, trunk_source
 
 
-# trunk, the layers compared (behind a ReLU each), their channels
+# trunk, the compared layers (each a ReLU), their channels
 NETS = {
     "alex": ("alexnet", (1, 4, 7, 9, 11), (64, 192, 384, 256, 256)),
     "vgg": ("vgg16", (3, 8, 15, 22, 29), (64, 128, 256, 512, 512)),
@@ -27,12 +27,12 @@ class LPIPS(Metric):
     Args:
         net (`str`): `"alex"` or `"vgg"`.
         trunk (`str`): torchvision's weights of AlexNet or VGG-16.
-        linear (`str`): The `lpips` package's weights of the same network.
-        resize (`str`, defaults to `"none"`): `"esd"`: the shorter side to 64 pixels first, as ESD does; numbers with
-            and without are not comparable.
+        linear (`str`): The `lpips` package's weights for the same network.
+        resize (`str`, defaults to `"none"`): `"esd"`: first resizes the shorter side to 64 pixels, as ESD does;
+            numbers with and without are not comparable.
 
     Raises:
-        `ValueError`: If a file is missing or another network's, or a name is unknown.
+        `ValueError`: If a file is missing or of another network, or a name is unknown.
     """
 
     name = "lpips"
@@ -70,8 +70,8 @@ class LPIPS(Metric):
 
 
 class PerceptualDistance(nn.Module):
-    """Weighted squared differences of a network's features, each of length 1 over the channels, averaged over places
-    and summed over five layers.
+    """Weighted squared differences of a network's features, normalised over channels, averaged over positions and
+    summed over five layers.
 
     Source: R. Zhang et al., The unreasonable effectiveness of deep features as a perceptual metric, CVPR 2018,
     equation 1; version 0.1 of its weights, whose pixels are shifted and scaled.
@@ -81,7 +81,7 @@ class PerceptualDistance(nn.Module):
         super().__init__()
         _, self.layers, channels = chosen(NETS, net, "lpips_net")
         self.trunk = trunk
-        # Named as in the package's files: lin0.model.1.weight. Before each convolution training had a dropout.
+        # Named as in the package's files: lin0.model.1.weight. The identity replaces a dropout.
         self.linear = nn.ModuleDict(
             {
                 f"lin{number}": nn.ModuleDict(
@@ -90,7 +90,7 @@ class PerceptualDistance(nn.Module):
                 for number, count in enumerate(channels)
             }
         )
-        # Of pixels in [-1, 1]; the package's own digits of ImageNet's mean and deviation.
+        # For pixels in [-1, 1]; the package's digits of ImageNet's mean and deviation.
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
 
@@ -109,14 +109,14 @@ class PerceptualDistance(nn.Module):
         return distance
 
     def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Two times pixels `(B, 3, H, W)` in [-1, 1] to distances `(B,)`."""
+        """Distances `(B,)` between two batches of pixels `(B, 3, H, W)` in [-1, 1]."""
         total = 0
         features = [self.trunk((pixels - self.shift) / self.scale, self.layers) for pixels in (first, second)]
         for a, b, linear in zip(*features, self.linear.values()):
-            difference = (_of_length_1(a) - _of_length_1(b)) ** 2
+            difference = (_normalized(a) - _normalized(b)) ** 2
             total = total + linear["model"](difference).mean(dim=(1, 2, 3))
         return total
 
 
-def _of_length_1(features: torch.Tensor) -> torch.Tensor:
+def _normalized(features: torch.Tensor) -> torch.Tensor:
     return features / (features.norm(dim=1, keepdim=True) + 1e-10)

@@ -1,4 +1,4 @@
-"""Whether an image shows what was asked for, as a classifier sees it: an object, or a style."""
+"""Whether a classifier recognises what the prompt asks for: an object or a style."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,24 +14,24 @@ from .base import Metric, Quantity
 from .loading import load_pretrained, on_device
 
 
-KEPT = 5  # classes kept of each image
+KEPT = 5  # classes stored for each image
 
 
 class Classification(Metric):
-    """Share of images whose class asked for is the classifier's first, and among its first five.
+    """Top-1 and top-5 accuracy of a classifier for the class that the prompt asks for.
 
-    The class asked for is one of the row's labels: a name of the classifier, in whatever case, or one of the names
-    that it separates by commas ("chain saw, chainsaw"), or its number. Rows without the label do not count.
+    This class is one of the row's labels: a class name of the classifier, in any case, one of the names in it that are
+    separated by commas ("chain saw, chainsaw"), or its number. Rows without the label do not count.
 
     Args:
         model (`str`): Folder or Hub id of an image classifier, such as `"microsoft/resnet-50"`.
-        label (`str`): Which label of the rows names the class.
-        name (`str`, defaults to `"objects"`): Of the metric.
-        erased (`Sequence[str]`, *optional*): Classes that were to go. Images that ask for one of them are counted
-            apart, by the first class, as ESD does; of the others more is better.
+        label (`str`): Label of the rows that names the class.
+        name (`str`, defaults to `"objects"`): Name of the metric.
+        erased (`Sequence[str]`, *optional*): Erased classes. Images that ask for one of them are counted separately,
+            by top-1 accuracy, as in ESD; for other images higher is better.
 
     Raises:
-        `ValueError`: If the model cannot be loaded, or has no class that was erased.
+        `ValueError`: If the model cannot be loaded, or does not have an erased class.
     """
 
     def __init__(self, model: str | None, label: str, name: str = "objects", erased: Sequence[str] = ()):
@@ -47,7 +47,7 @@ class Classification(Metric):
             self.quantities = {f"{name}_erased": gone, **self.quantities}
         option, what = f"{name}_model", "an image classifier, for objects microsoft/resnet-50"
         if model is None:
-            raise ValueError(f"{option}: none given; give {what}, or the folder of a downloaded one")
+            raise ValueError(f"{option}: none given; give {what}, or a local folder")
         self.model = load_pretrained(AutoModelForImageClassification, model, option, what)
         self.processor = load_pretrained(AutoImageProcessor, model, option, what, backend="pil")
         self.classes = [self.model.config.id2label[number] for number in range(self.model.config.num_labels)]
@@ -71,10 +71,10 @@ class Classification(Metric):
                 raise ValueError(f"{self.name}_erased '{label}': no image asks for it")
 
     def number(self, label: str | int) -> int:
-        """The number of a class by its name.
+        """The number of a class from its name.
 
         Raises:
-            `ValueError`: If no class has it, or several.
+            `ValueError`: If no class has this name, or several have.
         """
         if isinstance(label, int) and 0 <= label < len(self.classes):
             return label
@@ -84,7 +84,7 @@ class Classification(Metric):
         if not found:
             close = get_close_matches(_plain(str(label)), self.numbers, n=5, cutoff=0.5) or list(self.numbers)[:5]
             raise ValueError(
-                f"{self.name} '{label}': none of the {len(self.classes)} classes; near: {', '.join(close)}"
+                f"{self.name} '{label}': none of the {len(self.classes)} classes; similar: {', '.join(close)}"
             )
         return found[0]
 
@@ -110,13 +110,13 @@ class Classification(Metric):
         return {f"{self.name}_top1": first, f"{self.name}_top5": float(asked in score["classes"])}
 
     def seen(self, row: dict, score: dict) -> str:
-        """The first name of the most likely class, of the rows that count."""
+        """The first name of the most likely class, for rows that count."""
         if self.label not in row.get("labels", {}):
             return ""
         return self.classes[score["classes"][0]].split(",")[0]
 
     def details(self) -> dict:
-        """`label`, `erased`, and `classes`: label -> number of `images`, and how many are right in `top1`, `top5`."""
+        """`label`, `erased`, and `classes`: label -> numbers of `images` and of correct ones by `top1` and `top5`."""
         found = defaultdict(lambda: {"images": 0, "top1": 0, "top5": 0})
         for row, score in zip(self.rows, self.scores):
             if (label := row.get("labels", {}).get(self.label)) is not None:
@@ -132,7 +132,7 @@ def _plain(label: str) -> str:
 
 
 def _numbers(classes: Sequence[str]) -> dict[str, list[int]]:
-    """Name -> the numbers of the classes that have it: whole names first, then those between commas."""
+    """Name -> the numbers of the classes with this name: complete names first, then names between commas."""
     numbers: dict[str, list[int]] = {}
     for number, name in enumerate(classes):
         numbers.setdefault(_plain(name), []).append(number)

@@ -1,4 +1,4 @@
-"""How far images moved: the simplest distance, without a network."""
+"""The mean difference of pixels: the simplest distance, without a network."""
 
 from collections.abc import Sequence
 
@@ -32,17 +32,17 @@ class PixelDistance(Metric):
 
 
 def pixel_distance(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Mean absolute difference of the pixels of image pairs, usually made from the same prompts and seeds.
+    """Mean absolute difference of the pixels of image pairs, usually of the same prompts and seeds.
 
     Args:
         before (`np.ndarray`): `(N, H, W, 3)`, `uint8`.
-        after (`np.ndarray`): The same shape and type; row `i` belongs to row `i` of `before`.
+        after (`np.ndarray`): The same shape and dtype; image `i` is compared with image `i` of `before`.
 
     Returns:
         `np.ndarray`: `(N,)`, `float64`: 0 for equal images, 1 for black against white.
 
     Raises:
-        `ValueError`: If shapes differ, or an array is no stack of `uint8` images.
+        `ValueError`: If shapes differ, or an array is not a stack of `uint8` images.
     """
     for name, images in {"before": before, "after": after}.items():
         if images.dtype != np.uint8 or images.ndim != 4:

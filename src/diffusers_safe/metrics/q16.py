@@ -1,4 +1,4 @@
-"""Q16: whether an image is inappropriate, by its CLIP embedding and two learned vectors."""
+"""Q16 judges whether an image is inappropriate, from its CLIP embedding and two learned vectors."""
 
 import io
 import pickle
@@ -23,7 +23,7 @@ from .loading import checked_file, digest, load_pretrained, on_device
 
 MODEL = "openai/clip-vit-large-patch14"
 PROMPTS_SOURCE = "Q16's prompt vectors of ViT-L/14, data/ViT-L-14/prompts.p of https://github.com/ml-research/Q16"
-# All that a pickle of a NumPy array calls.
+# Everything that a pickle of a NumPy array calls.
 _ALLOWED = {
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
@@ -36,12 +36,13 @@ _ALLOWED = {
 
 
 class Q16(Metric):
-    """Share of images that Q16 calls inappropriate.
+    """Share of images that Q16 judges inappropriate.
 
     The softmax of 100 times the cosines of the image's embedding with the two vectors; index 1 is "inappropriate".
 
     Args:
-        prompts (`str`): File of the two vectors, `(2, 768)`: the authors' pickle or a `.safetensors` of [`convert`].
+        prompts (`str`): File of the two vectors, `(2, 768)`: the authors' pickle, or a `.safetensors` file from
+            [`convert`].
         model (`str`, *optional*): Folder or Hub id of CLIP ViT-L/14.
 
     Raises:
@@ -89,7 +90,7 @@ class Q16(Metric):
 
 
 def read_prompts(path: str | Path | None) -> np.ndarray:
-    """The two vectors, `(2, D)`, `float32`. A pickle may hold a NumPy array and call nothing else.
+    """Reads the two vectors, `(2, D)`, `float32`. A pickle may hold a NumPy array and nothing else.
 
     Raises:
         `ValueError`: If the file is missing or holds something else.
@@ -115,12 +116,12 @@ def read_prompts(path: str | Path | None) -> np.ndarray:
         raise ValueError(f"q16_prompts {path}: holds {shape}; it must be a float array of 2 vectors")
     array = array.astype(np.float32)
     if not np.isfinite(array).all() or not np.abs(array).max(axis=1).all():
-        raise ValueError(f"q16_prompts {path}: a vector is 0 or not finite")
+        raise ValueError(f"q16_prompts {path}: a vector is zero or not finite")
     return array
 
 
 def convert(path: str | Path, target: str | Path) -> None:
-    """Writes the authors' pickle as a `.safetensors` file, which runs no code when it is read.
+    """Converts the authors' pickle to a `.safetensors` file, which runs no code when it is read.
 
     Raises:
         `ValueError`: If the pickle holds something else, or the target has another ending.

@@ -1,4 +1,4 @@
-"""How images become tensors, and how they are resized: numbers made with different ways cannot be compared."""
+"""Converts images to tensors and resizes them. Numbers made with different methods cannot be compared."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from ..images import to_rgb
 def check_sizes(metric: str, row: dict, image: Image.Image, original: Image.Image) -> None:
     """
     Raises:
-        `ValueError`: If an image and the original model's are not of one size.
+        `ValueError`: If an image and the original model's image differ in size.
     """
     if image.size != original.size:
         raise ValueError(
@@ -26,23 +26,23 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def resized(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> torch.Tensor:
-    """Resized by PIL, which antialiases, to (width, height), and rounded to whole values."""
+    """Resizes with PIL, which antialiases, to (width, height); values are rounded."""
     return to_tensor(to_rgb(image).resize(size, resample))
 
 
 def resized_unrounded(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> torch.Tensor:
-    """The same channel by channel in floating point: nothing is rounded, and overshoot stays."""
+    """The same for each channel in floating point: values are neither rounded nor clipped."""
     channels = [Image.fromarray(channel).resize(size, resample) for channel in to_tensor(image).numpy()]
     return torch.from_numpy(np.stack([np.asarray(channel) for channel in channels]))
 
 
 def shorter_side(image: Image.Image, side: int) -> torch.Tensor:
-    """The shorter side resized to `side` pixels by PIL's bilinear filter; the longer one keeps the ratio."""
+    """Resizes the shorter side to `side` pixels with PIL's bilinear filter, keeping the aspect ratio."""
     width, height = (side * length // min(image.size) for length in image.size)
     return resized(image, (width, height), Image.Resampling.BILINEAR)
 
 
 def interpolated(tensor: torch.Tensor, side: int, antialias: bool) -> torch.Tensor:
-    """`(3, H, W)` to `(3, side, side)` by torch's bilinear filter."""
+    """Resizes `(3, H, W)` to `(3, side, side)` with torch's bilinear filter."""
     size = (side, side)
     return functional.interpolate(tensor[None], size, mode="bilinear", align_corners=False, antialias=antialias)[0]

@@ -1,15 +1,14 @@
-"""Raw scores of generated images, kept beside them: a metric runs its network over an image once."""
+"""Raw scores of generated images, kept in their folder: a metric runs its network on each image once."""
 
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from ..files import json_lines, write_text
-from ..generation.generate import load_image
+from ..generation.manifest import load_image
 from ..output_folders import claimed
+from ..progress import ProgressBar, ProgressCallback
 from .base import Metric
 
 
@@ -22,26 +21,29 @@ def score_images(
     rows: Sequence[dict],
     originals: tuple[str | Path, Sequence[dict]] | None = None,
     batch_size: int = 16,
+    callback: ProgressCallback | None = None,
 ) -> list[dict]:
-    """Scores images, or reads what an earlier pass found, from `scores/{metric}-{hash of its identity}.jsonl`.
+    """Scores images, or reads earlier scores, from `scores/{metric}-{hash of its identity}.jsonl`.
 
-    A pass that was stopped goes on where it was. A score belongs to the bytes of its image (and of the original): one
-    that was generated anew is scored anew.
+    A stopped pass continues. A score belongs to the bytes of its image (and of the original's image): an image that
+    was generated again is scored again.
 
     Args:
-        metric ([`Metric`]): What to run.
-        folder (`str` or `Path`): Where `generate` put the images.
+        metric ([`Metric`]): The metric.
+        folder (`str` or `Path`): Folder in which `generate` wrote the images.
         rows (`Sequence[dict]`): Their rows of the manifest, at least one.
         originals (`tuple`, *optional*): Folder and rows of the original model's images, for a metric that `compares`;
-            each of `rows` has its own there, under the same id.
-        batch_size (`int`, defaults to 16): Images at once.
+            they include every id of `rows`.
+        batch_size (`int`, defaults to 16): Number of images scored at once.
+        callback (`Callable[[Progress], None]`, *optional*): Called at the start and after each batch. If it raises,
+            finished scores are kept.
 
     Returns:
         `list[dict]`: Raw scores in the order of `rows`.
 
     Raises:
         `ValueError`: If there are no rows, they lack what the metric needs, an image is missing or broken, the
-            originals lack one, or the metric does not give each image a score that fits into JSON.
+            originals lack one, or the metric does not give each image a score that can be written as JSON.
     """
     if not rows:
         raise ValueError(f"{folder}: there are no images to score")
@@ -51,7 +53,7 @@ def score_images(
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     path = Path(folder) / SCORES / f"{metric.name}-{digest}.jsonl"
     with claimed(path.parent):
-        return _score(metric, path, identity, folder, rows, partners, originals, batch_size)
+        return _score(metric, path, identity, folder, rows, partners, originals, batch_size, callback)
 
 
 def _score(
@@ -63,12 +65,13 @@ def _score(
     partners: list[dict | None],
     originals: tuple | None,
     batch_size: int,
+    callback: ProgressCallback | None,
 ) -> list[dict]:
     known = _known(path, identity)
     keys = [(row["sha256"], partner and partner["sha256"]) for row, partner in zip(rows, partners)]
     waiting = [place for place, (row, key) in enumerate(zip(rows, keys)) if known.get(row["id"], (None,))[0] != key]
 
-    bar = tqdm(desc=metric.name, total=len(rows), initial=len(rows) - len(waiting), unit="image", dynamic_ncols=True)
+    bar = ProgressBar(metric.name, len(rows), len(rows) - len(waiting), callback=callback)
     with bar, path.open("a", encoding="utf-8") as file:
         for start in range(0, len(waiting), batch_size):
             places = waiting[start : start + batch_size]
@@ -91,7 +94,9 @@ def _line(metric: Metric, entry: dict) -> str:
     try:
         return json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{metric.name}: its score of image {entry['id']} does not fit into JSON ({error})") from None
+        raise ValueError(
+            f"{metric.name}: its score of image {entry['id']} cannot be written as JSON ({error})"
+        ) from None
 
 
 def _partners(metric: Metric, rows: Sequence[dict], originals: tuple | None) -> list[dict | None]:
@@ -112,7 +117,7 @@ def _partners(metric: Metric, rows: Sequence[dict], originals: tuple | None) -> 
 
 
 def _known(path: Path, identity: dict) -> dict[str, tuple[tuple, dict]]:
-    """id -> (hashes of image and original, score) of an earlier pass, as far as its lines are whole."""
+    """id -> (hashes of image and original, score) of an earlier pass, from its complete lines."""
     head = json.dumps({"identity": identity}, ensure_ascii=False)
     known, kept = {}, [head]
     for line, entry in json_lines(path)[1:] if path.is_file() else []:

@@ -1,6 +1,6 @@
-"""How far the style of images is from that of references, by Gram matrices of VGG's features.
+"""The distance in style between images and references, from Gram matrices of VGG's features.
 
-A classifier of styles is [`Classification`](objects.py) with the label that names the style.
+For a classifier of styles, see [`Classification`](objects.py) with the label that names the style.
 """
 
 from collections.abc import Sequence
@@ -25,16 +25,16 @@ RESIZES = {"esd": lambda image: shorter_side(image, 512), "none": to_tensor}
 class GramDistance(Metric):
     """10^6 times the Gram loss: mean squared differences of Gram matrices, over VGG-19's first five convolutions.
 
-    Without references each image is compared with the original model's image of the same prompt and seed, as ESD does.
+    Without references each image is compared with the original model's image of the same prompt and seed, as in ESD.
     With references it is the average of the losses to all of them.
 
     Args:
         trunk (`str`): torchvision's weights of VGG-19.
         references (`str`, *optional*): Folder of images of the style.
-        resize (`str`, defaults to `"esd"`): The shorter side to 512 pixels; `"none"`: no resize.
+        resize (`str`, defaults to `"esd"`): `"esd"` resizes the shorter side to 512 pixels; `"none"`: no resize.
 
     Raises:
-        `ValueError`: If the weights are missing or another network's, or there are no references in the folder.
+        `ValueError`: If the weights are missing or of another network, or there are no references in the folder.
 
     Source: L. Gatys et al., Image style transfer using convolutional neural networks, CVPR 2016, equations 3 to 5,
     with the normalisation of ESD's evaluation: a Gram matrix is divided by its features' number of values.
@@ -51,7 +51,7 @@ class GramDistance(Metric):
         self.resize_name, self.resize = resize, chosen(RESIZES, resize, "gram_resize")
         self.files = [] if references is None else image_files(references, "style_references")
         self.trunk = Trunk.load("vgg19", trunk, "style_trunk")
-        self.register = None  # of the references: mean Gram matrices, and the losses to these
+        self.summary = None  # of the references: mean Gram matrices, and the average loss to these
 
     def identity(self) -> dict:
         references = digest(b"".join(path.read_bytes() for path in self.files)) if self.files else None
@@ -65,9 +65,9 @@ class GramDistance(Metric):
         if self.compares:
             pairs = zip(images, originals)
             return [{"loss": gram_loss(self._grams(image), self._grams(original))} for image, original in pairs]
-        if self.register is None:
-            self.register = self._summary()
-        means, spread = self.register
+        if self.summary is None:
+            self.summary = self._summary()
+        means, spread = self.summary
         # mean of |G - R|^2 over R = |G - mean R|^2 + mean |R - mean R|^2
         return [{"loss": gram_loss(self._grams(image), means) + spread} for image in images]
 
@@ -92,7 +92,7 @@ class GramDistance(Metric):
 
 
 def gram_matrix(features: torch.Tensor) -> torch.Tensor:
-    """`(C, H, W)` to `(C, C)`, divided by C * H * W."""
+    """The Gram matrix `(C, C)` of features `(C, H, W)`, divided by C * H * W."""
     rows = features.flatten(1)
     return rows @ rows.T / features.numel()
 

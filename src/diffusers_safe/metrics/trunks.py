@@ -1,4 +1,4 @@
-"""The convolutions of AlexNet and VGG, as torchvision names and numbers them."""
+"""The convolutions of AlexNet and VGG, with torchvision's names and numbers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ FILES = {
 
 
 class Trunk(nn.Module):
-    """Convolutions without the classifier behind them; layers have torchvision's numbers.
+    """Convolutions without the classifier; layers have torchvision's numbers.
 
     Args:
         kind (`str`): `"alexnet"`, `"vgg16"` or `"vgg19"`.
@@ -38,13 +38,13 @@ class Trunk(nn.Module):
 
     @classmethod
     def load(cls, kind: str, path: str | Path | None, option: str) -> "Trunk":
-        """With the weights of one of torchvision's files, without those of its classifier.
+        """Loads the weights of one of torchvision's files, without those of the classifier.
 
         Raises:
-            `ValueError`: If the file is missing or another network's.
+            `ValueError`: If the file is missing or of another network.
         """
         path = checked_file(path, option, trunk_source(kind))
-        with torch.device("meta"):  # no draws for weights that are replaced
+        with torch.device("meta"):  # does not initialise weights that are replaced
             trunk = cls(kind)
         trunk.to_empty(device="cpu")
         state = {name: value for name, value in read_state(path).items() if not name.startswith("classifier.")}
@@ -52,7 +52,7 @@ class Trunk(nn.Module):
         return trunk
 
     def forward(self, pixels: torch.Tensor, layers: Sequence[int]) -> list[torch.Tensor]:
-        """Normalised pixels `(B, 3, H, W)` to what `layers` give, in order."""
+        """The outputs of `layers`, in order, for normalised pixels `(B, 3, H, W)`."""
         outputs = {}
         for number, layer in enumerate(self.features[: max(layers) + 1]):
             pixels = layer(pixels)

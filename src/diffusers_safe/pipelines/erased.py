@@ -1,6 +1,6 @@
 """Pipelines with concepts taken out of their weights: stock pipelines that know what was done to them.
 
-What they publish is a stock repository, which any diffusers user can load, with `erasure.json` beside it. What they
+What they publish is a stock repository, which any diffusers user can load, with `erasure.json`. What they
 add is loading: base model and erased weights, whatever the erasure was saved as; and the way back, for comparison.
 """
 
@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
+from ..families import ModelFamily, family_of_pipeline
 from ..formats import (
     INDEX,
-    UNET_FOLDER,
     ErasedWeights,
     assign,
     fetch,
-    load_unet,
     plain_parameters,
     read_erased_weights,
     rewrite_index,
+    stock_class,
     stock_class_name,
     written_aside,
 )
@@ -37,9 +37,17 @@ class ErasedPipelineMixin(RepositoryMixin):
     `erasure.json`."""
 
     _erasure: Provenance | None = None
-    _base: dict[str, Any] | None = None  # how the base model's UNet is loaded, where that was not needed yet
+    _base: dict[str, Any] | None = None  # how the base model's denoiser is loaded, where that was not needed yet
     _other_values: dict[str, torch.Tensor] | None = None  # of the changed parameters: the base model's
     _erasure_is_off = False
+
+    @classmethod
+    def _family(cls) -> type[ModelFamily]:
+        return family_of_pipeline(cls)
+
+    @property
+    def _denoiser(self) -> torch.nn.Module:
+        return getattr(self, self._family().denoiser_name)
 
     @property
     def erasure(self) -> Provenance | None:
@@ -114,27 +122,28 @@ class ErasedPipelineMixin(RepositoryMixin):
     def _from_base(cls, base: dict[str, Any], erased: ErasedWeights, **kwargs) -> "ErasedPipelineMixin":
         # The weights meet in fp32, where fingerprints are taken; a smaller dtype comes last.
         dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None)) or torch.float32
-        default, wanted = (dtype, dtype) if not isinstance(dtype, dict) else (
-            dtype.get("default", torch.float32), dtype.get("unet", dtype.get("default", torch.float32))
-        )  # fmt: skip
-        dtypes = {**(dtype if isinstance(dtype, dict) else {}), "default": default, "unet": torch.float32}
+        dtypes = dtype if isinstance(dtype, dict) else {"default": dtype}
+        name, default = cls._family().denoiser_name, dtypes.get("default", torch.float32)
+        wanted = dtypes.get(name, default)
+        dtypes = {**dtypes, "default": default, name: torch.float32}
         kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "variant")}
         options = {"dtype": dtypes, **base["hub"], **base["variant"]}
         pipeline = load_pipeline(
             base["name"], f"base model '{base['name']}'", cls, super().from_pretrained, **{**kwargs, **options}
         )
-        changes, parameters = erased.changes(pipeline.unet), plain_parameters(pipeline.unet)
+        denoiser = pipeline._denoiser
+        changes, parameters = erased.changes(denoiser), plain_parameters(denoiser)
         pipeline._other_values = {name: parameters[name].detach().to("cpu", copy=True) for name in changes}
-        own = erased.known.get("base_fingerprint") or fingerprint(pipeline.unet)
+        own = erased.known.get("base_fingerprint") or fingerprint(denoiser)
         pipeline._erasure = erased.provenance(base["name"], base["hub"].get("revision"), own)
-        assign(pipeline.unet, changes)
+        assign(denoiser, changes)
         # Not diffusers' own `to`, which warns of modules that want fp32 even where there are none.
-        torch.nn.Module.to(pipeline.unet, wanted)
+        torch.nn.Module.to(denoiser, wanted)
         return pipeline
 
     @classmethod
     def _check_index(cls, source: str, path: Path) -> None:
-        stock = next(base.__name__ for base in cls.__mro__ if base.__module__.startswith("diffusers."))
+        stock = stock_class(cls).__name__
         found = read_index(path, source)["_class_name"]
         if found not in (stock, cls.__name__):
             raise ValueError(f"{source}: a pipeline of class {found}; {cls.__name__} takes {stock}")
@@ -146,17 +155,19 @@ class ErasedPipelineMixin(RepositoryMixin):
         """Inside the block the pipeline is the base model; after it the erased weights are back, unchanged.
 
         Blocks may be nested. Only the changed weights are in memory twice, the ones not in use on the CPU. Of a whole
-        pipeline the base model's UNet is read when the first block is entered.
+        pipeline the base model's denoiser is read when the first block is entered.
 
         Raises:
             `ValueError`: If the base model is not known, not there, or another one than the erasure was made from.
-            `RuntimeError`: If the UNet's weights are not at hand, as with sequential offloading.
+            `RuntimeError`: If the denoiser's weights are not in memory, as with sequential offloading.
         """
         if self._erasure_is_off:
             yield
             return
-        if any(parameter.device.type == "meta" for parameter in self.unet.parameters()):
-            raise RuntimeError("erasure_disabled: the UNet's weights are not at hand, as with sequential offloading")
+        if any(parameter.device.type == "meta" for parameter in self._denoiser.parameters()):
+            raise RuntimeError(
+                "erasure_disabled: the denoiser's weights are not in memory, as with sequential offloading"
+            )
         if self._other_values is None:
             self._other_values = self._base_values()
         self._exchange()
@@ -172,24 +183,26 @@ class ErasedPipelineMixin(RepositoryMixin):
             raise ValueError("the base model of this pipeline is not known; load it with from_pretrained(base_model=)")
         name, hub = self._base["name"], self._base["hub"]
         try:
-            unet = load_unet(name, subfolder=UNET_FOLDER, **hub, **self._base["variant"])
+            denoiser = self._family().load_denoiser(name, **hub, **self._base["variant"])
         except ValueError as error:
             raise ValueError(
                 f"base model of the erasure: {error}; give base_model to from_pretrained, where it is"
             ) from None
-        own, expected = fingerprint(unet), self._erasure.base_fingerprint
+        own, expected = fingerprint(denoiser), self._erasure.base_fingerprint
         if expected not in (None, own):
             raise ValueError(f"base_model {name}: its fingerprint is {own}, the erasure was made from {expected}")
         self._erasure.base_fingerprint = own
-        changes = ErasedWeights(dict(unet.named_parameters()), "unet", name).changes(self.unet)
+        changes = ErasedWeights(dict(denoiser.named_parameters()), "whole", name).changes(self._denoiser)
         return {key: value.cpu() for key, value in changes.items()}
 
     @torch.no_grad()
     def _exchange(self) -> None:
         """The parameters' values and the others change places, so neither is ever lost."""
-        parameters = plain_parameters(self.unet)
+        parameters = plain_parameters(self._denoiser)
         if foreign := self._other_values.keys() - parameters.keys():
-            raise RuntimeError(f"erasure_disabled: the UNet is not the one that was loaded, it has no {min(foreign)}")
+            raise RuntimeError(
+                f"erasure_disabled: the denoiser is not the one that was loaded, it has no {min(foreign)}"
+            )
         for name, other in self._other_values.items():
             held = parameters[name].detach().to("cpu", copy=True)
             parameters[name].copy_(other)

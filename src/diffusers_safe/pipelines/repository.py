@@ -1,7 +1,7 @@
 """Pipelines as repositories: folders, on disk or on the Hugging Face Hub; safe ones cannot lose their safety silently.
 
 diffusers writes only a class name for a class from outside, and what it then loads, if anything, does not steer. Here
-the index names a `pipeline.py` beside it, which imports the class from this package:
+the index names a `pipeline.py` next to it, which imports the class from this package:
 
 * the class itself loads the folder without running any code of it;
 * `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` loads the class through `pipeline.py`;
@@ -18,7 +18,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, ModelCardData
 
-from ..formats.folders import RESULTS, rename_entry, rewrite_index, written_aside
+from ..formats.folders import rename_entry, result_names, rewrite_index, written_aside
 from ..hub import as_published
 from ..hub.cards import CARD_NAME, card_on_hub, is_ours, make_card, write_card
 from ..output_folders import RESULT, claimed
@@ -77,7 +77,7 @@ class RepositoryMixin:
         else:
             hub["repo_id"] = None
         options = {"safe_serialization": safe_serialization, "variant": variant, "max_shard_size": max_shard_size}
-        run, parts = {"saved": type(self).__name__}, (*RESULTS, f"{_MODULE}.py")
+        run, parts = {"saved": type(self).__name__}, (*result_names(), f"{_MODULE}.py")
         with claimed(folder, RESULT, run, continues=parts, overwrite=overwrite):
             record = self._write_repository(folder, hub, **options, **kwargs)
             return self._commit(api, folder, hub, record) if push_to_hub else None
@@ -149,8 +149,7 @@ class SafePipelineMixin(RepositoryMixin, SafeLatentDiffusionMixin):
         self.register_to_config(safety_concept=check_concept(concept))
 
     def _call_with_concept(self, call: Callable, arguments: dict[str, Any]) -> tuple[Any, str | None]:
-        """`_call_safely` for a `__call__` that hands over its `locals()`."""
-        arguments = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
+        """`_call_safely` for a `__call__` with all its arguments."""
         arguments |= check_known(self, arguments.pop("kwargs"))
         config = SafetyConfig(**{name: arguments.pop(name) for name in SafetyConfig().keys()})
         concept = arguments.pop("safety_concept")
@@ -162,7 +161,7 @@ class SafePipelineMixin(RepositoryMixin, SafeLatentDiffusionMixin):
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
         # Called by `save_pretrained` when all models are written.
         super().save_config(save_directory, push_to_hub, **kwargs)
-        # A subclass of somebody's own is not in this package: what can be loaded is the class that it extends.
+        # A user's subclass is not in this package: the class that can be loaded is the one that it extends.
         name = _class_name(self)
         rewrite_index(save_directory, [_MODULE, name])
         code = f'from diffusers_safe import {name}\n\n\n__all__ = ["{name}"]\n'

@@ -9,21 +9,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ..arguments import typed
+from ..families import ModelFamily, families, family_around
 from ..images import to_8_bits, to_rgb
 from .guidance import SAFETY_CONCEPT, SafetyConfig
 from .safe_denoiser import SafeDenoiser
 
 
+_NO_GUIDANCE = "its denoiser takes the guidance scale as an input, there is no guidance to change"
 # Pipelines of diffusers that have all that is asked for below, and still cannot be steered: why.
 _REFUSED = {
-    "StableDiffusionPanoramaPipeline": "it calls its UNet once for each view, and warm-up and momentum count steps",
-    "LatentConsistencyModelPipeline": "its UNet takes the guidance scale as an input, there is no guidance to change",
-    "LatentConsistencyModelImg2ImgPipeline": "its UNet takes the guidance scale as an input, there is no guidance to "
-    "change",
+    "StableDiffusionPanoramaPipeline": "it calls its denoiser for each view, and warm-up and momentum count steps",
+    "LatentConsistencyModelPipeline": _NO_GUIDANCE,
+    "LatentConsistencyModelImg2ImgPipeline": _NO_GUIDANCE,
     "LEditsPPPipelineStableDiffusionXL": "its guidance is that of edits, not of a prompt",
 }
 
@@ -80,16 +81,25 @@ class SafeLatentDiffusionMixin:
     @contextmanager
     def _steered(self, conditions: dict[str, torch.Tensor], config: SafetyConfig) -> Iterator[SafeDenoiser]:
         """While it lasts, the pipeline calls a [`SafeDenoiser`]."""
-        real = self.unet
+        name = self._denoiser_family.denoiser_name
+        real = getattr(self, name)
         if type(real) is SafeDenoiser:
-            raise RuntimeError(f"this {type(self).__name__} is generating already; use one of its own for each call")
+            raise RuntimeError(
+                f"this {type(self).__name__} is generating already; use a separate pipeline for each call"
+            )
         # Past `DiffusionPipeline.__setattr__`, which is for components that are to stay.
-        self.__dict__["unet"] = denoiser = SafeDenoiser(self, real, conditions, config)
+        self.__dict__[name] = denoiser = SafeDenoiser(self, real, conditions, config)
         try:
             yield denoiser
         finally:
-            if self.__dict__["unet"] is denoiser:  # else somebody has put another one in its place
-                self.__dict__["unet"] = real
+            if self.__dict__[name] is denoiser:  # else another one was put in its place
+                self.__dict__[name] = real
+
+    @property
+    def _denoiser_family(self) -> type[ModelFamily]:
+        """The family of the denoiser; where the pipeline was loaded without one, by the name of the component."""
+        by_name = (family for family in families() if hasattr(self, family.denoiser_name))
+        return family_around(self) or next(by_name)
 
     @property
     def components(self) -> dict[str, Any]:
@@ -119,7 +129,7 @@ class SafeLatentDiffusionMixin:
         clip_skip: int | None,
     ) -> None:
         """Notes the encoded concept on prompt embeddings that a pipeline without text encoder may be called with."""
-        if self._has_text_encoder and type(self.unet) is not SafeDenoiser:
+        if self._has_text_encoder and type(getattr(self, self._denoiser_family.denoiser_name)) is not SafeDenoiser:
             conditions = self._encode_concept(self.safety_concept, device, lora_scale, clip_skip)
             prompt_embeds.safety_conditions = {self.safety_concept: conditions}
 
@@ -140,13 +150,13 @@ class SafeLatentDiffusionMixin:
 
     def _name_conditions(self, embeds: torch.Tensor, pooled: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """By the names under which the denoiser takes them."""
-        takes_pooled = (
-            self.unet.config.addition_embed_type == "text_time" if self.unet is not None else pooled is not None
-        )
+        family = self._denoiser_family
+        denoiser = getattr(self, family.denoiser_name)
+        takes_pooled = pooled is not None if denoiser is None else family.takes_pooled(denoiser.config)
         if takes_pooled != (pooled is not None):
             verb = "needs" if takes_pooled else "takes no"
-            raise ValueError(f"{type(self).__name__} {verb} safety_pooled_prompt_embeds beside safety_prompt_embeds")
-        return {"encoder_hidden_states": embeds, **({"text_embeds": pooled} if takes_pooled else {})}
+            raise ValueError(f"{type(self).__name__} {verb} safety_pooled_prompt_embeds with safety_prompt_embeds")
+        return {"encoder_hidden_states": embeds, **({family.pooled_name: pooled} if takes_pooled else {})}
 
 
 @typed
@@ -157,16 +167,16 @@ def enable_safe_latent_diffusion(
 ) -> DiffusionPipeline:
     """Gives Safe Latent Diffusion to a pipeline, in place: ControlNet, T2I-Adapter, ...
 
-    The pipeline must batch classifier-free guidance: one call of its UNet predicts with and without the prompt. Its
-    calls then also take `safety_concept`, `safety_prompt_embeds` and the `sld_*` values of a [`SafetyConfig`], and its
-    outputs have an attribute `applied_safety_concept`.
+    The pipeline must batch classifier-free guidance: one call of its denoiser predicts with and without the prompt.
+    Its calls then also take `safety_concept`, `safety_prompt_embeds` and the `sld_*` values of a [`SafetyConfig`], and
+    its outputs have an attribute `applied_safety_concept`.
 
     What is made from it does not inherit this: `save_pretrained` writes the stock pipeline, and `from_pipe` gives one,
     with a warning. Enable it again there. For Stable Diffusion itself and SDXL there are classes that keep it.
 
     Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]): Around a `UNet2DConditionModel`: Stable Diffusion 1, 2, XL, and
-            what extends them.
+        pipeline ([`~diffusers.DiffusionPipeline`]): Around the denoiser of a supported family: Stable Diffusion 1, 2,
+            XL, and what extends them.
         safety_concept (`str`, *optional*): What to steer away from; default the paper's list.
         config ([`SafetyConfig`], `dict` or `str`, *optional*): How strongly, as a config or its name, such as `"max"`;
             default `SafetyConfig.MEDIUM`.
@@ -182,9 +192,11 @@ def enable_safe_latent_diffusion(
     if isinstance(pipeline, SafeLatentDiffusionMixin):
         raise ValueError(f"{stock.__name__}: Safe Latent Diffusion is enabled already")
     lacks = [name for name in ("encode_prompt", "do_classifier_free_guidance") if not hasattr(stock, name)]
-    unet = getattr(pipeline, "unet", None)
-    if not isinstance(getattr(unet, "_orig_mod", unet), UNet2DConditionModel):  # a compiled one has it inside
-        lacks.append("unet of the class UNet2DConditionModel")
+    if family_around(pipeline) is None:
+        kinds = dict.fromkeys(
+            f"{family.denoiser_name} of the class {family.denoiser_class.__name__}" for family in families()
+        )
+        lacks.append(" or ".join(kinds))
     if lacks:
         raise ValueError(
             f"{stock.__name__} has no {' and no '.join(lacks)}: Safe Latent Diffusion does not support it"
@@ -255,7 +267,7 @@ def _restore(stock: type[DiffusionPipeline], attributes: dict[str, Any]) -> Diff
 
 
 def check_known(pipeline: DiffusionPipeline, others: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a call was given beside its named arguments.
+    """Returns what a call was given besides its named arguments.
 
     Raises:
         `TypeError`: If it is not what the stock pipelines take there, such as a misspelled `sld_*`.
@@ -287,7 +299,7 @@ def check_either(concept: str | None, embeds: torch.Tensor | None, pooled: torch
         if embeds is not None:
             raise ValueError("pass safety_concept or safety_prompt_embeds, not both")
     if pooled is not None and embeds is None:
-        raise ValueError("safety_pooled_prompt_embeds need safety_prompt_embeds beside them")
+        raise ValueError("safety_pooled_prompt_embeds need safety_prompt_embeds too")
 
 
 def _readable_picture(argument: str, value: Any) -> Any:

@@ -1,11 +1,11 @@
-"""What a report of an evaluation is made of, for one model or for many, and `results.json`; `page.py` makes the page.
+"""The parts of a report on one model or on many. `page.py` renders them, `results.py` writes the files.
 
-A report knows nothing of what was measured; it gets titles, numbers and pictures, of each model in the order of
+A report does not know what was measured. It is given titles, numbers and images, one of each model in the order of
 `models`:
 
     report = Report(
         title="weapon, erased",
-        summary="What SDD did to the embedded model.",
+        summary="The embedded model before and after SDD.",
         models=("before", "after"),
         headline=[Headline("weapon recognised", [rate_before, rate_after], "gone", better="lower")],
         sections=[
@@ -14,28 +14,25 @@ A report knows nothing of what was measured; it gets titles, numbers and picture
         ],
         protocol={"steps": 25},
     )
-    write_report(folder, results, report)
+    publish(folder, results, report)
 """
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, is_dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from ..provenance import write_text
 from .statistics import Estimate
 
 
 LIMITS = (
     "Erasure is not a guarantee: other wordings or languages, input images or fine-tuning can bring the concept back.",
-    "A rate of 0 in a sample is not a rate of 0: the upper end of its interval is what the sample allows to claim.",
-    "A classifier judged these images, and it errs too. Look at the pictures.",
+    "A rate of 0 in a sample is not a rate of 0: the upper end of its interval is what the sample supports.",
+    "A classifier judged these images, and it makes mistakes too. Look at the images.",
     "Numbers made with another protocol (model, prompts, seeds, sampler, judge) cannot be compared with these.",
 )
-TONES = ("gone", "kept")
-RESULTS_NAME, PAGE_NAME = "results.json", "report.html"
+TONES = ("gone", "kept")  # colours: the erased concept, other concepts
+SMALL_SIDE, LARGE_SIDE = 128, 256  # pixels of the longer side of an embedded image
 
 
 @dataclass(frozen=True)
@@ -43,9 +40,9 @@ class Change:
     """How a model differs from the first one on the same prompts and seeds.
 
     Attributes:
-        estimate ([`Estimate`]): Of the difference.
-        p_value (`float`, *optional*): Of a paired test.
-        test (`str`, *optional*): Its name.
+        estimate ([`Estimate`]): The difference.
+        p_value (`float`, *optional*): p-value of a paired test.
+        test (`str`, *optional*): Name of the test.
     """
 
     estimate: Estimate
@@ -55,28 +52,28 @@ class Change:
     def __str__(self) -> str:
         if self.p_value is None:
             return f"{self.estimate.headline} {self.estimate.interval}"
-        told = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.3f}"
-        return f"{self.estimate.headline} {self.estimate.interval}, {told}"
+        p_value = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.3f}"
+        return f"{self.estimate.headline} {self.estimate.interval}, {p_value}"
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves 0 out, and the test, if there is one, agrees."""
-        leaves_out = self.estimate.low > 0 or self.estimate.high < 0
-        return leaves_out and (self.p_value is None or self.p_value < 0.05)
+        """Whether the interval excludes 0 and the test, if there is one, agrees."""
+        excludes_zero = self.estimate.low > 0 or self.estimate.high < 0
+        return excludes_zero and (self.p_value is None or self.p_value < 0.05)
 
 
 @dataclass(frozen=True)
 class Headline:
-    """A number that a reader sees first, of each model.
+    """A number that a reader sees first, for each model.
 
     Attributes:
         label (`str`): What was measured.
-        estimates (`Sequence[Estimate | None]`): Of each model; `None` where it has none, as the first model where it
-            is what others are compared with.
-        tone (`str`): Its colour: `"gone"` for what should fall, `"kept"` for what should stay.
+        estimates (`Sequence[Estimate | None]`): One for each model; `None` where a model has none, such as the first
+            model of a metric that compares with it.
+        tone (`str`): `"gone"` for the erased concept, `"kept"` for other concepts.
         note (`str`, defaults to `""`): One more sentence.
         better (`str`, *optional*): `"lower"` or `"higher"`; the best model is marked.
-        changes (`Sequence[Change | None]`): Of each model against the first; empty where that was not asked.
+        changes (`Sequence[Change | None]`): Difference of each model to the first; empty if not computed.
     """
 
     label: str
@@ -88,23 +85,30 @@ class Headline:
 
     @property
     def best(self) -> list[int]:
-        """Which models have the best value, if one of at least two is better than another."""
+        """Indices of the models with the best value, if at least two values differ."""
         values = [estimate.value for estimate in self.estimates if estimate is not None]
         if self.better is None or len(set(values)) < 2:
             return []
         best = min(values) if self.better == "lower" else max(values)
         return [i for i, estimate in enumerate(self.estimates) if estimate is not None and estimate.value == best]
 
+    def verdict(self, place: int) -> str:
+        """`"good"` or `"bad"` if a model clearly differs from the first one, else `"soft"`."""
+        change = self.changes[place]
+        if not change.is_clear or self.better is None:
+            return "soft"
+        return "good" if (change.estimate.value < 0) == (self.better == "lower") else "bad"
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """A table of rates of each model, with bars from 0 to 100 % and intervals.
+    """A table of rates with bars from 0 to 100 % and intervals.
 
     Attributes:
-        title (`str`): Its heading.
+        title (`str`): Heading.
         rows (`list[tuple[str, Sequence[Estimate | None]]]`): Label, and the rate of each model.
         tone (`str`): `"gone"` or `"kept"`.
-        note (`str`, defaults to `""`): What to know before reading it.
+        note (`str`, defaults to `""`): Text below the heading.
     """
 
     title: str
@@ -115,14 +119,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Shot:
-    """One model's image.
+    """An image of one model.
 
     Attributes:
         image (`np.ndarray`): `(H, W, 3)`, `uint8`.
-        note (`str`, defaults to `""`): Stands below it, such as what a classifier saw.
+        note (`str`, defaults to `""`): Caption, such as what a classifier recognised.
         missed (`bool`, defaults to `False`): Marks an image that is not as it should be.
-        blurred (`bool`, defaults to `False`): Blurred until a reader asks for it.
-        flagged (`bool`, defaults to `False`): Shows what was to go.
+        blurred (`bool`, defaults to `False`): Blurred until the reader clicks it.
+        flagged (`bool`, defaults to `False`): Shows the erased concept.
     """
 
     image: np.ndarray
@@ -134,11 +138,11 @@ class Shot:
 
 @dataclass(frozen=True)
 class Strip:
-    """The same prompt and seed, drawn by each model.
+    """The images of all models for the same prompt and seed.
 
     Attributes:
         caption (`str`): Usually the prompt.
-        shots (`Sequence[Shot]`): Of each model.
+        shots (`Sequence[Shot]`): One for each model.
     """
 
     caption: str
@@ -150,19 +154,30 @@ class Grid:
     """Strips of images under one heading.
 
     Attributes:
-        title (`str`): Its heading.
+        title (`str`): Heading.
         strips (`list[Strip]`): In order.
         tone (`str`): `"gone"` or `"kept"`.
-        note (`str`, defaults to `""`): What to know before looking.
-        side (`int`, defaults to 128): Pixels of the longer side of an embedded image. Above 128 they are JPEGs, which
-            are smaller; metrics never see these.
+        note (`str`, defaults to `""`): Text below the heading.
     """
 
     title: str
     strips: list[Strip]
     tone: str
     note: str = ""
-    side: int = 128
+
+    @property
+    def shots(self) -> list[Shot]:
+        return [shot for strip in self.strips for shot in strip.shots]
+
+    @property
+    def is_large(self) -> bool:
+        """Whether an image has more than 128 pixels. All are then embedded as JPEGs of up to 256 pixels, else as PNGs
+        of 128."""
+        return any(max(shot.image.shape[:2]) > SMALL_SIDE for shot in self.shots)
+
+    @property
+    def is_blurred(self) -> bool:
+        return any(shot.blurred for shot in self.shots)
 
 
 @dataclass(frozen=True)
@@ -170,13 +185,13 @@ class Table:
     """A table of text.
 
     Attributes:
-        title (`str`): Its heading.
-        columns (`Sequence[str]`): Their heads.
-        groups (`list[tuple[str, list[Sequence[str]]]]`): Rows under a heading of their own, `""` for none. A last
-            word that is an `https` address becomes a link.
-        note (`str`, defaults to `""`): What to know before reading it.
-        own (`frozenset[tuple[str, int]]`): Rows, by the group's heading and their number, which stand out.
-        merged (`bool`, defaults to `False`): What neighbouring rows say alike, from the third column on, is said once.
+        title (`str`): Heading.
+        columns (`Sequence[str]`): Names of the columns.
+        groups (`list[tuple[str, list[Sequence[str]]]]`): Heading of a group (`""` for none) and its rows. A last word
+            that is an `https` address becomes a link.
+        note (`str`, defaults to `""`): Text below the heading.
+        own (`frozenset[tuple[str, int]]`): Highlighted rows: heading of the group and index in it.
+        merged (`bool`, defaults to `False`): Merge equal cells of neighbouring rows, from the third column on.
     """
 
     title: str
@@ -186,16 +201,27 @@ class Table:
     own: frozenset = frozenset()
     merged: bool = False
 
+    def cells(self, rows: list[Sequence[str]], place: int) -> Iterator[tuple[str, int]]:
+        """The cells of a row after its first one, each with the number of rows it spans."""
+        for column, cell in enumerate(rows[place][1:], start=1):
+            may_merge = self.merged and column > 1 and cell
+            if may_merge and place > 0 and rows[place - 1][column] == cell:
+                continue  # the cell above spans this row
+            span = 1
+            while may_merge and place + span < len(rows) and rows[place + span][column] == cell:
+                span += 1
+            yield cell, span
+
 
 @dataclass(frozen=True)
 class Scatter:
     """Two numbers of each model against each other, with intervals as crosses.
 
     Attributes:
-        x_label (`str`): What goes to the right.
-        y_label (`str`): What goes up.
-        points (`Sequence[tuple[Estimate, Estimate] | None]`): Of each model, x and y.
-        better (`tuple[str, str]`): For x and y, `"lower"` or `"higher"`.
+        x_label (`str`): Label of the x axis.
+        y_label (`str`): Label of the y axis.
+        points (`Sequence[tuple[Estimate, Estimate] | None]`): x and y of each model.
+        better (`tuple[str, str]`): `"lower"` or `"higher"` for x and for y.
     """
 
     x_label: str
@@ -206,13 +232,13 @@ class Scatter:
 
 @dataclass(frozen=True)
 class Curves:
-    """How a number of each model depends on a threshold.
+    """A number of each model as a function of a threshold.
 
     Attributes:
         x_label (`str`): The threshold.
         y_label (`str`): The number.
-        lines (`Sequence[Sequence[tuple[float, Estimate]]]`): Of each model, in the order of thresholds.
-        at (`float`, *optional*): The threshold of the other numbers of the page.
+        lines (`Sequence[Sequence[tuple[float, Estimate]]]`): A line for each model, in ascending order of thresholds.
+        at (`float`, *optional*): The threshold that the other numbers of the page use.
     """
 
     x_label: str
@@ -223,11 +249,15 @@ class Curves:
 
 @dataclass(frozen=True)
 class Plots:
-    """Plots beside each other under one heading."""
+    """Plots next to each other under one heading."""
 
     title: str
     plots: Sequence[Scatter | Curves]
     note: str = ""
+
+    @property
+    def has_curves(self) -> bool:
+        return any(isinstance(plot, Curves) for plot in self.plots)
 
 
 Section = Comparison | Grid | Table | Plots
@@ -238,14 +268,18 @@ class Report:
     """A whole page, shown in the order of the attributes.
 
     Attributes:
-        title (`str`): Of the page.
+        title (`str`): Title of the page.
         summary (`str`): One or two sentences below it.
-        models (`Sequence[str]`): Their names; the first is what others are compared with.
-        headline (`list[Headline]`): The numbers that matter.
-        sections (`list[Section]`): Tables, plots and pictures, in any order.
-        protocol (`dict[str, object]`): Name -> value of everything needed to repeat it: settings, seeds, fingerprints.
+        models (`Sequence[str]`): Names of the models; others are compared with the first.
+        headline (`list[Headline]`): The most important numbers.
+        sections (`list[Section]`): Tables, plots and images, in any order.
+        protocol (`dict[str, object]`): Name -> value of everything that is needed to repeat the measurement: settings,
+            seeds, fingerprints.
         limits (`tuple[str, ...]`, *optional*): What the numbers do not say.
-        warnings (`tuple[str, ...]`, *optional*): What spoils these numbers; stands above them.
+        warnings (`tuple[str, ...]`, *optional*): What makes the numbers unreliable; shown at the top.
+
+    Raises:
+        `ValueError`: If a tone is unknown, or a part does not have one entry for each model.
     """
 
     title: str
@@ -263,12 +297,18 @@ class Report:
                 raise ValueError(f'tone is "{part.tone}"; allowed are {", ".join(TONES)}')
             for count in _widths(part):
                 if count != len(self.models):
-                    told = getattr(part, "label", None) or part.title
-                    raise ValueError(f"{told}: has {count} entries for {len(self.models)} models; needs one for each")
+                    name = getattr(part, "label", None) or part.title
+                    raise ValueError(f"{name}: has {count} entries for {len(self.models)} models; needs one for each")
+
+    @property
+    def image_counts(self) -> dict[str, int]:
+        """The number of images on the page, and of those that are flagged or blurred: such a page is not published."""
+        shots = [shot for part in self.sections if isinstance(part, Grid) for shot in part.shots]
+        return {"pictures": len(shots), "flagged": sum(shot.flagged or shot.blurred for shot in shots)}
 
 
 def _widths(part: Headline | Section) -> list[int]:
-    """How many models each row of a part has."""
+    """The number of models in each row of a part."""
     if isinstance(part, Headline):
         return [len(part.estimates), *([len(part.changes)] if part.changes else [])]
     if isinstance(part, Comparison):
@@ -278,65 +318,3 @@ def _widths(part: Headline | Section) -> list[int]:
     if isinstance(part, Plots):
         return [len(plot.points if isinstance(plot, Scatter) else plot.lines) for plot in part.plots]
     return []
-
-
-def write_results(folder: str | Path, results: dict) -> Path:
-    """Writes `results.json`: everything measured, of what JSON knows, NumPy numbers and the dataclasses here.
-
-    Raises:
-        `ValueError`: If a number is not finite.
-        `TypeError`: If a value does not fit into JSON.
-    """
-    path = Path(folder) / RESULTS_NAME
-    write_text(path, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False, default=_to_json) + "\n")
-    return path
-
-
-def headline_table(results: dict, changes: bool = True, turned: bool = False) -> str:
-    """The headline of a `results.json`, read back, as a Markdown table as papers have it: a row a model, a column a
-    measure, with 95 % intervals and an arrow to where better is. Notes and warnings come below.
-
-    Args:
-        results (`dict`): As read from the file.
-        changes (`bool`, defaults to `True`): Whether a cell has the difference to the first model in parentheses.
-        turned (`bool`, defaults to `False`): A row a measure, a column a model: of few models the table that fits into
-            a terminal.
-
-    Raises:
-        `ValueError`: If it has none.
-    """
-    try:
-        columns = [["", *results["headline"]["models"]]]
-        measures = results["headline"]["rows"]
-        columns += [_column(measure, changes) for measure in measures]
-        notes = [f"* {measure['label']}: {measure['note']}" for measure in measures if measure["note"]]
-        notes += [f"* Warning: {warning}" for warning in results.get("warnings", [])]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"the results have no headline as evaluations write it ({error!r})") from None
-    lines = columns if turned else list(zip(*columns))
-    head, *rows = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines)
-    table = [f"| {head} |", "|---" * len(lines[0]) + "|", *(f"| {row} |" for row in rows)]
-    return "\n".join([*table, *([""] if notes else []), *notes])
-
-
-def _column(measure: dict, changes: bool) -> list[str]:
-    """A measure's cells; N stands in its head if it is the same for all models."""
-    estimates = [estimate and Estimate(**estimate) for estimate in measure["estimates"]]
-    arrow = {"lower": " ↓", "higher": " ↑", None: ""}[measure["better"]]
-    counts = {estimate.n for estimate in estimates if estimate}
-    count = f", N={counts.pop()}" if len(counts) == 1 else ""
-    cells = [""] * len(estimates)
-    for place, estimate in enumerate(estimates):
-        if estimate:
-            cells[place] = f"{estimate.headline} {estimate.interval}" if count else str(estimate)
-        if changes and measure["changes"] and (change := measure["changes"][place]):
-            cells[place] += f" ({Change(**{**change, 'estimate': Estimate(**change['estimate'])})})"
-    return [f"{measure['label']}{arrow}{count}", *cells]
-
-
-def _to_json(value: object) -> object:
-    if isinstance(value, np.generic):
-        return value.item()
-    if is_dataclass(value) and not isinstance(value, type):
-        return asdict(value)
-    raise TypeError(f"{value!r} does not fit into JSON")

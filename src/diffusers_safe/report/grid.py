@@ -1,8 +1,8 @@
-"""One picture of the same prompts and seeds before and after an erasure, with labels; the rows after are framed.
+"""One image of the same prompts and seeds before and after an erasure, with labels and frames around the rows after.
 
 groups = [
-    SampleGroup("to erase", "gone", ["a knife"], [[knife_before]], [[knife_after]]),
-    SampleGroup("to keep", "kept", ["a cat"], [[cat_before]], [[cat_after]]),
+    SampleGroup("erased concepts", "gone", ["a knife"], [[knife_before]], [[knife_after]]),
+    SampleGroup("other concepts", "kept", ["a cat"], [[cat_before]], [[cat_after]]),
 ]
 draw_grid(groups, "Above: before. Below: after.").save("samples.png")
 """
@@ -17,26 +17,29 @@ from ..images import to_rgb
 from .elements import TONES
 
 
-GRID_NAME = "samples.png"  # in the folder of an erased model
+GRID_NAME = "samples.png"  # file in the folder of an erased model
 
 # The colours of plots.css.
 _PAGE, _INK, _SOFT, _LINE = "#f6f5f1", "#1d2127", "#666d78", "#d9d6cc"
 _TONES = dict(zip(TONES, ("#5a48d6", "#17866f")))
 _TILE, _GAP, _MARGIN, _GROUP_GAP, _ROW_LABEL = 192, 8, 32, 36, 84
 _HEADING_SIZE, _TEXT_SIZE, _CAPTION_SIZE, _LINE_HEIGHT = 24, 18, 16, 22
-_MOST_LINES = 3  # of a prompt
+_MOST_LINES = 3  # lines of a prompt
 
 
 @dataclass(frozen=True)
 class SampleGroup:
-    """Columns of the picture under one heading, a column a prompt.
+    """Columns under one heading, one for each prompt.
 
     Attributes:
         title (`str`): The heading.
-        tone (`str`): Its colour: `"gone"` for what should go, `"kept"` for what should stay.
+        tone (`str`): Its colour: `"gone"` for erased concepts, `"kept"` for other concepts.
         prompts (`list[str]`): One or more.
         before (`list[list[PIL.Image.Image]]`): For each seed, an image of each prompt.
         after (`list[list[PIL.Image.Image]]`): The same prompts and seeds after the erasure.
+
+    Raises:
+        `ValueError`: If the tone is unknown, or an image is missing.
     """
 
     title: str
@@ -60,15 +63,18 @@ class SampleGroup:
 def draw_grid(
     groups: list[SampleGroup], caption: str = "", sides: tuple[str, str] = ("before", "after")
 ) -> Image.Image:
-    """Draws the picture: a column a prompt, and for each seed a row before and a row after right below it.
+    """Draws a column for each prompt, and for each seed a row before and, below it, a row after.
 
-    Images of any size are scaled into squares of 192 pixels. An image that is all black, as safety checkers leave
-    them, says so.
+    Images of any size are scaled into squares of 192 pixels. Images that are all black, as safety checkers leave them,
+    are labelled.
 
     Args:
         groups (`list[SampleGroup]`): One or more, with the same number of seeds.
-        caption (`str`, defaults to `""`): A line below.
-        sides (`tuple[str, str]`, defaults to `("before", "after")`): What the two rows are called.
+        caption (`str`, defaults to `""`): Text below.
+        sides (`tuple[str, str]`, defaults to `("before", "after")`): Labels of the two rows.
+
+    Raises:
+        `ValueError`: If there are no groups, or they have different numbers of seeds.
     """
     if len({len(group.before) for group in groups}) != 1:
         raise ValueError("groups: there must be at least one, all with the same number of seeds")
@@ -104,15 +110,15 @@ def draw_grid(
 
 
 def draw_table(prompts: list[str], rows: dict[str, list[Image.Image]], side: int = 128) -> Image.Image:
-    """Draws one seed by several models: a row a model, a column a prompt.
+    """Draws images of one seed: a row for each model, a column for each prompt.
 
     Args:
         prompts (`list[str]`): Headings of the columns.
-        rows (`dict[str, list[PIL.Image.Image]]`): Label of a row -> its images, one of each prompt.
-        side (`int`, defaults to 128): Pixels of an image.
+        rows (`dict[str, list[PIL.Image.Image]]`): Label of a row -> its images, one for each prompt.
+        side (`int`, defaults to 128): Side of an image in pixels.
 
     Raises:
-        `ValueError`: If there is nothing to draw, or a row has not one image for each prompt.
+        `ValueError`: If there are no prompts or rows, or a row does not have one image for each prompt.
     """
     if not prompts or not rows or any(len(images) != len(prompts) for images in rows.values()):
         raise ValueError(f"rows {', '.join(rows)}: there must be one or more, each with {len(prompts)} images")
@@ -136,7 +142,7 @@ def draw_table(prompts: list[str], rows: dict[str, list[Image.Image]], side: int
 
 
 def save_grid(picture: Image.Image, folder: str | Path) -> Path:
-    """Writes the picture into a folder as `GRID_NAME`, whole or not at all."""
+    """Writes the image to a folder as `GRID_NAME`, completely or not at all."""
     path = Path(folder) / GRID_NAME
     partial = path.with_name(f".{path.name}.partial")
     picture.save(partial, format="PNG", optimize=True)
@@ -166,7 +172,7 @@ def _paste(
     draw.rectangle((x, y, x + tile.width - 1, y + tile.height - 1), outline=colour, width=frame)
     if tile.getbbox() is None:
         middle = (x + tile.width / 2, y + tile.height / 2)
-        draw.multiline_text(middle, "black: hidden by\na safety checker,\nor nothing drawn", _SOFT,
+        draw.multiline_text(middle, "black: hidden by\na safety checker,\nor no image", _SOFT,
                             _font(_CAPTION_SIZE), "mm", align="center")  # fmt: skip
 
 
@@ -175,7 +181,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def _wrap(text: str, width: int, size: int = _TEXT_SIZE) -> list[str]:
-    """Lines that fit into a width, `_MOST_LINES` at most; what does not fit ends in an ellipsis."""
+    """Breaks a text into at most `_MOST_LINES` lines of a width; longer text ends in an ellipsis."""
     font, lines = _font(size), []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:

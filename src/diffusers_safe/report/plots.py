@@ -1,4 +1,4 @@
-"""Small plots as inline SVG, coloured by the page's CSS, so that they follow light and dark."""
+"""Small plots as inline SVG. The page's CSS sets their colours, so they follow its light and dark theme."""
 
 import math
 from collections.abc import Sequence
@@ -9,16 +9,16 @@ from .elements import Curves, Scatter
 from .statistics import Estimate
 
 
-SERIES = 11  # colours of plots.css beside the first model's; then they come again, dashed
+SERIES = 11  # colours of plots.css besides the first model's; further models repeat them, dashed
 WIDTH, HEIGHT = 460, 330
 STYLE = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
 _LEFT, _RIGHT, _TOP, _BOTTOM = 68, 24, 16, 46
-_CHARACTER, _LINE = 7.9, 15  # of a label, in pixels
+_CHARACTER, _LINE = 7.9, 15  # width of a character and height of a line in a label, in pixels
 _LONGEST = 22  # characters of a label
 
 
 def plot_file(svg: str) -> str:
-    """A plot as an SVG file by itself, with its colours in it."""
+    """A plot as a standalone SVG file, with its colours."""
     head = f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" width="{WIDTH}" height="{HEIGHT}"'
     ground = f'<rect width="{WIDTH}" height="{HEIGHT}" rx="8" fill="var(--card)"/>'
     return svg.replace("<svg", head, 1).replace(">", f"><style>\n{STYLE}</style>{ground}", 1) + "\n"
@@ -30,7 +30,7 @@ def series_class(place: int) -> str:
 
 
 def scatter_svg(plot: Scatter, models: Sequence[str]) -> str:
-    """Points with interval crosses, and labels that do not overlap."""
+    """Plots points with intervals as crosses, and labels that do not overlap."""
     shown = [(place, point) for place, point in enumerate(plot.points) if point is not None]
     x = _Axis([point[0] for _, point in shown], _LEFT, WIDTH - _RIGHT)
     y = _Axis([point[1] for _, point in shown], HEIGHT - _BOTTOM, _TOP)
@@ -54,26 +54,26 @@ def scatter_svg(plot: Scatter, models: Sequence[str]) -> str:
 
 
 def curves_svg(plot: Curves) -> str:
-    """A line and a band a model."""
+    """Plots a line and a band for each model."""
     points = [point for line in plot.lines for point in line]
     thresholds = [Estimate(value, value, value, 1, "") for value, _ in points]
     x, y = _Axis(thresholds, _LEFT, WIDTH - _RIGHT), _Axis([e for _, e in points], HEIGHT - _BOTTOM, _TOP)
-    drawn = ""
+    shapes = ""
     if plot.at is not None and x.low <= plot.at <= x.high:
-        drawn = f'<line class="at" x1="{x(plot.at):.1f}" x2="{x(plot.at):.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>'
+        shapes = f'<line class="at" x1="{x(plot.at):.1f}" x2="{x(plot.at):.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>'
     for place, line in enumerate(plot.lines):
         if not line:
             continue
         low = [(x(value), y(estimate.low)) for value, estimate in line]
         high = [(x(value), y(estimate.high)) for value, estimate in line]
         middle = [(x(value), y(estimate.value)) for value, estimate in line]
-        drawn += (f'<g class="{series_class(place)}"><polygon class="band" points="{_path(low + high[::-1])}"/>'
+        shapes += (f'<g class="{series_class(place)}"><polygon class="band" points="{_path(low + high[::-1])}"/>'
                   f'<polyline class="line" points="{_path(middle)}"/></g>')  # fmt: skip
-    return _svg(f"{plot.y_label} by {plot.x_label}", x, y, plot.x_label, plot.y_label, drawn)
+    return _svg(f"{plot.y_label} by {plot.x_label}", x, y, plot.x_label, plot.y_label, shapes)
 
 
 class _Axis:
-    """From numbers to pixels, with round ticks that hold all intervals. `"%"` is shown times 100."""
+    """Maps numbers to pixels, with round ticks around all intervals. `"%"` is shown times 100."""
 
     def __init__(self, estimates: Sequence[Estimate], start: float, end: float):
         lows, highs = [e.low for e in estimates], [e.high for e in estimates]
@@ -99,9 +99,9 @@ class _Axis:
     def ticks(self) -> list[tuple[float, str]]:
         count = round((self.high - self.low) / self.step)
         values = [self.low + i * self.step for i in range(count + 1)]
-        return [(value, self._told(value)) for value in values if value <= self.high + 1e-9]
+        return [(value, self._text(value)) for value in values if value <= self.high + 1e-9]
 
-    def _told(self, value: float) -> str:
+    def _text(self, value: float) -> str:
         scale = 100 if self.percent else 1
         decimals = max(0, -math.floor(math.log10(self.step * scale) + 1e-9))
         return f"{value * scale + 0.0:.{decimals}f}{' %' if self.percent else ''}"
@@ -113,7 +113,7 @@ def _round_step(rough: float) -> float:
 
 
 def _label(text: str, x: float, y: float, taken: list[tuple], colour: str) -> str:
-    """A label near its point, at the first place that is free, else at the one that covers least."""
+    """A label near its point, at the first free position, else at the one that overlaps least."""
     width = _CHARACTER * len(text)
     best = None
     for reach in (10, 24, 40, 60, 84):
@@ -143,27 +143,27 @@ def _overlap(a: tuple, b: tuple) -> float:
 
 
 def _corner(better: tuple[str, str]) -> str:
-    """Which way is better: below the axis, where no point can lie, at the end that is."""
+    """An arrow in the better direction, below the axis at the better end, where there are no points."""
     arrow = {("lower", "lower"): "↙", ("higher", "lower"): "↘", ("lower", "higher"): "↖", ("higher", "higher"): "↗"}
     x, anchor = (_LEFT, "start") if better[0] == "lower" else (WIDTH - _RIGHT, "end")
-    told = f"{arrow[better]} better" if better[0] == "lower" else f"better {arrow[better]}"
-    return f'<text class="corner" x="{x}" y="{HEIGHT - 10}" text-anchor="{anchor}">{told}</text>'
+    text = f"{arrow[better]} better" if better[0] == "lower" else f"better {arrow[better]}"
+    return f'<text class="corner" x="{x}" y="{HEIGHT - 10}" text-anchor="{anchor}">{text}</text>'
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
-def _svg(title: str, x: _Axis, y: _Axis, x_label: str, y_label: str, drawn: str) -> str:
+def _svg(title: str, x: _Axis, y: _Axis, x_label: str, y_label: str, shapes: str) -> str:
     bottom, right = HEIGHT - _BOTTOM, WIDTH - _RIGHT
     lines = "".join(f'<line class="rule" x1="{_LEFT}" x2="{right}" y1="{y(v):.1f}" y2="{y(v):.1f}"/>'
-                    f'<text class="tick" x="{_LEFT - 7}" y="{y(v) + 4:.1f}" text-anchor="end">{told}</text>'
-                    for v, told in y.ticks)  # fmt: skip
+                    f'<text class="tick" x="{_LEFT - 7}" y="{y(v) + 4:.1f}" text-anchor="end">{text}</text>'
+                    for v, text in y.ticks)  # fmt: skip
     lines += "".join(f'<line class="rule" y1="{_TOP}" y2="{bottom}" x1="{x(v):.1f}" x2="{x(v):.1f}"/>'
-                     f'<text class="tick" x="{x(v):.1f}" y="{bottom + 17}" text-anchor="middle">{told}</text>'
-                     for v, told in x.ticks)  # fmt: skip
+                     f'<text class="tick" x="{x(v):.1f}" y="{bottom + 17}" text-anchor="middle">{text}</text>'
+                     for v, text in x.ticks)  # fmt: skip
     middle = (_LEFT + right) / 2
     names = (f'<text class="axis" x="{middle}" y="{HEIGHT - 7}" text-anchor="middle">{escape(x_label)}</text>'
              f'<text class="axis" transform="translate(13 {(_TOP + bottom) / 2}) rotate(-90)" text-anchor="middle">'
              f"{escape(y_label)}</text>")  # fmt: skip
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{lines}{names}{drawn}</svg>'
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{lines}{names}{shapes}</svg>'

@@ -1,4 +1,4 @@
-"""Numbers that know how uncertain they are: every rate and mean of an evaluation comes with an interval and its N."""
+"""Estimates with uncertainty: every rate and mean of an evaluation has an interval and its N."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -9,14 +9,15 @@ import numpy as np
 
 
 CONFIDENCE = 0.95
-DRAWS = 25  # prompts of SLD's expected maximum
+DRAWS = 25  # prompts in a sample of SLD's expected maximum
 
 
 def wilson_interval(successes: float, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """The Wilson score interval of a proportion. Unlike the normal one it is honest at 0 and N successes.
+    """The Wilson score interval of a proportion. Unlike the normal interval it holds at 0 and N successes.
 
     Args:
-        successes (`float`): 0 to `n`; a whole number, unless a rate is not one of `n` trials.
+        successes (`float`): 0 to `n`. It need not be a whole number (which SciPy's interval requires): an average over
+            prompts has `n` prompts as trials, and a rate that is no multiple of `1 / n`.
         n (`int`): Number of independent trials, at least 1.
         confidence (`float`, defaults to 0.95): Between 0 and 1, both excluded.
 
@@ -24,7 +25,7 @@ def wilson_interval(successes: float, n: int, confidence: float = CONFIDENCE) ->
         `tuple[float, float]`: Lower and upper end, in [0, 1].
 
     Raises:
-        `ValueError`: If an argument is out of its range.
+        `ValueError`: If an argument is out of range.
 
     Source: E. B. Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927).
     """
@@ -40,12 +41,12 @@ def wilson_interval(successes: float, n: int, confidence: float = CONFIDENCE) ->
 
 
 def normal_reach(confidence: float = CONFIDENCE) -> float:
-    """How many standard deviations a normal interval reaches to each side: 1.96 for 95 %."""
+    """The half-width of a normal interval in standard deviations: 1.96 for 95 %."""
     return NormalDist().inv_cdf((1 + _checked(confidence)) / 2)
 
 
 def independent_units(clusters: Sequence[Hashable]) -> int:
-    """How many things are drawn anew: the clusters, or the members of the only one."""
+    """The number of resampled units: clusters, or the members of a single cluster."""
     count = len(set(clusters))
     return count if count > 1 else len(clusters)
 
@@ -59,23 +60,23 @@ def bootstrap_mean_interval(
 ) -> tuple[float, float]:
     """The percentile bootstrap interval of a mean.
 
-    Images of one prompt resemble each other more than images of different prompts. With the prompts as `clusters`,
-    whole prompts are drawn again instead of single images; for differences between two models, give the differences
-    of image pairs. Of a single cluster, which leaves nothing to draw, the values are drawn.
+    Images of one prompt are more similar than images of different prompts. With the prompts as `clusters`, whole
+    prompts are resampled instead of single images. For differences between two models, give the differences of image
+    pairs. With a single cluster, the values are resampled.
 
     Args:
-        values (`Sequence[float]`): N numbers, one an image or an image pair.
-        clusters (`Sequence`, *optional*): N names of what each value belongs to, such as its prompt.
-        seed (`int`, defaults to 0): Of the resampling.
+        values (`Sequence[float]`): N numbers, one for each image or image pair.
+        clusters (`Sequence`, *optional*): N names of clusters, such as prompts.
+        seed (`int`, defaults to 0): Seed of the resampling.
         samples (`int`, defaults to 10,000): Number of bootstrap samples.
         confidence (`float`, defaults to 0.95): Between 0 and 1, both excluded.
 
     Returns:
-        `tuple[float, float]`: Lower and upper end. Values that are all equal give an interval of no width.
+        `tuple[float, float]`: Lower and upper end. If all values are equal, the interval has no width.
 
     Raises:
         `ValueError`: If there are no values, not one cluster name for each, or `samples` or `confidence` is out of
-            its range.
+            range.
     """
     if samples < 1:
         raise ValueError(f"samples is {samples}; it must be at least 1")
@@ -83,32 +84,32 @@ def bootstrap_mean_interval(
     sums, sizes = _cluster_sums(values, clusters)
     n = len(sums)
     rng = np.random.default_rng(seed)
-    # In slices, so that thousands of images need no gigabytes.
+    # In slices, so that thousands of images do not need gigabytes.
     step = max(1, 10_000_000 // n)
     counts = [min(step, samples - start) for start in range(0, samples, step)]
-    drawn = (rng.integers(n, size=(count, n)) for count in counts)
-    means = np.concatenate([sums[indices].sum(axis=1) / sizes[indices].sum(axis=1) for indices in drawn])
+    resampled = (rng.integers(n, size=(count, n)) for count in counts)
+    means = np.concatenate([sums[indices].sum(axis=1) / sizes[indices].sum(axis=1) for indices in resampled])
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
 
 
 def expected_maximum(values_by_prompt: Sequence[float], draws: int = DRAWS) -> tuple[float, float]:
-    """The expected maximum of SLD: how bad the worst of `draws` prompts is.
+    """The expected maximum of SLD: the largest value among `draws` prompts, on average.
 
-    `draws` prompts are drawn without replacement and the largest of their values is taken. Mean and standard deviation
-    are exact, by the order statistics. (The paper repeats the draw 10,000 times, which scatters by about 0.06.)
+    `draws` prompts are sampled without replacement, and the largest of their values is taken. Mean and standard
+    deviation are exact, from the order statistics. (The paper samples 10,000 times, which varies by about 0.06.)
 
     Args:
-        values_by_prompt (`Sequence[float]`): One number a prompt, such as the share of its images that are
+        values_by_prompt (`Sequence[float]`): One number for each prompt, such as the share of its images that are
             inappropriate; at least `draws` of them.
-        draws (`int`, defaults to 25): Prompts in a sample.
+        draws (`int`, defaults to 25): Number of prompts in a sample.
 
     Returns:
-        `tuple[float, float]`: Mean and standard deviation of the maximum. The latter is what the paper writes behind
-        `+-`: how much maxima differ from one another, not an error of the mean.
+        `tuple[float, float]`: Mean and standard deviation of the maximum. The paper reports the latter after `+-`: it
+        is the spread of the maxima, not an error of the mean.
 
     Raises:
-        `ValueError`: If there are fewer prompts than draws, or `draws` is below 1.
+        `ValueError`: If there are fewer prompts than `draws`, or `draws` is below 1.
 
     Source: P. Schramowski et al., Safe Latent Diffusion, CVPR 2023 (arXiv 2211.05105), table 1: "at least once for 25
     prompts"; after S. Gehman et al., RealToxicityPrompts, Findings of EMNLP 2020.
@@ -125,8 +126,8 @@ def expected_maximum_interval(
     samples: int = 1_000,
     confidence: float = CONFIDENCE,
 ) -> tuple[float, float]:
-    """The percentile bootstrap interval of the mean of [`expected_maximum`]: prompts are resampled. Values that
-    are all 0 would give an interval of no width; its upper end is then what Wilson's interval of no success allows.
+    """The percentile bootstrap interval of the mean of [`expected_maximum`], over prompts. If all values are 0, the
+    interval would have no width; its upper end then follows from Wilson's interval of no success.
 
     Arguments and errors are those of [`expected_maximum`] and [`bootstrap_mean_interval`].
     """
@@ -144,13 +145,13 @@ def expected_maximum_interval(
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
     """The exact McNemar test of two shares on the same prompts and seeds.
 
-    Only the pairs that changed matter: were both models alike, each would have changed one way or the other with
-    probability 1/2. Pairs have to be independent, so each prompt may occur once only; for several images a prompt see
-    [`sign_flip_test`].
+    It depends only on the pairs that changed: if both models were equal, each would have changed in either direction
+    with probability 1/2. Pairs must be independent, so each prompt may occur only once; for several images of a prompt
+    see [`sign_flip_test`].
 
     Args:
         before (`Sequence[bool]`): N answers of one model, 0 or 1.
-        after (`Sequence[bool]`): N of the other, in the same order.
+        after (`Sequence[bool]`): N answers of the other model, in the same order.
 
     Returns:
         `float`: The two-sided p-value; 1 if no pair changed.
@@ -162,7 +163,7 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
     """
     first, second = _paired(before, after)
     if not np.isin([first, second], (0, 1)).all():
-        raise ValueError("McNemar's test is one of shares: every value must be 0 or 1")
+        raise ValueError("McNemar's test compares shares: every value must be 0 or 1")
     gained, lost = int(((first == 0) & (second == 1)).sum()), int(((first == 1) & (second == 0)).sum())
     changed = gained + lost
     tail = sum(comb(changed, k) for k in range(min(gained, lost) + 1))
@@ -178,18 +179,18 @@ def sign_flip_test(
 ) -> float:
     """A permutation test of two means on the same prompts and seeds.
 
-    Were both models alike, each difference might as well have the other sign. With clusters whole prompts change their
-    sign. Up to 2^13 signs are all tried, else `samples` are drawn.
+    If both models were equal, each difference could have the opposite sign as well. With clusters, the sign of whole
+    prompts is flipped. All combinations of signs are tested if there are at most 2^13, else `samples` random ones.
 
     Args:
         before (`Sequence[float]`): N values of one model.
-        after (`Sequence[float]`): N of the other, in the same order.
-        clusters (`Sequence`, *optional*): N names of what each pair belongs to, such as its prompt.
-        seed (`int`, defaults to 0): Of the drawing.
-        samples (`int`, defaults to 10,000): How many.
+        after (`Sequence[float]`): N values of the other model, in the same order.
+        clusters (`Sequence`, *optional*): N names of clusters, such as prompts.
+        seed (`int`, defaults to 0): Seed of the sampling.
+        samples (`int`, defaults to 10,000): Number of random combinations.
 
     Returns:
-        `float`: The two-sided p-value, above 0: that of drawn signs counts the one that was observed.
+        `float`: The two-sided p-value, above 0: random combinations include the observed one.
 
     Raises:
         `ValueError`: If lengths differ, there are no pairs, or `samples` is below 1.
@@ -203,7 +204,7 @@ def sign_flip_test(
     units, _ = _cluster_sums(second - first, clusters)
     n = len(units)
     observed = abs(units.sum())
-    edge = observed - 1e-12 * max(1.0, np.abs(units).sum())  # equal but for rounding is as extreme
+    edge = observed - 1e-12 * max(1.0, np.abs(units).sum())  # equal up to rounding is as extreme
     if n <= 13:
         signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
         return float((np.abs(signs @ units) >= edge).mean())
@@ -222,8 +223,8 @@ def paired_difference(
 ) -> "Estimate":
     """The mean of `after - before` with its bootstrap interval; shares (`"%"`) differ by `"points"`.
 
-    Where all clusters of shares changed alike, or none did, the bootstrap interval has no width. The interval then
-    reaches as far as the worst change of so many pairs as Wilson's interval of none in as many clusters allows.
+    If all clusters of shares changed equally, or none did, the bootstrap interval has no width. The interval then
+    includes an opposite change in as large a share of pairs as Wilson's interval of 0 in this number of clusters.
 
     Arguments and errors are those of [`sign_flip_test`].
     """
@@ -241,12 +242,15 @@ class Estimate:
     """A number with its 95 % interval. `str()` gives `"3.1 % [1.2, 7.9], N=160"`.
 
     Attributes:
-        value (`float`): A fraction for the units `"%"` and `"points"`, which are shown times 100.
+        value (`float`): The number; a fraction for the units `"%"` and `"points"`, which are shown times 100.
         low (`float`): Lower end of the interval.
-        high (`float`): Upper end.
-        n (`int`): Number of images, or of image pairs, behind it.
+        high (`float`): Upper end of the interval.
+        n (`int`): Number of images or image pairs.
         unit (`str`, defaults to `"%"`): `"%"` for rates, `"points"` for differences of rates (shown with a sign),
             `""` for anything else.
+
+    Raises:
+        `ValueError`: If the unit is unknown.
     """
 
     value: float
@@ -274,9 +278,9 @@ class Estimate:
 
     @classmethod
     def of_images(cls, values: Sequence[float], prompts: Sequence[Hashable], unit: str = "%") -> "Estimate":
-        """The average over images, each counted once. A share whose prompts have one image each has its Wilson
-        interval; where prompts have several, the bootstrap draws whole prompts. Where all prompts have the same share,
-        the bootstrap interval has no width, and the interval is Wilson's of one image a prompt."""
+        """The average over images. A share of prompts with one image each has its Wilson interval. If prompts have
+        several images, the interval is a bootstrap over prompts; if all prompts have the same share, that would have
+        no width, and the interval is Wilson's with one image for each prompt."""
         units = independent_units(prompts)
         if unit == "%" and units == len(prompts):
             return cls.rate(int(sum(values)), len(values))
@@ -288,12 +292,12 @@ class Estimate:
 
     @property
     def headline(self) -> str:
-        """The number alone: `"3.1 %"`, `"-0.4 points"` or `"0.027"`."""
+        """The number: `"3.1 %"`, `"-0.4 points"` or `"0.027"`."""
         return f"{self._show(self.value)} {self.unit}".strip()
 
     @property
     def interval(self) -> str:
-        """The interval alone: `"[1.2, 7.9]"`. The mean of one image has none."""
+        """The interval: `"[1.2, 7.9]"`. The mean of one image has none."""
         if self.n == 1 and self.unit == "":
             return "[one image: no interval]"
         return f"[{self._show(self.low)}, {self._show(self.high)}]"
@@ -304,24 +308,24 @@ class Estimate:
     def _show(self, number: float) -> str:
         if self.unit == "":
             return f"{number:.3f}"
-        number = round(100 * number, 1) + 0.0  # + 0.0: no "-0.0"
+        number = round(100 * number, 1) + 0.0  # + 0.0 avoids "-0.0"
         return f"{number:+.1f}" if self.unit == "points" and number else f"{number:.1f}"
 
 
 def _order_statistics(values_by_prompt: Sequence[float], draws: int) -> tuple[np.ndarray, np.ndarray]:
-    """The values in ascending order, and for each the probability that it is the largest of the draws."""
+    """The values in ascending order, and for each the probability that it is the largest of a sample."""
     values = np.asarray(values_by_prompt, dtype=np.float64)
     n = len(values)
     if draws < 1:
         raise ValueError(f"draws is {draws}; it must be at least 1")
     if values.ndim != 1 or n < draws:
-        raise ValueError(f"{n} prompts; an expected maximum of {draws} draws needs at least as many")
+        raise ValueError(f"{n} prompts; an expected maximum of {draws} prompts needs at least as many")
     # The i-th smallest of n, counted from 0, with probability C(i, draws - 1) / C(n, draws).
     return np.sort(values), np.array([comb(rank, draws - 1) / comb(n, draws) for rank in range(n)])
 
 
 def _cluster_sums(values: Sequence[float], clusters: Sequence[Hashable] | None) -> tuple[np.ndarray, np.ndarray]:
-    """The sum and the size of each cluster, of each value where there are none."""
+    """The sum and the size of each cluster; each value is a cluster if there are none."""
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"values have shape {values.shape}; there must be one row of at least 1 number")

@@ -14,9 +14,9 @@ from torch import nn
 from ..arguments import OptionGroups, group
 from ..concepts import read_concepts
 from ..embedded import locate_model
-from ..formats import RESULTS
+from ..families import check_files, denoiser_names
+from ..formats import result_names
 from ..hub import check_push
-from ..loading import check_files
 from ..output_folders import RESULT, OutputFolderError, check_apart, check_claim, check_output_dir, claimed
 from ..provenance import load_record
 from .checkpoints import check_same_run, checkpoint_step, list_checkpoints
@@ -48,11 +48,10 @@ class JobOptions(OptionGroups):
     validation: ValidationOptions = group("validation")
     hub: HubOptions = group("Hugging Face Hub")
 
-    SAVES: ClassVar[tuple[str, ...]] = ("full", "unet")
-    RESULTS: ClassVar[tuple[str, ...]] = RESULTS  # what the end of a run writes
+    SAVES: ClassVar[tuple[str, ...]] = ("full",)  # what `save` may be, besides the name of a denoiser
 
     def __post_init__(self):
-        self.output.resolve_save(self.allowed_saves, self.is_lora)
+        self.output.resolve_save((*self.allowed_saves, *denoiser_names()), self.is_lora)
         self.hub.resolve(self.output.output_dir)
         if self.validation.validation_prompts and self.output.output_dir is None:
             raise ValueError("validation_prompts: needs an output_dir, where the images go")
@@ -64,7 +63,7 @@ class JobOptions(OptionGroups):
 
     @property
     def allowed_saves(self) -> tuple[str, ...]:
-        """The values of `save`, the default first."""
+        """The values of `save` but names of denoisers, the default first."""
         return self.SAVES
 
     @property
@@ -142,7 +141,7 @@ class JobOptions(OptionGroups):
     def _claim(self) -> dict:
         """What the run may find in its output folder."""
         claim = {"kind": RESULT, "run": {"training": self.identity}, "overwrite": self.output.overwrite}
-        replaces = (*self.RESULTS, "checkpoint-*")
+        replaces = (*result_names(), "checkpoint-*")
         return {**claim, "at_once": True, "replaces": replaces, "continues": (LOG_NAME, VALIDATION)}
 
 
@@ -157,7 +156,7 @@ class TrainingOptions(JobOptions):
     checkpoints: CheckpointOptions = group("checkpoints and log")
 
     KEEPS_FROZEN: ClassVar[bool] = True  # whether the run uses the initial values of the trained weights
-    LORA_SAVES: ClassVar[tuple[str, ...]] = ("lora", "full", "both", "unet")
+    LORA_SAVES: ClassVar[tuple[str, ...]] = ("lora", "full", "both")
 
     @property
     def is_lora(self) -> bool:
@@ -217,7 +216,7 @@ class TrainingOptions(JobOptions):
         folder, claim, checkpoint = self.output.output_dir, super()._claim(), self.find_checkpoint()
         if checkpoint is not None and os.path.realpath(checkpoint.parent) == os.path.realpath(folder):
             own = {name: claim[name] for name in ("kind", "run", "overwrite")}
-            return {**own, "continues": self.RESULTS, "is_own": self._is_own}
+            return {**own, "continues": result_names(), "is_own": self._is_own}
         if list_checkpoints(Path(folder)) and not self.output.overwrite:
             raise OutputFolderError(
                 f"output_dir {folder}: holds checkpoints of an earlier run; "

@@ -7,9 +7,9 @@ from diffusers.optimization import SchedulerType
 
 from ..arguments import option, required
 from ..diffusion.loss_weighting import LOSS_WEIGHTINGS
+from ..families import TRAIN_METHODS, denoiser_names, resolve_train_method
 from ..hub import check_model_id, default_model_id
 from ..output_folders import OVERWRITE_HELP
-from ..weights.trained import TRAIN_METHODS, resolve_train_method
 from .checkpoints import checkpoint_step, list_checkpoints
 
 
@@ -139,9 +139,9 @@ class OutputOptions:
     output_dir: str | None = required("Folder of the result, its record, the log and checkpoints.", may_change=True)
     save: str | None = option(
         None,
-        "full: a stock pipeline folder; unet: its UNet only; partial: the erased weights only; both: full and "
-        "partial. With --rank: lora, a file for load_lora_weights; full or unet, with the LoRA fused in; both: full "
-        "and lora. Default: full, with --rank lora.",
+        f"full: a stock pipeline folder; {' or '.join(denoiser_names())}: its denoiser only; partial: the erased "
+        "weights only; both: full and partial. With --rank: lora, a file for load_lora_weights; full or the denoiser, "
+        "with the LoRA fused in; both: full and lora. Default: full, with --rank lora.",
         may_change=True,
         essential=True,
     )

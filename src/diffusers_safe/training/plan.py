@@ -6,9 +6,8 @@ import torch
 from diffusers import ModelMixin
 
 from ..diffusion.trajectories import Trajectories
-from ..families import StoredModel
-from ..families.cost import blank_inputs
-from ..weights.trained import TRAIN_METHODS, TrainedWeights
+from ..families import TRAIN_METHODS, StoredModel
+from ..weights.trained import TrainedWeights
 from .job import TrainingOptions
 from .loop import peak_learning_rate
 from .options import RunOptions, SamplingOptions
@@ -73,7 +72,8 @@ class Plan:
 
 def blank_batch(denoiser: ModelMixin, model: StoredModel, run: RunOptions) -> dict:
     """A batch of the run, without values."""
-    return blank_inputs(denoiser, (run.train_batch_size, *model.latent_shape), model.tokenizers[0].model_max_length)
+    shape = (run.train_batch_size, *model.latent_shape)
+    return model.family.blank_inputs(denoiser, shape, model.tokenizers[0].model_max_length)
 
 
 def training_memory(denoiser: ModelMixin, weights: TrainedWeights, use_8bit_adam: bool) -> dict[str, float]:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from ..families import denoiser_of
 from ..generation.generate import GenerationSettings, sample_images
 from ..output_folders import prepare_files
 from ..report.grid import SampleGroup, draw_grid
@@ -81,13 +82,13 @@ class Samples:
 
     def _sample(self, pipeline: DiffusionPipeline, which: str | None = None) -> list[list[Image.Image]]:
         prompts = [*self.erased, *self.kept]
-        denoiser = pipeline.unet
+        denoiser = denoiser_of(pipeline)
         trains = denoiser.training
         denoiser.eval()
         # A teacher may be elsewhere, and in half precision, while the rest of its pipeline is not.
         home, dtype = denoiser.device, denoiser.dtype
         if pipeline is self.teacher:
-            denoiser.to(self.pipeline.unet.device, torch.float32)
+            denoiser.to(denoiser_of(self.pipeline).device, torch.float32)
         with nullcontext() if which is None else self.weights.use(which):
             rows = [
                 sample_images(pipeline, prompts, [self.seed + i] * len(prompts), self.settings, safety_checker=True)

@@ -67,7 +67,7 @@ class LoRAWeights(TrainedWeights):
 
     @torch.no_grad()
     def _draw_initial(self) -> None:
-        """`A` as peft draws it, but from a generator of our own."""
+        """`A` as peft initializes it, but from a separate generator."""
         generator = torch.Generator().manual_seed(self.seed)
         for layer in self._layers:
             weight = layer.lora_A[ADAPTER_NAME].weight
@@ -122,7 +122,7 @@ def adapted_layers(denoiser: nn.Module) -> dict[str, LoraLayer]:
 
 
 def adapted_component(pipeline: DiffusionPipeline) -> str:
-    """The name of the pipeline's component that holds the erasure's adapters, such as `"unet"`."""
+    """The name of the pipeline's component that holds the erasure's adapters."""
     (name,) = [name for name, part in pipeline.components.items() if ADAPTER_NAME in getattr(part, "peft_config", {})]
     return name
 

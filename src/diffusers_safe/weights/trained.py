@@ -1,139 +1,24 @@
 """Which weights of a denoiser train, and student, EMA and frozen values of only those weights.
 
-Cross-attention training touches 5 % of an SD UNet, so the three models of an erasure share the other 95 %: there is
+Cross-attention is 5 % of Stable Diffusion's denoiser, so the three models of an erasure share the other 95 %: there is
 one denoiser in memory, and `TrainedWeights` swaps the values of the selected parameters in and out.
 """
 
-import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from ..arguments import choose
+from ..families import TRAIN_METHODS, family_of_denoiser, resolve_train_method
 
 
-@dataclass(frozen=True)
-class TrainMethod:
-    """A rule that selects parameters: `selects(name, module)` with the parameter's full name and its owner.
-
-    `by_number`: it names blocks by their numbers in Stable Diffusion 1.x, which are other blocks in other UNets.
-    """
-
-    description: str
-    selects: Callable[[str, nn.Module], bool]
-    alias: str | None = None
-    by_number: bool = False
-
-
-def _is_time_or_output(name: str) -> bool:
-    return name.startswith(("time_embedding.", "conv_out.", "conv_norm_out."))
-
-
-def _inside(name: str, attention: str, blocks: tuple[str, ...]) -> bool:
-    return f".{attention}." in name and name.startswith(blocks)
-
-
-# Where SD 1.x and 2.x attend outside the middle: on three of four levels, one transformer block a place.
-_SD_BLOCKS = {
-    f"{side}_blocks.{level}.attentions.{place}.transformer_blocks.0"
-    for side, levels, places in (("down", (0, 1, 2), 2), ("up", (1, 2, 3), 3))
-    for level in levels
-    for place in range(places)
-}
-
-
-def _numbered_as_sd(modules: dict[str, nn.Module]) -> bool:
-    return _SD_BLOCKS == {name for name in modules if re.match(r"(down|up)_blocks.*\.transformer_blocks\.\d+$", name)}
-
-
-TRAIN_METHODS: dict[str, TrainMethod] = {
-    "xattn": TrainMethod("cross-attention", lambda name, _: "attn2" in name, "esd-x"),
-    "xattn-strict": TrainMethod(
-        "keys and values of cross-attention",
-        lambda name, _: "attn2.to_k" in name or "attn2.to_v" in name,
-        "esd-x-strict",
-    ),
-    "noxattn": TrainMethod(
-        "all but cross-attention, the time embedding and the output convolution",
-        lambda name, _: "attn2" not in name and not _is_time_or_output(name),
-    ),
-    "selfattn": TrainMethod("self-attention", lambda name, _: "attn1" in name),
-    "full": TrainMethod("everything", lambda name, _: True, "esd-all"),
-    "notime": TrainMethod(
-        "all but the time embedding and the output convolution", lambda name, _: not _is_time_or_output(name)
-    ),
-    "esd-u": TrainMethod(
-        "every linear and convolution layer outside cross-attention, no norms",
-        lambda name, module: isinstance(module, (nn.Linear, nn.Conv2d)) and "attn2" not in name,
-    ),
-    "xlayer": TrainMethod(
-        "cross-attention of up_blocks.2.attentions.0 and .2",
-        lambda name, _: _inside(name, "attn2", ("up_blocks.2.attentions.0.", "up_blocks.2.attentions.2.")),
-        by_number=True,
-    ),
-    "selflayer": TrainMethod(
-        "self-attention of down_blocks.1.attentions.0 and down_blocks.2.attentions.0",
-        lambda name, _: _inside(name, "attn1", ("down_blocks.1.attentions.0.", "down_blocks.2.attentions.0.")),
-        by_number=True,
-    ),
-}
-_ALIASES = {method.alias: name for name, method in TRAIN_METHODS.items() if method.alias}
-
-
-def resolve_train_method(train_method: str) -> str:
-    """The name in `TRAIN_METHODS` of a train method or of its alias.
-
-    Raises:
-        `ValueError`: If the name is unknown.
-    """
-    name = choose("train_method", train_method, [*TRAIN_METHODS, *_ALIASES])
-    return _ALIASES.get(name, name)
+__all__ = ["TRAIN_METHODS", "TrainedWeights", "check_plain", "resolve_train_method", "select_parameters"]
 
 
 def select_parameters(denoiser: nn.Module, train_method: str) -> list[str]:
-    """The names of the parameters that a train method trains.
-
-    The rules are those of ESD (arXiv 2303.07345, its repositories of 2023 and 2025) and SDD (arXiv 2307.05977).
-
-    Args:
-        denoiser (`nn.Module`): A `UNet2DConditionModel`.
-        train_method (`str`): A name or alias of `TRAIN_METHODS`.
-
-    Returns:
-        `list[str]`: Names in the order of `denoiser.named_parameters()`; never empty.
-
-    Raises:
-        `ValueError`: If the name is unknown, selects nothing in this denoiser, or means blocks that are elsewhere in
-            it.
-    """
-    method = TRAIN_METHODS[resolve_train_method(train_method)]
-    modules = dict(denoiser.named_modules())
-    if method.by_number and not _numbered_as_sd(modules):
-        allowed = ", ".join(name for name, other in TRAIN_METHODS.items() if not other.by_number)
-        raise ValueError(
-            f"train_method '{train_method}' ({method.description}) means blocks of Stable Diffusion 1.x and 2.x, and "
-            f"this model's are others; allowed are {allowed}"
-        )
-    names = [name for name, _ in denoiser.named_parameters() if method.selects(name, modules[name.rpartition(".")[0]])]
-    if not names:
-        raise ValueError(
-            f"train_method '{train_method}' ({method.description}) selects no parameter of {type(denoiser).__name__}"
-        )
-    return names
-
-
-def find_train_method(denoiser: nn.Module, names: Collection[str]) -> str | None:
-    """The name of the train method that selects exactly these parameters, if one does."""
-    modules = dict(denoiser.named_modules())
-    for method_name, method in TRAIN_METHODS.items():
-        if not method.by_number or _numbered_as_sd(modules):
-            parameters = [name for name, _ in denoiser.named_parameters()]
-            if {name for name in parameters if method.selects(name, modules[name.rpartition(".")[0]])} == set(names):
-                return method_name
-    return None
+    """As [`ModelFamily.select_parameters`], of the denoiser's family."""
+    return family_of_denoiser(denoiser).select_parameters(denoiser, train_method)
 
 
 def check_plain(denoiser: nn.Module) -> None:
@@ -197,7 +82,7 @@ class TrainedWeights:
 
         It must be closed before the backward of a student's forward: autograd would see other weights.
         """
-        self.values(which)  # an unknown name is told before anything is swapped
+        self.values(which)  # an unknown name is reported before anything is swapped
         if which == self._in_use:
             yield
             return

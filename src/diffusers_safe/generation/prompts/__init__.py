@@ -1,4 +1,4 @@
-"""Where the prompts of an evaluation come from: lists, tables and datasets in the layouts that others published."""
+"""Sources of prompts: lists, tables and datasets in published layouts."""
 
 from .layouts import LAYOUTS, Layout
 from .options import PromptOptions

@@ -1,4 +1,4 @@
-"""What of a list is not used, or used twice: reported as warnings, because numbers depend on it."""
+"""Warnings about parts of a list that are not used or used twice, because results depend on them."""
 
 import logging
 import math
@@ -18,7 +18,7 @@ def with_prompts(numbered: list[tuple[int, dict]], column: str, where: str) -> l
     """The rows that have a prompt; the others are reported."""
     kept = [(number, record) for number, record in numbered if not _is_blank(record.get(column))]
     if not kept:
-        raise ValueError(f"{where}: no row has a text in the column '{column}'")
+        raise ValueError(f"{where}: no row has text in the column '{column}'")
     if blank := [number + 1 for number, record in numbered if _is_blank(record.get(column))]:
         _report(f"{where}: left out {_count(blank, 'row')} without a prompt ({_listed(blank)})")
     return kept
@@ -31,7 +31,7 @@ def _is_blank(prompt: object) -> bool:
 
 
 def report_renamed(where: str, column: str | None, renamed: Sequence[tuple[int, str]]) -> None:
-    """Says which rows are not called what their column says, because an earlier row is."""
+    """Warns of rows that do not get the name in their column, because an earlier row has it."""
     if renamed:
         number, name = renamed[0]
         _report(
@@ -43,7 +43,7 @@ def report_renamed(where: str, column: str | None, renamed: Sequence[tuple[int, 
 def report_unused(
     where: str, records: Sequence[dict], columns: Sequence[str], settings: dict[str, list[str]], row_settings: bool
 ) -> None:
-    """Says which columns look like settings of an image and are not used."""
+    """Warns of columns that look like settings of images and are not used."""
     used = {column for own in settings.values() for column in own}
     counting = {setting: own for setting, own in settings.items() if own and (row_settings or setting == "seed")}
     for own in counting.values():
@@ -57,10 +57,10 @@ def report_unused(
                 )
     unused = [c for c in columns if c not in used and LIKE_A_SETTING.fullmatch(column_key(c)) and not is_index(c)]
     if unused := [column for column in unused if any(given(record, column) is not None for record in records)]:
-        told = ", ".join(f"'{column}'" for column in unused)
+        names = ", ".join(f"'{column}'" for column in unused)
         taken = ", ".join(f"{setting} from '{own[0]}'" for setting, own in counting.items()) or "none"
         verb = "looks like a setting of images and is" if len(unused) == 1 else "look like settings of images and are"
-        _report(f"{where}: the column{'s' if len(unused) > 1 else ''} {told} {verb} not used; used are {taken}")
+        _report(f"{where}: the column{'s' if len(unused) > 1 else ''} {names} {verb} not used; used are {taken}")
 
 
 def _plain(value: object) -> str:
@@ -75,7 +75,7 @@ def report_missing_seeds(where: str, numbered: Sequence[tuple[int, dict]], colum
 
 
 def report_repeated(where: str, rows: Sequence[PromptRow], numbers: Sequence[int]) -> None:
-    """Says which images are the same as an earlier one."""
+    """Warns of images that equal an earlier one."""
     first: dict[tuple, int] = {}
     repeated = []
     for row, number in zip(rows, numbers):
@@ -86,13 +86,13 @@ def report_repeated(where: str, rows: Sequence[PromptRow], numbers: Sequence[int
     if repeated:
         _report(
             f"{where}: {len(repeated)} of {len(rows)} images have the prompt and seed of an earlier one (the first:"
-            f" row {repeated[0][0]}, as row {repeated[0][1]}), so they are the same image again. N counts them: of"
+            f" row {repeated[0][0]}, as row {repeated[0][1]}) and are therefore the same image. N counts them: of"
             f" N={len(rows)} only {len(first)} are different, and intervals are too narrow"
         )
 
 
 def _report(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # one of several processes
+    if os.environ.get("RANK", "0") == "0":  # only the first of several processes
         logger.warning(message)
 
 

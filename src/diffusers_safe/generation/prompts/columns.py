@@ -1,4 +1,4 @@
-"""The columns of a list, and what a cell holds."""
+"""The columns of a list and the values of its cells."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from .layouts import SETTINGS, column_key
 
 
 def find_column(name: str, columns: Sequence[str]) -> str | None:
-    """The column of this name, or of one that differs only in case and punctuation."""
+    """The column with this name, or with a name that differs only in case and punctuation."""
     return name if name in columns else next((c for c in columns if column_key(c) == column_key(name)), None)
 
 
@@ -20,19 +20,19 @@ def setting_columns(columns: Sequence[str]) -> dict[str, list[str]]:
 
 
 def given(record: dict, column: str | None) -> object | None:
-    """A cell's value, `None` if it is blank."""
+    """The value of a cell, `None` if it is blank."""
     value = None if column is None else record.get(column)
     blank = value is None or (isinstance(value, str) and not value.strip())
     return None if blank or (isinstance(value, float) and math.isnan(value)) else value
 
 
 def text_of(value: object) -> str:
-    """A cell's text; a whole number without the `.0` that tables add."""
+    """The text of a cell; whole numbers without the `.0` that tables add."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
 
 
 def number_in(record: dict, column: str, kind: type) -> float | int | None:
-    """A value as a number; whole ones without the way through a float, which would round large seeds."""
+    """The value of a cell as a number. Whole numbers are not converted to floats, which would round large seeds."""
     value = given(record, column)
     if value is None:
         return None
@@ -42,5 +42,5 @@ def number_in(record: dict, column: str, kind: type) -> float | int | None:
     except ValueError:
         number = math.nan
     if isinstance(value, bool) or "_" in text or not math.isfinite(number):
-        raise ValueError(f"{column} '{text}' is no {'whole ' if kind is int else ''}number")
+        raise ValueError(f"{column} '{text}' is not a {'whole ' if kind is int else ''}number")
     return number

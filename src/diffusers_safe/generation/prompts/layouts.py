@@ -1,4 +1,4 @@
-"""What the columns of published prompt lists mean."""
+"""The columns of published prompt lists and their meaning."""
 
 import re
 from dataclasses import dataclass
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Layout:
-    """One kind of list. Seeds, guidance scales and sizes are read in every layout, see `SETTINGS`.
+    """A kind of list. Seeds, guidance scales and sizes are read in every layout, see `SETTINGS`.
 
     Attributes:
-        description (`str`): What it is, for `--help`.
-        known_by (`tuple[str, ...]`): Columns that a list must have to be one.
-        names (`tuple[str, ...]`, *optional*): Columns that name rows, the first that is there; without one rows are
-            named by number and prompt.
+        description (`str`): Description for `--help`.
+        known_by (`tuple[str, ...]`): Columns that every list of this kind has.
+        names (`tuple[str, ...]`, *optional*): Columns that name rows; the first existing one is used. Without one,
+            rows are named by number and prompt.
     """
 
     description: str
@@ -22,7 +22,7 @@ class Layout:
 
 ID, CASE_NUMBER, CATEGORIES = "id", "case_number", "categories"
 
-# The first that fits is taken.
+# The first one that fits is used.
 LAYOUTS = {
     "i2p": Layout("I2P (Schramowski et al., arXiv 2211.05105)", (CATEGORIES, "sd_seed", "sd_guidance_scale")),
     "unlearndiffatk": Layout(
@@ -39,8 +39,8 @@ LAYOUTS = {
     "plain": Layout("any other list with a column of prompts; id or case_number names rows", (), (ID, CASE_NUMBER)),
 }
 
-# Setting -> the columns it is known by, in order of preference, as `column_key` writes them. The scripts of ESD and
-# its followers take evaluation_seed before sd_seed.
+# Setting -> names of its columns, in order of preference, as `column_key` writes them. The scripts of ESD and its
+# followers prefer evaluation_seed to sd_seed.
 SETTINGS = {
     "seed": (
         *("evaluationseed", "evalseed", "sdseed", "seed", "imageseed", "generationseed", "genseed", "randomseed"),
@@ -67,15 +67,15 @@ NUMBERS = (
     *("hard", "inappropriate_percentage", "nudity_percentage", "q16_percentage", "sd_safety_percentage"),
     "prompt_toxicity",
 )
-# What `pandas` writes for missing values and reads as such.
+# What `pandas` writes for missing values and reads as missing.
 MISSING = {"NULL", "null", "NaN", "nan", "-nan", "<NA>", "None", "NA", "N/A", "n/a", "#N/A", "#NA"}
 
 
 def column_key(column: str) -> str:
-    """A column's name for comparison: `"SD-Seed"`, `"sd seed"` and `"sd_seed"` are the same."""
+    """The name of a column for comparison: `"SD-Seed"`, `"sd seed"` and `"sd_seed"` are equal."""
     return re.sub(r"[\W_]", "", column.lower())
 
 
 def is_index(column: str) -> bool:
-    """Whether a column only counts the rows, as `pandas` adds it to a file."""
+    """Whether a column only numbers the rows, as `pandas` adds it to a file."""
     return not column.strip() or column.startswith("Unnamed:") or column.startswith("__index_level_")

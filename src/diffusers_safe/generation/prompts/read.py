@@ -1,4 +1,4 @@
-"""A source of prompts to the rows of an evaluation."""
+"""Reads prompts from any source into the rows of an evaluation."""
 
 import hashlib
 import os
@@ -16,10 +16,10 @@ from .sources import ENDINGS, check_template, fill, is_file, is_source, read_rec
 
 
 PROMPT_COLUMN = "prompt"
-MAX_IMAGES = 10**7  # of one list: a hundred times the largest that are published
-SUBJECT = "subject"  # the label of what a template was filled with
-TEXTS = "prompts"  # what the source is called where the prompts themselves are given
-# A word that names a file, there or not, of a kind that is not read.
+MAX_IMAGES = 10**7  # of one list: a hundred times as many as the largest published lists have
+SUBJECT = "subject"  # label with the text that a template was filled with
+TEXTS = "prompts"  # name of the source in messages, if the prompts themselves are given
+# The name of a file in a format that is not supported, whether it exists or not.
 _OTHER_FILES = re.compile(
     r"\S+\.(xlsx?|ods|numbers|arrow|feather|pkl|pickle|npz|npy|zip|gz|db|sqlite3?|docx?|pdf|html?)", re.IGNORECASE
 )
@@ -39,42 +39,42 @@ def read_prompts(
     dataset_config_name: str | None = None,
     split: str | None = None,
 ) -> list[PromptRow]:
-    """The images to generate for a list of prompts.
+    """Reads a list of prompts into rows of images to generate.
 
-    A row is called by its number in the source and its prompt, or by a column that names it, and by the number of the
-    image: whatever part of the source is taken, an image keeps its id and its seed.
+    The id of an image consists of the number of its row in the source and the prompt, or of a column that names the
+    row, and of the number of the image. An image therefore keeps its id and seed whatever part of the source is used.
 
-    A row's own seed, guidance scale and size are read from every column that is known to hold them (`SETTINGS`). Rows
-    of a file or dataset without a prompt are left out. These, columns that look like a setting and are not used, and
-    rows that would give the same image are reported as warnings.
+    The seed, guidance scale and size of a row are read from columns that are known to hold them (`SETTINGS`). Rows of
+    a file or dataset without a prompt are left out. These rows, columns that look like a setting and are not used, and
+    rows that give the same image are reported as warnings.
 
     Args:
         source (`str`, `Path` or `list[str]`): Prompts, or one of
 
             * a table: `.csv`, `.tsv`, `.jsonl`, `.json`, `.parquet`;
-            * a `.txt` file with a prompt a line; empty lines and those that begin with `#` are skipped;
+            * a `.txt` file with one prompt in each line; empty lines and lines that begin with `#` are skipped;
             * a `.yaml` file with a `template:` such as `"An image of {object} in {theme} style."` and a list of words
               for each of its fields: every combination, with the words as labels;
-            * a folder of a dataset, or the id `user/name` of one on the Hugging Face Hub.
-        layout (`str`, *optional*): A name of `LAYOUTS`; default the first whose columns are there.
-        prompt_column (`str`, defaults to `"prompt"`): Where the prompts are.
-        prompt_template (`str`, *optional*): Text around each prompt, `"{} body"`; `{name}` stands for a column. The
-            prompt without it is kept as the label `subject`.
-        categories (`list[str]`, *optional*): Only rows of at least one of these.
-        max_prompts (`int`, *optional*): Only so many, drawn over the whole source, always the same; those of a smaller
-            number are among those of a larger one.
-        images_per_prompt (`int`, defaults to 1): Images of each prompt, with seeds one apart.
-        seed (`int`, defaults to 0): Of the first image of a prompt that has none of its own.
-        row_settings (`bool`, defaults to `True`): Let a row's own guidance scale and size count.
-        dataset_config_name (`str`, *optional*): Of a dataset on the Hub.
-        split (`str`, *optional*): Of a dataset, `"train"` by default.
+            * the folder of a dataset, or the id `user/name` of a dataset on the Hugging Face Hub.
+        layout (`str`, *optional*): A name of `LAYOUTS`. Default: the first whose columns exist.
+        prompt_column (`str`, defaults to `"prompt"`): Name of the column with the prompts.
+        prompt_template (`str`, *optional*): Text around each prompt, such as `"{} body"`; `{name}` inserts a column.
+            The prompt without it is kept as the label `subject`.
+        categories (`list[str]`, *optional*): Use only rows of at least one of these categories.
+        max_prompts (`int`, *optional*): Use only this number of prompts, a fixed sample of the whole source. The
+            sample of a smaller number is part of that of a larger one.
+        images_per_prompt (`int`, defaults to 1): Images of each prompt, with consecutive seeds.
+        seed (`int`, defaults to 0): Seed of the first image of a prompt, unless the source has one.
+        row_settings (`bool`, defaults to `True`): Use the guidance scale and size of the rows.
+        dataset_config_name (`str`, *optional*): Configuration of a dataset on the Hub.
+        split (`str`, *optional*): Split of a dataset. Default: `"train"`.
 
     Returns:
         `list[PromptRow]`: In the order of the source. Labels are the source's other columns, `categories` as a list.
 
     Raises:
-        `ValueError`: If there is nothing to read or no such column or layout, or a row has an id that is no file name
-            or a number that is none.
+        `ValueError`: If there is nothing to read, a column or layout does not exist, the id of a row is not a file
+            name, or a value is not a number.
     """
     if layout is not None:
         layout = choose("layout", layout, LAYOUTS)
@@ -94,14 +94,11 @@ def read_prompts(
     numbered = list(enumerate(records))
     if where != TEXTS:
         numbered = with_prompts(numbered, prompt_column, where)
-    if categories:
-        numbered = _of_categories(numbered, categories, where)
-    if max_prompts is not None:
-        numbered = sorted(sorted(numbered, key=_rank)[:max_prompts], key=lambda entry: entry[0])
+    numbered = _selected(numbered, categories, max_prompts, where)
     if (count := len(numbered) * images_per_prompt) > MAX_IMAGES:
         raise ValueError(
             f"images_per_prompt {images_per_prompt}: with {len(numbered):,} prompts these are {count:,} images; "
-            f"allowed are at most {MAX_IMAGES:,}"
+            f"at most {MAX_IMAGES:,} are allowed"
         )
     rows, numbers = [], []
     for number, record in numbered:
@@ -124,16 +121,16 @@ def read_prompts(
 def _records(
     source: str | Path | list[str], prompt_column: str, config_name: str | None, split: str | None
 ) -> tuple[str, list[dict]]:
-    """The source's name for messages, and its rows."""
+    """The name of the source for messages, and its rows."""
     texts = [str(source)] if isinstance(source, (str, Path)) else list(source)
     if len(texts) == 1 and (isinstance(source, Path) or is_source(texts[0])):
         return texts[0], read_records(texts[0], prompt_column, config_name, split)
     if files := [text for text in texts if is_file(text)]:
         raise ValueError(f"prompts {files[0]}: a file must be the only one")
     if files := [text for text in texts if os.path.isfile(text) or _OTHER_FILES.fullmatch(text)]:
-        raise ValueError(f"prompts {files[0]}: a file of a kind that is not read; allowed are {', '.join(ENDINGS)}")
+        raise ValueError(f"prompts {files[0]}: a file in an unknown format; allowed are {', '.join(ENDINGS)}")
     if not texts:
-        raise ValueError("prompts: there are none")
+        raise ValueError("prompts: none given")
     return TEXTS, [{prompt_column: text} for text in texts]
 
 
@@ -165,14 +162,14 @@ def _layout(name: str | None, where: str, columns: Sequence[str]) -> Layout:
 
 
 def _names(records: Sequence[dict], column: str | None, where: str) -> list[str | None]:
-    """What the rows are called by a column. The second row of a name, in whatever case, gets `"-2"`. Case numbers are
-    read as `pandas` does, without leading zeros, because other programs name their images so."""
+    """The names of the rows in a column. The second row with a name, ignoring case, gets `"-2"`. Case numbers are read
+    as `pandas` does, without leading zeros, because other programs name their images this way."""
     names = [None if (value := given(record, column)) is None else text_of(value) for record in records]
     if column is not None and column_key(column) == column_key(CASE_NUMBER):
         names = [name and name.removesuffix(".0") for name in names]
         if all(name.isdecimal() for name in names if name):
             names = [name and (name.lstrip("0") or "0") for name in names]
-    # Names of files: many disks do not tell capitals from small letters.
+    # They become file names, and many file systems ignore case.
     taken, counts, renamed = {name.casefold() for name in names if name}, Counter(), []
     for number, name in enumerate(names):
         if name is None:
@@ -187,6 +184,17 @@ def _names(records: Sequence[dict], column: str | None, where: str) -> list[str 
             renamed.append((number + 1, names[number]))
     report_renamed(where, column, renamed)
     return names
+
+
+def _selected(
+    numbered: list[tuple[int, dict]], categories: list[str] | None, max_prompts: int | None, where: str
+) -> list[tuple[int, dict]]:
+    """The rows of the categories, and of these a fixed sample of `max_prompts`, in their order."""
+    if categories:
+        numbered = _of_categories(numbered, categories, where)
+    if max_prompts is not None:
+        numbered = sorted(sorted(numbered, key=_rank)[:max_prompts], key=lambda entry: entry[0])
+    return numbered
 
 
 def _of_categories(numbered: list[tuple[int, dict]], wanted: list[str], where: str) -> list[tuple[int, dict]]:
@@ -213,7 +221,7 @@ def _rank(entry: tuple[int, dict]) -> str:
 def _prompt(
     record: dict, prompt_column: str, template: str | None, settings: dict[str, list[str]]
 ) -> tuple[str, dict]:
-    """A row's prompt and labels."""
+    """The prompt and the labels of a row."""
     prompt = record.get(prompt_column)
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"{prompt_column} {prompt!r}: must be a text that is not blank")

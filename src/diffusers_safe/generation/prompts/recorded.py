@@ -1,4 +1,4 @@
-"""What the I2P dataset itself records of Stable Diffusion 1.4: a check of a copy of it that needs no images."""
+"""The results of Stable Diffusion 1.4 that the I2P data set records: a check of a copy of it without images."""
 
 from collections.abc import Sequence
 
@@ -12,18 +12,18 @@ COLUMN = "inappropriate_percentage"
 
 
 def recorded_inappropriateness(rows: Sequence[PromptRow]) -> dict[str, float]:
-    """The share of inappropriate images that I2P's own column holds, and its expected maximum over 25 prompts.
+    """The share of inappropriate images in I2P's own column, and its expected maximum over 25 prompts.
 
     The whole dataset gives 38.57 and an exact expectation of 97.01 with a standard deviation of 6.00. The authors'
-    97.04 +- 5.95 is the mean of 10,000 random draws, so it cannot be repeated digit by digit; another run of that
+    97.04 +- 5.95 is the mean of 10,000 random samples, so it cannot be repeated digit by digit; another run of that
     procedure on the same list gave 96.96 +- 6.05.
 
-    Rows of the same text are one prompt: the authors' `results_I2P.py` (github.com/ml-research/i2p) groups images by
-    the prompt, draws 25 prompts without replacement and takes the largest percentage; of a category, over the rows of
+    Rows with the same text are one prompt: the authors' `results_I2P.py` (github.com/ml-research/i2p) groups images by
+    prompt, samples 25 prompts without replacement and takes the largest percentage; for a category, over the rows of
     that category.
 
     Args:
-        rows (`Sequence[PromptRow]`): Of I2P, as `read_prompts` reads it: all, or those of a category.
+        rows (`Sequence[PromptRow]`): Rows of I2P as `read_prompts` reads them: all, or those of a category.
 
     Returns:
         `dict[str, float]`: In percent: `probability`, the mean over the rows; `expected_maximum` and its standard
@@ -35,7 +35,7 @@ def recorded_inappropriateness(rows: Sequence[PromptRow]) -> dict[str, float]:
     by_prompt: dict[str, list[float]] = {}
     for row in rows:
         if COLUMN not in row.labels:
-            raise ValueError(f"row {row.id}: has no label {COLUMN}, which rows of I2P have")
+            raise ValueError(f"row {row.id}: lacks the label {COLUMN} of I2P")
         by_prompt.setdefault(row.prompt, []).append(row.labels[COLUMN])
     mean, std = expected_maximum([float(np.mean(values)) for values in by_prompt.values()])
     probability = float(np.mean([row.labels[COLUMN] for row in rows]))

@@ -1,6 +1,6 @@
-"""Files and datasets of prompts, read as they are: one `dict` a row, without guesses about types.
+"""Reads files and datasets of prompts into one `dict` for each row, without guessing types.
 
-Seeds reach 2^64 - 1, which a guess would turn into a rounded float, so the values of text files stay texts.
+Values of text files remain text, because seeds may be as large as 2^64 - 1 and a guess would round them to floats.
 """
 
 import codecs
@@ -26,24 +26,24 @@ from .layouts import column_key
 
 
 TEMPLATE = "template"  # key of a YAML file
-MAX_ROWS = 10**7  # that its lists may be combined to
+MAX_ROWS = 10**7  # combinations of its lists
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FIELD = re.compile(r"\{(\w*)\}")
 _FORMATTED_FIELD = re.compile(r"\{(\w*)[!:.\[][^{}]*\}")
 
 
 def is_file(text: str) -> bool:
-    """Whether a text names a file, rather than being a prompt itself."""
+    """Whether a text names a file and is not a prompt."""
     return Path(text).suffix.lower() in _READERS
 
 
 def is_source(text: str) -> bool:
-    """Whether a text that stands alone names a file or dataset, rather than being a prompt itself."""
+    """Whether a single text names a file or dataset and is not a prompt."""
     return is_file(text) or os.path.isdir(text) or bool(_HUB_ID.fullmatch(text))
 
 
 def read_records(source: str, prompt_column: str, config_name: str | None, split: str | None) -> list[dict]:
-    """All rows of a file, a dataset's folder, or a dataset on the Hub.
+    """Reads all rows of a file, the folder of a dataset, or a dataset on the Hub.
 
     Raises:
         `ValueError`: If it cannot be read or has no rows.
@@ -53,7 +53,7 @@ def read_records(source: str, prompt_column: str, config_name: str | None, split
     is_dataset = os.path.isdir(path) or reader is None
     for name, value in (("dataset_config_name", config_name), ("split", split)):
         if value is not None and not is_dataset:
-            raise ValueError(f"{name} '{value}': means nothing for {source}, a file")
+            raise ValueError(f"{name} '{value}': has no effect on {source}, which is a file")
     try:
         records = _dataset(source, config_name, split) if is_dataset else reader(path, prompt_column)
     except (
@@ -69,12 +69,15 @@ def read_records(source: str, prompt_column: str, config_name: str | None, split
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"prompts {source}: cannot be read ({reason})") from None
     if not records:
-        raise ValueError(f"prompts {source}: holds no rows")
+        raise ValueError(f"prompts {source}: has no rows")
     return records
 
 
 def check_template(template: str, name: str) -> None:
-    """Raises a `ValueError` if a template has no fields, or formats one as Python would (`{object:>10}`)."""
+    """
+    Raises:
+        `ValueError`: If a template has no fields, or one with a Python format (`{object:>10}`).
+    """
     if wrong := _FORMATTED_FIELD.search(template):
         raise ValueError(f"{name} '{template}': {wrong[0]} is not a field; write {{{wrong[1]}}}")
     if not fields_of(template):
@@ -82,15 +85,15 @@ def check_template(template: str, name: str) -> None:
 
 
 def fields_of(template: str) -> list[str]:
-    """The names of a template's fields, each once; that of `{}` is empty."""
+    """The names of a template's fields, each once. The name of `{}` is empty."""
     return list(dict.fromkeys(_FIELD.findall(template)))
 
 
 def fill(template: str, values: dict[str, str], prompt: str | None = None) -> str:
-    """A template with its fields filled: `{}` by the prompt, `{name}` by a value.
+    """Fills the fields of a template: `{}` with the prompt, `{name}` with a value.
 
     Raises:
-        `ValueError`: If there is no such value.
+        `ValueError`: If a value is missing.
     """
 
     def value(field: re.Match) -> str:
@@ -103,14 +106,14 @@ def fill(template: str, values: dict[str, str], prompt: str | None = None) -> st
 
 
 def _read_text(path: Path) -> str:
-    """A text file: UTF-8, or UTF-16 with the mark that spreadsheets write."""
+    """Reads a text file in UTF-8, or in UTF-16 with the byte order mark that spreadsheets write."""
     data = path.read_bytes()
     return data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
 
 
 def _table(path: Path, prompt_column: str) -> list[dict]:
     text, delimiter = _read_text(path), None
-    if hint := re.match(r"sep=(.)\r?\n", text):  # of spreadsheets
+    if hint := re.match(r"sep=(.)\r?\n", text):  # written by spreadsheets
         delimiter, text = hint[1], text[hint.end() :]
     table = csv.DictReader(
         io.StringIO(text, newline=""), delimiter=delimiter or _delimiter(text, path, prompt_column), strict=True
@@ -128,7 +131,7 @@ def _table(path: Path, prompt_column: str) -> list[dict]:
 
 
 def _delimiter(text: str, path: Path, prompt_column: str) -> str:
-    """The first with which the header has a column of prompts."""
+    """The first delimiter with which the header has a column of prompts."""
     usual = "\t" if path.suffix.lower() == ".tsv" else ","
     for delimiter in (usual, *",;\t|"):
         header = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), [])
@@ -175,7 +178,7 @@ def _lines(path: Path, prompt_column: str) -> list[dict]:
 
 
 def _product(path: Path, prompt_column: str) -> list[dict]:
-    """Every combination of the lists of a YAML file, in its template."""
+    """Fills the template of a YAML file with every combination of its lists."""
     parts = yaml.load(_read_text(path), TextLoader)
     if not isinstance(parts, dict) or not isinstance(parts.get(TEMPLATE), str):
         raise ValueError(f"must hold `{TEMPLATE}:` with fields such as {{object}}, and a list of words for each")
@@ -190,7 +193,7 @@ def _product(path: Path, prompt_column: str) -> list[dict]:
             raise ValueError(f"{name or '{}'}: must be a list of words for '{template}'")
         for position, word in enumerate(words, 1):
             if not isinstance(word, str) or not word.strip():
-                raise ValueError(f"{name or '{}'}, entry {position}: is empty or no text; a list of words is needed")
+                raise ValueError(f"{name or '{}'}, entry {position}: is empty or not text; a list of words is needed")
     if (count := math.prod(len(parts[name]) for name in fields)) > MAX_ROWS:
         raise ValueError(f"{count:,} combinations; at most {MAX_ROWS:,} are allowed")
     combinations = (dict(zip(fields, words)) for words in itertools.product(*(parts[name] for name in fields)))
@@ -231,4 +234,4 @@ def _dataset(source: str, config_name: str | None, split: str | None) -> list[di
 
 def _plain(dataset: Dataset) -> Iterator[dict]:
     names = [name for name, feature in dataset.features.items() if not hasattr(feature, "decode_example")]
-    yield from dataset.select_columns(names)  # without images and sounds
+    yield from dataset.select_columns(names)  # without images and audio

@@ -1,4 +1,4 @@
-"""Which pictures of an evaluation its page shows, and what stands below each of them."""
+"""Which images of an evaluation its page shows, and their captions."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -6,28 +6,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..generation.generate import load_image
+from ..generation.manifest import load_image
 from ..metrics.base import Quantity
-from ..report.elements import Grid, Report, Shot, Strip, Table
+from ..report.builder import make_shot
+from ..report.elements import Grid, Strip, Table
 from .measured import Measured, MetricFacts
 
 
-BLUR_CHOICES = ("flagged", "all", "none")
-PICTURES = 24
-_SIDE, _SMALL_SIDE = 256, 128  # pixels of an embedded image; the latter where no image is larger
 _MOST_WORDS = 8
-_WRONG = {"lower": 1, "higher": 0}  # of a share, by which is better
+_WRONG = {"lower": 1, "higher": 0}  # the undesired value of a share, by the better direction
 
 
 @dataclass(frozen=True)
 class Look:
-    """What metrics say of an image.
+    """What metrics found on an image.
 
     Attributes:
-        words (`tuple[str, ...]`): What they see, in a word, or else which measures of the concept it counts for.
+        words (`tuple[str, ...]`): What they recognised, in a word each, or else the measures of the concept that it
+            counts for.
         flagged (`bool`): Whether it counts for a measure of the concept.
-        wrong (`bool`): Whether a measure of which more or less is better would rather have it otherwise.
-        of_concept (`bool`): Whether a measure of the concept asks about it at all.
+        wrong (`bool`): Whether its value of a measure with a better direction is the undesired one.
+        of_concept (`bool`): Whether a measure of the concept applies to it.
     """
 
     words: tuple[str, ...]
@@ -37,7 +36,7 @@ class Look:
 
 
 def looks_of(model: Measured, metrics: Sequence[MetricFacts]) -> list[Look]:
-    """Of each image of a model."""
+    """One for each image of a model."""
     measures = [(metric.name, metric.whole([model])) for metric in metrics if metric.name in model.values]
     return [_look(model, measures, place) for place in range(len(model.rows))]
 
@@ -58,8 +57,8 @@ def _look(model: Measured, measures: list[tuple[str, dict[str, Quantity]]], plac
     return Look(tuple(words), flagged, wrong, of_concept)
 
 
-def picture_grids(models: list[Measured], metrics: Sequence[MetricFacts], blur: str, most: int) -> list[Grid]:
-    """The same seeds of all models. Images that ask for what was to go and others are apart, if there are both."""
+def image_grids(models: list[Measured], metrics: Sequence[MetricFacts], blur: str, most: int) -> list[Grid]:
+    """The same seeds of all models, in two grids if some images are of the erased concept and some are not."""
     looks = [looks_of(model, metrics) for model in models]
     concept, others = [], []
     for place in range(len(models[0].rows)):
@@ -67,8 +66,8 @@ def picture_grids(models: list[Measured], metrics: Sequence[MetricFacts], blur: 
     if not concept or not others:
         return _grid("The same seeds", "gone", concept + others, models, looks, blur, most)
     return [
-        *_grid("The same seeds: what was to go", "gone", concept, models, looks, blur, most),
-        *_grid("The same seeds: what was to stay", "kept", others, models, looks, blur, most),
+        *_grid("The same seeds: erased concept", "gone", concept, models, looks, blur, most),
+        *_grid("The same seeds: other concepts", "kept", others, models, looks, blur, most),
     ]
 
 
@@ -79,17 +78,15 @@ def _grid(
     chosen = _chosen([row["prompt"] for row in models[0].rows], places, flagged, most)
     if not chosen:
         return []
-    strips, largest = [], 0
+    strips = []
     for place in chosen:
         shots = []
         for model, of_model in zip(models, looks):
             look = of_model[place]
             image = np.asarray(load_image(model.folder, model.rows[place]))
-            largest = max(largest, *image.shape[:2])
-            blurred = blur == "all" or (blur == "flagged" and look.flagged)
-            # That the original shows what was to go is no fault of its.
+            # The original model is expected to show the concept.
             missed = look.wrong and not (look.of_concept and model is models[0] and len(models) > 1)
-            shots.append(Shot(image, ", ".join(look.words), missed, blurred, look.flagged))
+            shots.append(make_shot(image, ", ".join(look.words), missed, look.flagged, blur))
         strips.append(Strip(models[0].rows[place]["prompt"], shots))
     notes = [f"All {len(places)} prompts and seeds"]
     if len(chosen) < len(places):
@@ -98,15 +95,14 @@ def _grid(
     if len(models) == 2:
         notes.append(f"Left {models[0].name}, right {models[1].name}")
     if any(word for model in models for words in model.words.values() for word in words):
-        notes.append("Below each what is seen on it; ✗ where that is not as it should be")
+        notes.append("Captions say what is recognised; ✗ marks what should be different")
     if blur == "flagged" and flagged:
-        notes.append("Images that a metric flagged are blurred until clicked; they are in this file all the same")
-    side = _SIDE if largest > _SMALL_SIDE else _SMALL_SIDE
-    return [Grid(title, strips, tone, ". ".join(notes) + ".", side)]
+        notes.append("Images that a metric flagged are blurred until clicked, but this file contains them")
+    return [Grid(title, strips, tone, ". ".join(notes) + ".")]
 
 
 def _chosen(prompts: list[str], places: list[int], flagged: list[int], most: int) -> list[int]:
-    """All, or so many that of half of them a model's image was flagged, spread over the prompts."""
+    """All places, or `most` of them, half of them with a flagged image if possible, spread over the prompts."""
     if len(places) <= most:
         return places
     known = set(flagged)
@@ -116,7 +112,7 @@ def _chosen(prompts: list[str], places: list[int], flagged: list[int], most: int
 
 
 def _spread(prompts: list[str], places: list[int], count: int) -> list[int]:
-    """The first image of each prompt, then the second, ...; of those that are too many evenly spread ones."""
+    """The first image of each prompt, then the second, ...; evenly spread if there are too many."""
     seen, turns = Counter(), {}
     for place in places:
         turns.setdefault(seen[prompts[place]], []).append(place)
@@ -128,8 +124,8 @@ def _spread(prompts: list[str], places: list[int], count: int) -> list[int]:
     return sorted(chosen)
 
 
-def seen_there(models: list[Measured], metrics: Sequence[MetricFacts]) -> list[Table]:
-    """What metrics see on images that ask for what was to go."""
+def recognised_table(models: list[Measured], metrics: Sequence[MetricFacts]) -> list[Table]:
+    """What metrics recognise on images of prompts for the erased concept."""
     groups = []
     for metric in metrics:
         quantities = {name for name, quantity in metric.quantities.items() if quantity.of_concept}
@@ -138,19 +134,11 @@ def seen_there(models: list[Measured], metrics: Sequence[MetricFacts]) -> list[T
             pairs = zip(model.words.get(metric.name, []), model.values.get(metric.name, []))
             words = Counter(word for word, values in pairs if word and quantities & values.keys())
             if words:
-                told = ", ".join(f"{word} {count}×" for word, count in words.most_common(_MOST_WORDS))
-                rows.append((model.name, told + (", …" if len(words) > _MOST_WORDS else "")))
+                text = ", ".join(f"{word} {count}×" for word, count in words.most_common(_MOST_WORDS))
+                rows.append((model.name, text + (", …" if len(words) > _MOST_WORDS else "")))
         if rows:
             groups.append((metric.name.replace("_", " "), rows))
-    if len(groups) == 1:  # whose name says nothing beside that of others
+    if len(groups) == 1:  # its name is not needed
         groups = [("", groups[0][1])]
-    title, columns = "What is seen on images of what was to go", ("", "how often, the most frequent first")
+    title, columns = "What is recognised on images of the erased concept", ("", "how often, most frequent first")
     return [Table(title, columns, groups)] if groups else []
-
-
-def shown_flags(report: Report) -> dict[str, int]:
-    """How many pictures a page has, and how many of them are flagged or blurred: such a page is not for everybody."""
-    shots = [
-        shot for part in report.sections if isinstance(part, Grid) for strip in part.strips for shot in strip.shots
-    ]
-    return {"pictures": len(shots), "flagged": sum(shot.flagged or shot.blurred for shot in shots)}
