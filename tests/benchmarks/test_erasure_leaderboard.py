@@ -58,7 +58,7 @@ def test_the_leaderboard_has_a_row_for_each_method(leaderboard, tiny_model_folde
     text = (tmp_path / "docs" / "results.md").read_text()
     assert text in capsys.readouterr().out and "![" in text and "seed 0" in text
     assert [line.split(" | ")[0].strip("| ") for line in text.splitlines() if line.startswith("| ")][1:] == METHODS
-    for column in ("cat recognised ↓, N=2", "other objects recognised ↑", "FID", "KID", "distance", "asked ↑"):
+    for column in ("cat recognised ↓, N=2", "other objects recognised ↑", "FID", "KID", "distance", "asks for ↑"):
         assert column in text
     for file in ("leaderboard-object.jpg", "leaderboard-object.svg"):
         assert f"](images/{file})" in text and (tmp_path / "docs" / "images" / file).stat().st_size > 1000
