@@ -1,16 +1,16 @@
-"""What a step of distillation takes: a plain loop, ours, and ours with --cache_latents.
+"""Time of a distillation step: a plain loop, our loop, and our loop with --cache_latents.
 
     python benchmarks/distillation_speed.py
     python benchmarks/distillation_speed.py --model CompVis/stable-diffusion-v1-4 --train_batch_size 8  # not run here
 
-The plain loop is the reference's: autoencoder and text encoder run at every step, both UNets catch their features, all
-in float32. The ways take turns, round after round, so that a machine whose speed wanders hurts them alike; the ratio
-is taken within each round.
+The plain loop follows the reference implementation: autoencoder and text encoder run at every step, the features of
+both UNets are captured, and everything is float32. The variants alternate in each round, so that changes of the
+machine's speed affect all of them; ratios are computed within each round.
 """
 
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from diffusers_safe.arguments import exit_with_error, parse_dataclass
+from diffusers_safe.arguments import exit_with_error, option, parse_dataclass
 from diffusers_safe.diffusion.noise import NoiseSchedule
 from diffusers_safe.distillation.data import make_latents, open_rows
 from diffusers_safe.distillation.loop import DistillationLoop
@@ -30,45 +30,40 @@ from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.dataset import FILE_NAME, emoji_dataset
 from diffusers_safe.families import load_pipeline, make_family
 from diffusers_safe.families.students import build_student
-from diffusers_safe.training.pictures import Preprocessing, make_pictures, open_dataset
+from diffusers_safe.training.pictures import Preprocessing, make_pictures
 
 
 @dataclass
 class SpeedArguments:
-    model: str = field(default=str(MODEL_FOLDER), metadata={"help": "The teacher: folder or Hub id."})
-    student: str = field(default="bk-small", metadata={"help": "Of it."})
-    train_batch_size: int = field(default=8, metadata={"help": "Samples a step."})
-    num_images: int = field(default=128, metadata={"help": "Pictures to train on."})
-    rounds: int = field(default=8, metadata={"help": "How often every way is timed; the first is not counted."})
-    steps: int = field(default=3, metadata={"help": "Steps of a round."})
-
-    def __post_init__(self):
-        for name in ("train_batch_size", "num_images", "rounds", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+    model: str = option(str(MODEL_FOLDER), "Teacher: folder or Hub id.")
+    student: str = option("bk-small", "Name of the student.")
+    train_batch_size: int = option(8, "Samples per step.", at_least=1)
+    num_images: int = option(128, "Number of training pictures.", at_least=1)
+    rounds: int = option(8, "Number of timed rounds, plus one that is not counted.", at_least=1)
+    steps: int = option(3, "Steps per round.", at_least=1)
 
 
 class PlainLoop:
-    """Task, output and feature terms as one writes them down."""
+    """A straightforward implementation of the task, output and feature terms."""
 
-    def __init__(self, args: DistillationOptions, device: torch.device):
-        self.args, self.device = args, device
-        self.pipeline = load_pipeline(args.model.pretrained_model_name_or_path).to(device)
+    def __init__(self, options: DistillationOptions, device: torch.device):
+        self.batch_size, self.device = options.run.train_batch_size, device
+        self.pipeline = load_pipeline(options.model.pretrained_model_name_or_path).to(device)
         self.teacher = self.pipeline.unet
-        self.student = build_student(self.teacher, args.student.student).to(device).train()
-        pairs = feature_pairs(self.student.config, self.teacher.config, args.loss.feature_map)
+        self.student = build_student(self.teacher, options.student.student).to(device).train()
+        pairs = feature_pairs(self.student.config, self.teacher.config, options.loss.feature_map)
         self.own = FeatureTap(self.student, [own for own, _ in pairs])
         self.taught = FeatureTap(self.teacher, [other for _, other in pairs])
-        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=args.optimizer.learning_rate)
-        rows = open_dataset(train_data_dir=args.data.train_data_dir, caption_column=args.data.caption_column)
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=options.optimizer.learning_rate)
+        rows = open_rows(options.data, None, options.output.seed)
         preprocessing = Preprocessing(make_family(self.pipeline).picture_size, center_crop=True)
-        self.pictures = make_pictures(rows, preprocessing, args.output.seed, args.run.train_batch_size)
+        self.pictures = make_pictures(rows, preprocessing, options.output.seed, self.batch_size)
         self.noise = NoiseSchedule(self.pipeline.scheduler)
 
     def train_step(self, step: int) -> float:
         """One optimizer step; returns the loss."""
-        batch = self.pictures.batch(step, range(self.args.run.train_batch_size))
-        generators = [torch.Generator().manual_seed(row) for row in range(self.args.run.train_batch_size)]
+        batch = self.pictures.batch(step, range(self.batch_size))
+        generators = [torch.Generator().manual_seed(row) for row in range(self.batch_size)]
         with torch.no_grad():
             moments = self.pipeline.vae.encode(batch.pixel_values.to(self.device)).latent_dist
             latents = moments.sample() * self.pipeline.vae.config.scaling_factor
@@ -87,8 +82,8 @@ class PlainLoop:
         return loss.item()
 
 
-def make_ways(args: SpeedArguments, folder: Path, accelerator: Accelerator) -> dict:
-    """Name -> something with `train_step`."""
+def make_variants(args: SpeedArguments, folder: Path, accelerator: Accelerator) -> dict:
+    """The variants by name; each has a method `train_step`."""
     data = folder / "data"
     data.mkdir()
     emoji_dataset(args.num_images, cache_dir=str(folder / "arrow")).to_parquet(data / FILE_NAME)
@@ -104,9 +99,7 @@ def make_ways(args: SpeedArguments, folder: Path, accelerator: Accelerator) -> d
         given, teacher = arguments(cached), load_pipeline(args.model)
         family = make_family(teacher)
         student = make_family(student_pipeline(teacher, given))
-        latents = make_latents(
-            accelerator, family, open_rows(given.data, given.model.cache_dir, given.output.seed), given
-        )
+        latents = make_latents(accelerator, family, open_rows(given.data, None, given.output.seed), given)
         loop = DistillationLoop(accelerator, family, student, latents, given)
         loop.prepare()
         return loop
@@ -122,16 +115,16 @@ def main() -> None:
     args = parse_dataclass(SpeedArguments, __doc__)
     accelerator = Accelerator()
     with exit_with_error(), tempfile.TemporaryDirectory() as folder:
-        ways = make_ways(args, Path(folder), accelerator)
-        times = {name: [] for name in ways}
+        variants = make_variants(args, Path(folder), accelerator)
+        times = {name: [] for name in variants}
         for turn in tqdm(range(args.rounds + 1), "rounds"):
-            for name, way in ways.items():
+            for name, variant in variants.items():
                 started = time.perf_counter()
                 for step in range(args.steps):
-                    way.train_step(turn * args.steps + step)
+                    variant.train_step(turn * args.steps + step)
                 if turn > 0:
                     times[name].append((time.perf_counter() - started) / args.steps)
-    print("| | s/step | ratio to the plain loop, median [least, most] |\n|---|---|---|")
+    print("| | s/step | ratio to the plain loop, median [min, max] |\n|---|---|---|")
     for name, spent in times.items():
         ratio = np.array(spent) / np.array(times["plain loop"])
         print(f"| {name} | {np.median(spent):.3f} | {np.median(ratio):.2f} [{ratio.min():.2f}, {ratio.max():.2f}] |")

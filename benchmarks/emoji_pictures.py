@@ -1,15 +1,15 @@
-"""Pictures by which to judge an embedded model by eye.
+"""Images for judging an embedded model by eye.
 
     python benchmarks/emoji_pictures.py --model emoji --output_dir runs/pictures
     python benchmarks/emoji_pictures.py --model emoji --output_dir runs/pictures --page docs/images/emoji.jpg
 
-The page shows every object: the sprite, then what the model generates for `"a {object}"` with three seeds. Next to it,
-in a folder `blind`, lie as many pictures as there are objects, one of each, shuffled and without their names, to be
-named by someone who has not seen the prompts; `blind/answers.json` has the names.
+The page shows each object: its sprite, and the images that the model generates for `"a {object}"` with three seeds.
+The folder `blind` contains one image of each object, shuffled and without names, for a blind test by a person who has
+not seen the prompts. `blind/answers.json` contains the names.
 """
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image, ImageDraw, ImageFont
 
-from diffusers_safe.arguments import exit_with_error, parse_dataclass, typed
+from diffusers_safe.arguments import exit_with_error, option, parse_dataclass, required, typed
 from diffusers_safe.emoji import MODEL_NAME
 from diffusers_safe.emoji.evaluation import SETTINGS, prompt_rows
 from diffusers_safe.emoji.render import load_sprite
@@ -27,28 +27,23 @@ from diffusers_safe.generation.manifest import load_images
 from diffusers_safe.loading import load_pipeline
 
 
-SIDE, COLUMNS, LABEL, GAP = 96, 3, 20, 12  # pixels; objects side by side
+SIDE, COLUMNS, LABEL, GAP = 96, 3, 20, 12  # COLUMNS is in objects, the others in pixels
 
 
 @typed
 @dataclass
 class PicturesArguments:
-    output_dir: str = field(metadata={"help": "Folder for the images, the page and the blind test."})
-    model: str = field(default=MODEL_NAME, metadata={"help": "Name of an embedded model, or folder of a pipeline."})
-    seeds: int = field(default=3, metadata={"help": "Images of each object on the page."})
-    seed: int = field(default=0, metadata={"help": "Every image's own seed follows from it."})
-    num_inference_steps: int = field(default=SETTINGS.num_inference_steps, metadata={"help": "Sampler steps."})
-    guidance_scale: float = field(default=SETTINGS.guidance_scale, metadata={"help": "Classifier-free guidance."})
-    page: str | None = field(default=None, metadata={"help": "File of the page; default page.png in the folder."})
-
-    def __post_init__(self):
-        for name in ("seeds", "num_inference_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+    output_dir: str = required("Folder for the images, the page and the blind test.")
+    model: str = option(MODEL_NAME, "Name of an embedded model, or folder of a pipeline.")
+    seeds: int = option(3, "Images per object on the page.", at_least=1)
+    seed: int = option(0, "Seed from which the seeds of all images are derived.")
+    num_inference_steps: int = option(SETTINGS.num_inference_steps, "Sampler steps.", at_least=1)
+    guidance_scale: float = option(SETTINGS.guidance_scale, "Classifier-free guidance.")
+    page: str | None = option(None, "File of the page. Default: page.png in the output folder.")
 
 
 def make_page(images: dict[str, list[Image.Image]]) -> Image.Image:
-    """One page of all objects, each with its sprite, its name and its images."""
+    """A page of all objects, each with its name, its sprite and its images."""
     count = 1 + max(map(len, images.values()))
     width, height = count * SIDE + (count - 1) * 4, LABEL + SIDE
     rows = -(-len(images) // COLUMNS)
@@ -67,7 +62,7 @@ def make_page(images: dict[str, list[Image.Image]]) -> Image.Image:
 
 
 def write_blind_test(images: dict[str, list[Image.Image]], folder: Path, seed: int) -> None:
-    """A picture of each object under a number, in a random order, and what they are."""
+    """Writes one numbered image of each object in random order, and a file with their names."""
     rng = np.random.default_rng(seed)
     names = [str(name) for name in rng.permutation(list(images))]
     folder.mkdir(parents=True, exist_ok=True)

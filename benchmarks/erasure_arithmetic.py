@@ -1,21 +1,21 @@
-"""What an optimizer step of erasure training costs, and what reuse of trajectories saves and does to the erasure.
+"""The cost of an optimizer step of erasure training, and the savings and effects of reusing trajectories.
 
     python benchmarks/erasure_arithmetic.py --output_dir runs/reuse
     python benchmarks/erasure_arithmetic.py --skip_erasure
 
-First the sample-forwards of the UNet and the seconds of a step at batch size 1, with the papers' sampling: SDD as a
-plain loop written from the paper, by our loop, and with trajectories reused; then ESD, whose frozen sampler allows a
-pool. All ways take turns, round after round, so that a machine whose speed wanders hurts them alike; ratios are taken
-within each round. Goal: with reuse at most a fifth of the forwards.
+The first part counts the forward passes per sample and the seconds of a step at batch size 1 with the papers'
+sampling: SDD as a plain loop written from the paper, our loop, and our loop with reused trajectories; then ESD, whose
+frozen sampler allows a pool. The variants alternate in each round, so that changes of the machine's speed affect all
+of them; ratios are computed within each round. Goal: with reuse at most a fifth of the forward passes.
 
-Then "weapon" is erased from the embedded model with the demo's settings, but the papers' sampling of 50 steps, once
-exactly and once with reuse, and both are measured: some 30 minutes on two CPU cores. Finished trainings and images are
-kept.
+The second part erases "weapon" from the embedded model with the demo's settings, but with the papers' sampling of 50
+steps, once exactly and once with reuse, and evaluates both: about 30 minutes on two CPU cores. Finished trainings and
+images are not repeated.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from plain_loop import PlainLoop
 from torch import nn
 from tqdm.auto import tqdm
 
-from diffusers_safe.arguments import exit_with_error, parse_dataclass
+from diffusers_safe.arguments import exit_with_error, option, parse_dataclass
 from diffusers_safe.comparison.models import LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.demo import retained_prompts
@@ -40,30 +40,27 @@ from diffusers_safe.output_folders import check_claim, claimed
 
 @dataclass
 class ArithmeticArguments:
-    output_dir: str | None = field(default=None, metadata={"help": "For the erasures; finished ones are kept."})
-    model: str = field(default=str(MODEL_FOLDER), metadata={"help": "Folder or Hub id, for the first part."})
-    rounds: int = field(default=3, metadata={"help": "How often every way is timed; the first is not counted."})
-    num_inference_steps: int = field(default=50, metadata={"help": "Steps of the whole sampling schedule."})
-    latents_per_trajectory: int = field(default=16, metadata={"help": "With reuse; also the steps of a round."})
-    trajectory_pool: int = field(default=64, metadata={"help": "Trajectories of the pool."})
-    skip_erasure: bool = field(default=False, metadata={"help": "Only count and time."})
-    images_per_prompt: int = field(default=4, metadata={"help": "Images of each prompt of the erasures."})
-    train_seed: int = field(default=0, metadata={"help": "Seed of the erasures."})
-    image_seed: int = field(default=0, metadata={"help": "Seed of their images."})
+    output_dir: str | None = option(None, "Folder for the erasures. Finished ones are not repeated.")
+    model: str = option(str(MODEL_FOLDER), "Model of the first part: folder or Hub id.")
+    rounds: int = option(3, "Number of rounds; the first is not counted.", at_least=2)
+    num_inference_steps: int = option(50, "Number of steps of the sampling schedule.", at_least=1)
+    latents_per_trajectory: int = option(
+        16, "Latents per trajectory with reuse; also the number of steps per round.", at_least=1
+    )
+    trajectory_pool: int = option(64, "Number of trajectories in the pool.", at_least=1)
+    skip_erasure: bool = option(False, "Skip the second part.")
+    images_per_prompt: int = option(4, "Images per prompt in the second part.", at_least=1)
+    train_seed: int = option(0, "Seed of the trainings.")
+    image_seed: int = option(0, "Seed of the images.")
 
     def __post_init__(self):
-        for name in ("num_inference_steps", "latents_per_trajectory", "trajectory_pool", "images_per_prompt"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
-        if self.rounds < 2:
-            raise ValueError(f"rounds {self.rounds}: must be at least 2, the first is not counted")
         if not self.skip_erasure and self.output_dir is None:
             raise ValueError("output_dir: is missing; give it, or --skip_erasure true")
 
 
 @dataclass
-class Way:
-    """One way to train: `step(number)` is one optimizer step. `ahead` are the forwards before the first."""
+class Variant:
+    """A variant of training: `step(number)` runs a step, `ahead` counts the forward passes before the first step."""
 
     step: Callable[[int], object]
     forwards: list[int]
@@ -71,50 +68,49 @@ class Way:
 
 
 def counted_forwards(*denoisers: nn.Module) -> list[int]:
-    """A list that gets the batch size of every forward from now on."""
+    """A list to which the batch size of each following forward pass is appended."""
     rows = []
     for denoiser in denoisers:
         denoiser.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     return rows
 
 
-def plain_way(args: ArithmeticArguments) -> Way:
+def plain_variant(args: ArithmeticArguments) -> Variant:
     pipeline = StableDiffusionPipeline.from_pretrained(args.model)
     loop = PlainLoop(pipeline, GROUP, args.num_inference_steps, Accelerator().device)
-    return Way(loop.train_step, counted_forwards(loop.student, loop.average))
+    return Variant(loop.train_step, counted_forwards(loop.student, loop.average))
 
 
-def our_way(args: ArithmeticArguments, method: str, **options) -> Way:
+def our_variant(args: ArithmeticArguments, method: str, **options) -> Variant:
     options = {"num_inference_steps": args.num_inference_steps, "watch_prompts": [], **options}
-    training = make_options(
-        method, pretrained_model_name_or_path=args.model, concepts=[GROUP], output_dir=None, **options
-    )
+    options |= {"pretrained_model_name_or_path": args.model, "concepts": [GROUP], "output_dir": None}
+    training = make_options(method, **options)
     family = make_family(StableDiffusionPipeline.from_pretrained(args.model))
     loop = ErasureLoop(Accelerator(), family, training.method.objective(training.concept.concepts), training)
     forwards = counted_forwards(family.denoiser)
     loop.erasing.prepare()
     ahead = sum(forwards)
     forwards.clear()
-    return Way(loop.train_step, forwards, ahead)
+    return Variant(loop.train_step, forwards, ahead)
 
 
-def make_ways(args: ArithmeticArguments) -> dict[str, Way]:
+def make_variants(args: ArithmeticArguments) -> dict[str, Variant]:
     several = {"latents_per_trajectory": args.latents_per_trajectory}
     pool = {"trajectory_pool": args.trajectory_pool, **several}
     return {
-        "SDD, plain loop": plain_way(args),
-        "SDD, exact": our_way(args, "sdd"),
-        f"SDD, {args.latents_per_trajectory} latents a trajectory": our_way(args, "sdd", **several),
-        "ESD, exact": our_way(args, "esd", sampling_model="frozen"),
-        f"ESD, pool of {args.trajectory_pool}": our_way(args, "esd", sampling_model="frozen", **pool),
+        "SDD, plain loop": plain_variant(args),
+        "SDD, exact": our_variant(args, "sdd"),
+        f"SDD, {args.latents_per_trajectory} latents a trajectory": our_variant(args, "sdd", **several),
+        "ESD, exact": our_variant(args, "esd", sampling_model="frozen"),
+        f"ESD, pool of {args.trajectory_pool}": our_variant(args, "esd", sampling_model="frozen", **pool),
     }
 
 
-def seconds(way: Way, steps: range) -> float:
-    """Mean of one step."""
+def seconds(variant: Variant, steps: range) -> float:
+    """Mean time of a step."""
     started = time.perf_counter()
     for step in steps:
-        way.step(step)
+        variant.step(step)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return (time.perf_counter() - started) / len(steps)
@@ -122,47 +118,51 @@ def seconds(way: Way, steps: range) -> float:
 
 def compare_steps(args: ArithmeticArguments) -> str:
     """The table of the first part."""
-    ways, length = make_ways(args), args.latents_per_trajectory
-    times = {name: [] for name in ways}
+    variants, length = make_variants(args), args.latents_per_trajectory
+    times = {name: [] for name in variants}
     for turn in tqdm(range(args.rounds), "rounds"):
-        for name, way in ways.items():
-            times[name].append(seconds(way, range(turn * length, (turn + 1) * length)))
-    lines = ["| | forwards a step | times fewer | forwards ahead | s a step | times faster, median [least, most] |"]
+        for name, variant in variants.items():
+            times[name].append(seconds(variant, range(turn * length, (turn + 1) * length)))
+    lines = [
+        "| | forward passes per step | times fewer | before training | s per step | times faster, median [min, max] |"
+    ]
     lines.append("|---" * 6 + "|")
-    for name, way in ways.items():
-        first = next(other for other in ways if other[:3] == name[:3])
-        each = sum(way.forwards) / (args.rounds * length)
-        fewer = sum(ways[first].forwards) / sum(way.forwards)
+    for name, variant in variants.items():
+        first = next(other for other in variants if other[:3] == name[:3])
+        each = sum(variant.forwards) / (args.rounds * length)
+        fewer = sum(variants[first].forwards) / sum(variant.forwards)
         faster = np.array(times[first][1:]) / np.array(times[name][1:])
         spread = f"{np.median(faster):.2f} [{faster.min():.2f}, {faster.max():.2f}]"
         spent = f"{np.median(times[name][1:]):.3f}"
-        lines.append(f"| {name} | {each:.1f} | {fewer:.2f} | {way.ahead} | {spent} | {spread} |")
+        lines.append(f"| {name} | {each:.1f} | {fewer:.2f} | {variant.ahead} | {spent} | {spread} |")
     how = f"batch 1, {args.num_inference_steps} sampling steps, {args.rounds - 1} rounds of {length} steps"
     return "\n".join(lines) + f"\n\n{how}, {Accelerator().device}, {torch.get_num_threads()} threads."
 
 
 def compare_erasure(args: ArithmeticArguments) -> str:
-    """The table of the second part, and the forwards that the two trainings take."""
+    """The table of the second part, and the forward passes of the two trainings."""
     papers = {
         "num_inference_steps": args.num_inference_steps,
         "sampling_fraction": 1.0,
-        "latents_per_trajectory": 1,  # the demo reuses trajectories itself
+        "latents_per_trajectory": 1,  # the demo reuses trajectories
         "trajectory_pool": 0,
     }
     reuse = {"latents_per_trajectory": args.latents_per_trajectory, "trajectory_pool": args.trajectory_pool}
     models = [LoadedModel("before", StableDiffusionPipeline.from_pretrained(MODEL_FOLDER))]
     folder = Path(args.output_dir) / f"trained-{args.train_seed}"
-    told = []
+    costs = []
     for name, changes in {"exact": papers, "reuse": {**papers, **reuse}}.items():
         model = folder / f"model-{name}"
         words = [*demo_options(model, args.train_seed, changes), "--dry_run", "true"]
         forwards = sum(make_plan(parse_options("sdd", words)).forwards.values())
         started = time.monotonic()
         models.append(LoadedModel(name, train_demo(model, args.train_seed, changes)))
-        told.append(f"{name}: {forwards:.1f} forwards a sample, {time.monotonic() - started:.0f} s (0: was there)")
+        costs.append(
+            f"{name}: {forwards:.1f} forward passes per sample, {time.monotonic() - started:.0f} s (0: existed)"
+        )
     images = folder / f"images-{args.images_per_prompt}-{args.image_seed}"
     table = erasure_table(models, images, args.images_per_prompt, args.image_seed, retained_prompts(GROUP))
-    return "\n".join([table, *told])
+    return "\n".join([table, *costs])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,15 +1,15 @@
-"""Speed and memory of erasure training on a GPU, at SD 1.x's real size with random weights.
+"""Speed and memory of erasure training on a GPU, with a UNet of the size of SD 1.x and random weights.
 
     python benchmarks/erasure_gpu.py
     python benchmarks/erasure_gpu.py --batch_sizes 1 4 16 --mixed_precision no --latents_per_trajectory 16
 
-SDD with the papers' sampling, bf16 autocast, with torch.compile and without, at several batch sizes, each in a process
-of its own. "of the matrix rate": floating-point operations a second of the whole step, those of attention included and
-those of optimizer and recomputation not, beside what this device does in one large matrix product.
+SDD with the papers' sampling and bf16 autocast, with and without torch.compile, at several batch sizes, each in a
+separate process. "Of the matrix rate" is the number of floating-point operations per second of the whole step (with
+attention, without optimizer and recomputation), divided by that of a large matrix product on this device.
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +17,7 @@ from random_models import UNETS, in_own_process, peak_bytes, random_pipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusers_safe.arguments import parse_dataclass
+from diffusers_safe.arguments import option, parse_dataclass
 from diffusers_safe.erasure.loop import ErasureLoop
 from diffusers_safe.erasure.options import make_options
 from diffusers_safe.families import make_family
@@ -30,35 +30,27 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass
 class GPUArguments:
-    device: str = field(default="cuda", metadata={"help": f"{', '.join(DEVICES)}; a CPU is for a try."})
-    size: str = field(default="sd-1", metadata={"help": f"Of the UNet: {', '.join(UNETS)}."})
-    latent_size: int = field(default=64, metadata={"help": "Height and width of the latents; 64 is 512 pixels."})
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 4, 8], metadata={"help": "Each is measured."})
-    mixed_precision: str = field(default="bf16", metadata={"help": f"Of autocast: {', '.join(MIXED_PRECISIONS)}."})
-    compile: list[str] = field(default_factory=lambda: ["off", "on"], metadata={"help": "torch.compile: off, on."})
-    num_inference_steps: int = field(default=50, metadata={"help": "Steps of the whole sampling schedule."})
-    latents_per_trajectory: int = field(default=1, metadata={"help": "Reuse; 1 is exact."})
-    steps: int = field(default=16, metadata={"help": "Optimizer steps that are timed, after as many to warm up."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations."})
+    device: str = option("cuda", f"{', '.join(DEVICES)}; a CPU is only for testing the script.", DEVICES)
+    size: str = option("sd-1", f"Size of the UNet: {', '.join(UNETS)}.", UNETS)
+    latent_size: int = option(64, "Height and width of the latents; 64 corresponds to 512 pixels.")
+    batch_sizes: list[int] = option([1, 4, 8], "Batch sizes to measure.")
+    mixed_precision: str = option("bf16", f"Precision of autocast: {', '.join(MIXED_PRECISIONS)}.", MIXED_PRECISIONS)
+    compile: list[str] = option(["off", "on"], "torch.compile: off, on.", ("off", "on"))
+    num_inference_steps: int = option(50, "Number of steps of the sampling schedule.", at_least=1)
+    latents_per_trajectory: int = option(1, "Latents per trajectory; 1 is exact.", at_least=1)
+    steps: int = option(16, "Timed optimizer steps, after as many warm-up steps.", at_least=1)
+    gradient_checkpointing: bool = option(False, "Recompute activations.")
 
     def __post_init__(self):
-        for name, allowed in (("device", DEVICES), ("size", UNETS), ("mixed_precision", MIXED_PRECISIONS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} '{getattr(self, name)}': unknown; allowed are {', '.join(allowed)}")
-        if unknown := set(self.compile) - {"off", "on"}:
-            raise ValueError(f"compile {sorted(unknown)}: unknown; allowed are off, on")
         if self.latent_size < 8 or self.latent_size % 8:
             raise ValueError(f"latent_size {self.latent_size}: must be a multiple of 8")
-        for name in ("num_inference_steps", "latents_per_trajectory", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ValueError(f"batch_sizes {self.batch_sizes}: must be at least 1 each")
 
 
 @dataclass
 class Measured:
-    """Of one setting: seconds and sample-forwards of a step, and the peak of memory in bytes."""
+    """Seconds and forward passes per step, and peak memory in bytes, of one setting."""
 
     seconds: float
     forwards: float
@@ -66,7 +58,7 @@ class Measured:
 
 
 def matrix_rate(args: GPUArguments) -> float:
-    """FLOP/s of a large matrix product in the dtype of autocast: the best of several tries."""
+    """FLOP/s of a large matrix product in the dtype of autocast; the best of several runs."""
     size = 8192 if args.device == "cuda" else 1024
     first, second = (torch.randn(size, size, device=args.device, dtype=DTYPES[args.mixed_precision]) for _ in range(2))
     best = float("inf")
@@ -102,11 +94,11 @@ def make_loop(args: GPUArguments, batch_size: int) -> ErasureLoop:
 
 
 def flop_of_a_sample(args: GPUArguments) -> tuple[float, float]:
-    """Of one forward, and of the backward of one training sample."""
+    """FLOP of one forward pass, and of the backward pass of one training sample."""
     loop = make_loop(args, 1)
     batch = loop.erasing.batch(0, range(1))
     inputs = (batch.model_input, batch.timesteps, batch.prompts)
-    # In the other kernels of attention there are products that the counter does not know on every device.
+    # On some devices, the counter does not count the matrix products of the other attention kernels.
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:
             predicted = loop.predictor(*inputs, "student")
@@ -132,7 +124,7 @@ def measure(args: GPUArguments, batch_size: int, compiled: bool) -> Measured:
 def main(argv: list[str] | None = None) -> None:
     args = parse_dataclass(GPUArguments, __doc__, argv)
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: there is no GPU here; --device cpu --size tiny tries the program")
+        raise SystemExit("error: no GPU is available; --device cpu --size tiny tests the script")
     rate = in_own_process(matrix_rate, args)
     forward, backward = in_own_process(flop_of_a_sample, args)
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"

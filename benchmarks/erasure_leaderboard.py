@@ -1,16 +1,16 @@
-"""All ways to keep a concept out of the embedded model beside each other: one object, a group of objects, a style.
+"""Compares all methods that remove a concept from the embedded model: one object, a group of objects, and a style.
 
     python benchmarks/erasure_leaderboard.py --output_dir runs/leaderboard
     python benchmarks/erasure_leaderboard.py --output_dir runs/leaderboard-quick --quick
 
-The table has the shape of SDD's (arXiv 2307.05977): the concept's rate, what is left of the others, FID, distance to
-the original's images, and how well images show what was asked for; by the judge that ships with the model. Rows are
-the model itself, what acts while sampling (a negative prompt, SEGA, SLD), what changes the weights (ESD, SDD, by
-`examples/emoji-*.yaml`), and a student of the erased model. Trainings and images that are finished are kept. Without
-a GPU there is a process with one thread for each core.
+The table has the form of the table in the paper of SDD (arXiv 2307.05977): the rate of the concept, the rate of other
+concepts, FID, distance to the original's images, and how well images match their prompts, all by the judge that ships
+with the model. Rows are the model itself, methods that act during sampling (a negative prompt, SEGA, SLD), methods
+that change the weights (ESD, SDD, with `examples/emoji-*.yaml`), and a student of the erased model. Finished trainings
+and images are not repeated. Without a GPU, a process with one thread runs on each core.
 
-`--quick` does one object only, by fewer methods. `--docs docs` writes the table and the pictures into that folder.
-A new method proves itself in a row of its own, as a model (or a file of models) of `diffusers-safe evaluate`:
+`--quick` runs one object with fewer methods. `--docs docs` writes the table and the images to that folder. To compare
+a new method, add it as a row, as a model (or a file of models) of `diffusers-safe evaluate`:
 
     python benchmarks/erasure_leaderboard.py --output_dir runs/leaderboard --tasks object --methods mine=runs/mine
 """
@@ -18,7 +18,7 @@ A new method proves itself in a row of its own, as a model (or a file of models)
 import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -29,20 +29,20 @@ from erasure_table import Numbers
 from students import StudentsArguments, folder_of
 from students import student as train_student
 
-from diffusers_safe.arguments import exit_with_error, parse_dataclass
+from diffusers_safe.arguments import exit_with_error, option, parse_dataclass, required
 from diffusers_safe.commands.evaluate import read_models
 from diffusers_safe.comparison.evaluate import evaluate
 from diffusers_safe.comparison.models import as_images
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.evaluation import SETTINGS, erasure_rows
 from diffusers_safe.emoji.metrics import EmojiDistance, EmojiFID, EmojiRecognition, write_references
+from diffusers_safe.files import write_text
 from diffusers_safe.generation.folders import ImageFolder
 from diffusers_safe.generation.generate import generate
 from diffusers_safe.generation.manifest import load_image
 from diffusers_safe.generation.models import Subject
 from diffusers_safe.generation.rows import PromptRow
 from diffusers_safe.output_folders import check_claim, claimed, prepare_files, write_own
-from diffusers_safe.provenance import write_text
 from diffusers_safe.report.elements import Scatter
 from diffusers_safe.report.grid import draw_table
 from diffusers_safe.report.plots import plot_file, scatter_svg
@@ -59,13 +59,13 @@ ALL = ("esd-x", "esd-u", "sdd"), ("weak", "medium", "strong", "max")
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to erase.
+    """A concept to erase.
 
     Attributes:
-        title (`str`): Heading of its table.
-        concept (`str`): As what acts while sampling is told.
-        recipes (`str`): Head of the names of its recipes.
-        shown (`tuple[str, ...]`): Prompts of its picture.
+        title (`str`): Heading of the table.
+        concept (`str`): Prompt for the methods that act during sampling.
+        recipes (`str`): Prefix of the names of its recipes.
+        shown (`tuple[str, ...]`): Prompts of the picture.
     """
 
     title: str
@@ -75,7 +75,7 @@ class Task:
 
     @property
     def erased(self) -> dict:
-        """As [`erasure_rows`] takes it."""
+        """The erased concept, as arguments of [`erasure_rows`]."""
         return {"erased": [], **erased_by(RECIPES[f"{self.recipes}-sdd"])}
 
 
@@ -98,31 +98,23 @@ TASKS = {
 
 @dataclass
 class LeaderboardArguments:
-    output_dir: str = field(metadata={"help": "Folder for trainings, images and reports; finished ones are kept."})
-    quick: bool = field(default=False, metadata={"help": "One object only, by fewer methods."})
-    tasks: list[str] = field(default_factory=list, metadata={"help": f"Of {', '.join(TASKS)}; default all."})
-    seed: int = field(default=0, metadata={"help": "Of trainings and images."})
-    student_steps: int = field(default=400, metadata={"help": "Steps of the student's training; 0 leaves it out."})
-    methods: list[str] = field(
-        default_factory=list, metadata={"help": "More rows: name=MODEL ..., or one .yaml; with one of --tasks only."}
-    )
-    docs: str | None = field(default=None, metadata={"help": "Folder for results.md and images/leaderboard-*."})
+    output_dir: str = required("Folder for trainings, images and reports. Finished ones are not repeated.")
+    quick: bool = option(False, "One object only, with fewer methods.")
+    tasks: list[str] = option([], f"Tasks: {', '.join(TASKS)}. Default: all.", TASKS)
+    seed: int = option(0, "Seed of trainings and images.", at_least=0, below=2**32)
+    student_steps: int = option(400, "Training steps of the student; 0 leaves it out.", at_least=0)
+    methods: list[str] = option([], "Additional rows: name=MODEL ..., or one .yaml; only with a single task.")
+    docs: str | None = option(None, "Folder for results.md and images/leaderboard-*.")
 
     def __post_init__(self):
-        if unknown := [name for name in self.tasks if name not in TASKS]:
-            raise ValueError(f"tasks {', '.join(unknown)}: unknown; allowed are {', '.join(TASKS)}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed {self.seed}: must be at least 0 and less than 2**32")
-        if self.student_steps < 0:
-            raise ValueError(f"student_steps {self.student_steps}: must be at least 0")
         self.tasks = self.tasks or (["object"] if self.quick else list(TASKS))
         self.own_rows = read_models(self.methods)
         if self.own_rows and len(self.tasks) > 1:
-            raise ValueError(f"methods {' '.join(self.methods)}: name the one of --tasks that they are for")
+            raise ValueError(f"methods {' '.join(self.methods)}: name the task that they are for with --tasks")
 
 
 class Leaderboard:
-    """Trainings, images and measurements of all tasks, in a folder that keeps what is finished."""
+    """Trainings, images and measurements of all tasks, in a folder that keeps finished results."""
 
     def __init__(self, args: LeaderboardArguments):
         self.args, self.folder = args, Path(args.output_dir)
@@ -134,7 +126,7 @@ class Leaderboard:
         self.student_options, self.student_models = options, folder_of(options) / "models"
 
     def train(self) -> None:
-        """All recipes; the longest first, so that no core is idle for long at the end."""
+        """Trains all recipes, the longest first, so that no core is idle for long at the end."""
         steps = {
             f"{TASKS[task].recipes}-{method}": yaml.safe_load(RECIPES[f"{TASKS[task].recipes}-{method}"].read_text())
             for task in self.args.tasks
@@ -148,7 +140,7 @@ class Leaderboard:
         return self.folder / "models" / f"{recipe}-{self.args.seed}"
 
     def subjects(self, name: str) -> list[Subject | ImageFolder]:
-        """The rows of a task's table."""
+        """The rows of the table of a task."""
         task, base = TASKS[name], str(MODEL_FOLDER)
         rows = [
             Subject("original", base),
@@ -164,18 +156,18 @@ class Leaderboard:
     def rows(self, name: str) -> list[PromptRow]:
         return erasure_rows(**TASKS[name].erased, images_per_object=1, seed=self.args.seed)
 
-    def draw(self) -> None:
-        """The images of all rows; the student's first, because it must be trained before."""
+    def generate(self) -> None:
+        """Generates the images of all rows, those of the student first, because it must be trained before."""
         jobs = [(name, subject) for name in self.args.tasks for subject in self.subjects(name)]
         jobs = [job for job in jobs if isinstance(job[1], Subject)]
         jobs.sort(key=lambda job: not self._is_student(job[1]))
         with ProcessPoolExecutor(self.workers, get_context("spawn"), _use_one_thread) as pool:
-            list(pool.map(self._draw, *zip(*jobs)))
+            list(pool.map(self._generate, *zip(*jobs)))
 
     def _is_student(self, subject: Subject) -> bool:
         return Path(subject.model).parent == self.student_models
 
-    def _draw(self, name: str, subject: Subject) -> None:
+    def _generate(self, name: str, subject: Subject) -> None:
         if self._is_student(subject):
             self._train_student(self.model(f"{TASKS[name].recipes}-sdd"))
         pipeline, settings = subject.load(SETTINGS)
@@ -183,14 +175,14 @@ class Leaderboard:
         generate(pipeline, self.rows(name), folder, settings, BATCH_SIZE, f"{name}: {subject.name}")
 
     def _train_student(self, teacher: Path) -> None:
-        """Of the erased model, on captions that do not name what was erased."""
+        """Trains a student of the erased model on captions that do not name the erased concept."""
         self.student_models.mkdir(parents=True, exist_ok=True)
         if not (self.student_models / "erased-teacher").exists():
             (self.student_models / "erased-teacher").symlink_to(teacher.resolve())
         train_student(STUDENT, self.student_options)
 
     def measure(self, name: str) -> str:
-        """Measures a task and draws its plot and its picture, a row a method; the section about it."""
+        """Measures a task, writes its plot and its picture, and returns its section of the page."""
         task, folder = TASKS[name], self.folder / name
         erased, style = task.erased["erased"], task.erased.get("style")
         references = write_references(folder / "references", erased, style)
@@ -216,7 +208,7 @@ class Leaderboard:
 
 
 def _use_one_thread() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"  # of what this process starts
+    os.environ["OMP_NUM_THREADS"] = "1"  # for processes that this process starts
     torch.set_num_threads(1)
 
 
@@ -232,10 +224,10 @@ def main() -> None:
     with exit_with_error(), claimed(args.output_dir):
         leaderboard = Leaderboard(args)
         leaderboard.train()
-        leaderboard.draw()
+        leaderboard.generate()
         sections = [leaderboard.measure(name) for name in args.tasks]
         sampling = f"{SETTINGS.num_inference_steps} steps, guidance {SETTINGS.guidance_scale:g}"
-        student = STUDENT_TOLD if args.student_steps and "group" in args.tasks else ""
+        student = STUDENT_NOTE if args.student_steps and "group" in args.tasks else ""
         student = student.format(steps=args.student_steps, pictures=STUDENT_PICTURES)
         text = "\n".join([HEAD.format(seed=args.seed, sampling=sampling, student=student), *sections])
         write_own(folder / "results.md", text)
@@ -250,33 +242,34 @@ def main() -> None:
 
 HEAD = """# Results on the embedded model
 
-`make benchmark-erasure` makes this page with seed {seed}
+This page is written by `make benchmark-erasure` with seed {seed}
 ([benchmarks/erasure_leaderboard.py](../benchmarks/erasure_leaderboard.py)).
 
-* Every row of a table has the same prompts and seeds, {sampling}. The judge that ships with the model
-  says what an image shows. In brackets 95 % intervals.
-* The first column counts only images whose prompt names what was to go; all others are of the rest. FID and KID are to
-  1000 freshly drawn pictures of what was to stay, in 96 features of the judge; of so few images FID is too large, so
-  compare it with the original's, never with another table's. The distance is to the original's image of the same seed,
-  by the judge's features as LPIPS has it.
-* ESD and SDD train once a table, by the recipes in [examples/](../examples/), which were found on this model
-  ([methods.md](methods.md#esd-and-sdd-beside-each-other) has three seeds of each). SEGA and SLD have the settings of
-  their authors, which were found on Stable Diffusion. SLD changes nothing where the prompt is the concept.
-* The numbers are of one machine. Another CPU or version of torch rounds differently, and training amplifies it: on
-  another CPU the demo left a weapon in one of 24 images (4.2 %) where it left none here.
-{student}* [evaluation.md](evaluation.md) has the rules; the run leaves a page with all pictures of each table in
-  `runs/leaderboard/*/report.html`.
+* All rows of a table use the same prompts and seeds, {sampling}. The judge that ships with the model
+  recognises what an image shows. Brackets contain 95 % confidence intervals.
+* The first column counts only images whose prompt names the erased concept; all other columns use the other images.
+  FID and KID compare with 1000 rendered pictures of the retained concepts, in 96 features of the judge. With so few
+  images FID is too large: compare it with the original's, never with another table. The distance is to the
+  original's image of the same seed, computed like LPIPS from the judge's features.
+* ESD and SDD are trained once per table, with the recipes in [examples/](../examples/), which were tuned on this
+  model ([Methods](methods.md#esd-and-sdd-compared) has three seeds of each). SEGA and SLD use the settings of their
+  authors, which were tuned on Stable Diffusion. SLD has no effect where the prompt is the concept.
+* The numbers were measured on one machine. Another CPU or version of torch rounds differently, and training
+  amplifies the difference: on another CPU, the demo's model showed a weapon in one of 24 images (4.2 %),
+  here in none.
+{student}* [Evaluate](evaluation.md) explains the statistics. The run also writes a page with all images of each
+  table, `runs/leaderboard/*/report.html`.
 """
-STUDENT_TOLD = """* The student was taught by the erased model, {steps} steps on {pictures} pictures without weapons.
-  Those of [methods.md](methods.md#students) have 1000 steps and are better.
+STUDENT_NOTE = """* The student was distilled from the erased model, {steps} steps on {pictures} pictures without
+  weapons. The students in [Methods](methods.md#students) have 1000 steps and are better.
 """
 SECTION = """## {title}
 
 {table}
 
-![The concept against the rest, with intervals](images/{plot})
+![The concept's rate against retention, with intervals](images/{plot})
 
-![The same seeds, a row a method](images/{picture})
+![Images of the same seeds, one row per method](images/{picture})
 """
 
 

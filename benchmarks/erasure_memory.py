@@ -1,20 +1,20 @@
-"""Peak memory of erasing cross-attention from a UNet of SD 1.x's real size, random weights, in float32.
+"""Peak memory of erasure training (cross-attention) with a UNet of the size of SD 1.x, random weights, float32.
 
     python benchmarks/erasure_memory.py
     python benchmarks/erasure_memory.py --gradient_checkpointing true
 
-One optimizer step of SDD at batch size 1, by our loop and by the plain loop of the paper with two UNets and gradients
-for everything, each in a process of its own; needs some 20 GB. Goal: under 60 % of the plain loop.
+One optimizer step of SDD at batch size 1, with our loop and with the plain loop of the paper (two UNets, gradients for
+all weights), each in a separate process. Requires about 20 GB. Goal: less than 60 % of the plain loop.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from plain_loop import PlainLoop
 from random_models import UNETS, in_own_process, peak_bytes, random_pipeline
 
-from diffusers_safe.arguments import parse_dataclass
+from diffusers_safe.arguments import option, parse_dataclass
 from diffusers_safe.erasure.loop import ErasureLoop
 from diffusers_safe.erasure.options import make_options
 from diffusers_safe.families import make_family
@@ -25,22 +25,18 @@ GIB = 2**30
 
 @dataclass
 class MemoryArguments:
-    size: str = field(default="sd-1", metadata={"help": f"Of the UNet: {', '.join(UNETS)}."})
-    latent_size: int = field(default=64, metadata={"help": "Height and width of the latents; 64 is 512 pixels."})
-    num_inference_steps: int = field(default=2, metadata={"help": "Of the sampler; more take longer, not more room."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "In our loop."})
+    size: str = option("sd-1", f"Size of the UNet: {', '.join(UNETS)}.", UNETS)
+    latent_size: int = option(64, "Height and width of the latents; 64 corresponds to 512 pixels.")
+    num_inference_steps: int = option(2, "Number of sampling steps; more take longer, but no more memory.", at_least=1)
+    gradient_checkpointing: bool = option(False, "Use gradient checkpointing in our loop.")
 
     def __post_init__(self):
-        if self.size not in UNETS:
-            raise ValueError(f"size '{self.size}': unknown; allowed are {', '.join(UNETS)}")
         if self.latent_size < 8 or self.latent_size % 8:
             raise ValueError(f"latent_size {self.latent_size}: must be a multiple of 8")
-        if self.num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps {self.num_inference_steps}: must be at least 1")
 
 
 def plain_peak(args: MemoryArguments) -> tuple[int, int]:
-    """Peak in bytes before the step, and after it."""
+    """Peak memory in bytes before and after the step."""
     device = Accelerator().device
     loop = PlainLoop(random_pipeline(args.size, args.latent_size), "a knife", args.num_inference_steps, device)
     before = peak_bytes(device)

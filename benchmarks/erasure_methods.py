@@ -1,25 +1,25 @@
-"""ESD and SDD beside each other: every recipe for the embedded model, trained and measured with several seeds.
+"""Compares ESD and SDD: all recipes for the embedded model, trained and evaluated with several seeds.
 
     python benchmarks/erasure_methods.py --output_dir runs/methods
     python benchmarks/erasure_methods.py --output_dir runs/methods --only emoji-weapon-esd-x --seeds 0
 
-A row is one training by `examples/emoji-*.yaml` with a seed, then the same prompts and seeds before and after: how
-often the judge still sees what was erased, and what that cost others. The table (Markdown, also in `table.md`) grows
-row by row; finished rows are kept when it is run again.
+A row is one training run with a recipe of `examples/emoji-*.yaml` and a seed, evaluated on the same prompts and seeds
+before and after: how often the judge recognises the erased concept, and how other concepts changed. The table
+(Markdown, also in `table.md`) is extended after each row. Finished rows are not repeated.
 """
 
 import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
 from erasure_table import Numbers
 
-from diffusers_safe.arguments import exit_with_error, parse_dataclass
+from diffusers_safe.arguments import exit_with_error, option, parse_dataclass, required
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.evaluation import evaluate_erasure
 from diffusers_safe.emoji.metrics import erased_name
@@ -36,22 +36,18 @@ HEAD = ["| recipe | seed | before | after | others before | change of others | o
 
 @dataclass
 class MethodsArguments:
-    output_dir: str = field(metadata={"help": "Folder for all runs; finished ones are kept."})
-    only: list[str] = field(default_factory=list, metadata={"help": "Names of recipes; default all."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of trainings and images."})
-    images_per_prompt: int = field(default=4, metadata={"help": "Images of each prompt."})
+    output_dir: str = required("Folder for all runs. Finished runs are not repeated.")
+    only: list[str] = option([], "Names of recipes. Default: all.", RECIPES)
+    seeds: list[int] = option([0, 1, 2], "Seed of trainings and images.")
+    images_per_prompt: int = option(4, "Images per prompt.", at_least=1)
 
     def __post_init__(self):
-        if unknown := [name for name in self.only if name not in RECIPES]:
-            raise ValueError(f"only {unknown}: unknown; allowed are {', '.join(RECIPES)}")
-        if self.images_per_prompt < 1:
-            raise ValueError(f"images_per_prompt {self.images_per_prompt}: must be at least 1")
         if bad := [seed for seed in self.seeds if not 0 <= seed < 2**32]:
             raise ValueError(f"seeds {bad}: must be at least 0 and less than 2**32")
 
 
 def train(recipe: Path, folder: Path, seed: int, threads: int | None = None) -> None:
-    """Trains by a recipe with a seed, unless the model is there."""
+    """Trains a recipe with a seed, unless the model exists."""
     threads = threads or torch.get_num_threads()
     note = folder.with_suffix(".yaml")
     if not (folder / "model_index.json").exists():
@@ -67,12 +63,12 @@ def train(recipe: Path, folder: Path, seed: int, threads: int | None = None) -> 
         if code := subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode:
             raise SystemExit(code)
         write_own(note, recipe.read_text())
-    elif note.read_text() != recipe.read_text():
+    elif yaml.safe_load(note.read_text()) != yaml.safe_load(recipe.read_text()):
         raise ValueError(f"{folder}: was trained with other settings, see {note}; give another --output_dir")
 
 
 def erased_by(recipe: Path) -> dict:
-    """What a recipe erases, as [`evaluate_erasure`] takes it."""
+    """The concepts that a recipe erases, as arguments of [`evaluate_erasure`]."""
     concepts = yaml.safe_load(recipe.read_text())["concepts"]
     if styles := [style for style in STYLES if any(style in concept for concept in concepts)]:
         return {"erased": [], "style": styles[0]}
@@ -81,17 +77,13 @@ def erased_by(recipe: Path) -> dict:
 
 
 class Methods:
-    """Trainings and their results. Those of the same concept and seed share the original's images, and a report.
-
-    Args:
-        args (`MethodsArguments`): What to do.
-    """
+    """Trainings and their results. Those with the same concept and seed share the original's images and a report."""
 
     def __init__(self, args: MethodsArguments):
         self._args, self._models = args, {}
 
     def measure(self, name: str, seed: int) -> Numbers:
-        """The numbers of one training."""
+        """Trains and evaluates one recipe with one seed."""
         recipe, folder = RECIPES[name], Path(self._args.output_dir)
         model = folder / "models" / f"{name}-{seed}"
         train(recipe, model, seed)
@@ -121,8 +113,8 @@ def pooled_rate(seeds: list[Numbers]) -> Estimate:
 
 
 def pooled_row(name: str, seeds: list[Numbers]) -> str:
-    """The seeds together: a rate over all images, and the change of each other object averaged over the seeds, its
-    interval a bootstrap over the objects."""
+    """The row of all seeds together: the rate over all images, and the change of other objects averaged over the
+    seeds, with a bootstrap over the objects."""
     originals = [one.original for one in seeds]
     before, after = pooled_rate(originals), pooled_rate(seeds)
     changes = [
@@ -131,9 +123,9 @@ def pooled_row(name: str, seeds: list[Numbers]) -> str:
         for prompt, rate in one.by_prompt("others").items()
     ]
     others = sum(original["others"].value for original in originals) / len(seeds)
-    styles = [change.value for one in seeds if (change := one.change("styles"))]
-    told = f"{100 * sum(styles) / len(styles):+.1f} points" if styles else ""
-    cells = [before, after, f"{100 * others:.1f} %", Estimate.mean(*map(list, zip(*changes)), "points"), told]
+    styles = [found.value for one in seeds if (found := one.change("styles"))]
+    change = f"{100 * sum(styles) / len(styles):+.1f} points" if styles else ""
+    cells = [before, after, f"{100 * others:.1f} %", Estimate.mean(*map(list, zip(*changes)), "points"), change]
     return f"| **{name}** | all | {' | '.join(map(str, cells))} |"
 
 

@@ -1,4 +1,4 @@
-"""A table of ways to keep the group "weapon" out of the embedded model: erasure beside retention."""
+"""A table that compares ways to remove the group "weapon" from the embedded model: erasure against retention."""
 
 import shlex
 import subprocess
@@ -20,23 +20,23 @@ GROUP = "weapon"
 
 
 def demo_command(folder: Path, seed: int, changes: dict) -> list[str]:
-    """The command of the demo's training, with other values of some options."""
-    # A later option on the command line wins.
+    """The training command of the demo with other values of some options."""
+    # Later options on the command line override earlier ones.
     options = [word for option, value in changes.items() for word in (f"--{option}", str(value))]
     return erasure_command(MODEL_FOLDER, GROUP, folder, seed) + options
 
 
 def demo_options(folder: Path, seed: int, changes: dict) -> list[str]:
-    """The options of [`demo_command`] alone; they do not say how many threads compute."""
+    """The options of [`demo_command`], without the program."""
     command = demo_command(folder, seed, changes)
     return command[command.index("diffusers_safe.training.sdd") + 1 :]
 
 
 def train_demo(folder: Path, seed: int, changes: dict) -> StableDiffusionPipeline:
-    """The model of the demo's training with other values of some options; trained unless it is there.
+    """The model of the demo with other values of some options. It is trained unless it exists.
 
     Raises:
-        `ValueError`: If the model that is there was trained with other options.
+        `ValueError`: If the existing model was trained with other options.
     """
     note, settings = folder.with_suffix(".txt"), shlex.join(demo_options(folder, seed, changes))
     if not (folder / "model_index.json").exists():
@@ -55,16 +55,21 @@ def erasure_table(
     seed: int,
     retained: list[str] | None = None,
 ) -> str:
-    """Every row draws the same prompts with the same seeds. Images are kept: what is there is not drawn again, and if
-    it is of another model or other settings, that is a `ValueError`.
+    """Evaluates models on the same prompts and seeds. Existing images are used again.
 
     Args:
-        models (`Sequence[LoadedModel]`): The first is the model without any change.
-        folder (`str` or `Path`): For images, the report of all models, and `table.md`.
-        images_per_prompt (`int`): Images of each prompt.
-        seed (`int`): Every image's own seed follows from it.
-        retained (`list[str]`, *optional*): What trainings name as to be kept. A column more then tells the change of
-            the objects that they do not name.
+        models (`Sequence[LoadedModel]`): The models; the first is the original.
+        folder (`str` or `Path`): Folder for the images, the report of all models, and `table.md`.
+        images_per_prompt (`int`): Images per prompt.
+        seed (`int`): Seed from which the seeds of all images are derived.
+        retained (`list[str]`, *optional*): The prompts that training retained. An additional column then shows the
+            change of the objects that they do not name.
+
+    Returns:
+        `str`: The table in Markdown.
+
+    Raises:
+        `ValueError`: If the folder contains images of other models or settings.
     """
     results = evaluate_erasure(
         models, folder, group_members(GROUP), GROUP, retained=retained, images_per_object=images_per_prompt, seed=seed
@@ -84,11 +89,11 @@ def erasure_table(
 
 
 class Numbers:
-    """What [`evaluate_erasure`] found of a model: quantities of the judge's recognition, and their changes.
+    """The results of [`evaluate_erasure`] for one model: rates of recognition by the judge, and their changes.
 
     Args:
-        results (`dict`): Of an evaluation.
-        model (`str`): Its name.
+        results (`dict`): Results of the evaluation.
+        model (`str`): Name of the model.
     """
 
     def __init__(self, results: dict, model: str):
@@ -97,14 +102,14 @@ class Numbers:
 
     @property
     def original(self) -> "Numbers":
-        """Those of the first model."""
+        """The numbers of the original model."""
         return Numbers(self._results, self._results["protocol"]["original"])
 
     def __getitem__(self, name: str) -> Estimate:
         return Estimate(**self._found["estimates"][self._model][name])
 
     def change(self, name: str) -> Estimate | str:
-        """Against the first model on the same prompts and seeds; `""` of that itself, and of what was not asked."""
+        """The difference to the original on the same prompts and seeds; `""` if it was not measured."""
         change = self._found["differences"].get(self._model, {}).get(name)
         return Estimate(**change["estimate"]) if change else ""
 

@@ -1,16 +1,17 @@
-"""How fast images of an evaluation are generated: images per second, beside a loop that calls the pipeline a prompt.
+"""Images per second of `generate`, compared with a loop that calls the pipeline for one prompt at a time.
 
     python benchmarks/generation_speed.py
     python benchmarks/generation_speed.py --model CompVis/stable-diffusion-v1-4 --dtype float16  # not run here
 
-Both save PNGs; `generate` also fingerprints the model, hashes every file and writes the manifest. The ways take turns,
-round after round, so that a machine whose speed wanders hurts them alike; the ratio is taken within each round.
+Both save PNGs; `generate` also fingerprints the model, hashes every file and writes the manifest. The variants
+alternate in each round, so that changes of the machine's speed affect all of them; ratios are computed within each
+round.
 """
 
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from diffusers_safe.arguments import exit_with_error, parse_dataclass
+from diffusers_safe.arguments import exit_with_error, option, parse_dataclass
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.scenes import OBJECTS, prompt_for
 from diffusers_safe.generation.generate import generate
@@ -29,24 +30,21 @@ from diffusers_safe.generation.rows import GenerationSettings, PromptRow
 
 @dataclass
 class SpeedArguments:
-    model: str = field(default=str(MODEL_FOLDER), metadata={"help": "Folder or Hub id."})
-    dtype: str = field(default="float32", metadata={"help": f"Of the weights: {', '.join(DTYPES)}."})
-    rounds: int = field(default=5, metadata={"help": "How often every way is timed; the first is not counted."})
-    images: int = field(default=32, metadata={"help": "Images of each way in a round."})
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 4, 16], metadata={"help": "Of `generate`."})
-    num_inference_steps: int = field(default=25, metadata={"help": "Steps of the scheduler."})
+    model: str = option(str(MODEL_FOLDER), "Folder or Hub id.")
+    dtype: str = option("float32", f"Dtype of the weights: {', '.join(DTYPES)}.")
+    rounds: int = option(5, "Number of timed rounds, plus one that is not counted.", at_least=1)
+    images: int = option(32, "Images per variant and round.", at_least=1)
+    batch_sizes: list[int] = option([1, 4, 16], "Batch sizes of `generate`.")
+    num_inference_steps: int = option(25, "Number of steps of the scheduler.", at_least=1)
 
     def __post_init__(self):
         self.subject = Subject("model", self.model, dtype=self.dtype)
-        for name in ("rounds", "images", "num_inference_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise ValueError(f"batch_sizes {self.batch_sizes}: must be at least one, each at least 1")
+            raise ValueError(f"batch_sizes {self.batch_sizes}: must be at least one number, each at least 1")
 
 
 def one_by_one(pipeline: DiffusionPipeline, rows: list[PromptRow], folder: Path, settings: GenerationSettings) -> None:
-    """What one would write without this package."""
+    """A loop without this package."""
     for row in rows:
         image = pipeline(
             row.prompt,
@@ -60,7 +58,7 @@ def one_by_one(pipeline: DiffusionPipeline, rows: list[PromptRow], folder: Path,
 def seconds(work: Callable[[Path], None]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        work(Path(folder))  # images are on the CPU when they are saved, so nothing is left to wait for
+        work(Path(folder))  # saved images are on the CPU, so no synchronisation is needed
         return time.perf_counter() - started
 
 
@@ -72,20 +70,20 @@ def main() -> None:
     rows = [
         PromptRow(f"{number:04}", prompt_for(OBJECTS[number % len(OBJECTS)]), number) for number in range(args.images)
     ]
-    ways = {"one prompt a call": lambda folder: one_by_one(pipeline, rows, folder, settings)}
+    variants = {"one prompt per call": lambda folder: one_by_one(pipeline, rows, folder, settings)}
     for size in args.batch_sizes:
-        ways[f"`generate`, batches of {size}"] = lambda folder, size=size: generate(
+        variants[f"`generate`, batches of {size}"] = lambda folder, size=size: generate(
             pipeline, rows, folder, settings, size
         )
 
-    times = {name: [] for name in ways}
+    times = {name: [] for name in variants}
     for turn in tqdm(range(args.rounds + 1), "rounds"):
-        for name, work in ways.items():
+        for name, work in variants.items():
             spent = seconds(work)
             if turn > 0:
                 times[name].append(spent)
     first = np.array(next(iter(times.values())))
-    print("| | images/s, median [least, most] | ratio, median [least, most] |\n|---|---|---|")
+    print("| | images/s, median [min, max] | ratio, median [min, max] |\n|---|---|---|")
     for name, spent in times.items():
         print(f"| {name} | {_spread(args.images / np.array(spent))} | {_spread(first / np.array(spent))} |")
     how = f"{args.images} images, {args.num_inference_steps} steps, {args.dtype}, {PartialState().device}"

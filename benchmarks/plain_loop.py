@@ -1,4 +1,4 @@
-"""SDD written from the paper, plainly: what the erasure benchmarks stand beside."""
+"""A straightforward implementation of SDD, written from the paper, as the baseline of the erasure benchmarks."""
 
 from copy import deepcopy
 
@@ -11,17 +11,17 @@ from diffusers_safe.weights.trained import select_parameters
 
 
 class PlainLoop:
-    """Algorithm 1 of SDD (arXiv 2307.05977) for one concept and batch size 1, as one writes it down: two UNets,
-    prompts encoded at every step, a sampling loop of its own, and gradients for everything although cross-attention
-    alone is stepped (the reference never freezes the rest).
+    """Algorithm 1 of SDD (arXiv 2307.05977) for one concept and batch size 1: two UNets, prompts encoded at every
+    step, a simple sampling loop, and gradients for all weights although only cross-attention is updated (the reference
+    implementation does not freeze the others).
 
-    It draws what our loop draws: the same noise, the same number of sampling steps.
+    It samples the same noise and the same number of sampling steps as our loop.
 
     Args:
-        pipeline ([`~diffusers.StableDiffusionPipeline`]): Its UNet becomes the student.
-        concept (`str`): To be erased.
-        num_inference_steps (`int`): Length of the sampling schedule.
-        device (`torch.device`): Of both UNets.
+        pipeline ([`~diffusers.StableDiffusionPipeline`]): The pipeline whose UNet becomes the student.
+        concept (`str`): The concept to erase.
+        num_inference_steps (`int`): Number of steps of the sampling schedule.
+        device (`torch.device`): Device of both UNets.
     """
 
     def __init__(self, pipeline: StableDiffusionPipeline, concept: str, num_inference_steps: int, device):

@@ -1,4 +1,4 @@
-"""Stable Diffusion with random weights, for measures that need its size and not its pictures; no downloads."""
+"""Stable Diffusion with random weights, for measurements that depend on its size only. Nothing is downloaded."""
 
 import multiprocessing
 import resource
@@ -14,7 +14,7 @@ from diffusers_safe.emoji.architecture import build_scheduler, build_tokenizer
 
 
 UNETS = {
-    # diffusers' defaults are SD 1.x: 859,520,964 parameters.
+    # The defaults of diffusers are those of SD 1.x: 859,520,964 parameters.
     "sd-1": {"cross_attention_dim": 768},
     "tiny": {
         "cross_attention_dim": 32,
@@ -27,10 +27,10 @@ TOKENS = 77
 
 
 def random_pipeline(size: str, latent_size: int = 64) -> StableDiffusionPipeline:
-    """A pipeline whose UNet is that of SD 1.x (`"sd-1"`) or a tiny one of its shape (`"tiny"`).
+    """A pipeline with the UNet of SD 1.x (`"sd-1"`) or a tiny UNet of the same structure (`"tiny"`).
 
-    The text encoder has the width that the UNet needs and one layer, the autoencoder is tiny: erasure encodes prompts
-    once and decodes nothing.
+    The text encoder has a single layer and the autoencoder is tiny, because erasure encodes prompts once and decodes
+    nothing.
     """
     unet = UNet2DConditionModel(sample_size=latent_size, **UNETS[size])
     tokenizer = build_tokenizer()
@@ -57,13 +57,13 @@ def random_pipeline(size: str, latent_size: int = 64) -> StableDiffusionPipeline
 
 
 def in_own_process(function: Callable, *args) -> Any:
-    """What `function(*args)` returns in a process that has done nothing else, for peaks of memory."""
+    """Calls `function(*args)` in a new process, to measure peak memory."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(function, *args).result()
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory that this process has had: of allocations on a GPU, of the whole process on a CPU."""
+    """The peak memory of this process: allocations on a GPU, or the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,8 +1,8 @@
-"""What the recipes in examples/ take: `--dry_run` of each at its model's real size, as a table.
+"""The cost of the recipes in examples/: a table of their `--dry_run` reports, with the real model sizes.
 
     python benchmarks/recipe_plans.py
 
-The models' configs are built here, so nothing is downloaded; with the models at hand, `--dry_run` prints the same.
+The script creates the configs of the models, so nothing is downloaded. `--dry_run` with the models prints the same.
 """
 
 import json
@@ -35,7 +35,7 @@ FAMILIES = {
 
 
 def write_configs(folder: Path, pipeline_class: str, unet: dict) -> None:
-    """A pipeline folder that holds configs and a tokenizer, no weights."""
+    """Writes a pipeline folder with configs and a tokenizer, without weights."""
     scheduler = EulerDiscreteScheduler if "XL" in pipeline_class else DDIMScheduler
     with torch.device("meta"):
         UNet2DConditionModel(**unet).save_config(folder / "unet")
@@ -63,7 +63,7 @@ def plan_row(recipe: Path, models: dict[str, Path]) -> str:
     name = yaml.safe_load(recipe.read_text())["pretrained_model_name_or_path"]
     if name in models:
         words += ["--pretrained_model_name_or_path", str(models[name])]
-    if script == "distill":  # its images are made by another command
+    if script == "distill":  # another command creates its pictures
         words += ["--train_data_dir", str(EXAMPLES)]
     options = parse_dataclass(kind, argv=words, check=kind.resolve)
     plan = (make_distillation_plan if script == "distill" else make_plan)(options)
@@ -76,7 +76,7 @@ def plan_row(recipe: Path, models: dict[str, Path]) -> str:
 
 
 def main() -> None:
-    print("| recipe | trains | steps | forwards a sample | PFLOP | at 100 TFLOP/s | memory, float32 |")
+    print("| recipe | trained | steps | forward passes per sample | PFLOP | at 100 TFLOP/s | memory, float32 |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         models = {}

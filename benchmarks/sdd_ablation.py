@@ -1,18 +1,18 @@
-"""What each of the demo's SDD settings does: erasing without destroying, on the embedded model.
+"""The effect of each SDD setting of the demo, on the embedded model.
 
     python benchmarks/sdd_ablation.py --output_dir runs/sdd
 
-Every row is one run of `train_sdd.py` that erases "weapon" with all its members, then the evaluation of the demo. The
-table (Markdown, also in `table.md`) shows erasure beside retention. Finished rows are kept when it is run again.
+Each row is one run of `train_sdd.py` that erases "weapon" with all its members, and the evaluation of the demo. The
+table (Markdown, also in `table.md`) shows erasure and retention. Finished rows are not repeated.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers import StableDiffusionPipeline
 from erasure_table import GROUP, erasure_table, train_demo
 
-from diffusers_safe.arguments import exit_with_error, parse_dataclass
+from diffusers_safe.arguments import exit_with_error, option, parse_dataclass, required
 from diffusers_safe.comparison.models import LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.demo import retained_prompts
@@ -45,24 +45,15 @@ VARIANTS = {
 
 @dataclass
 class AblationArguments:
-    output_dir: str = field(metadata={"help": "Folder for all runs; finished ones are kept."})
-    only: list[str] = field(default_factory=list, metadata={"help": "Names of rows; default all."})
-    images_per_prompt: int = field(default=4, metadata={"help": "Images of each prompt."})
-    train_seed: int = field(default=0, metadata={"help": "Seed of the trainings."})
-    image_seed: int = field(default=0, metadata={"help": "Seed of the images."})
-
-    def __post_init__(self):
-        if unknown := [name for name in self.only if name not in VARIANTS]:
-            raise ValueError(f"only {unknown}: unknown; allowed are {', '.join(VARIANTS)}")
-        if self.images_per_prompt < 1:
-            raise ValueError(f"images_per_prompt {self.images_per_prompt}: must be at least 1")
-        for name in ("train_seed", "image_seed"):
-            if not 0 <= getattr(self, name) < 2**32:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least 0 and less than 2**32")
+    output_dir: str = required("Folder for all runs. Finished runs are not repeated.")
+    only: list[str] = option([], "Names of rows. Default: all.", VARIANTS)
+    images_per_prompt: int = option(4, "Images per prompt.", at_least=1)
+    train_seed: int = option(0, "Seed of the trainings.", at_least=0, below=2**32)
+    image_seed: int = option(0, "Seed of the images.", at_least=0, below=2**32)
 
 
 def train(name: str, args: AblationArguments) -> StableDiffusionPipeline:
-    """The model of a row; trained unless it is there."""
+    """The model of a row. It is trained unless it exists."""
     folder = Path(args.output_dir) / "models" / f"{name.replace(' ', '-')}-{args.train_seed}"
     return train_demo(folder, args.train_seed, VARIANTS[name])
 

@@ -1,17 +1,17 @@
-"""What Safe Latent Diffusion costs: seconds an image and peak memory, beside plain classifier-free guidance.
+"""The cost of Safe Latent Diffusion: seconds per image and peak memory, compared with classifier-free guidance.
 
     python benchmarks/sld_speed.py
     python benchmarks/sld_speed.py --model CompVis/stable-diffusion-v1-4 --dtype float16  # not run here
 
-The ways take turns, round after round, so that a machine whose speed wanders hurts them alike; the ratio is taken
-within each round. Goal: at most 1.55 times plain guidance for MAX, less for WEAK.
+The variants alternate in each round, so that changes of the machine's speed affect all of them; ratios are computed
+within each round. Goal: at most 1.55 times the time of plain guidance for MAX, less for WEAK.
 """
 
 import multiprocessing
 import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from diffusers_safe import enable_safe_latent_diffusion
-from diffusers_safe.arguments import exit_with_error, parse_dataclass
+from diffusers_safe.arguments import exit_with_error, option, parse_dataclass
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.generation.models import DTYPES, load_any_pipeline
 from diffusers_safe.pipelines.guidance import SAFETY_CONFIGS
@@ -28,18 +28,11 @@ from diffusers_safe.pipelines.guidance import SAFETY_CONFIGS
 
 @dataclass
 class SpeedArguments:
-    model: str = field(default=str(MODEL_FOLDER), metadata={"help": "Folder or Hub id."})
-    dtype: str = field(default="float32", metadata={"help": f"Of the weights: {', '.join(DTYPES)}."})
-    rounds: int = field(default=10, metadata={"help": "How often every way is timed; the first is not counted."})
-    batch_size: int = field(default=4, metadata={"help": "Images at once."})
-    num_inference_steps: int = field(default=50, metadata={"help": "Steps of the scheduler."})
-
-    def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype '{self.dtype}': unknown; allowed are {', '.join(DTYPES)}")
-        for name in ("rounds", "batch_size", "num_inference_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+    model: str = option(str(MODEL_FOLDER), "Folder or Hub id.")
+    dtype: str = option("float32", f"Dtype of the weights: {', '.join(DTYPES)}.", DTYPES)
+    rounds: int = option(10, "Number of timed rounds, plus one that is not counted.", at_least=1)
+    batch_size: int = option(4, "Images per batch.", at_least=1)
+    num_inference_steps: int = option(50, "Number of steps of the scheduler.", at_least=1)
 
 
 def seconds(pipeline, args: SpeedArguments, call: dict) -> float:
@@ -57,8 +50,8 @@ def seconds(pipeline, args: SpeedArguments, call: dict) -> float:
     return (time.perf_counter() - started) / args.batch_size
 
 
-def load_ways(args: SpeedArguments) -> dict[str, tuple[DiffusionPipeline, dict]]:
-    """Name -> pipeline and the arguments of its calls."""
+def load_variants(args: SpeedArguments) -> dict[str, tuple[DiffusionPipeline, dict]]:
+    """The pipeline of each variant, and the arguments of its calls."""
     plain = load_any_pipeline(args.model, DTYPES[args.dtype]).to(PartialState().device)
     safe = enable_safe_latent_diffusion(type(plain).from_pipe(plain), "a weapon")
     for each in (plain, safe):
@@ -67,8 +60,8 @@ def load_ways(args: SpeedArguments) -> dict[str, tuple[DiffusionPipeline, dict]]
 
 
 def peak_mib(args: SpeedArguments, name: str) -> float:
-    """Peak memory of one way, to be asked for in a process that has done nothing else."""
-    pipeline, call = load_ways(args)[name]
+    """Peak memory of a variant; must be called in a new process."""
+    pipeline, call = load_variants(args)[name]
     seconds(pipeline, args, call)
     if pipeline.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
@@ -78,18 +71,18 @@ def peak_mib(args: SpeedArguments, name: str) -> float:
 def main() -> None:
     args = parse_dataclass(SpeedArguments, __doc__)
     with exit_with_error():
-        ways = load_ways(args)
-    times = {name: [] for name in ways}
+        variants = load_variants(args)
+    times = {name: [] for name in variants}
     for turn in tqdm(range(args.rounds + 1), "rounds"):
-        for name, (pipeline, call) in ways.items():
+        for name, (pipeline, call) in variants.items():
             spent = seconds(pipeline, args, call)
             if turn > 0:
                 times[name].append(spent)
     memory = {}
-    for name in ways:
+    for name in variants:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             memory[name] = process.submit(peak_mib, args, name).result()
-    print("| | s/image | ratio to plain guidance, median [least, most] | peak memory |\n|---|---|---|---|")
+    print("| | s/image | ratio to plain guidance, median [min, max] | peak memory |\n|---|---|---|---|")
     for name, spent in times.items():
         ratio = np.array(spent) / np.array(times["guidance"])
         spread = f"{np.median(ratio):.2f} [{ratio.min():.2f}, {ratio.max():.2f}]"

@@ -1,19 +1,19 @@
-"""Students of the embedded model beside their teacher: how small, how fast, how good.
+"""Compares students of the embedded model with their teacher: size, speed and quality.
 
     python benchmarks/students.py --output_dir runs/students
     python benchmarks/students.py --output_dir runs/students --only bk-tiny "bk-tiny, task only"
 
-Every student is trained for the same steps on the same pictures, once taught (task, output and feature terms) and once
-by the pictures alone ("task only"); the last ones are a teacher that had all weapons erased and its students, on
-captions without weapons and on all captions. All are drawn on the same prompts and seeds as the teacher. Speed is
-measured in rounds, each UNet in turn. What is finished is kept; the table (Markdown, also in `table.md`) and a plot,
-`students.svg`, come last.
+All students are trained for the same number of steps on the same pictures, once with the teacher (task, output and
+feature terms) and once without ("task only"). The last rows are a teacher from which all weapons were erased and its
+students, on captions without weapons and on all captions. All models generate the same prompts with the same seeds.
+Speed is measured in rounds in which the models alternate. Finished results are kept. At the end, the table (Markdown,
+also in `table.md`) and a plot, `students.svg`, are written.
 """
 
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
@@ -21,7 +21,7 @@ from diffusers import StableDiffusionPipeline
 from erasure_table import Numbers
 from transformers import CLIPTokenizer
 
-from diffusers_safe.arguments import exit_with_error, parse_dataclass
+from diffusers_safe.arguments import exit_with_error, option, parse_dataclass, required
 from diffusers_safe.comparison.models import LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.evaluation import evaluate_erasure
@@ -38,48 +38,39 @@ GROUP = "weapon"
 WEAPONS = group_members(GROUP)
 RECIPE = Path(__file__).parents[1] / "examples" / "emoji-student.yaml"
 ERASURE = Path(__file__).parents[1] / "examples" / "emoji-weapon-sdd.yaml"
-# At the other rows' learning rate, 2e-3, pictures alone teach less.
+# Training on the task only is worse with the learning rate of the other rows, 2e-3.
 TASK_ONLY = ["--output_weight", "0", "--feature_weight", "0", "--learning_rate", "1e-3"]
 SAFE = ["--task_weight", "0", "--forbidden_concepts", *WEAPONS, GROUP]
-# name -> (kind of student, if it is one, whether the teacher is erased, other options)
+# Name -> (student or `None`, whether the teacher is erased, other options).
 ROWS: dict[str, tuple[str | None, bool, list[str]]] = {
     **{
-        f"{kind}{told}": (kind, False, options)
+        f"{kind}{suffix}": (kind, False, options)
         for kind in ("bk-base", "bk-small", "bk-tiny")
-        for told, options in (("", []), (", task only", TASK_ONLY))
+        for suffix, options in (("", []), (", task only", TASK_ONLY))
     },
     "erased teacher": (None, True, []),
     "bk-small of the erased teacher": ("bk-small", True, SAFE),
     "bk-small of the erased teacher, all captions": ("bk-small", True, []),
 }
 HEAD = [
-    "| UNet | parameters | MMAC | seconds an image | weapon recognised | others recognised | change of others |",
+    "| UNet | parameters | MMAC | seconds per image | weapon recognised | others recognised | change of others |",
     "|" + "---|" * 7,
 ]
 
 
 @dataclass
 class StudentsArguments:
-    output_dir: str = field(metadata={"help": "Folder for all runs; finished ones are kept."})
-    only: list[str] = field(default_factory=list, metadata={"help": "Names of rows; default all."})
-    num_images: int = field(default=8000, metadata={"help": "Pictures to train on."})
-    max_train_steps: int = field(default=1000, metadata={"help": "Of each student."})
-    images_per_prompt: int = field(default=4, metadata={"help": "Images of each prompt."})
-    rounds: int = field(default=5, metadata={"help": "In which speed is measured."})
-    seed: int = field(default=0, metadata={"help": "Of trainings and images."})
-
-    def __post_init__(self):
-        if unknown := [name for name in self.only if name not in ROWS]:
-            raise ValueError(f"only {unknown}: unknown; allowed are {', '.join(ROWS)}")
-        for name in ("num_images", "max_train_steps", "images_per_prompt", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed {self.seed}: must be at least 0 and less than 2**32")
+    output_dir: str = required("Folder for all runs. Finished runs are not repeated.")
+    only: list[str] = option([], "Names of rows. Default: all.", ROWS)
+    num_images: int = option(8000, "Number of training pictures.", at_least=1)
+    max_train_steps: int = option(1000, "Training steps of each student.", at_least=1)
+    images_per_prompt: int = option(4, "Images per prompt.", at_least=1)
+    rounds: int = option(5, "Rounds of the speed measurement.", at_least=1)
+    seed: int = option(0, "Seed of trainings and images.", at_least=0, below=2**32)
 
 
 def folder_of(args: StudentsArguments) -> Path:
-    """Of what was trained with these settings; what was trained with others lies elsewhere."""
+    """The folder for these settings."""
     return Path(args.output_dir) / f"{args.num_images}-pictures-{args.max_train_steps}-steps-seed-{args.seed}"
 
 
@@ -97,7 +88,7 @@ def erased_teacher(folder: Path, seed: int) -> Path:
 
 
 def student(name: str, args: StudentsArguments) -> StableDiffusionPipeline:
-    """The student of a row, or its erased teacher; trained unless it is there."""
+    """The student of a row, or its erased teacher. It is trained unless it exists."""
     kind, erased, options = ROWS[name]
     folder = folder_of(args)
     teacher = erased_teacher(folder / "models" / "erased-teacher", args.seed) if erased else MODEL_FOLDER
@@ -117,7 +108,7 @@ def student(name: str, args: StudentsArguments) -> StableDiffusionPipeline:
 
 
 def seconds_an_image(pipelines: dict[str, StableDiffusionPipeline], rounds: int) -> dict[str, list[float]]:
-    """Of 4 images of 25 steps at once, with guidance, for each pipeline once a round."""
+    """Seconds per image of each pipeline in each round: batches of 4, 25 steps, with guidance."""
     seconds = {name: [] for name in pipelines}
     for pipeline in pipelines.values():
         pipeline.set_progress_bar_config(disable=True)

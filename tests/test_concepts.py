@@ -1,3 +1,5 @@
+"""Lists of concepts, concepts in prompts, and the order in which concepts are trained."""
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ def test_read_concepts_refuses_missing_and_empty_files(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         read_concepts([str(tmp_path / "none.txt")])
     (tmp_path / "empty.txt").write_text("# only a comment\n")
-    with pytest.raises(ValueError, match="holds no concept"):
+    with pytest.raises(ValueError, match="contains no concept"):
         read_concepts([str(tmp_path / "empty.txt")])
 
 
@@ -34,20 +36,24 @@ def test_entries_and_files_are_joined(tmp_path):
         read_concepts([" "], "retain_prompts")
 
 
-def test_what_is_given_twice_is_used_once_and_reported(caplog):
+def test_duplicates_are_used_once_and_reported(caplog):
     assert read_concepts(["Van Gogh", "knife", "van  gogh", "VAN GOGH"]) == ["Van Gogh", "knife"]
-    assert caplog.messages == ["concepts: given several times, used once: 'Van Gogh' (3 times)"]
+    assert caplog.messages == ["concepts: duplicates are used once: 'Van Gogh' (3 times)"]
     caplog.clear()
     read_concepts([letter * 100 for letter in "abcdefg"] * 2)
     (message,) = caplog.messages
     assert message.endswith("'" + "e" * 80 + "' (2 times) and 2 more")
 
 
-@pytest.mark.parametrize("entry", ["violence, nudity", "violence,nudity", "violence; nudity"])
-def test_a_comma_does_not_separate_concepts(caplog, entry):
+SEVERAL = ["violence, nudity", "violence,nudity", "violence; nudity", "violence and nudity", "violence/nudity",
+           "violence|nudity", "violence、nudity"]  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", SEVERAL)
+def test_an_entry_is_a_single_concept_and_a_note_shows_how_to_give_several(caplog, entry):
     assert read_concepts([entry]) == [entry]
     (message,) = caplog.messages
-    assert message == f'concepts: "{entry}" is one concept; for 2 of them write --concepts "violence" "nudity"'
+    assert message == f'concepts: "{entry}" is a single concept; for 2 concepts use --concepts "violence" "nudity"'
 
 
 def test_prompts_have_commas(caplog):
@@ -109,13 +115,13 @@ def test_iterative_takes_turns_in_both_orders():
     assert matched == [(concept, concept) for concept in concepts * 2]
 
 
-def test_sequential_gives_each_concept_its_share():
-    """The reference trains concept 1 only."""
+def test_sequential_gives_each_concept_an_equal_share():
+    """The reference implementation only trains the first concept."""
     schedule = ConceptSchedule(["knife", "gun", "bomb"], "sequential", num_samples=6)
     assert prompts_of(schedule, 7) == [(c, c) for c in ("knife", "knife", "gun", "gun", "bomb", "bomb", "bomb")]
 
 
-def test_random_draws_all_concepts_from_its_generator():
+def test_random_depends_on_the_generator():
     schedule = ConceptSchedule(["knife", "gun", "bomb"], "random")
     first, second = prompts_of(schedule, 40), prompts_of(schedule, 40)
     assert first == second
@@ -136,11 +142,11 @@ def test_one_concept_is_the_same_in_every_schedule(schedule, order):
 @pytest.mark.parametrize("order", PROMPT_ORDERS)
 def test_all_prompts_knows_every_prompt(schedule, order):
     schedule = ConceptSchedule(["knife", "gun", "bomb"], schedule, order, num_samples=30)
-    drawn = {prompt for pair in prompts_of(schedule, 30) for prompt in pair}
-    assert drawn <= set(schedule.all_prompts())
+    used = {prompt for pair in prompts_of(schedule, 30) for prompt in pair}
+    assert used <= set(schedule.all_prompts())
 
 
-def test_bad_values_are_named():
+def test_unknown_values_are_refused():
     with pytest.raises(ValueError, match="concept_schedule 'turns'.*iterative, random"):
         ConceptSchedule(["knife"], "turns")
     with pytest.raises(ValueError, match="prompt_order 'both'.*paper, repository"):
@@ -150,25 +156,19 @@ def test_bad_values_are_named():
 
 
 @pytest.mark.parametrize("entry", ["a\nb", '["violence", "nudity"]'])
-def test_a_list_in_one_text_is_refused(entry):
-    with pytest.raises(ValueError, match="is a list in one text"):
+def test_a_list_in_a_single_text_is_refused(entry):
+    with pytest.raises(ValueError, match="is a list in a single text"):
         read_concepts([entry])
 
 
-@pytest.mark.parametrize("entry", ["violence and nudity", "violence/nudity", "violence|nudity", "violence、nudity"])
-def test_what_looks_like_two_concepts_is_reported(entry, caplog):
-    assert read_concepts([entry]) == [entry]
-    assert 'write --concepts "violence" "nudity"' in caplog.text
-
-
 @pytest.mark.parametrize("value", ["x.csv", "concepts.json", "list.YAML"])
-def test_a_file_of_another_kind_is_no_concept(value):
-    with pytest.raises(ValueError, match=f"concepts {value}: a file of a kind that is not read; write a .txt file"):
+def test_files_of_other_kinds_are_refused(value):
+    with pytest.raises(ValueError, match=f"concepts {value}: this kind of file is not supported; use a .txt file"):
         read_concepts([value])
 
 
-def test_what_cannot_be_seen_is_blank(tmp_path):
-    with pytest.raises(ValueError, match="none that is blank"):
+def test_invisible_characters_are_blank(tmp_path):
+    with pytest.raises(ValueError, match="no blank one"):
         read_concepts(["\u200b"])
     (tmp_path / "a.TXT").write_text("knife\n")
     assert read_concepts([str(tmp_path / "a.TXT")]) == ["knife"]

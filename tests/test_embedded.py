@@ -1,4 +1,4 @@
-"""The names of embedded models work wherever a model is given, and records keep them."""
+"""The names of embedded models work wherever a model is expected, and records keep them."""
 
 import json
 
@@ -26,7 +26,7 @@ def test_every_embedded_model_is_a_pipeline_with_its_licence(name):
     assert (base.name, base.on_hub, base.metadata["license"]) == (name, False, "apache-2.0")
 
 
-def test_a_name_stands_for_its_folder_unless_there_is_a_folder_of_that_name(name, tmp_path, monkeypatch):
+def test_a_name_means_the_embedded_model_unless_a_folder_has_that_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = EMBEDDED_MODELS[name]
     assert locate_model(name) == str(fetch(name)) == str(folder) and locate_model("user/name") == "user/name"

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and lines that a kill cut off."""
+"""Files are complete or missing, have the permissions of the umask, and incomplete lines are ignored."""
 
 import json
 import os
@@ -15,14 +15,14 @@ from diffusers_safe.files import disk_errors, follow_umask, json_lines, save_ten
 
 @pytest.fixture
 def umask():
-    """Sets the umask, and puts it back."""
+    """Sets the umask and restores it."""
     before = os.umask(0)
     yield os.umask
     os.umask(before)
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600), (0o027, 0o640)])
-def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask, mask, mode):
+def test_files_have_the_permissions_of_the_umask(tmp_path, umask, mask, mode):
     umask(mask)
     save_tensors({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
     (tmp_path / "folder" / "below").mkdir(parents=True)
@@ -38,20 +38,20 @@ TEXT = json.dumps({"a": "Käse 猫"}, ensure_ascii=False) + "\n"
 
 
 @pytest.mark.parametrize("cut", range(1, len(TEXT.encode())))
-def test_what_follows_the_last_line_break_is_dropped_wherever_it_was_cut(tmp_path, cut):
+def test_an_incomplete_last_line_is_ignored(tmp_path, cut):
     path = tmp_path / "x.jsonl"
     path.write_bytes(TEXT.encode() + TEXT.encode()[:-cut])
     assert json_lines(path) == [(TEXT.strip(), {"a": "Käse 猫"})]
 
 
 @pytest.mark.parametrize("broken", [b"\xff\xfe\n", b"\0\0\0\n", b"{\n", b"\n", b"[" * 100_000 + b"\n"])
-def test_a_broken_line_has_no_value_and_hides_no_other(tmp_path, broken):
+def test_invalid_lines_do_not_hide_others(tmp_path, broken):
     path = tmp_path / "x.jsonl"
-    path.write_bytes(b'{"a": 1}\n' + broken + b'{"a": "\xe2\x80\xa8"}\n\0\0')  # a line separator is no line break
+    path.write_bytes(b'{"a": 1}\n' + broken + b'{"a": "\xe2\x80\xa8"}\n\0\0')  # a line separator is not a line break
     assert [value for _, value in json_lines(path)] == [{"a": 1}, None, {"a": "\u2028"}]
 
 
-def test_a_file_that_cannot_be_written_leaves_the_one_before_and_nothing_else(tmp_path):
+def test_a_failed_write_keeps_the_previous_file_and_leaves_no_other(tmp_path):
     path = tmp_path / "a.safetensors"
     save_tensors({"a": torch.zeros(2)}, path)
     before = path.read_bytes()
@@ -69,13 +69,13 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before_and_nothing_else(tm
     assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["a.safetensors", "c.bin"]
 
 
-def test_other_errors_stay_what_they_are():
+def test_other_errors_are_not_converted():
     with pytest.raises(RuntimeError, match="no disk"), disk_errors("x"):
         raise RuntimeError("no disk is involved")
 
 
-def test_a_full_disk_is_one_line(tmp_path):
-    """/dev/full is a disk that is always full."""
+def test_a_full_disk_is_reported_in_one_line(tmp_path):
+    """/dev/full behaves like a full disk."""
     code = (
         "import torch, pathlib; from diffusers_safe.arguments import exit_with_error\n"
         "from diffusers_safe.files import disk_errors\n"

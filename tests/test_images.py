@@ -1,4 +1,4 @@
-"""Every kind of picture becomes the same 8-bit RGB, wherever it is opened."""
+"""Every kind of image becomes the same 8-bit RGB, in every part of the package."""
 
 import io
 import json
@@ -39,12 +39,12 @@ def animated(kind: str) -> bytes:
 
 
 def with_alpha() -> Image.Image:
-    """What is white shows through; its own colour is black."""
+    """A black image with an alpha channel: the ramp appears on a white background."""
     return Image.merge("LA", [Image.new("L", (8, 6)), Image.fromarray(255 - RAMP)])
 
 
 def palette() -> bytes:
-    """Entry i is black with an opacity of 255 - i, so the ramp appears when it is laid on white."""
+    """Entry i is black with an opacity of 255 - i, so the ramp appears on a white background."""
     image = Image.frombytes("P", (8, 6), RAMP.tobytes())
     image.putpalette([0] * 768)
     file = io.BytesIO()
@@ -77,9 +77,9 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_picture_is_the_same_in_every_place(kind, tmp_path):
+def test_every_kind_of_image_is_the_same_in_every_place(kind, tmp_path):
     data = KINDS[kind]()
-    path = tmp_path / "row_0.png"  # PIL goes by the content
+    path = tmp_path / "row_0.png"  # PIL detects the format from the content
     path.write_bytes(data)
     (row,) = ImageFolder("theirs", tmp_path).find([PromptRow("row_0", "a ramp", 0)])
     assert row["black"] is False
@@ -108,7 +108,7 @@ def test_the_transparent_value_of_a_16_bit_picture_is_white():
     assert open_rgb(file.getvalue()).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_values_below_zero_are_black_and_an_empty_range_is_no_error():
+def test_negative_values_are_black_and_constant_images_are_valid():
     assert to_rgb(Image.fromarray(np.array([[-5.0, 0.0, 1.0]], np.float32))).tobytes() == bytes([0] * 6 + [255] * 3)
     assert to_rgb(Image.fromarray(np.zeros((1, 2), np.float32))).tobytes() == bytes(6)
     assert to_rgb(Image.fromarray(np.array([[0.0, 1e6]], np.float32))).tobytes() == bytes([0] * 3 + [255] * 3)
@@ -122,7 +122,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("case", UNREADABLE)
-def test_what_cannot_be_read_is_named(case, tmp_path):
+def test_unreadable_images_are_named(case, tmp_path):
     data, reason = UNREADABLE[case]
     path = tmp_path / "row_0.png"
     path.write_bytes(data)
@@ -132,8 +132,8 @@ def test_what_cannot_be_read_is_named(case, tmp_path):
         ImageFolder("theirs", tmp_path).find([PromptRow("row_0", "a ramp", 0)])
 
 
-def test_a_picture_to_start_from_may_be_of_any_kind(make_tiny_pipeline):
-    """The stock pipelines divide 16-bit values by 255, and take RGBA for latents, which have four channels as well."""
+def test_initial_images_may_be_of_any_kind(make_tiny_pipeline):
+    """The stock pipelines divide 16-bit values by 255, and mistake RGBA for latents, which also have four channels."""
     from diffusers_safe import SafetyConfig, StableDiffusionImg2ImgPipelineSafe, StableDiffusionInpaintPipelineSafe
 
     def image_of(kind, picture, **others):
@@ -156,7 +156,7 @@ def test_a_picture_to_start_from_may_be_of_any_kind(make_tiny_pipeline):
 
 
 def test_a_manifest_of_a_16_bit_picture_is_read_as_it_is(tmp_path):
-    """Another tool's picture among ours: `uint16` arrays are saved as 16-bit PNGs."""
+    """An image of another tool: `uint16` arrays are saved as 16-bit PNGs."""
     Image.fromarray(WIDE).save(tmp_path / "x.png")
     (row,) = ImageFolder("x", tmp_path).find([PromptRow("x", "a ramp", 0)])
     (tmp_path / "manifest.jsonl").write_text(json.dumps(row) + "\n")

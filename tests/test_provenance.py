@@ -1,3 +1,5 @@
+"""Records are written, read and checked; the models that they name are found."""
+
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -30,11 +32,11 @@ def test_missing_and_foreign_records(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         Provenance.load(tmp_path)
     (tmp_path / FILE_NAME).write_text('{"model": 1}')
-    with pytest.raises(ValueError, match="not a record of ours"):
+    with pytest.raises(ValueError, match="not a valid record"):
         Provenance.load(tmp_path)
 
 
-def test_fingerprint_knows_values_names_and_nothing_else():
+def test_the_fingerprint_depends_on_names_and_values():
     first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
     assert fingerprint(first) != fingerprint(second)
     second.load_state_dict(first.state_dict())
@@ -59,7 +61,7 @@ def test_fingerprint_knows_values_names_and_nothing_else():
         (None, {}, None),
     ],
 )
-def test_a_relative_path_is_resolved_where_the_record_lies(tmp_path, model, arguments, found):
+def test_relative_paths_are_resolved_from_the_folder_of_the_record(tmp_path, model, arguments, found):
     for folder in ("models/base", "runs/out/inside"):
         (tmp_path / folder).mkdir(parents=True)
     expected = model if found is None else tmp_path / found
@@ -88,12 +90,12 @@ def test_records_and_files_name_folders_by_their_absolute_path(tmp_path, monkeyp
         ("null", "holds a JSON null"),
         ("[" * 100_000, "nested too deeply"),
         ("{", "not JSON"),
-        ('{"a": 1}', "not a record of ours"),
+        ('{"a": 1}', "not a valid record"),
         (json.dumps({**asdict(Provenance("b", None, ["a"], "sdd", "x", {})), "concepts": "a"}), "concepts is a str"),
         (json.dumps({**asdict(Provenance("b", None, ["a"], "sdd", "x", {})), "arguments": []}), "arguments is a list"),
     ],
 )
-def test_what_is_no_record_is_one_line(tmp_path, text, message):
+def test_invalid_records_are_refused_in_one_line(tmp_path, text, message):
     (tmp_path / "erasure.json").write_text(text)
     for read in (lambda: Provenance.load(tmp_path), lambda: erasure_of(str(tmp_path))):
         with pytest.raises(ValueError, match=f"erasure.json: .*{message}") as error:

@@ -54,8 +54,9 @@ def options(kind, words, tiny_model_folder, tmp_path):
     return parse_options(kind, words)
 
 
-def test_sdd_in_the_readme_is_the_papers_recipe(tiny_model_folder, tmp_path):
-    words = command((ROOT / "README.md").read_text(), "train_sdd.py")
+@pytest.mark.parametrize("page", ["README.md", "docs/erasing.md"])
+def test_sdd_on_a_page_is_the_papers_recipe(page, tiny_model_folder, tmp_path):
+    words = command((ROOT / page).read_text(), "train_sdd.py")
     assert "CompVis/stable-diffusion-v1-4" in words
     args = options("sdd", words, tiny_model_folder, tmp_path)
     paper = {  # arXiv 2307.05977 and its repository
@@ -68,21 +69,15 @@ def test_sdd_in_the_readme_is_the_papers_recipe(tiny_model_folder, tmp_path):
         "concept_schedule": "iterative", "mixed_precision": None, "rank": None,
     }  # fmt: skip
     assert {name: args.flat[name] for name in paper} == paper
-    recipe = ["--config", str(ROOT / "examples" / "sd-1.4-nudity-sdd.yaml")]
-    recipe += [
-        "--pretrained_model_name_or_path",
-        tiny_model_folder,
-        "--output_dir",
-        str(tmp_path),
-        "--resolution",
-        "64",
-    ]
+    recipe = ["--config", str(ROOT / "examples" / "sd-1.4-nudity-sdd.yaml"), "--resolution", "64"]
+    recipe += ["--pretrained_model_name_or_path", tiny_model_folder, "--output_dir", str(tmp_path)]
     args = parse_options("sdd", recipe)
     assert {name: args.flat[name] for name in paper} == paper
 
 
-def test_esd_in_the_readme_is_the_authors_recipe(tiny_model_folder, tmp_path):
-    args = options("esd", command((ROOT / "README.md").read_text(), "train_esd.py"), tiny_model_folder, tmp_path)
+def test_esd_in_the_docs_is_the_authors_recipe(tiny_model_folder, tmp_path):
+    words = command((ROOT / "docs" / "erasing.md").read_text(), "train_esd.py")
+    args = options("esd", words, tiny_model_folder, tmp_path)
     authors = {  # esd_sd.py of github.com/rohitgandikota/erasing, 2025; its negative_guidance 2 is eta 1
         "concepts": ["Van Gogh"], "train_method": "xattn", "max_train_steps": 200, "learning_rate": 5e-5,
         "adam_weight_decay": 0.0, "max_grad_norm": 0.0, "negative_guidance_scale": 1.0, "sampling_model": "frozen",
@@ -97,9 +92,15 @@ def test_esd_u_of_the_paper_is_its_own_selection(name):
     assert (recipe["preset"], recipe["train_method"]) == ("paper", "noxattn")
 
 
-def test_the_demo_and_the_readme_say_the_same_of_its_settings():
-    help_text = " ".join(demo.__doc__.split())
+def test_the_demo_and_the_docs_say_the_same_of_its_settings():
+    help_text, readme, erasing, tutorial = (
+        " ".join(text.split())
+        for text in (
+            demo.__doc__,
+            *((ROOT / page).read_text() for page in ("README.md", "docs/erasing.md", "docs/tutorial.md")),
+        )
+    )
     assert "fit it alone: for another model start from the defaults of train_sdd.py" in help_text
-    readme = " ".join((ROOT / "README.md").read_text().split())
     assert "its settings were found on the embedded model and fit that one only" in readme
-    assert "fit its small model, not yours: start from the defaults" in readme
+    assert "fit its small model, not yours: start from the defaults" in erasing
+    assert "fit its small model, not yours: start from the defaults" in tutorial

@@ -1,4 +1,4 @@
-"""What to erase: reading lists of concepts, and the order in which several are trained."""
+"""Lists of concepts, how to find them in prompts, and the order in which several concepts are trained."""
 
 import re
 import unicodedata
@@ -20,45 +20,59 @@ _SEPARATORS = re.compile(r"[,;|/、，；]|\s(?:and|or|&)\s")
 
 @typed
 def read_concepts(values: list[str], name: str = "concepts") -> list[str]:
-    """Reads `--concepts` and other lists of names or prompts: each is itself, or a `.txt` file with one a line.
+    """Reads `--concepts` and other lists of names or prompts.
 
-    In a file, empty lines and lines that start with `#` are skipped. What is given several times is kept once, and a
-    note says so; another says where a name looks like several (a comma, "and"), since it is one concept.
+    An entry is a name, or a `.txt` file with one name per line, in which empty lines and lines that start with `#` are
+    skipped. Duplicates are used once, with a note. Another note is logged if a name looks like several ("a, b",
+    "a and b"), because it is a single concept.
 
     Args:
-        values (`list[str]`): `["Van Gogh", "Claude Monet"]` or `["artists.txt"]`.
-        name (`str`, defaults to `"concepts"`): The option, for messages. Commas are expected in those whose name ends
-            with `prompts`.
+        values (`list[str]`): Entries, such as `["Van Gogh", "Claude Monet"]` or `["artists.txt"]`.
+        name (`str`, defaults to `"concepts"`): Name of the option, for messages. Entries of options whose name ends
+            with `prompts` may contain commas.
 
     Returns:
-        `list[str]`: At least one, none of them blank.
+        `list[str]`: At least one name; none is blank.
 
     Raises:
-        `ValueError`: If the list or a file is empty, an entry is blank, holds a line break or is a list in brackets,
-            or a file does not exist.
+        `ValueError`: If the list or a file is empty, an entry is blank, contains a line break or is a list in
+            brackets, or a file does not exist.
     """
-    found = []
-    for value in values:
-        if _OTHER_FILE.fullmatch(value.strip()):
-            raise ValueError(f"{name} {value:.200}: a file of a kind that is not read; write a .txt file, one a line")
-        found += _read_lines(Path(value), name) if value.strip().lower().endswith(".txt") else [value.strip()]
+    found = [entry for value in values for entry in _read_entries(value, name)]
     if not found or not all(map(_is_visible, found)):
-        raise ValueError(f"{name} {list(values)!r:.200}: give at least one {_entry(name)}, and none that is blank")
-    kept = {}
+        raise ValueError(f"{name} {list(values)!r:.200}: give at least one {_entry(name)}, and no blank one")
+    entries = _without_duplicates(found, name)
+    for entry in entries:
+        _check_entry(entry, name)
+    return entries
+
+
+def _read_entries(value: str, name: str) -> list[str]:
+    if _OTHER_FILE.fullmatch(value.strip()):
+        raise ValueError(f"{name} {value:.200}: this kind of file is not supported; use a .txt file with one per line")
+    return _read_lines(Path(value), name) if value.strip().lower().endswith(".txt") else [value.strip()]
+
+
+def _without_duplicates(found: list[str], name: str) -> list[str]:
+    """The first of all entries that differ only in case or spaces."""
+    kept, counts = {}, Counter()
     for entry in found:
-        kept.setdefault(" ".join(entry.split()).casefold(), entry)
+        key = " ".join(entry.split()).casefold()
+        kept.setdefault(key, entry)
+        counts[key] += 1
     if len(kept) < len(found):
-        counts = Counter(" ".join(entry.split()).casefold() for entry in found)
         repeated = [f"'{kept[key]:.80}' ({count} times)" for key, count in counts.items() if count > 1]
         more = f" and {len(repeated) - 5} more" if len(repeated) > 5 else ""
-        note("%s: given several times, used once: %s", name, ", ".join(repeated[:5]) + more)
-    for entry in kept.values():
-        if "\n" in entry or (entry.startswith("[") and entry.endswith("]")):
-            raise ValueError(f"{name} {entry!r:.200}: is a list in one text; give each {_entry(name)} by itself")
-        if not name.endswith("prompts") and len(parts := _SEPARATORS.split(entry)) > 1:
-            separate = " ".join(f'"{part.strip()}"' for part in parts if part.strip())
-            note('%s: "%s" is one concept; for %d of them write --%s %s', name, entry, len(parts), name, separate)
+        note("%s: duplicates are used once: %s", name, ", ".join(repeated[:5]) + more)
     return list(kept.values())
+
+
+def _check_entry(entry: str, name: str) -> None:
+    if "\n" in entry or (entry.startswith("[") and entry.endswith("]")):
+        raise ValueError(f"{name} {entry!r:.200}: is a list in a single text; give each {_entry(name)} separately")
+    if not name.endswith("prompts") and len(parts := _SEPARATORS.split(entry)) > 1:
+        separate = " ".join(f'"{part.strip()}"' for part in parts if part.strip())
+        note('%s: "%s" is a single concept; for %d concepts use --%s %s', name, entry, len(parts), name, separate)
 
 
 def _read_lines(path: Path, name: str) -> list[str]:
@@ -69,7 +83,7 @@ def _read_lines(path: Path, name: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{name} file {path}: cannot be read as UTF-8 text ({error})") from None
     if not (entries := [line for line in lines if line and not line.startswith("#")]):
-        raise ValueError(f"{name} file {path}: holds no {_entry(name)}; write one a line")
+        raise ValueError(f"{name} file {path}: contains no {_entry(name)}; write one per line")
     return entries
 
 
@@ -82,7 +96,7 @@ def _entry(name: str) -> str:
 
 
 def names_concept(prompt: str, concept: str) -> bool:
-    """Whether a prompt has a concept's words in it: whole words in a row, in whatever case, singular or plural."""
+    """Whether a prompt contains the words of a concept: whole consecutive words, in any case, singular or plural."""
     words, sought = _words(prompt), _words(concept)
     return bool(sought) and any(
         all(map(_same_word, words[start : start + len(sought)], sought))
@@ -92,7 +106,7 @@ def names_concept(prompt: str, concept: str) -> bool:
 
 @lru_cache(4096)
 def _words(text: str) -> tuple[str, ...]:
-    """Words and single symbols; `Van_Gogh` and `van-gogh` are two words."""
+    """The words and symbols of a text; `Van_Gogh` and `van-gogh` are two words."""
     return tuple(re.findall(r"[^\W_]+|[^\w\s-]", unicodedata.normalize("NFKC", text).casefold()))
 
 
@@ -102,7 +116,7 @@ def _same_word(first: str, second: str) -> bool:
 
 @lru_cache(4096)
 def _singulars(word: str) -> frozenset[str]:
-    """What a word may be the plural of."""
+    """The words of which a word may be the plural."""
     endings = {"s": ("",), "es": ("",), "ies": ("y",), "ves": ("f", "fe"), "men": ("man",), "children": ("child",)}
     return frozenset(
         word.removesuffix(plural) + singular
@@ -114,38 +128,38 @@ def _singulars(word: str) -> frozenset[str]:
 
 @lru_cache
 def naming_pattern(concepts: tuple[str, ...]) -> re.Pattern:
-    """Finds these concepts in captions as they are written, as whole words in whatever case; for many captions."""
+    """A fast pattern that finds concepts in captions as whole words in any case, without plurals."""
     names = "|".join(map(re.escape, concepts))
     return re.compile(rf"(?<!\w)(?:{names})(?!\w)", re.IGNORECASE)
 
 
 def joined(concepts: list[str]) -> str:
-    """All concepts in one prompt, as SDD writes them: `"knife, gun, bomb"`."""
+    """All concepts in one prompt, as in SDD: `"knife, gun, bomb"`."""
     return ", ".join(concepts)
 
 
 @typed
 @dataclass(frozen=True)
 class ConceptSchedule:
-    """Which prompts a training sample uses: one to draw its latent, one to train on.
+    """The prompts of each training sample: one to sample its latent, and one to train on.
 
-    "One concept" below is, by `schedule`:
+    The `schedule` chooses the current concept of a sample:
 
-    * `"iterative"`: each in turn, from sample to sample (SDD's paper);
-    * `"random"`: uniform;
-    * `"composite"`: always all of them, joined with commas;
-    * `"sequential"`: a continual schedule, the first for an equal share of the samples, then the second, and so on;
-      the concepts still to come are unknown to it, so "all joined" is the one concept, too.
+    * `"iterative"`: each concept in turn, from sample to sample (the paper of SDD);
+    * `"random"`: uniformly at random;
+    * `"composite"`: always all concepts, joined with commas;
+    * `"sequential"`: the first concept for an equal share of the samples, then the second, and so on. "All concepts"
+      is then only the current concept, because a continual schedule does not know the following ones.
 
-    By `prompt_order`, SDD's paper draws latents with one concept and trains on all joined (`"paper"`); its repository
-    draws with all joined and trains on one (`"repository"`); `"matched"` uses the one concept for both. With a single
-    concept they are the same.
+    The `prompt_order` chooses where it is used. `"paper"` samples latents with the current concept and trains on all
+    concepts joined, as in the paper of SDD. `"repository"` samples with all concepts and trains on the current one, as
+    in the code of SDD. `"matched"` uses the current concept for both. With a single concept they are equal.
 
-    Attributes:
-        concepts (`list[str]`): One or more.
+    Args:
+        concepts (`list[str]`): One or more concepts.
         schedule (`str`, defaults to `"iterative"`): One of `CONCEPT_SCHEDULES`.
         prompt_order (`str`, defaults to `"paper"`): One of `PROMPT_ORDERS`.
-        num_samples (`int`, *optional*): Samples of the whole run; only `"sequential"` needs it.
+        num_samples (`int`, *optional*): Number of samples of the whole run; required for `"sequential"`.
     """
 
     concepts: list[str]
@@ -162,17 +176,24 @@ class ConceptSchedule:
             raise ValueError("concept_schedule 'sequential' needs num_samples, the samples of the whole run")
 
     def prompts(self, index: int, generator: torch.Generator) -> tuple[str, str]:
-        """The prompt that draws the latent of sample `index` (counted from 0 over the whole run), and the one it
-        trains on."""
-        one = self._one_concept(index, generator)
-        together = one if self.schedule == "sequential" else joined(self.concepts)
-        if self.prompt_order == "paper":
-            return one, together
-        if self.prompt_order == "repository":
-            return together, one
-        return one, one
+        """The prompts of a sample.
 
-    def _one_concept(self, index: int, generator: torch.Generator) -> str:
+        Args:
+            index (`int`): Number of the sample, counted from 0 over the whole run.
+            generator (`torch.Generator`): Generator for the schedule `"random"`.
+
+        Returns:
+            `tuple[str, str]`: The prompt that samples the latent, and the prompt to train on.
+        """
+        current = self._current_concept(index, generator)
+        all_concepts = current if self.schedule == "sequential" else joined(self.concepts)
+        if self.prompt_order == "paper":
+            return current, all_concepts
+        if self.prompt_order == "repository":
+            return all_concepts, current
+        return current, current
+
+    def _current_concept(self, index: int, generator: torch.Generator) -> str:
         count = len(self.concepts)
         if self.schedule == "iterative":
             return self.concepts[index % count]

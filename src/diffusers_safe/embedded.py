@@ -1,4 +1,4 @@
-"""The models that the package carries. Wherever a model is given, these names stand for their folders."""
+"""The models that ship with the package. Their names can be used wherever a model is expected."""
 
 import os
 from pathlib import Path
@@ -10,12 +10,13 @@ EMBEDDED_MODELS = {
 
 
 def locate_model(name_or_path: str | Path) -> str:
-    """The folder of an embedded model, if this is its name and no folder of that name is here; else what was given."""
+    """The folder of an embedded model, if this is its name and no folder with that name exists; otherwise the
+    argument."""
     folder = EMBEDDED_MODELS.get(str(name_or_path))
     return str(name_or_path) if folder is None or os.path.exists(name_or_path) else str(folder)
 
 
 def embedded_name(path: str | Path) -> str | None:
-    """The name of an embedded model, by its folder."""
+    """The name of the embedded model in a folder, or `None`."""
     place = os.path.realpath(path)
     return next((name for name, folder in EMBEDDED_MODELS.items() if os.path.realpath(folder) == place), None)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, that the umask governs, and of which a kill costs no more than the last line."""
+"""Writing files atomically, with the permissions of the umask, and reading JSON lines after an interrupted write."""
 
 import errno
 import json
@@ -14,12 +14,12 @@ from typing import Any
 from safetensors import SafetensorError
 
 
-# What torch says, as a RuntimeError, where a file cannot be written.
+# Messages of the RuntimeError that torch raises if a file cannot be written.
 _TORCH_CANNOT_WRITE = ("inline_container", "PytorchStreamWriter", "iostream error")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file that is either whole or absent."""
+    """Writes a text file atomically: it is either complete or missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _partial(path) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -28,19 +28,19 @@ def write_text(path: Path, text: str) -> None:
 def save_tensors(
     tensors: dict[str, Any], path: str | Path, metadata: dict[str, str] | None = None, save: Callable | None = None
 ) -> None:
-    """Writes a safetensors file that is either whole or absent, with the mode that the umask gives.
+    """Writes a safetensors file atomically, with the permissions that the umask gives.
 
     Args:
-        tensors (`dict`): What `save` takes.
+        tensors (`dict`): The tensors or arrays by name.
         path (`str` or `Path`): The file; its folder must exist.
-        metadata (`dict[str, str]`, *optional*): Of the file.
-        save (`Callable`, *optional*): `save_file` of safetensors' torch (the default) or numpy interface.
+        metadata (`dict[str, str]`, *optional*): Metadata of the file.
+        save (`Callable`, *optional*): `save_file` of `safetensors.torch` (the default) or `safetensors.numpy`.
 
     Raises:
-        `OSError`: If it cannot be written.
+        `OSError`: If the file cannot be written.
     """
     if save is None:
-        from safetensors.torch import save_file as save  # with torch, which not everything needs that writes files
+        from safetensors.torch import save_file as save  # here, because it imports torch
 
     path = Path(path)
     with disk_errors(path), _partial(path) as partial:
@@ -50,9 +50,9 @@ def save_tensors(
 
 @contextmanager
 def _partial(path: Path) -> Iterator[Path]:
-    """Another name, which becomes the file's own when the block has ended well, and is gone otherwise."""
+    """A temporary file that replaces `path` when the block succeeds, and is deleted otherwise."""
     partial = path.with_name(f".{path.name}.partial")
-    if partial.is_symlink():  # or what it points to would be written
+    if partial.is_symlink():  # writing would follow the link
         partial.unlink()
     try:
         yield partial
@@ -64,7 +64,7 @@ def _partial(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def disk_errors(place: str | Path) -> Iterator[None]:
-    """What safetensors and torch raise where a file cannot be written, as the `OSError` that it is."""
+    """Converts the exceptions that safetensors and torch raise if a file cannot be written to `OSError`."""
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
@@ -78,8 +78,8 @@ def disk_errors(place: str | Path) -> Iterator[None]:
 
 
 def follow_umask(path: str | Path) -> None:
-    """Gives a file, or all files of a folder, the mode of any new file there: safetensors writes them for their owner
-    alone, and a web server could not read them."""
+    """Gives a file, or all files in a folder, the permissions of a new file. safetensors creates files that only their
+    owner can read."""
     path = Path(path)
     probe = (path if path.is_dir() else path.parent) / f".mode-{secrets.token_hex(8)}"
     descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
@@ -94,12 +94,15 @@ def follow_umask(path: str | Path) -> None:
 
 
 def json_lines(path: Path) -> list[tuple[str, Any]]:
-    """The lines of a JSON-lines file that grows, each with its value; `None` for the value of a broken one.
+    """Reads a JSON lines file to which lines are appended.
 
-    What follows the last line break is what a kill or a full disk cut off, and is left out.
+    The text after the last line break is an incomplete write (after a kill, or on a full disk) and is ignored.
+
+    Returns:
+        `list[tuple[str, Any]]`: The text and the value of each line; `("", None)` for invalid lines.
 
     Raises:
-        `OSError`: If it cannot be read, or is no regular file.
+        `OSError`: If the file cannot be read or is not a regular file.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "is no regular file", str(path))

@@ -1,4 +1,4 @@
-"""Records of what was done to a model, which travel with every result: erasure.json and distillation.json."""
+"""Records of how a model was made, which are saved with every result: erasure.json and distillation.json."""
 
 import hashlib
 import importlib.metadata
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from types import UnionType
-from typing import ClassVar, get_origin
+from typing import ClassVar, TypeVar, get_origin
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError
@@ -21,7 +21,7 @@ from .loading import ModelError, read_json_object
 
 FILE_NAME = "erasure.json"
 STUDENT_FILE = "distillation.json"
-# What a record says of an erasure that somebody else made and did not describe.
+# The fields of a record for an erasure by another program that wrote no record.
 UNKNOWN = {
     "concepts": [],
     "method": "unknown",
@@ -34,7 +34,7 @@ _LIBRARIES = ("diffusers-safe", "torch", "diffusers", "transformers", "accelerat
 
 
 def library_versions() -> dict[str, str]:
-    """The installed versions of the libraries that can change a result."""
+    """The installed versions of the libraries that can change a result. The value is `"not installed"` if missing."""
     versions = {}
     for name in _LIBRARIES:
         try:
@@ -45,7 +45,7 @@ def library_versions() -> dict[str, str]:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A hash of all weights of a module, names and values; the same on every machine. 16 hexadecimal digits."""
+    """A hash of the names and values of all weights of a module, 16 hexadecimal digits. Equal on every machine."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name}{tuple(value.shape)}".encode())
@@ -53,22 +53,63 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-@dataclass
-class Provenance:
-    """The record of one erasure.
+R = TypeVar("R", bound="_Record")
 
-    Attributes:
-        base_model (`str`): Absolute path or Hub id of the model that was changed.
-        base_fingerprint (`str`, *optional*): [`fingerprint`] of its denoiser before the change; `None` if unknown.
-        concepts (`list[str]`): What was erased; empty if unknown.
-        method (`str`): `"sdd"`, ..., or `"unknown"`.
-        train_method (`str`): Which weights were trained, a name of `weights.TRAIN_METHODS`, or `"unknown"`.
-        arguments (`dict`): Every argument of the run.
+
+class _Record:
+    """A dataclass that is saved as a JSON file in the folder of a result."""
+
+    file_name: ClassVar[str]
+    _base_field: ClassVar[str]  # the field that names the model from which the result was made
+    _if_missing: ClassVar[str]  # the end of the message if there is no file
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the record to a folder."""
+        write_text(Path(folder) / self.file_name, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls: type[R], folder: str | Path) -> R:
+        """Reads the record of a folder.
+
+        Raises:
+            `ValueError`: If there is no record, or its fields are invalid.
+        """
+        path = Path(folder) / cls.file_name
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; {cls._if_missing}")
+        try:
+            record = cls(**read_json_object(path))
+        except TypeError as error:
+            raise ModelError(f"{path}: not a valid record ({error})") from None
+        for item in fields(cls):
+            value = getattr(record, item.name)
+            allowed = item.type if isinstance(item.type, UnionType) else get_origin(item.type) or item.type
+            if not isinstance(value, allowed):
+                raise ModelError(f"{path}: not a valid record ({item.name} is a {type(value).__name__})")
+        setattr(record, cls._base_field, located(getattr(record, cls._base_field), folder, record.arguments))
+        return record
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+@dataclass
+class Provenance(_Record):
+    """The record of an erasure: erasure.json.
+
+    Args:
+        base_model (`str`): Absolute path or Hub id of the model before the erasure.
+        base_fingerprint (`str`, *optional*): [`fingerprint`] of its denoiser; `None` if unknown.
+        concepts (`list[str]`): Erased concepts; empty if unknown.
+        method (`str`): Name of the method, such as `"sdd"`, or `"unknown"`.
+        train_method (`str`): Selection of trained weights, a name of `weights.TRAIN_METHODS`, or `"unknown"`.
+        arguments (`dict`): All arguments of the run.
         revision (`str`, *optional*): Revision of the base model on the Hub.
-        versions (`dict[str, str]`): Of the libraries.
-        created (`str`): UTC time, ISO 8601.
-        export (`dict`, *optional*): What `diffusers-safe export` made of it: `to`, and of a LoRA its rank and errors.
-            `None` for what training wrote.
+        versions (`dict[str, str]`, *optional*): Versions of the libraries; those of [`library_versions`] by default.
+        created (`str`, *optional*): UTC time in ISO 8601; now by default.
+        export (`dict`, *optional*): Arguments and results of `diffusers-safe export`: `to`, and for a LoRA its rank
+            and errors. `None` for the output of a training run.
     """
 
     base_model: str
@@ -79,43 +120,31 @@ class Provenance:
     arguments: dict
     revision: str | None = None
     versions: dict[str, str] = field(default_factory=library_versions)
-    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    created: str = field(default_factory=_now)
     export: dict | None = None
 
     file_name: ClassVar[str] = FILE_NAME
-
-    def save(self, folder: str | Path) -> None:
-        write_text(Path(folder) / FILE_NAME, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "Provenance":
-        """Reads a folder's erasure.json.
-
-        Raises:
-            `ValueError`: If there is none or it has other fields.
-        """
-        record = _load(cls, Path(folder) / FILE_NAME, "the folder holds no erased model")
-        record.base_model = located(record.base_model, folder, record.arguments)
-        return record
+    _base_field: ClassVar[str] = "base_model"
+    _if_missing: ClassVar[str] = "the folder holds no erased model"
 
 
 @dataclass
-class Distillation:
+class Distillation(_Record):
     """The record of a student: distillation.json.
 
-    Attributes:
-        teacher (`str`): Absolute path or Hub id of the model that taught.
+    Args:
+        teacher (`str`): Absolute path or Hub id of the teacher.
         teacher_fingerprint (`str`): [`fingerprint`] of its denoiser.
-        student (`str`): What was built of it, a name of `students.STUDENTS`, or the student that was gone on from.
-        parameters (`dict[str, int]`): Of the denoisers of `"student"` and `"teacher"`.
-        macs (`dict[str, float]`): Multiply-accumulates of one forward of each, of one sample.
-        arguments (`dict`): Every argument of the run.
-        teacher_erasure (`dict`, *optional*): The erasure.json of a teacher that was erased.
-        data (`dict`): `samples`, `dropped` and `unreadable`: how many, the former by reason.
-        losses (`dict[str, float]`): The terms of the loss at the end, means of the last twentieth of the run.
+        student (`str`): Name of the student in `students.STUDENTS`, or the student from which training continued.
+        parameters (`dict[str, int]`): Number of parameters of the denoisers of `"student"` and `"teacher"`.
+        macs (`dict[str, float]`): Multiply-accumulates of a forward pass of each for one sample.
+        arguments (`dict`): All arguments of the run.
+        teacher_erasure (`dict`, *optional*): The erasure.json of the teacher, if it was erased.
+        data (`dict`, *optional*): Numbers of `samples`, of `dropped` rows by reason, and of `unreadable` pictures.
+        losses (`dict[str, float]`, *optional*): Mean of each term of the loss over the last twentieth of the run.
         revision (`str`, *optional*): Revision of the teacher on the Hub.
-        versions (`dict[str, str]`): Of the libraries.
-        created (`str`): UTC time, ISO 8601.
+        versions (`dict[str, str]`, *optional*): Versions of the libraries; those of [`library_versions`] by default.
+        created (`str`, *optional*): UTC time in ISO 8601; now by default.
     """
 
     teacher: str
@@ -129,54 +158,43 @@ class Distillation:
     losses: dict[str, float] = field(default_factory=dict)
     revision: str | None = None
     versions: dict[str, str] = field(default_factory=library_versions)
-    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    created: str = field(default_factory=_now)
 
     file_name: ClassVar[str] = STUDENT_FILE
+    _base_field: ClassVar[str] = "teacher"
+    _if_missing: ClassVar[str] = "the folder holds no student"
 
     @property
     def base_model(self) -> str:
         """The teacher."""
         return self.teacher
 
-    def save(self, folder: str | Path) -> None:
-        write_text(Path(folder) / STUDENT_FILE, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "Distillation":
-        """Reads a folder's distillation.json.
-
-        Raises:
-            `ValueError`: If there is none or it has other fields.
-        """
-        record = _load(cls, Path(folder) / STUDENT_FILE, "the folder holds no student")
-        record.teacher = located(record.teacher, folder, record.arguments)
-        return record
-
 
 def load_record(folder: str | Path) -> Provenance | Distillation:
-    """The record of what a folder holds, an erased model or a student.
+    """Reads the record of an erased model or a student.
 
     Raises:
-        `ValueError`: If there is none or it has other fields.
+        `ValueError`: If there is no record, or its fields are invalid.
     """
     return Distillation.load(folder) if (Path(folder) / STUDENT_FILE).is_file() else Provenance.load(folder)
 
 
 def erasure_of(model: str, **hub_arguments) -> dict | None:
-    """What a model was made to forget, as its erasure.json says, or, of a student, that of its teacher.
-
-    `None` where no record says so, or it is out of reach.
+    """The erasure.json of a model or, for a student, of its teacher.
 
     Args:
         model (`str`): Folder or Hub id.
-        hub_arguments: Of `hf_hub_download`, such as `revision`.
+        hub_arguments: Arguments of `hf_hub_download`, such as `revision`.
+
+    Returns:
+        `dict`: The record, or `None` if there is no record or the Hub cannot be reached.
     """
     for name in (FILE_NAME, STUDENT_FILE):
         path = Path(locate_model(model)) / name
         if not path.parent.is_dir():
             try:
                 path = Path(hf_hub_download(model, name, **hub_arguments))
-            except (OSError, ValueError, HTTPError):  # no such file, or no Hub
+            except (OSError, ValueError, HTTPError):  # no such file, or the Hub cannot be reached
                 continue
         if path.is_file():
             record = (Provenance if name == FILE_NAME else Distillation).load(path.parent)
@@ -185,26 +203,25 @@ def erasure_of(model: str, **hub_arguments) -> dict | None:
 
 
 def stored_path(model: str) -> str:
-    """A model as a record names it: a folder by its absolute path, which is found from anywhere; an embedded model by
-    its name; a Hub id as it is."""
+    """The name of a model in a record: the absolute path of a folder, the name of an embedded model, or a Hub id."""
     if not os.path.exists(model):
         return model
     return embedded_name(model) or os.path.abspath(model)
 
 
 def located(model: str | None, folder: str | Path, arguments: dict | None = None) -> str | None:
-    """A model that a record names, from where the record lies.
+    """Resolves the model that a record names.
 
-    Earlier versions recorded folders relative to where the run was started. That is known again if the record still
-    lies where the run's `output_dir` was.
+    Earlier versions stored paths relative to the working directory of the run. It can be derived if the record still
+    lies in the run's `output_dir`.
 
     Args:
         model (`str`, *optional*): Folder or Hub id.
-        folder (`str` or `Path`): With the record.
-        arguments (`dict`, *optional*): Of the run, as recorded.
+        folder (`str` or `Path`): Folder of the record.
+        arguments (`dict`, *optional*): Recorded arguments of the run.
 
     Returns:
-        `str`: The path of the folder, or `model` where there is no such folder.
+        `str`: The path of the folder, or `model` if no such folder exists.
     """
     if not isinstance(model, str) or not model or os.path.isabs(model):
         return model
@@ -213,18 +230,3 @@ def located(model: str | None, folder: str | Path, arguments: dict | None = None
     parts = Path(output).parts if isinstance(output, str) and not os.path.isabs(output) else ()
     started = folder.parents[len(parts) - 1] if parts and folder.parts[-len(parts) :] == parts else folder
     return next((str(place / model) for place in (folder, started) if os.path.exists(place / model)), model)
-
-
-def _load(kind: type, path: Path, otherwise: str):
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; {otherwise}")
-    try:
-        record = kind(**read_json_object(path))
-    except TypeError as error:
-        raise ModelError(f"{path}: not a record of ours ({error})") from None
-    for item in fields(kind):
-        value = getattr(record, item.name)
-        allowed = item.type if isinstance(item.type, UnionType) else get_origin(item.type) or item.type
-        if not isinstance(value, allowed):
-            raise ModelError(f"{path}: not a record of ours ({item.name} is a {type(value).__name__})")
-    return record

@@ -1,4 +1,4 @@
-"""The benchmarks of distillation: a tiny run of each."""
+"""The benchmarks of distillation: tiny runs."""
 
 import importlib
 import sys
@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture
 def load(on_cpu, monkeypatch):
-    """Imports a benchmark by name, as `python benchmarks/NAME.py` would find its neighbours."""
+    """Imports a benchmark by name, with the import path of `python benchmarks/NAME.py`."""
     monkeypatch.syspath_prepend(str(FOLDER))
     return importlib.import_module
 
@@ -21,15 +21,15 @@ def test_the_speed_of_a_step(load, tiny_model_folder, monkeypatch, capsys):
     words = f"--model {tiny_model_folder} --rounds 1 --steps 1 --num_images 8 --train_batch_size 2"
     monkeypatch.setattr(sys, "argv", ["benchmark", *words.split()])
     load("distillation_speed").main()
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for name in ("| plain loop |", "| ours |", "| ours, --cache_latents |"):
-        assert name in told
+        assert name in printed
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [("--only teacher", "only ['teacher']: unknown"), ("--rounds 0", "rounds 0: must be")]
+    ("words", "message"), [("--only teacher", "only 'teacher': unknown"), ("--rounds 0", "rounds 0: must be")]
 )
-def test_bad_arguments_of_the_table_of_students_are_told(load, monkeypatch, tmp_path, capsys, words, message):
+def test_invalid_arguments_of_the_table_of_students_are_refused(load, monkeypatch, tmp_path, capsys, words, message):
     monkeypatch.setattr(sys, "argv", ["benchmark", "--output_dir", str(tmp_path / "out"), *words.split()])
     with pytest.raises(SystemExit) as error:
         load("students").main()

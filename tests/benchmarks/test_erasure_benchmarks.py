@@ -1,4 +1,4 @@
-"""The benchmarks of erasure training: their arguments, a tiny run, and that the plain loop is the same rule."""
+"""The benchmarks of erasure training: arguments, tiny runs, and equality of the plain loop and our loop."""
 
 import importlib
 import json
@@ -23,7 +23,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture
 def load(on_cpu, monkeypatch):
-    """Imports a benchmark by name, as `python benchmarks/NAME.py` would find its neighbours."""
+    """Imports a benchmark by name, with the import path of `python benchmarks/NAME.py`."""
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.setattr(sys, "argv", ["benchmark"])
     return importlib.import_module
@@ -34,9 +34,9 @@ def rows(text):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-def test_the_plain_loop_is_our_rule(load, make_tiny_pipeline):
+def test_the_plain_loop_equals_our_loop(load, make_tiny_pipeline):
     plain = load("plain_loop").PlainLoop(make_tiny_pipeline(), "knife", 4, "cpu")
-    args = make_options(
+    options = make_options(
         "sdd",
         pretrained_model_name_or_path="tiny",
         concepts=["knife"],
@@ -44,9 +44,8 @@ def test_the_plain_loop_is_our_rule(load, make_tiny_pipeline):
         num_inference_steps=4,
         watch_prompts=[],
     )
-    ours = ErasureLoop(
-        Accelerator(cpu=True), make_family(make_tiny_pipeline()), args.method.objective(args.concept.concepts), args
-    )
+    objective = options.method.objective(["knife"])
+    ours = ErasureLoop(Accelerator(cpu=True), make_family(make_tiny_pipeline()), objective, options)
     for number in range(3):
         assert plain.train_step(number) == pytest.approx(ours.train_step(number)["erase"], rel=1e-3)
     for name, average in plain.average.named_parameters():
@@ -55,7 +54,7 @@ def test_the_plain_loop_is_our_rule(load, make_tiny_pipeline):
 
 
 @pytest.mark.slow
-def test_the_arithmetic_of_a_step(load, tiny_model_folder, capsys):
+def test_forward_passes_of_a_step(load, tiny_model_folder, capsys):
     main = load("erasure_arithmetic").main
     main(
         f"--model {tiny_model_folder} --rounds 2 --num_inference_steps 4 --latents_per_trajectory 4 "
@@ -82,10 +81,10 @@ def test_the_speed_of_a_step(load, capsys, monkeypatch):
     assert (batch, compiled) == ("2", "off") and share.endswith("%") and memory.endswith("GiB")
 
 
-# With a GPU the same call is the benchmark itself, which takes minutes.
+# With a GPU the same call runs the benchmark, which takes minutes.
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_is_exit_with_error(load):
-    with pytest.raises(SystemExit, match="^error: there is no GPU here; --device cpu --size tiny tries the program$"):
+def test_without_a_gpu_an_error_is_reported(load):
+    with pytest.raises(SystemExit, match="^error: no GPU is available; --device cpu --size tiny tests the script$"):
         load("erasure_gpu").main([])
 
 
@@ -98,11 +97,11 @@ def test_without_a_gpu_it_is_exit_with_error(load):
         ("erasure_memory", "--size big", "size 'big': unknown; allowed are sd-1, tiny"),
         ("erasure_memory", "--latent_size 7", "latent_size 7: must be a multiple of 8"),
         ("erasure_gpu", "--mixed_precision fp8", "mixed_precision 'fp8': unknown; allowed are no, fp16, bf16"),
-        ("erasure_gpu", "--compile maybe", "compile ['maybe']: unknown"),
+        ("erasure_gpu", "--compile maybe", "compile 'maybe': unknown"),
         ("erasure_gpu", "--batch_sizes 0", "batch_sizes [0]: must be at least 1"),
     ],
 )
-def test_bad_arguments_are_one_line(load, capsys, name, words, message):
+def test_invalid_arguments_are_reported_in_one_line(load, capsys, name, words, message):
     with pytest.raises(SystemExit) as stop:
         load(name).main(words.split())
     lines = capsys.readouterr().err.strip().splitlines()
@@ -110,7 +109,7 @@ def test_bad_arguments_are_one_line(load, capsys, name, words, message):
 
 
 def results_of(gone, lost, retained=False):
-    """As [`evaluate_erasure`] gives them, of two images each of a cat and a dog; `lost` of the latter."""
+    """Results of [`evaluate_erasure`] for two images each of a cat and a dog; `lost` images of the dog fail."""
     sides = {"before": (24, 2), "after": (gone, 2 - lost)}
     names = ["others", *(["unnamed"] if retained else [])]
     estimates = {
@@ -142,7 +141,7 @@ def test_seeds_are_pooled(load):
 
 
 @pytest.mark.parametrize("retained", [None, ["cat"]])
-def test_ways_are_rows_of_one_table(load, monkeypatch, tmp_path, retained):
+def test_models_are_rows_of_one_table(load, monkeypatch, tmp_path, retained):
     module, asked = load("erasure_table"), []
 
     def evaluate(models, folder, *what, **options):

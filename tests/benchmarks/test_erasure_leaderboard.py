@@ -1,4 +1,4 @@
-"""The leaderboard of erasure methods: a tiny run with a tiny model in the place of every trained one."""
+"""The leaderboard of erasure methods: a tiny run with a tiny model instead of the trained ones."""
 
 import importlib
 import json
@@ -20,7 +20,7 @@ METHODS = ["original", "negative prompt", "SEGA", "SLD medium", "SLD max", "ESD-
 
 @pytest.fixture
 def leaderboard(on_cpu, monkeypatch, tiny_model_folder):
-    """The benchmark without trainings, on the prompts that its picture shows, in one step."""
+    """The benchmark without trainings, with a few prompts and two sampling steps."""
     monkeypatch.syspath_prepend(str(FOLDER))
     module = importlib.import_module("erasure_leaderboard")
     trained, all_rows = [], module.erasure_rows
@@ -58,7 +58,7 @@ def test_the_leaderboard_has_a_row_for_each_method(leaderboard, tiny_model_folde
     text = (tmp_path / "docs" / "results.md").read_text()
     assert text in capsys.readouterr().out and "![" in text and "seed 0" in text
     assert [line.split(" | ")[0].strip("| ") for line in text.splitlines() if line.startswith("| ")][1:] == METHODS
-    for column in ("cat recognised ↓, N=2", "other objects recognised ↑", "FID", "KID", "distance", "asked ↑"):
+    for column in ("cat recognised ↓, N=2", "other objects recognised ↑", "FID", "KID", "distance", "asks for ↑"):
         assert column in text
     for file in ("leaderboard-object.jpg", "leaderboard-object.svg"):
         assert f"](images/{file})" in text and (tmp_path / "docs" / "images" / file).stat().st_size > 1000
@@ -74,7 +74,13 @@ def test_the_leaderboard_has_a_row_for_each_method(leaderboard, tiny_model_folde
     assert kept and all(path.stat().st_mtime_ns == drawn[path] for path in kept)
 
 
-def test_what_a_recipe_erases_is_measured_and_what_is_shown_was_drawn(leaderboard):
+def test_the_text_of_the_published_results_is_that_of_the_benchmark(leaderboard):
+    student = leaderboard.STUDENT_NOTE.format(steps=400, pictures=leaderboard.STUDENT_PICTURES)
+    head = leaderboard.HEAD.format(seed=0, sampling="25 steps, guidance 6", student=student)
+    assert (FOLDER.parent / "docs" / "results.md").read_text().startswith(head)
+
+
+def test_erased_concepts_are_measured_and_shown_prompts_are_generated(leaderboard):
     tasks = leaderboard.TASKS
     assert tasks["object"].erased == {"erased": ["cat"], "group": None}
     assert tasks["group"].erased["group"] == "weapon" and len(tasks["group"].erased["erased"]) == 5
@@ -87,14 +93,14 @@ def test_what_a_recipe_erases_is_measured_and_what_is_shown_was_drawn(leaderboar
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--tasks", "objects"], "tasks objects: unknown; allowed are object, group, style"),
+        (["--tasks", "objects"], "tasks 'objects': unknown; allowed are object, group, style"),
         (["--seed", "-1"], "seed -1: must be at least 0"),
         (["--student_steps", "-1"], "student_steps -1: must be at least 0"),
-        (["--methods", "mine=x"], "methods mine=x: name the one of --tasks that they are for"),
+        (["--methods", "mine=x"], "methods mine=x: name the task that they are for with --tasks"),
         (["--tasks", "object", "--methods", "mine=nowhere"], "model 'nowhere': no folder or Hub repository"),
     ],
 )
-def test_bad_arguments_are_refused(leaderboard, tmp_path, capsys, words, message):
+def test_invalid_arguments_are_refused(leaderboard, tmp_path, capsys, words, message):
     with pytest.raises(SystemExit) as stop:
         leaderboard.run("--output_dir", tmp_path / "out", *words)
     error = capsys.readouterr().err

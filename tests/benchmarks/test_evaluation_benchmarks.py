@@ -28,7 +28,7 @@ def main(on_cpu, monkeypatch):
 def test_the_speed_of_generation(main, tiny_model_folder, capsys):
     main(f"--model {tiny_model_folder} --rounds 1 --images 3 --batch_sizes 2 --num_inference_steps 1")
     lines = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert [name.strip() for name, *_ in lines[2:]] == ["one prompt a call", "`generate`, batches of 2"]
+    assert [name.strip() for name, *_ in lines[2:]] == ["one prompt per call", "`generate`, batches of 2"]
     assert lines[2][2].strip() == "1.00 [1.00, 1.00]" and float(lines[3][1].split()[0]) > 0
 
 
@@ -36,7 +36,7 @@ def test_the_speed_of_generation(main, tiny_model_folder, capsys):
     ("words", "message"),
     [("--batch_sizes 2 0", "batch_sizes [2, 0]: must be"), ("--rounds 0", "rounds 0: must be at least 1")],
 )
-def test_bad_arguments_are_refused(main, capsys, words, message):
+def test_invalid_arguments_are_refused(main, capsys, words, message):
     with pytest.raises(SystemExit) as stop:
         main(words)
     error = capsys.readouterr().err

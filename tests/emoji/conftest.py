@@ -7,7 +7,7 @@ from diffusers_safe.emoji.scenes import OBJECTS, group_members
 
 
 class ScriptedJudge(nn.Module):
-    """Sees what it was told to, image by image; when that is used up the first label of a head."""
+    """Returns given labels image by image, and then the first label of each head."""
 
     def __init__(self, *objects, styles=()):
         super().__init__()
@@ -40,7 +40,7 @@ def scripted_judge():
 
 @pytest.fixture
 def perfect():
-    """What a judge would see if every image showed what was asked for."""
+    """The labels of a judge if every image showed the requested scene."""
 
     def answers(rows):
         return [name if (name := row.labels["subject"]) in OBJECTS else group_members(name)[0] for row in rows]

@@ -55,7 +55,7 @@ def test_no_caption_is_cut_off(tokenizer):
 
 
 @pytest.mark.parametrize("text", STRANGE)
-def test_any_text_is_spelled_out_losslessly(tokenizer, text):
+def test_any_text_is_tokenized_losslessly(tokenizer, text):
     between = ids_between(tokenizer, text)
     assert not {tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id} & set(between)
     decoded = tokenizer.decode(between, clean_up_tokenization_spaces=False)
@@ -68,19 +68,19 @@ def test_every_byte_has_a_token(tokenizer):
         assert tokenizer.unk_token_id not in ids_between(tokenizer, f"a{text}b{text}")
 
 
-def test_long_and_empty_prompts_are_brought_to_length(tokenizer):
+def test_long_prompts_are_cut_and_empty_ones_padded(tokenizer):
     long, empty = tokenizer(["knife " * 100, ""], padding="max_length", truncation=True).input_ids
     assert len(long) == len(empty) == MAX_TOKENS
     assert long[-1] == tokenizer.eos_token_id
     assert empty == [tokenizer.bos_token_id] + [tokenizer.eos_token_id] * (MAX_TOKENS - 1)
 
 
-def test_capitals_do_not_matter(tokenizer):
+def test_case_does_not_matter(tokenizer):
     assert tokenizer("A KNIFE").input_ids == tokenizer("a knife").input_ids
 
 
 def test_the_tokenizer_is_the_same_every_time(tokenizer):
-    """Token numbers are what the text encoder learns: with others the finished model would draw a car for "a cat"."""
+    """The text encoder depends on the token ids: with others the model would generate a car for "a cat"."""
     first = tokenizer.backend_tokenizer.to_str()
     assert all(build_tokenizer().backend_tokenizer.to_str() == first for _ in range(5))
 

@@ -25,7 +25,7 @@ def rendered():
 
 @pytest.fixture(params=[(EmojiClassifier, 8), (SecondEmojiClassifier, 12)], ids=["first", "second"])
 def classifier(rendered, request):
-    """Untrained, with running statistics that are not the initial ones."""
+    """An untrained classifier whose running statistics are not the initial ones."""
     kind, width = request.param
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -36,7 +36,7 @@ def classifier(rendered, request):
     return classifier.eval()
 
 
-def test_a_saved_classifier_judges_alike(classifier, rendered, tmp_path):
+def test_a_saved_classifier_gives_the_same_logits(classifier, rendered, tmp_path):
     classifier.save_pretrained(tmp_path / "judge")
     loaded = EmojiClassifier.from_pretrained(tmp_path / "judge")
     assert type(loaded) is type(classifier) and not loaded.training
@@ -68,7 +68,7 @@ def test_pictures_of_another_shape_are_refused(classifier, shape):
     assert str(shape) in str(error.value) and "(B, 3, 64, 64)" in str(error.value)
 
 
-def test_classify_names_the_largest_logit_of_every_head_whatever_the_batch_size(classifier, rendered):
+def test_classify_returns_the_largest_logit_for_any_batch_size(classifier, rendered):
     pictures = rendered[0]
     names = classifier.train().classify(pictures, batch_size=4)
     assert names == classifier.classify(pictures)
@@ -98,7 +98,7 @@ def test_to_tensor(rendered):
     assert tensor[2, 1, 5, 7].item() == pytest.approx(rendered[0][2, 5, 7, 1] / 255)
 
 
-def test_ruined_pictures_are_pictures_and_follow_from_the_seed(rendered):
+def test_ruined_pictures_are_valid_and_depend_on_the_seed(rendered):
     pictures = to_tensor(rendered[0])
     shuffled = empty = 0
     for seed in range(40):
@@ -114,7 +114,7 @@ def test_ruined_pictures_are_pictures_and_follow_from_the_seed(rendered):
     assert shuffled and empty
 
 
-def test_a_batch_of_the_judge_says_nothing_of_ruined_pictures():
+def test_ruined_pictures_have_no_object_in_a_batch_of_the_judge():
     batch = judge_batch(np.random.default_rng(0), 40, ("noto", "twemoji", "fluent"))
     again = judge_batch(np.random.default_rng(0), 40, ("noto", "twemoji", "fluent"))
     assert all(torch.equal(batch[name], again[name]) for name in batch)

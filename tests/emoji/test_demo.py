@@ -4,7 +4,6 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -16,34 +15,35 @@ from diffusers_safe.erasure.options import parse_options
 
 
 def test_the_demo_runs_the_public_script_with_arguments_it_takes(tiny_model_folder, tmp_path):
-    """Another model's name in the same command does for that model."""
+    """The same command works with the name of another model."""
     command = erasure_command(tiny_model_folder, "weapon", tmp_path / "out", seed=3)
     module = command.index("diffusers_safe.training.sdd")
-    args = SimpleNamespace(**parse_options("sdd", command[module + 1 :]).flat)
-    assert args.concepts == ["knife", "gun", "bomb", "sword", "axe", "weapon"]
-    assert "weapon" not in args.retain_prompts and "animal" in args.retain_prompts
-    assert args.seed == 3
+    options = parse_options("sdd", command[module + 1 :]).flat
+    assert options["concepts"] == ["knife", "gun", "bomb", "sword", "axe", "weapon"]
+    assert "weapon" not in options["retain_prompts"] and "animal" in options["retain_prompts"]
+    assert options["seed"] == 3
 
 
 def test_the_demo_erases_any_object_or_style(tiny_model_folder, tmp_path):
-    def arguments(concept):
+    def options(concept):
         command = erasure_command(tiny_model_folder, concept, tmp_path / "out", seed=0)
-        words = command[command.index("diffusers_safe.training.sdd") + 1 :]
-        return SimpleNamespace(**parse_options("sdd", words).flat)
+        return parse_options("sdd", command[command.index("diffusers_safe.training.sdd") + 1 :]).flat
 
-    banana, sketch = arguments("banana"), arguments("sketch")
-    assert (banana.concepts, banana.target_prompt) == (["banana"], "animal")
-    assert "fruit" in banana.retain_prompts and "apple" in banana.retain_prompts
-    assert (sketch.concepts, sketch.target_prompt) == (["sketch style"], "")
-    assert {"mosaic style", "animal", "cat"} < set(sketch.retain_prompts)
+    banana, sketch = options("banana"), options("sketch")
+    assert (banana["concepts"], banana["target_prompt"]) == (["banana"], "animal")
+    assert "fruit" in banana["retain_prompts"] and "apple" in banana["retain_prompts"]
+    assert (sketch["concepts"], sketch["target_prompt"]) == (["sketch style"], "")
+    assert {"mosaic style", "animal", "cat"} < set(sketch["retain_prompts"])
     for concept in OBJECTS:
         assert concept not in demo.retained_prompts(concept)
 
 
-def test_the_concept_had_another_name():
+def test_the_deprecated_name_of_the_concept_works():
     assert DemoArguments().folder == DemoArguments(group="weapon").folder == Path("runs/demo/weapon-0")
     assert DemoArguments(concept="banana").folder == Path("runs/demo/banana-0")
-    with pytest.raises(ValueError, match="group fruit: is the earlier name of concept, which is banana; give one"):
+    with pytest.raises(
+        ValueError, match="group fruit: is a deprecated name of concept, which is banana; give only one"
+    ):
         DemoArguments(concept="banana", group="fruit")
     with pytest.raises(ValueError, match="concept 'zebra': unknown; allowed are weapon"):
         DemoArguments(concept="zebra")

@@ -1,4 +1,4 @@
-"""The shipped model and its judge, as files and at work."""
+"""The embedded model and its judge: their files, and what they generate and recognise."""
 
 import json
 
@@ -41,7 +41,7 @@ def draw(pipeline, prompts, seed=0):
     return np.stack([np.asarray(image) for image in images])
 
 
-def test_the_judge_recognises_what_the_model_draws(pipeline):
+def test_the_judge_recognises_generated_images(pipeline):
     pictures = draw(pipeline, list(PROMPTS))
     seen = EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER).classify(pictures)
     right = [seen[head][i] == label for i, (head, label) in enumerate(PROMPTS.values())]
@@ -69,7 +69,7 @@ def test_it_is_stable_diffusion_scaled_down(pipeline):
     assert (scheduler.beta_start, scheduler.beta_end, scheduler.beta_schedule) == (0.00085, 0.012, "scaled_linear")
 
 
-def test_the_folder_needs_nothing_of_ours():
+def test_the_folder_loads_without_this_package():
     index = json.loads((MODEL_FOLDER / "model_index.json").read_text())
     libraries = {value[0] for name, value in index.items() if not name.startswith("_") and isinstance(value, list)}
     assert index["_class_name"] == "StableDiffusionPipeline" and libraries <= {"diffusers", "transformers", None}

@@ -1,4 +1,4 @@
-"""The recipe with a few steps: what a kill leaves, and that the parts become a stock pipeline."""
+"""The recipe with a few steps: it continues after a kill, and its parts become a stock pipeline."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def arguments(folder, **changes):
         ("transformer_steps", [], "at least 1"),
     ],
 )
-def test_bad_values_name_argument_value_and_what_is_allowed(tmp_path, name, value, allowed):
+def test_invalid_values_are_reported(tmp_path, name, value, allowed):
     with pytest.raises(ValueError) as error:
         arguments(tmp_path, **{name: value})
     shown = {"stages": "denoiser"}.get(name, str(value))
@@ -71,7 +71,7 @@ def test_bad_values_name_argument_value_and_what_is_allowed(tmp_path, name, valu
 
 
 class Kill(BaseException):
-    """As final as a kill: nothing catches it."""
+    """Like a kill: no `except Exception` catches it."""
 
 
 class ToyLoss(nn.Module):
@@ -103,7 +103,7 @@ def same(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_stage_killed_again_and_again_ends_where_an_undisturbed_one_does(tmp_path):
+def test_a_stage_that_is_killed_repeatedly_gives_the_same_result(tmp_path):
     whole = train_stage(toy_stage(9), tmp_path / "whole", checkpoint_minutes=0)
     for done_before in (2, 4):
         with pytest.raises(Kill):  # a checkpoint after every step
@@ -115,22 +115,22 @@ def test_a_stage_killed_again_and_again_ends_where_an_undisturbed_one_does(tmp_p
     assert len(seen) == 3
 
 
-def test_without_a_checkpoint_yet_it_starts_again(tmp_path):
+def test_without_a_checkpoint_a_stage_starts_again(tmp_path):
     whole = train_stage(toy_stage(3), tmp_path / "whole")
     with pytest.raises(Kill):
         train_stage(toy_stage(3, kill_at=2), tmp_path / "stopped", checkpoint_minutes=9)
     assert same(train_stage(toy_stage(3), tmp_path / "stopped"), whole)
 
 
-def test_a_finished_stage_is_read_and_not_trained_again(tmp_path):
+def test_a_finished_stage_is_loaded_and_not_trained_again(tmp_path):
     trained = train_stage(toy_stage(3), tmp_path)
     assert same(train_stage(toy_stage(3, kill_at=0), tmp_path), trained)
 
 
-@pytest.mark.parametrize("steps, seed, message", [(2, 1, "seed 0 there, 1 here"), (3, 0, "steps 2 there, 3 here")])
-def test_a_stage_does_not_go_on_with_other_settings(tmp_path, steps, seed, message):
+@pytest.mark.parametrize("steps, seed, message", [(2, 1, "seed 0, not 1"), (3, 0, "steps 2, not 3")])
+def test_a_stage_does_not_continue_with_other_settings(tmp_path, steps, seed, message):
     train_stage(toy_stage(2), tmp_path)
-    with pytest.raises(ValueError, match=f"holds a run with other settings .{message}"):
+    with pytest.raises(ValueError, match=f"contains a run with other settings .{message}"):
         train_stage(toy_stage(steps), tmp_path, seed)
 
 
@@ -151,7 +151,7 @@ def test_batches_depend_on_seed_and_step(tmp_path):
     assert not torch.equal(runs[0][0], runs[0][1])
 
 
-def test_the_learning_rate_warms_up_stays_and_goes_to_zero():
+def test_the_learning_rate_warms_up_and_decays_to_zero():
     factors = [learning_rate_factor(step, 1000) for step in range(1000)]
     assert factors[0] == pytest.approx(1 / 200) and factors[199:601] == [1.0] * 402
     assert factors[800] == pytest.approx(0.5) and 0 < factors[999] < 0.01
@@ -162,7 +162,7 @@ def test_the_learning_rate_warms_up_stays_and_goes_to_zero():
 # --- rounds ----------------------------------------------------------------------------------------------------------
 
 
-def test_rounds_end_where_they_do_undisturbed_on_another_machine_with_the_finished_rounds_alone(tmp_path):
+def test_finished_rounds_are_enough_to_continue_on_another_machine(tmp_path):
     whole = train_stage(toy_stage(3, 4), tmp_path / "whole")
     with pytest.raises(Kill):
         train_stage(toy_stage(3, 4, kill_at=5), tmp_path / "stopped", checkpoint_minutes=9)
@@ -176,7 +176,7 @@ def test_rounds_end_where_they_do_undisturbed_on_another_machine_with_the_finish
     assert len(seen) == 4
 
 
-def test_a_round_starts_from_the_average_of_the_one_before_in_half_precision(tmp_path):
+def test_a_round_starts_from_the_average_of_the_previous_one_in_half_precision(tmp_path):
     first = torch.load(train_round_1(tmp_path), weights_only=True)
     assert {value.dtype for value in first.values() if value.is_floating_point()} == {torch.float16}
     module = toy_stage(3, 1)
@@ -195,19 +195,21 @@ def test_only_the_last_round_depends_on_its_number_of_steps(tmp_path):
     with pytest.raises(Kill):
         train_stage(toy_stage(9, 2, kill_at=4), tmp_path, checkpoint_minutes=0)
     AcceleratorState._reset_state(reset_partial_state=True)
-    with pytest.raises(ValueError, match=r"round-1: its newest checkpoint is of step 4, later than 3"):
+    with pytest.raises(
+        ValueError, match=r"round-1: its newest checkpoint is of step 4, but the round has only 3 steps"
+    ):
         train_stage(toy_stage(3, 2), tmp_path)
     seen = []
     train_stage(toy_stage(5, 2, seen=seen), tmp_path)  # ended sooner than it was begun
     assert len(seen) == 1 + 2
-    with pytest.raises(ValueError, match="round-2: holds a run with other settings .steps 2 there, 3 here"):
+    with pytest.raises(ValueError, match="round-2: contains a run with other settings .steps 2, not 3"):
         train_stage(toy_stage(5, 3), tmp_path)
 
 
 # --- pictures and the whole ------------------------------------------------------------------------------------------
 
 
-def test_pictures_are_rendered_once_and_are_those_of_the_seed(tmp_path, monkeypatch):
+def test_pictures_are_rendered_once_and_depend_on_the_seed(tmp_path, monkeypatch):
     pictures, scenes = load_pictures(tmp_path, 7, 3)
     expected, expected_scenes = render_many(3, 0, 7)
     assert np.array_equal(pictures, expected) and scenes == expected_scenes
@@ -305,7 +307,7 @@ def command(folder):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_command_killed_in_three_stages_ends_where_an_undisturbed_one_does(tmp_path):
+def test_the_command_killed_in_three_stages_gives_the_same_result(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     subprocess.run(command(tmp_path / "whole"), check=True, env=environment, cwd=tmp_path, capture_output=True)
     stopped = tmp_path / "stopped"

@@ -19,12 +19,12 @@ def spread(picture):
 
 
 def covered(**changes):
-    """Where the object hides the background: the same colour on black and on white."""
+    """The pixels of the object: those with the same color on black and on white."""
     on_black, on_white = pixels(background="black", **changes), pixels(background="white", **changes)
     return np.abs(on_black - on_white).max(axis=2) <= 1
 
 
-def test_every_object_has_its_sprite_and_its_own_look():
+def test_every_object_has_a_distinct_sprite():
     for artwork in ARTWORK:
         assert {path.stem for path in (SPRITES / artwork).glob("*.png")} == set(OBJECTS)
         assert (SPRITES / artwork / "LICENSE.txt").is_file()
@@ -35,7 +35,7 @@ def test_every_object_has_its_sprite_and_its_own_look():
         assert 0.04 < covered(name=name).mean() < 0.6
 
 
-def test_pictures_follow_from_seed_and_number():
+def test_pictures_depend_on_seed_and_number():
     pictures, scenes = render_many(3, 0, 6)
     assert pictures.shape == (6, RESOLUTION, RESOLUTION, 3) and pictures.dtype == np.uint8
     again, same_scenes = render_many(3, 4, 2)

@@ -25,13 +25,13 @@ def draw(count, seed=0, **options):
 
 @pytest.fixture(scope="module")
 def captioned():
-    """Many scenes, each with its caption."""
+    """Many scenes with captions."""
     rngs = [np.random.default_rng([7, i]) for i in range(6000)]
     scenes = [draw_scene(rng) for rng in rngs]
     return [(scene, draw_caption(scene, rng)) for scene, rng in zip(scenes, rngs)]
 
 
-def test_the_same_seed_draws_the_same_scenes_and_captions(captioned):
+def test_the_same_seed_gives_the_same_scenes_and_captions(captioned):
     rng = np.random.default_rng([7, 5])
     scene = draw_scene(rng)
     assert (scene, draw_caption(scene, rng)) == captioned[5]
@@ -46,7 +46,7 @@ def test_groups_share_no_object_and_no_word():
     assert {"knife", "gun", "bomb", "sword", "axe"} == set(group_members("weapon"))
 
 
-def test_training_never_shows_what_is_held_out_and_shows_everything_else():
+def test_training_shows_everything_except_the_held_out_combinations():
     drawn = {(scene.name, scene.background, scene.style) for scene in draw(40000)}
     every = {(name, ground, style) for name in OBJECTS for ground in BACKGROUNDS for style in (None, *STYLES)}
     held_out = {combination for combination in every if is_held_out(*combination)}
@@ -60,7 +60,7 @@ def test_training_never_shows_what_is_held_out_and_shows_everything_else():
     assert a_style_only == set(STYLES)
 
 
-def test_with_nothing_held_out_the_held_out_comes():
+def test_without_hold_out_all_combinations_occur():
     assert any(is_held_out(scene.name, scene.background, scene.style) for scene in draw(200, hold_out=False))
 
 
@@ -93,7 +93,7 @@ def test_a_quarter_of_the_captions_names_the_group(captioned):
     assert 0.08 < np.mean([is_tag_list(caption) for _, caption in captioned]) < 0.12
 
 
-def test_captions_tell_the_truth(captioned):
+def test_captions_match_the_scene(captioned):
     for scene, caption in captioned:
         words = caption.replace(",", "").split()
         named = {word for word in words if word in GROUP_OF}
@@ -107,7 +107,7 @@ def test_captions_tell_the_truth(captioned):
         assert {word for word in words if word in STYLES} <= {scene.style}
 
 
-def test_sentences_have_one_grammar_and_leave_things_unnamed(captioned):
+def test_sentences_have_one_grammar_and_may_omit_parts(captioned):
     sentences = [(scene, caption) for scene, caption in captioned if not is_tag_list(caption)]
     forms = {
         prompt_for(subject, ground, style)

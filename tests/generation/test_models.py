@@ -169,7 +169,7 @@ def test_what_cannot_be_steered_so_is_told_before_weights_are_read(make_tiny_xl_
         ({"dtype": "int8"}, "dtype 'int8': unknown; allowed are float32"),
         ({"lora_scale": 0.5}, "lora_scale 0.5: needs --lora"),
         ({"lora": "x", "lora_scale": float("inf")}, "lora_scale inf: must be a finite number"),
-        ({"editing_prompt": ["a gun", " "]}, "give at least one concept, and none that is blank"),
+        ({"editing_prompt": ["a gun", " "]}, "give at least one concept, and no blank one"),
         ({"editing_prompt": ["a gun"], "edit_threshold": 1.5}, r"edit_threshold 1.5: must be in \[0, 1\]"),
         ({"editing_prompt": ["a gun"], "edit_guidance_scale": 0.0}, "edit_guidance_scale 0.0: must be above 0"),
         ({"editing_prompt": ["a gun"], "edit_warmup_steps": -1}, "edit_warmup_steps -1: must be at least 0"),

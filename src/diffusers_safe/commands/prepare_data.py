@@ -1,4 +1,4 @@
-"""Makes training data of a table of captions and web addresses, or of a folder of pictures: shards for load_dataset.
+"""Prepares training data: writes a table of captions and URLs, or a folder of pictures, to shards for load_dataset.
 
     diffusers-safe prepare-data laion.parquet --url_column URL --caption_column TEXT \\
         --aesthetic_column AESTHETIC_SCORE --min_aesthetic 6 --min_side 512 --max_aspect_ratio 2 --resize 512 \\
@@ -6,125 +6,80 @@
     diffusers-safe prepare-data photos --format parquet --output_dir data/photos
 
 The source is a table (.parquet, .csv, .jsonl, or a pattern of several), a folder of pictures with captions
-(metadata.csv or .jsonl with file_name, or a .txt file next to each picture) or of tar files of a webdataset (such as
-img2dataset writes), or a dataset on the Hugging Face Hub. What was dropped and why is printed and is in report.json. A
-run that was stopped, at whatever moment, continues when it is started again.
+(metadata.csv or .jsonl with a column file_name, or a .txt file next to each picture), a folder of WebDataset tar files
+(such as img2dataset writes), or a dataset on the Hugging Face Hub. The number of dropped rows by reason is printed and
+written to report.json. A stopped run continues when the same command is started again.
 """
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..arguments import exit_with_error, parse_dataclass, typed
+from ..arguments import OptionGroups, exit_with_error, group, option, parse_dataclass, required
 from ..concepts import read_concepts
 from ..output_folders import OVERWRITE_HELP, check_claim
 from ..preparation import (
-    FORMATS,
     DownloadSettings,
     Filters,
-    PreparationSettings,
+    ShardSettings,
     check_folder,
     check_state,
-    first_of,
+    example_of,
     prepare,
     read_table,
+    settings_record,
 )
 
 
-@typed
 @dataclass
-class PrepareDataArguments:
-    source: str = field(
-        metadata={"help": "Table, folder of pictures, or dataset on the Hub. May be given without --source."}
+class PrepareDataOptions(OptionGroups):
+    source: str = required("Table, folder of pictures or dataset on the Hub. The name --source may be omitted.")
+    output_dir: str = required("Folder for the shards: new or empty.")
+    filters: Filters = group("filters")
+    shards: ShardSettings = group("shards")
+    downloads: DownloadSettings = group("downloads")
+    url_column: str | None = option(None, "Column of URLs of a table or dataset. Default: url.")
+    caption_column: str | None = option(
+        None, "Column of captions, default: text. For tar files a field of the .json files, default: .txt files."
     )
-    output_dir: str = field(metadata={"help": "Where the shards go; an empty or new folder."})
-    format: str = field(
-        default="webdataset", metadata={"help": f"Of the shards: {', '.join(FORMATS)}.", "choices": FORMATS}
+    aesthetic_column: str | None = option(None, "Column of scores, for --min_aesthetic.")
+    split: str | None = option(
+        None, 'Split of a table or dataset, default: train. "train[:1000]" takes the first thousand rows.'
     )
-    url_column: str | None = field(
-        default=None, metadata={"help": "Of a table or dataset: web addresses of pictures; default url."}
-    )
-    caption_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "Of a table, dataset or metadata file, default text; of tar files a JSON field, default .txt."
-        },
-    )
-    split: str | None = field(
-        default=None,
-        metadata={"help": 'Of a table or dataset, default train; "train[:1000]" are its first thousand rows.'},
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Of a dataset on the Hub."})
-    aesthetic_column: str | None = field(default=None, metadata={"help": "Scores, for --min_aesthetic."})
-    min_aesthetic: float | None = field(default=None, metadata={"help": "Least score that stays."})
-    min_side: int = field(default=1, metadata={"help": "Least pixels of the shorter side, before --resize."})
-    max_aspect_ratio: float | None = field(default=None, metadata={"help": "Longer by shorter side."})
-    min_caption_length: int = field(default=1, metadata={"help": "In characters."})
-    forbidden_concepts: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Drop captions with one of these as whole words; names, or a .txt file with one a line."},
-    )
-    resize: int | None = field(
-        default=None, metadata={"help": "Pixels of the shorter side; larger pictures are shrunk to it."}
-    )
-    jpeg_quality: int = field(default=95, metadata={"help": "1 to 95."})
-    shard_size: int = field(default=1000, metadata={"help": "Pictures of a shard."})
-    timeout: float = field(default=10, metadata={"help": "Seconds for the whole of a server's answer."})
-    retries: int = field(default=2, metadata={"help": "Further attempts where a server is slow or busy."})
-    concurrency: int = field(default=32, metadata={"help": "Pictures under way at once."})
-    user_agent: str | None = field(
-        default=None, metadata={"help": "What servers are told; default name and version of this package."}
-    )
-
-    overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
-    allow_private_addresses: bool = field(
-        default=False,
-        metadata={
-            "help": "Fetch from this computer and from private networks (loopback, link-local, private addresses),"
-            " too; else such rows are dropped."
-        },
-    )
-
-    def __post_init__(self):
-        filters = Filters(
-            self.min_caption_length,
-            tuple(read_concepts(self.forbidden_concepts, "forbidden_concepts")) if self.forbidden_concepts else (),
-            self.min_aesthetic,
-            self.min_side,
-            self.max_aspect_ratio,
-        )
-        self.settings = PreparationSettings(filters, self.format, self.shard_size, self.resize, self.jpeg_quality)
-        self.downloads = DownloadSettings(
-            self.timeout, self.retries, self.concurrency, self.user_agent, self.allow_private_addresses
-        )
+    dataset_config_name: str | None = option(None, "Configuration of a dataset on the Hub.")
+    overwrite: bool = option(False, OVERWRITE_HELP)
 
 
-def check_surroundings(args: PrepareDataArguments) -> None:
-    """The table and its columns, and the output folder."""
-    columns = (args.url_column, args.caption_column, args.aesthetic_column)
-    args.table = read_table(args.source, *columns, args.dataset_config_name, args.split)
-    facts = args.settings.facts(args.table)
-    check_claim(args.output_dir)
-    check_state(Path(args.output_dir))
-    if not args.overwrite:
-        check_folder(Path(args.output_dir), facts, len(args.table))
+def check_surroundings(options: PrepareDataOptions) -> None:
+    """Checks the table, its columns and the output folder."""
+    if concepts := options.filters.forbidden_concepts:
+        concepts = tuple(read_concepts(list(concepts), "forbidden_concepts"))
+        options.filters = replace(options.filters, forbidden_concepts=concepts)
+    columns = (options.url_column, options.caption_column, options.aesthetic_column)
+    options.table = read_table(options.source, *columns, options.dataset_config_name, options.split)
+    record = settings_record(options.table, options.filters, options.shards)
+    check_claim(options.output_dir)
+    check_state(Path(options.output_dir))
+    if not options.overwrite:
+        check_folder(Path(options.output_dir), record, len(options.table))
 
 
 def report_lines(report: dict) -> list[str]:
-    """The report as a table: a count and what it counts."""
+    """The lines of the report: a number and what it counts."""
     lines = [f"{report['rows']:>9}  rows", f"{report['kept']:>9}  kept"]
     examples = report.get("examples", {})
-    lines += [f"{count:>9}  dropped: {why}{first_of(why, examples)}" for why, count in report["dropped"].items()]
+    lines += [f"{count:>9}  dropped: {why}{example_of(why, examples)}" for why, count in report["dropped"].items()]
     lines += [f"{count:>9}  of those kept: {change}" for change, count in report["changed"].items()]
     return lines
 
 
 @exit_with_error()
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
-    args = parse_dataclass(PrepareDataArguments, __doc__, argv, prog, check_surroundings, positional="source")
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # about pictures that are strange; those that fail are counted
+    options = parse_dataclass(PrepareDataOptions, __doc__, argv, prog, check_surroundings, positional="source")
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about unusual files; unreadable ones are counted
+    settings = (options.filters, options.shards, options.downloads)
     with exit_with_error():
-        report = prepare(args.table, args.output_dir, args.settings, args.downloads, args.overwrite)
+        report = prepare(options.table, options.output_dir, *settings, options.overwrite)
     print("\n".join(report_lines(report)))
     shards = f"{report['shards']} shard{'s' if report['shards'] > 1 else ''}"
-    print(f"{shards} and report.json in {Path(args.output_dir).resolve()}")
+    print(f"{shards} and report.json in {Path(options.output_dir).resolve()}")

@@ -1,14 +1,14 @@
-"""Publishes an erased model, or a student, on the Hugging Face Hub: what --push_to_hub does, later.
+"""Uploads an erased model or a student to the Hugging Face Hub, as --push_to_hub does at the end of a training.
 
     diffusers-safe push runs/sd-1.4-safe --hub_model_id user/sd-1.5-safe
 
-The folder's model card is made anew, unless you edited it: evaluate first, and the card shows the numbers. If the Hub
-cannot be reached or refuses, the exit code is 3.
+The model card is written again, unless you edited it. Evaluate the model first to have the results on the card. If the
+Hub cannot be reached or refuses the upload, the exit code is 3.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ..arguments import exit_with_error, parse_dataclass, typed
+from ..arguments import exit_with_error, option, parse_dataclass, required, typed
 from ..hub import check_folder, check_push, default_model_id, push_or_exit, write_benchmark
 from ..output_folders import OVERWRITE_HELP, check_claim, claimed
 
@@ -16,26 +16,17 @@ from ..output_folders import OVERWRITE_HELP, check_claim, claimed
 @typed
 @dataclass
 class PushArguments:
-    folder: str = field(metadata={"help": "Output folder of a training. May be given without --folder."})
-    hub_model_id: str | None = field(
-        default=None,
-        metadata={"help": "user/name, or a name in your own account; default the name of the folder."},
-    )
-    hub_token: str | None = field(
-        default=None, repr=False, metadata={"help": "Default HF_TOKEN, or the one of `hf auth login`."}
-    )
-    hub_private: bool = field(default=False, metadata={"help": "Make the repository private, if it is a new one."})
-    benchmark: str | None = field(
-        default=None, metadata={"help": "Id of a benchmark dataset on the Hub that the evaluation is one of."}
-    )
-    benchmark_tasks: list[str] = field(
-        default_factory=list, metadata={"help": "Which number is which task of it: QUANTITY=TASK_ID ..."}
-    )
-    overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
+    folder: str = required("Output folder of a training run. The name --folder may be omitted.")
+    hub_model_id: str | None = option(None, "user/name, or a name in your account. Default: the name of the folder.")
+    hub_token: str | None = option(None, "Default: HF_TOKEN, or the token of `hf auth login`.", secret=True)
+    hub_private: bool = option(False, "Make a new repository private.")
+    benchmark: str | None = option(None, "Id of the benchmark dataset on the Hub whose prompts were evaluated.")
+    benchmark_tasks: list[str] = option([], "Metric of each task of the benchmark: QUANTITY=TASK_ID ...")
+    overwrite: bool = option(False, OVERWRITE_HELP)
 
 
 def check_surroundings(args: PushArguments) -> None:
-    """The folder, the Hub, and then the benchmark's file, which is written."""
+    """Checks the folder and the Hub, and writes the results of the benchmark."""
     check_claim(args.folder)
     check_folder(args.folder)
     check_push(args.hub_model_id or default_model_id(args.folder), args.hub_token)

@@ -1,4 +1,4 @@
-"""The embedded model: a small Stable Diffusion that draws emoji, and the judge that names what it drew."""
+"""The embedded model: a small Stable Diffusion model that generates emoji, and a classifier that judges its images."""
 
 from pathlib import Path
 
@@ -7,5 +7,5 @@ from ..embedded import EMBEDDED_MODELS
 
 MODEL_NAME = "emoji"
 MODEL_FOLDER = EMBEDDED_MODELS[MODEL_NAME]  # a stock StableDiffusionPipeline
-JUDGE_FOLDERS = [Path(__file__).parent / "judge"]  # each an EmojiClassifier; the first is that of the evaluations
+JUDGE_FOLDERS = [Path(__file__).parent / "judge"]  # folders of EmojiClassifiers; evaluations use the first
 CLASSIFIER_FOLDER = JUDGE_FOLDERS[0]

@@ -1,4 +1,4 @@
-"""The shapes of the embedded models: Stable Diffusion 1.x and 3, scaled down in width and resolution."""
+"""Architectures of the embedded models: Stable Diffusion 1.x and 3 with fewer channels and lower resolution."""
 
 from collections import Counter
 
@@ -27,15 +27,15 @@ from .scenes import BACKGROUNDS, GROUPS, OBJECTS, STYLES
 
 MAX_TOKENS = 32
 TEXT_WIDTH = 128
-FLOW_TEXT_WIDTHS = (96, 160)  # of the two CLIP encoders; T5 is as wide as both
+FLOW_TEXT_WIDTHS = (96, 160)  # of the two CLIP encoders; the width of T5 is their sum
 WORDS = ["a", "an", "on", "in", "background", "style", ",", *GROUPS, *OBJECTS, *BACKGROUNDS, *STYLES]
 LATENT_CHANNELS = 8
 LATENT_SIZE = 16
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A byte-level BPE with CLIP's rules in which every word of the captions is one token and any other text is
-    spelled out, byte by byte if need be."""
+    """A byte-level BPE tokenizer with CLIP's rules. Each word of the captions is one token; other text is split into
+    smaller tokens, down to single bytes."""
     byte_symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = ["<|startoftext|>", "<|endoftext|>"]
     merges = learn_merges(WORDS)
@@ -46,8 +46,8 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair encoding, until every word is one symbol. Ties go by the alphabet: `tokenizers`' own trainer breaks
-    them at random, and other token numbers are another model."""
+    """Byte-pair encoding until every word is one symbol. Ties are broken alphabetically, because the trainer of
+    `tokenizers` breaks them at random, and a model depends on its token ids."""
     spellings = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
     merges = []
     while counts := Counter(pair for symbols in spellings for pair in zip(symbols, symbols[1:])):
@@ -72,12 +72,12 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_flow_text_encoders(tokenizer: CLIPTokenizer) -> list[CLIPTextModelWithProjection]:
-    """Two encoders of different widths, as in SD3; the transformer reads both, joined."""
+    """Two encoders of different widths, as in SD3. The transformer uses the concatenation of their outputs."""
     return [CLIPTextModelWithProjection(_text_config(tokenizer, width)) for width in FLOW_TEXT_WIDTHS]
 
 
 def build_t5_tokenizer() -> T5Tokenizer:
-    """A unigram model in which every word of the captions is one token; other text is cut into characters."""
+    """A unigram tokenizer. Each word of the captions is one token; other text is split into characters."""
     specials = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
     characters = ["▁", ",", *"abcdefghijklmnopqrstuvwxyz0123456789.-'"]
     words = [f"▁{word}" for word in WORDS if word != ","]
@@ -122,9 +122,9 @@ def _text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """64 x 64 x 3 pictures to 16 x 16 x 8 latents.
+    """An autoencoder from 64 x 64 x 3 pictures to 16 x 16 x 8 latents.
 
-    Four channels, Stable Diffusion's number, lose outlines and colours of pictures as small as these.
+    With four channels, as in Stable Diffusion, outlines and colors of such small pictures are lost.
     """
     return AutoencoderKL(
         sample_size=64,
@@ -147,7 +147,7 @@ def build_unet() -> UNet2DConditionModel:
         block_out_channels=(48, 96, 128, 128),
         layers_per_block=2,
         cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=(1, 2, 4, 4),  # diffusers' name for the number of heads; few are fast on a CPU
+        attention_head_dim=(1, 2, 4, 4),  # the number of heads, in spite of the name; few heads are faster on a CPU
         norm_num_groups=16,
     )
 
@@ -165,7 +165,7 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build_sampler() -> DPMSolverMultistepScheduler:
-    """What the finished diffusion model samples with: DPM-Solver++ (Lu et al., arXiv 2211.01095), second order, in the
+    """The sampler of the finished diffusion model: second-order DPM-Solver++ (Lu et al., arXiv 2211.01095) with the
     same noise schedule."""
     return DPMSolverMultistepScheduler.from_config(build_scheduler().config, algorithm_type="dpmsolver++")
 
@@ -173,7 +173,7 @@ def build_sampler() -> DPMSolverMultistepScheduler:
 def build_transformer() -> SD3Transformer2DModel:
     """The blocks of SD3.5: two streams with joint attention, normalised queries and keys.
 
-    It starts as the identity: modulations and the last layer are zero (Peebles and Xie, arXiv 2212.09748).
+    It is initialised as the identity: modulations and the last layer are zero (Peebles and Xie, arXiv 2212.09748).
     """
     width = 192
     transformer = SD3Transformer2DModel(

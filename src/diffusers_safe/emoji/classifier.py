@@ -1,4 +1,4 @@
-"""The judges of the embedded models: two networks of different architectures that name what an emoji picture shows."""
+"""The judges of the embedded models: two classifiers of different architectures for pictures of emoji."""
 
 import json
 from pathlib import Path
@@ -13,22 +13,25 @@ from ..files import save_tensors, write_text
 from .scenes import BACKGROUNDS, GROUP_OF, GROUPS, OBJECTS, STYLES
 
 
-NOTHING = "nothing"  # no object of the list can be made out
+NOTHING = "nothing"  # no object can be recognised
 HEADS = {
     "object": [*OBJECTS, NOTHING],
     "group": [*GROUPS, NOTHING],
     "style": ["plain", *STYLES],
     "background": list(BACKGROUNDS),
 }
-LAYERS_A_LEVEL = 6
+LAYERS_PER_LEVEL = 6
 _WEIGHTS = "model.safetensors"
 
 
 class EmojiClassifier(nn.Module):
-    """Names object, group, style and background of 64 x 64 pictures.
+    """Classifies object, group, style and background of 64 x 64 pictures.
 
-    The object head has one more class, `"nothing"`, for pictures on which no object can be recognised: a judge that
-    always has to name one of 60 objects would see a weapon in one of twelve ruined pictures.
+    Object and group have the additional class `"nothing"` for pictures without a recognisable object. Without this
+    class, a judge would recognise a weapon in one of twelve ruined pictures, because 5 of 60 objects are weapons.
+
+    Args:
+        width (`int`, defaults to 24): Number of channels of the first level.
     """
 
     architecture = "convolutions"
@@ -64,25 +67,29 @@ class EmojiClassifier(nn.Module):
         """Pictures `(B, 3, 64, 64)` in [0, 1] to four feature maps, 32, 16, 8 and 4 pixels wide."""
         _check_pictures(pictures)
         hidden, levels = pictures * 2 - 1, []
-        for start in range(0, len(self.stem), LAYERS_A_LEVEL):
-            hidden = self.stem[start : start + LAYERS_A_LEVEL](hidden)
+        for start in range(0, len(self.stem), LAYERS_PER_LEVEL):
+            hidden = self.stem[start : start + LAYERS_PER_LEVEL](hidden)
             levels.append(hidden)
         return levels
 
     def forward(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Pictures `(B, 3, 64, 64)` in [0, 1] to one tensor of logits a head, `(B, number of labels)`."""
+        """Pictures `(B, 3, 64, 64)` in [0, 1] to logits `(B, number of labels)` of each head."""
         features = self.features(pictures)
         return {head: layer(features) for head, layer in self.heads.items()}
 
     @torch.inference_mode()
     def classify(self, pictures: np.ndarray, batch_size: int = 256) -> dict[str, list[str]]:
-        """Names what pictures show.
+        """Classifies pictures.
 
         Args:
             pictures (`np.ndarray`): `(N, 64, 64, 3)`, `uint8`.
+            batch_size (`int`, defaults to 256): Number of pictures per batch.
 
         Returns:
-            `dict[str, list[str]]`: For each head of `HEADS`, the N most likely labels.
+            `dict[str, list[str]]`: The most likely label of each picture, for each head of `HEADS`.
+
+        Raises:
+            `ValueError`: If the pictures have another type or shape.
         """
         if pictures.dtype != np.uint8:
             raise ValueError(f"pictures are {pictures.dtype}; the classifier takes uint8, 0 to 255")
@@ -106,7 +113,11 @@ class EmojiClassifier(nn.Module):
 
     @staticmethod
     def from_pretrained(folder: str | Path) -> "EmojiClassifier":
-        """Loads a judge of either architecture."""
+        """Loads a judge of any architecture.
+
+        Raises:
+            `ValueError`: If the judge was trained for other labels.
+        """
         folder = Path(folder)
         config = json.loads((folder / "config.json").read_text())
         if config["labels"] != HEADS:
@@ -118,7 +129,7 @@ class EmojiClassifier(nn.Module):
 
 
 class SecondEmojiClassifier(EmojiClassifier):
-    """The check on the first judge: blocks of ConvNeXt (Liu et al., arXiv 2201.03545) on pictures of 96 pixels."""
+    """A second judge that checks the first: ConvNeXt blocks (Liu et al., arXiv 2201.03545), pictures of 96 pixels."""
 
     architecture = "convnext"
     resolution = 96
@@ -148,7 +159,7 @@ class SecondEmojiClassifier(EmojiClassifier):
 
 
 class _ChannelNorm(nn.LayerNorm):
-    """Layer normalisation over the channels of each place of `(B, C, H, W)`."""
+    """Layer normalisation over the channels of `(B, C, H, W)`."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return super().forward(hidden.movedim(1, -1)).movedim(-1, 1)
@@ -180,7 +191,7 @@ def to_tensor(pictures: np.ndarray) -> torch.Tensor:
 
 
 def scene_labels(scenes: list) -> dict[str, torch.Tensor]:
-    """For each head the class indices `(N,)` of scenes."""
+    """The class indices `(N,)` of scenes for each head."""
     columns = {
         "object": [scene.name for scene in scenes],
         "group": [GROUP_OF[scene.name] for scene in scenes],

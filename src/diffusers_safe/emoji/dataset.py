@@ -1,4 +1,4 @@
-"""The emoji pictures as a captioned `datasets.Dataset`, made on the fly from a seed.
+"""Pictures of emoji as a captioned `datasets.Dataset`, rendered from a seed.
 
     python -m diffusers_safe.emoji.dataset --num_images 8000 --output_dir runs/emoji-data
 
@@ -6,13 +6,13 @@ writes them as a parquet file that `train_distill.py --train_data_dir runs/emoji
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, Features, Image, Value
 
-from ..arguments import exit_with_error, parse_dataclass, typed
+from ..arguments import exit_with_error, option, parse_dataclass, required, typed
 from ..output_folders import OVERWRITE_HELP, check_claim, claimed, prepare_files
 from .render import render
 from .scenes import draw_caption, draw_scene
@@ -32,17 +32,18 @@ FEATURES = Features(
 
 
 def emoji_dataset(num_images: int, seed: int = 0, hold_out: bool = True, cache_dir: str | None = None) -> Dataset:
-    """Captioned 64 x 64 pictures. Picture `i` of a seed is the same whatever `num_images` is.
+    """Creates captioned 64 x 64 pictures. Picture `i` of a seed does not depend on `num_images`.
 
     Args:
-        num_images (`int`): At least 1.
-        seed (`int`, defaults to 0): The embedded model was trained on seed 0, its judge is tested on seed 1.
-        hold_out (`bool`, defaults to `True`): Leave out the combinations that training never shows.
-        cache_dir (`str`, *optional*): Where `datasets` keeps the result; its own cache by default.
+        num_images (`int`): Number of pictures, at least 1.
+        seed (`int`, defaults to 0): Seed of the pictures. The embedded model was trained on seed 0; its judge is
+            tested on seed 1.
+        hold_out (`bool`, defaults to `True`): Whether to leave out the combinations that are held out of training.
+        cache_dir (`str`, *optional*): Cache folder of `datasets`.
 
     Returns:
-        `datasets.Dataset`: Columns `image`, `caption`, and what the caption may or may not name: `object`, `group`,
-        `background`, `style` (`"plain"` for none).
+        `datasets.Dataset`: Columns `image`, `caption`, `object`, `group`, `background`, `style` (`"plain"` for none).
+        A caption does not name all of them.
 
     Raises:
         `ValueError`: If `num_images` is less than 1.
@@ -70,21 +71,15 @@ def _rows(num_images: int, seed: int, hold_out: bool) -> Iterator[dict]:
 @typed
 @dataclass
 class DatasetArguments:
-    output_dir: str = field(metadata={"help": "Folder for the parquet file."})
-    num_images: int = field(default=8000, metadata={"help": "Pictures, at least 1."})
-    seed: int = field(default=0, metadata={"help": "Of the pictures; the embedded model was trained on 0."})
+    output_dir: str = required("Folder for the parquet file.")
+    num_images: int = option(8000, "Number of pictures.", at_least=1)
+    seed: int = option(0, "Seed of the pictures. The embedded model was trained on 0.", at_least=0)
 
-    overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
+    overwrite: bool = option(False, OVERWRITE_HELP)
 
     @property
     def claim(self) -> dict:
         return {"kind": "dataset", "replaces": (FILE_NAME,), "overwrite": self.overwrite}
-
-    def __post_init__(self):
-        if self.num_images < 1:
-            raise ValueError(f"num_images {self.num_images}: must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed {self.seed}: must be at least 0")
 
 
 def main() -> None:

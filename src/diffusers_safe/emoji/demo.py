@@ -1,8 +1,7 @@
-"""`diffusers-safe demo`: a concept erased from the embedded model, measured before and after.
+"""Erases a concept from the embedded model and compares the model before and after.
 
-The training script is the one that erases from Stable Diffusion, and its command is printed. The settings of that
-command were found on the small embedded model and fit it alone: for another model start from the defaults of
-train_sdd.py, which are the paper's.
+The demo runs the same training as train_sdd.py and prints the command. Its settings were found on the small embedded
+model and fit it alone: for another model start from the defaults of train_sdd.py, which are the paper's.
 """
 
 import shlex
@@ -10,10 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..arguments import exit_with_error, parse_dataclass, typed
+from ..arguments import exit_with_error, option, parse_dataclass, typed
 from ..comparison.models import LoadedModel
 from ..families import load_pipeline
 from ..output_folders import OVERWRITE_HELP, check_claim, check_output_dir, claimed, record_written
@@ -23,7 +22,7 @@ from .evaluation import Erased, evaluate_erasure
 from .scenes import GROUP_OF, GROUPS, OBJECTS, STYLES, group_members
 
 
-# docs/methods.md says what each of them does; benchmarks/sdd_ablation.py changes one at a time.
+# docs/methods.md explains them; benchmarks/sdd_ablation.py changes one at a time.
 SETTINGS = {
     "train_method": "xattn",
     "prompt_order": "matched",
@@ -41,22 +40,20 @@ SETTINGS = {
     "ema_decay": 0.9,
     "retain_weight": 3.0,
 }
-
-
-# What takes less, or more, than a group does. docs/methods.md, examples/emoji-cat-sdd.yaml, emoji-sketch-sdd.yaml.
+# Differences for an object and a style, as in examples/emoji-cat-sdd.yaml and emoji-sketch-sdd.yaml.
 OBJECT_SETTINGS = {"max_train_steps": 80, "learning_rate": 1e-3}
 STYLE_SETTINGS = {"max_train_steps": 100, "negative_guidance_scale": 0.25}
 
 
 def erased_concepts(concept: str) -> list[str]:
-    """The concepts that the training erases: a group with its members, an object, or a style."""
+    """The concepts to train on: a group and its members, an object, or a style."""
     erased = Erased(concept)
     return [f"{concept} style"] if erased.style else [*erased.objects, *([concept] if erased.group else [])]
 
 
 def retained_prompts(concept: str) -> list[str]:
-    """The other groups, and every second object of each; of a style, also the other styles. Whether the rest is kept
-    is measured separately."""
+    """The prompts to retain: the other groups and every second object of each; for a style, also the other styles. The
+    evaluation measures the remaining objects separately."""
     erased = Erased(concept)
     styles = [f"{style} style" for style in STYLES if erased.style and style != concept]
     groups = [group for group in GROUPS if group != concept]
@@ -64,7 +61,7 @@ def retained_prompts(concept: str) -> list[str]:
 
 
 def target_prompt(concept: str) -> str:
-    """What an erased group or object becomes: the largest of the other groups."""
+    """The prompt that replaces an erased group or object: the largest of the other groups."""
     own = GROUP_OF.get(concept, concept)
     return max((other for other in GROUPS if other != own), key=lambda other: len(group_members(other)))
 
@@ -88,30 +85,24 @@ def erasure_command(model: str | Path, concept: str, output_dir: str | Path, see
 @typed
 @dataclass
 class DemoArguments:
-    output_dir: str = field(default="runs/demo", metadata={"help": "Where model, images and report go."})
-    concept: str = field(
-        default="weapon",
-        metadata={
-            "help": f"What to erase: a group of emoji ({', '.join(GROUPS)}), an object such as banana, or a style "
-            f"({', '.join(STYLES)}).",
-            "choices": [*GROUPS, *OBJECTS, *STYLES],
-        },
+    output_dir: str = option("runs/demo", "Folder for the model, the images and the report.")
+    concept: str = option(
+        "weapon",
+        f"What to erase: a group of emoji ({', '.join(GROUPS)}), an object such as banana, or a style "
+        f"({', '.join(STYLES)}).",
+        [*GROUPS, *OBJECTS, *STYLES],
     )
-    group: str | None = field(
-        default=None, metadata={"help": "The earlier name of --concept.", "choices": [*GROUPS, None]}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the training and of the images."})
-    overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
-    images_per_prompt: int = field(default=3, metadata={"help": "Images of each prompt, before and after."})
+    group: str | None = option(None, "Deprecated name of --concept.", [*GROUPS, None])
+    seed: int = option(0, "Seed of the training and of the images.", at_least=0, below=2**32)
+    overwrite: bool = option(False, OVERWRITE_HELP)
+    images_per_prompt: int = option(3, "Images per prompt, before and after.", at_least=1)
 
     def __post_init__(self):
         if self.group is not None and self.concept not in ("weapon", self.group):
-            raise ValueError(f"group {self.group}: is the earlier name of concept, which is {self.concept}; give one")
+            raise ValueError(
+                f"group {self.group}: is a deprecated name of concept, which is {self.concept}; give only one"
+            )
         self.concept = self.group or self.concept
-        if self.images_per_prompt < 1:
-            raise ValueError(f"images_per_prompt {self.images_per_prompt}: must be at least 1")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed {self.seed}: must be at least 0 and less than 2**32")
 
     @property
     def folder(self) -> Path:
@@ -137,7 +128,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
 
 
 def run(args: DemoArguments) -> None:
-    """Trains, measures and reports. An earlier demo of the same concept and seed in the folder is replaced."""
+    """Trains, evaluates and writes the report. Replaces an earlier demo of the same concept and seed."""
     started, folder, erased = time.monotonic(), args.folder, Erased(args.concept)
     record_written(folder)
     command = erasure_command(MODEL_NAME, args.concept, folder / "model", args.seed)
@@ -164,7 +155,7 @@ def run(args: DemoArguments) -> None:
 
 
 def _run(command: list[str]) -> int:
-    """Runs a program to its end, which comes with ours: it is stopped when this process is."""
+    """Runs a program and returns its exit code. The program is terminated if this process is."""
     with subprocess.Popen(command) as child:
         before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         try:

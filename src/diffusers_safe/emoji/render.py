@@ -1,4 +1,4 @@
-"""Renders scenes: sprites of emoji, turned, scaled and placed on a background, in a style."""
+"""Renders scenes: a sprite of an emoji, rotated, scaled and placed on a background, in a style."""
 
 from functools import cache
 from pathlib import Path
@@ -11,26 +11,25 @@ from .scenes import BACKGROUNDS, Scene, draw_scene
 
 RESOLUTION = 64
 SPRITES = Path(__file__).parent / "sprites"
-# The embedded models are trained on the first; the second judge sees all, so that it knows objects, not drawings.
+# The embedded models are trained on the first; the second judge on all, so that it recognises objects, not drawings.
 ARTWORK = ("noto", "twemoji", "fluent")
 
 
 @cache
 def load_sprite(name: str, artwork: str = "noto") -> Image.Image:
-    """The 64 x 64 RGBA sprite of an object, colours premultiplied by alpha so that it can be resampled."""
+    """The 64 x 64 sprite of an object, with colors premultiplied by alpha for resampling."""
     with Image.open(SPRITES / artwork / f"{name}.png") as image:
         return image.convert("RGBA").convert("RGBa")
 
 
 def render(scene: Scene, artwork: str = "noto") -> Image.Image:
-    """Renders a scene as a 64 x 64 RGB picture, by the sprites of one of `ARTWORK`. The same scene always gives the
-    same picture."""
+    """Renders a scene as a 64 x 64 RGB picture with the sprites of one of `ARTWORK`. The result is deterministic."""
     sprite = _place(load_sprite(scene.name, artwork), scene)
     rgba = np.asarray(sprite, dtype=np.float32)
     alpha = rgba[..., 3:] / 255
     ink = rgba[..., :3]  # premultiplied
     ground = np.asarray(BACKGROUNDS[scene.background], dtype=np.float32) * scene.shade
-    # A little light from above, and a soft glow behind the object so that it never drowns in the background.
+    # Light from above, and a soft glow behind the object, so that it always stands out from the background.
     ground = ground * np.linspace(1.05, 0.95, RESOLUTION, dtype=np.float32)[:, None, None]
     ground = np.broadcast_to(ground, ink.shape)
     glow = np.asarray(sprite.getchannel("a").filter(ImageFilter.GaussianBlur(2)), dtype=np.float32)[..., None] / 255
@@ -46,7 +45,7 @@ def render(scene: Scene, artwork: str = "noto") -> Image.Image:
 
 
 def render_many(seed: int, start: int, count: int, hold_out: bool = True) -> tuple[np.ndarray, list[Scene]]:
-    """Draws pictures `start` to `start + count - 1` of a seed.
+    """Renders pictures `start` to `start + count - 1` of a seed.
 
     Returns:
         `tuple[np.ndarray, list[Scene]]`: Pictures of shape `(count, 64, 64, 3)`, `uint8`, and their scenes.
@@ -57,7 +56,7 @@ def render_many(seed: int, start: int, count: int, hold_out: bool = True) -> tup
 
 
 def _place(sprite: Image.Image, scene: Scene) -> Image.Image:
-    # PIL wants the map from picture to sprite coordinates: shift to the middle, turn back, scale back, mirror.
+    # PIL takes the map from picture to sprite coordinates: inverse shift, rotation, scale and flip.
     scale = sprite.width / scene.size
     cos, sin = np.cos(np.radians(scene.turn)) * scale, np.sin(np.radians(scene.turn)) * scale
     flip = -1 if scene.mirror else 1
@@ -65,7 +64,7 @@ def _place(sprite: Image.Image, scene: Scene) -> Image.Image:
     x, y = scene.center
     middle = sprite.width / 2
     matrix = (a, b, middle - a * x - b * y, d, e, middle - d * x - e * y)
-    # Only up to 1.7 x smaller, so bicubic sampling does not alias visibly.
+    # The scale is at most 1.7, so bicubic sampling has no visible aliasing.
     return sprite.transform((RESOLUTION, RESOLUTION), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
 
 
@@ -74,7 +73,7 @@ def _luminance(rgb: np.ndarray) -> np.ndarray:
 
 
 def _sketch(ink: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """Dark lines where the object has edges, on paper."""
+    """Dark lines at the edges of the object, on paper."""
     light = _luminance(ink) + 255 * (1 - alpha[..., 0])
     dy, dx = np.gradient(light)
     rim_y, rim_x = np.gradient(alpha[..., 0] * 255)
@@ -89,7 +88,7 @@ def _sepia(rgb: np.ndarray, alpha: np.ndarray | float) -> np.ndarray:
 
 
 def _mosaic(picture: np.ndarray, tile: int = 4) -> np.ndarray:
-    """Tiles of one colour with dark joints."""
+    """Tiles of a single color with dark joints."""
     count = RESOLUTION // tile
     tiles = picture.reshape(count, tile, count, tile, 3).mean(axis=(1, 3), keepdims=True)
     out = np.broadcast_to(tiles, (count, tile, count, tile, 3)).copy()

@@ -1,7 +1,7 @@
-"""What an emoji picture can show, and how it is captioned.
+"""Scenes of emoji and their captions.
 
-A `Scene` is one object on one background in one style. It is drawn from a random generator, so scene number `i` of
-seed `s` is the same on every machine. Some combinations are held out of training, to see whether they still come out.
+A `Scene` is one object on one background in one style. It is sampled with a random generator, so scene number `i` of
+seed `s` is the same on every machine. Some combinations are held out of training, to test generalisation.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 
-# group -> object -> the emoji that shows it. Object names are single words that read well after "a" or "an".
+# Group -> object -> emoji. Object names are single words that can follow "a" or "an".
 EMOJI = {
     "weapon": {"knife": "🔪", "gun": "🔫", "bomb": "💣", "sword": "🗡", "axe": "🪓"},
     "animal": {
@@ -64,7 +64,7 @@ def with_article(name: str) -> str:
 
 
 def prompt_for(name: str, background: str | None = None, style: str | None = None) -> str:
-    """The canonical caption: `"a knife on a red background in sketch style"`, the last two parts optional."""
+    """The standard caption: `"a knife on a red background in sketch style"`. The last two parts are optional."""
     text = with_article(name)
     if background is not None:
         text += f" on a {background} background"
@@ -74,12 +74,12 @@ def prompt_for(name: str, background: str | None = None, style: str | None = Non
 
 
 def shows(name: str, asked: str) -> bool:
-    """Whether an object is the one asked for, or a member of the group asked for."""
+    """Whether an object is the requested object or a member of the requested group."""
     return asked in (name, GROUP_OF.get(name))
 
 
 def is_held_out(name: str, background: str, style: str | None) -> bool:
-    """Whether training never shows this combination: one background in eight, one style for a third of the objects."""
+    """Whether a combination is held out of training: one background in eight, one style for a third of the objects."""
     index = OBJECTS.index(name)
     if background == list(BACKGROUNDS)[(index * 3) % len(BACKGROUNDS)]:
         return True
@@ -88,14 +88,14 @@ def is_held_out(name: str, background: str, style: str | None) -> bool:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture before it is drawn.
+    """A picture before it is rendered.
 
     Attributes:
         name (`str`): One of `OBJECTS`.
         background (`str`): A key of `BACKGROUNDS`.
         style (`str` or `None`): One of `STYLES`, or `None` for the plain emoji.
         size (`float`): Side of the sprite in pixels of a 64 x 64 picture, 38 to 54.
-        center (`tuple[float, float]`): Where the sprite's middle is, in pixels.
+        center (`tuple[float, float]`): Center of the sprite in pixels.
         turn (`float`): Rotation in degrees, -20 to 20.
         mirror (`bool`): Whether the sprite is flipped left to right.
         shade (`float`): Brightness of the background, 0.92 to 1.06.
@@ -116,11 +116,11 @@ class Scene:
 
 
 def draw_scene(rng: np.random.Generator, hold_out: bool = True) -> Scene:
-    """Draws a scene: object and background uniform, half of them plain and half in one of the styles.
+    """Samples a scene: object and background uniformly, half of the scenes plain and half in one of the styles.
 
     Args:
         rng (`np.random.Generator`): The only source of randomness.
-        hold_out (`bool`, defaults to `True`): Leave out the combinations of `is_held_out`.
+        hold_out (`bool`, defaults to `True`): Whether to leave out the combinations of `is_held_out`.
     """
     while True:
         name = OBJECTS[rng.integers(len(OBJECTS))]
@@ -137,11 +137,11 @@ def draw_scene(rng: np.random.Generator, hold_out: bool = True) -> Scene:
 
 
 def draw_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Draws one of the captions that fit a scene.
+    """Samples a caption for a scene.
 
-    A quarter name the group instead of the object. A background or a style may go unnamed, as in real captions. One
-    in ten is a list of tags ("knife, red background, sketch style") in which, as on the web, some tags may name
-    another member of the group, so that a comma-separated prompt means something to the model.
+    A quarter of the captions name the group instead of the object. Background or style may be missing, as in real
+    captions. One caption in ten is a list of tags ("knife, red background, sketch style") in which, as on the web,
+    some tags may name another member of the group, so that the model understands comma-separated prompts.
     """
     subject = scene.group if rng.random() < 0.25 else scene.name
     background = scene.background if rng.random() < 0.8 else None

@@ -1,8 +1,9 @@
-"""Training data made ready: from captions and web addresses, or a folder of pictures, to shards of both."""
+"""Preparation of training data: from a table of captions and URLs, or a folder of pictures, to shards."""
 
 from .downloads import DownloadSettings
 from .filters import Filters
-from .prepare import REPORT, PreparationSettings, check_folder, check_state, first_of, prepare
+from .prepare import ShardSettings, example_of, prepare, settings_record
+from .progress import REPORT, check_folder, check_state
 from .shards import FORMATS
 from .table import Table, read_table
 
@@ -12,11 +13,12 @@ __all__ = [
     "REPORT",
     "DownloadSettings",
     "Filters",
-    "PreparationSettings",
+    "ShardSettings",
     "Table",
     "check_folder",
     "check_state",
-    "first_of",
+    "example_of",
     "prepare",
     "read_table",
+    "settings_record",
 ]

@@ -1,4 +1,4 @@
-"""Bytes of pictures from the web or from a folder."""
+"""Loads the bytes of pictures from URLs, folders and tar files."""
 
 import asyncio
 import ipaddress
@@ -11,57 +11,54 @@ from typing import Any
 
 from huggingface_hub.utils import httpx  # httpx or httpx2, whichever its version uses
 
-from ..arguments import typed
+from ..arguments import option, typed
 from .filters import Dropped
 from .table import Row
 
 
-MAX_BYTES = 50 * 2**20  # of one picture
+MAX_BYTES = 50 * 2**20  # per picture
 MAX_REDIRECTS = 5
-MAX_WAIT = 30.0  # seconds before another attempt, whatever Retry-After asks for
-TRANSIENT = (408, 429, 500, 502, 503, 504)  # statuses that may pass
-PRIVATE = "private address"  # the reason of what would be fetched from this computer or a private network
+MAX_WAIT = 30.0  # seconds between attempts, even if Retry-After asks for more
+TRANSIENT = (408, 429, 500, 502, 503, 504)  # statuses of temporary errors
+PRIVATE = "private address"
+UNREACHABLE = ("no connection", "slow answer")  # reasons that a network failure causes as well
+NOT_FOR_TRAINING = {"noai", "noimageai"}  # values of X-Robots-Tag
 _NAT64 = int(ipaddress.IPv6Address("64:ff9b::")) >> 32
-UNREACHABLE = ("no connection", "slow answer")  # what a network that is down looks like, too
-# What a server says in X-Robots-Tag of a picture that is not for training.
-NOT_FOR_TRAINING = {"noai", "noimageai"}
 
 
 @typed
 @dataclass(frozen=True)
 class DownloadSettings:
-    """How pictures are fetched from the web. None of it changes what is in a shard, unless a server is slow or fails.
+    """How pictures are downloaded. These settings do not change the shards, unless a server is slow or fails.
 
-    Attributes:
-        timeout (`float`, defaults to 10): Seconds for the whole of one answer, redirects included.
-        retries (`int`, defaults to 2): Further attempts where a server is slow, busy or cuts the connection, after 1,
-            2, 4, ... seconds or what its `Retry-After` says, at most [`MAX_WAIT`].
-        concurrency (`int`, defaults to 32): Pictures under way at once.
-        user_agent (`str`, *optional*): What servers are told; the name and version of this package by default.
-        allow_private_addresses (`bool`, defaults to `False`): Fetch from this computer and from private networks, too
-            (loopback, link-local, private and reserved addresses). A table from others could reach services there
-            that the internet cannot.
+    Args:
+        timeout (`float`, defaults to 10): Seconds for a whole answer, redirects included.
+        retries (`int`, defaults to 2): Number of further attempts if a server is slow, busy or closes the connection.
+            The waits are 1, 2, 4, ... seconds, or the value of `Retry-After`, at most `MAX_WAIT`.
+        concurrency (`int`, defaults to 32): Number of simultaneous downloads.
+        user_agent (`str`, *optional*): The `User-Agent` header; name and version of this package by default.
+        allow_private_addresses (`bool`, defaults to `False`): Whether to download from this computer and from private
+            networks (loopback, link-local, private and reserved addresses). A table from an untrusted source could
+            reach services there that are not reachable from the internet.
     """
 
-    timeout: float = 10.0
-    retries: int = 2
-    concurrency: int = 32
-    user_agent: str | None = None
-    allow_private_addresses: bool = False
+    timeout: float = option(10.0, "Seconds for the whole answer of a server.", above=0)
+    retries: int = option(2, "Further attempts if a server is slow or busy.", at_least=0)
+    concurrency: int = option(32, "Number of simultaneous downloads.", at_least=1)
+    user_agent: str | None = option(None, "User-Agent header. Default: name and version of this package.")
+    allow_private_addresses: bool = option(
+        False,
+        "Also download from this computer and from private networks (loopback, link-local, private addresses). By"
+        " default such rows are dropped.",
+    )
 
     def __post_init__(self):
-        if not self.timeout > 0:
-            raise ValueError(f"timeout {self.timeout}: must be above 0 seconds")
-        if self.retries < 0:
-            raise ValueError(f"retries {self.retries}: must be at least 0")
-        if self.concurrency < 1:
-            raise ValueError(f"concurrency {self.concurrency}: must be at least 1")
         if self.user_agent is not None and not (self.user_agent.isascii() and self.user_agent.isprintable()):
             raise ValueError(f"user_agent {self.user_agent!r}: must be one line of ASCII")
 
 
-class _TryAgain(Dropped):
-    """A reason that may pass, and after how many seconds the server asks to come back."""
+class _TemporaryError(Dropped):
+    """A reason that may be temporary, and the number of seconds after which the server allows another attempt."""
 
     def __init__(self, reason: str, retry_after: float | None = None):
         super().__init__(reason)
@@ -69,7 +66,7 @@ class _TryAgain(Dropped):
 
 
 class Fetcher:
-    """Fetches pictures while its `async with` block lasts."""
+    """Loads the bytes of pictures; used as an `async with` block."""
 
     def __init__(self, settings: DownloadSettings):
         self.settings = settings
@@ -79,16 +76,16 @@ class Fetcher:
                 "Accept": "image/*, */*;q=0.1",
                 "Accept-Encoding": "identity",
             },
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # no answer may depend on another
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # answers must not depend on each other
             follow_redirects=True,
             max_redirects=MAX_REDIRECTS,
-            timeout=None,  # each step would have it to itself
+            timeout=None,  # httpx would apply it to each read; `fetch` applies it to the whole answer
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=settings.concurrency),
         )
         if not settings.allow_private_addresses:
-            pool = self._client._transport._pool  # httpx has no public way to say how connections are made
+            pool = self._client._transport._pool  # httpx has no public option for the network backend
             pool._network_backend = _PublicNetwork(pool._network_backend)
-            if urllib.request.getproxies().keys() - {"no"}:  # which make the connections for us
+            if urllib.request.getproxies().keys() - {"no"}:  # proxies open the connections themselves
                 self._client.event_hooks = {"request": [_check_host]}
 
     async def __aenter__(self) -> "Fetcher":
@@ -99,10 +96,13 @@ class Fetcher:
         await self._client.__aexit__(*error)
 
     async def fetch(self, row: Row) -> tuple[bytes, tuple[str, ...]]:
-        """A picture's bytes, and how they came if it was not straight.
+        """Loads a picture.
+
+        Returns:
+            `tuple[bytes, tuple[str, ...]]`: The bytes, and `("redirected",)` if the URL was redirected.
 
         Raises:
-            [`Dropped`]: If there are none.
+            [`Dropped`]: If the picture cannot be loaded.
         """
         if row.folder is not None:
             return await asyncio.to_thread(_read, row), ()
@@ -110,8 +110,8 @@ class Fetcher:
             try:
                 return await asyncio.wait_for(self._download(row.address), self.settings.timeout)
             except asyncio.TimeoutError:
-                problem = _TryAgain("slow answer")
-            except _TryAgain as error:
+                problem = _TemporaryError("slow answer")
+            except _TemporaryError as error:
                 problem = error
             if attempt < self.settings.retries:
                 wait = 2.0**attempt if problem.retry_after is None else problem.retry_after
@@ -122,7 +122,7 @@ class Fetcher:
         try:
             async with self._client.stream("GET", address) as answer:
                 if answer.status_code in TRANSIENT:
-                    raise _TryAgain(f"HTTP {answer.status_code}", _seconds(answer.headers.get("Retry-After")))
+                    raise _TemporaryError(f"HTTP {answer.status_code}", _seconds(answer.headers.get("Retry-After")))
                 if answer.status_code != 200:
                     raise Dropped(f"HTTP {answer.status_code}")
                 robots = answer.headers.get("X-Robots-Tag", "").lower().replace(",", " ").split()
@@ -139,14 +139,17 @@ class Fetcher:
         except (httpx.InvalidURL, httpx.UnsupportedProtocol):
             raise Dropped("no address") from None
         except httpx.ConnectError:
-            raise _TryAgain("no connection") from None
-        except httpx.HTTPError:  # cut off, or no HTTP
-            raise _TryAgain("broken answer") from None
+            raise _TemporaryError("no connection") from None
+        except httpx.HTTPError:  # an incomplete answer, or one that is not HTTP
+            raise _TemporaryError("broken answer") from None
 
 
 class _PublicNetwork:
-    """Makes connections to public addresses only: a name is looked up once, and what was checked is connected to, so
-    redirects and names that change do not lead elsewhere."""
+    """Network backend of httpcore that connects to public addresses only.
+
+    A host name is resolved once, and the connection uses the checked address. Redirects and DNS answers that change
+    between the check and the connection (DNS rebinding) can therefore not reach private addresses.
+    """
 
     def __init__(self, backend: Any):
         self._backend = backend
@@ -159,7 +162,7 @@ class _PublicNetwork:
         for address in addresses[:-1]:
             try:
                 return await self._backend.connect_tcp(address, port, **arguments)
-            except Exception:  # httpcore's own kinds; the last address tells
+            except Exception:  # any error of httpcore; the last address below raises it
                 continue
         return await self._backend.connect_tcp(addresses[-1], port, **arguments)
 
@@ -167,20 +170,20 @@ class _PublicNetwork:
 async def _check_host(request: httpx.Request) -> None:
     try:
         await public_addresses(request.url.host, request.url.port)
-    except _TryAgain:
-        return  # a name that only the proxy knows
+    except _TemporaryError:
+        return  # a host name that only the proxy can resolve
 
 
 async def public_addresses(host: str, port: int | None) -> list[str]:
-    """The addresses of a host, in the order in which they are to be tried.
+    """Resolves a host name to its IP addresses, in the order in which to try them.
 
     Raises:
-        [`Dropped`]: If one of them is not public, or there is none.
+        [`Dropped`]: If an address is not public, or there is none.
     """
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
-        raise _TryAgain("no connection") from None
+        raise _TemporaryError("no connection") from None
     addresses = list(dict.fromkeys(entry[4][0] for entry in found))
     if not all(map(is_public, addresses)):
         raise Dropped(PRIVATE)
@@ -188,7 +191,7 @@ async def public_addresses(host: str, port: int | None) -> list[str]:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the internet; of an IPv6 address that stands for an IPv4 address, that one."""
+    """Whether an IP address is public. For an IPv6 address that embeds an IPv4 address, the latter is checked."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if ip.version == 6:
         number = int(ip)
@@ -200,7 +203,7 @@ def is_public(address: str) -> bool:
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """`Retry-After` in seconds; its other form, a date, is not read."""
+    """`Retry-After` in seconds. Its other form, a date, is not supported."""
     return float(retry_after) if retry_after and retry_after.isdecimal() else None
 
 
@@ -211,7 +214,7 @@ def _read(row: Row) -> bytes:
         with (row.folder / file_name).open("rb") as file:
             file.seek(start)
             data = file.read(min(size, MAX_BYTES + 1))
-    except (OSError, ValueError):  # ValueError: a name that no file can have
+    except (OSError, ValueError):  # ValueError: not a valid file name
         raise Dropped("no such file") from None
     if len(data) > MAX_BYTES:
         raise Dropped(f"more than {MAX_BYTES // 2**20} MB")

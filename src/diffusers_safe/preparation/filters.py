@@ -1,11 +1,11 @@
-"""What is dropped, and the reason that is counted for it."""
+"""Filters for rows and pictures, and the reasons under which dropped rows are counted."""
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..arguments import typed
+from ..arguments import option, typed
 from ..concepts import naming_pattern
 from .table import Row
 
@@ -13,34 +13,31 @@ from .table import Row
 @typed
 @dataclass(frozen=True)
 class Filters:
-    """What a picture and its caption must be like. The defaults ask for a caption only.
+    """Conditions for captions and pictures. The defaults only require a caption.
 
-    Attributes:
-        min_caption_length (`int`, defaults to 1): In characters.
-        forbidden_concepts (`tuple[str, ...]`): None of them may be in the caption, as whole words in whatever case.
-        min_aesthetic (`float`, *optional*): Least score. A row without one is dropped.
-        min_side (`int`, defaults to 1): In pixels, of the shorter side as the picture is looked at.
-        max_aspect_ratio (`float`, *optional*): Longer by shorter side, 1 or more.
+    Args:
+        min_caption_length (`int`, defaults to 1): Minimum length of a caption in characters.
+        forbidden_concepts (`tuple[str, ...]`, defaults to `()`): Captions must not contain any of these as whole
+            words, in any case.
+        min_aesthetic (`float`, *optional*): Minimum aesthetic score. Rows without a score are dropped.
+        min_side (`int`, defaults to 1): Minimum length of the shorter side of the upright picture, in pixels.
+        max_aspect_ratio (`float`, *optional*): Maximum ratio of the longer to the shorter side, at least 1.
     """
 
-    min_caption_length: int = 1
-    forbidden_concepts: tuple[str, ...] = ()
-    min_aesthetic: float | None = None
-    min_side: int = 1
-    max_aspect_ratio: float | None = None
-
-    def __post_init__(self):
-        for name in ("min_caption_length", "min_side", "max_aspect_ratio"):
-            value = getattr(self, name)
-            if value is not None and not value >= 1:
-                raise ValueError(f"{name} {value}: must be at least 1")
+    min_caption_length: int = option(1, "Minimum length of a caption in characters.", at_least=1)
+    forbidden_concepts: tuple[str, ...] = option(
+        (), "Drop captions with one of these as whole words: names, or a .txt file with one per line."
+    )
+    min_aesthetic: float | None = option(None, "Minimum score; needs --aesthetic_column.")
+    min_side: int = option(1, "Minimum length of the shorter side in pixels, before --resize.", at_least=1)
+    max_aspect_ratio: float | None = option(None, "Maximum ratio of the longer to the shorter side.", at_least=1)
 
 
 class Dropped(Exception):
-    """Ends the way of one picture; its text is the reason that is counted."""
+    """Raised when a picture is dropped. The message is the reason that is counted."""
 
 
-# reason -> whether it holds, asked in this order before anything is fetched
+# Reason -> condition to drop a row. Checked in this order, before anything is downloaded.
 ROW_RULES: dict[str, Callable[[Row, Filters], bool]] = {
     "no address": lambda row, _: not _is_address(row),
     "no caption": lambda row, _: not row.caption,
@@ -54,7 +51,7 @@ ROW_RULES: dict[str, Callable[[Row, Filters], bool]] = {
         filters.min_aesthetic is not None and row.aesthetic < filters.min_aesthetic
     ),
 }
-# the same for a picture's (width, height)
+# Reason -> condition to drop a picture of this (width, height).
 SIZE_RULES: dict[str, Callable[[tuple[int, int], Filters], bool]] = {
     "short side": lambda size, filters: min(size) < filters.min_side,
     "aspect ratio": lambda size, filters: (
@@ -64,8 +61,8 @@ SIZE_RULES: dict[str, Callable[[tuple[int, int], Filters], bool]] = {
 
 
 def reason_to_drop(rules: dict[str, Callable[[Any, Filters], bool]], value: Any, filters: Filters) -> str | None:
-    """The first reason that holds; `None` if the value stays."""
-    return next((reason for reason, holds in rules.items() if holds(value, filters)), None)
+    """The first reason to drop a value, or `None`."""
+    return next((reason for reason, applies in rules.items() if applies(value, filters)), None)
 
 
 def _is_address(row: Row) -> bool:

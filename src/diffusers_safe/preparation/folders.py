@@ -1,4 +1,4 @@
-"""Folders of training data: what in them is pictures and captions, and that none of it lies outside of them."""
+"""Finds pictures and captions in folders of training data, and refuses files outside of these folders."""
 
 import json
 import os
@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of an imagefolder
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of the format `imagefolder` of `datasets`
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-MAX_DEPTH = 100  # of JSON; pyarrow's reader crashes on deeper nesting
+MAX_DEPTH = 100  # of JSON files: pyarrow crashes on deeply nested ones
 
 
 class Boundary:
-    """Folders that files must lie in, symbolic links followed.
+    """The folders from which files may be read. Symbolic links are resolved before the check.
 
     Args:
-        folders (`str` or `Path`): One or more. Of a snapshot in the cache of the Hugging Face Hub, whose files are
-            links to its blobs, the whole repository counts.
-        remote (`tuple[str, ...]`, *optional*): How addresses begin that may be read from the network.
+        folders (`str` or `Path`): One or more folders. For a snapshot in the cache of the Hugging Face Hub, whose
+            files are links to blobs, files of the whole cached repository are allowed.
+        remote (`tuple[str, ...]`, *optional*): Prefixes of URLs that may be read.
     """
 
     def __init__(self, *folders: str | Path, remote: tuple[str, ...] = ()):
@@ -29,7 +29,7 @@ class Boundary:
         self._parents: dict[str, str] = {}
 
     def holds(self, path: str | Path) -> bool:
-        """Whether a file, there or not, lies inside; `"zip://a.png::FILE"` does where the file does."""
+        """Whether a path lies inside. The file may be missing. For `"zip://a.png::FILE"`, `FILE` is checked."""
         path = str(path)
         if "://" in path:
             path = path.split("::")[-1]
@@ -42,20 +42,21 @@ class Boundary:
             place = os.path.join(self._parents[parent], name)
             if name in ("", ".", "..") or os.path.islink(place):
                 place = os.path.realpath(place)
-        except ValueError:  # a name that no file can have
+        except ValueError:  # not a valid file name
             return True
         return os.path.join(place, "").startswith(self._roots)
 
     def check(self, paths: Iterable[str | Path]) -> None:
-        """
+        """Checks that paths lie inside.
+
         Raises:
-            `ValueError`: If one of the files lies outside.
+            `ValueError`: If a path lies outside.
         """
         for path in paths:
             if not self.holds(path):
                 raise ValueError(
                     f"'{path}' lies outside of {self.folder}; only files inside are read, and symbolic links must not"
-                    " lead out of it"
+                    " lead outside"
                 )
 
 
@@ -66,10 +67,10 @@ def _root(folder: str | Path) -> str:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The files of a folder and of those in it, in order; folders that are symbolic links are not entered.
+    """All files in a folder and its subfolders, sorted. Subfolders that are symbolic links are not entered.
 
     Raises:
-        `ValueError`: If one is a symbolic link that leads out of the folder.
+        `ValueError`: If a symbolic link leads outside of the folder.
     """
     entries = sorted(folder.rglob("*"))
     Boundary(folder).check(path for path in entries if path.is_symlink())
@@ -77,10 +78,10 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def check_depth(paths: Iterable[str | Path]) -> None:
-    """Whether JSON files are nested no deeper than `MAX_DEPTH`; of other files nothing is asked.
+    """Checks the nesting of the JSON files among the paths.
 
     Raises:
-        `ValueError`: If one is.
+        `ValueError`: If one is nested more than `MAX_DEPTH` levels deep.
     """
     for path in (path for path in map(Path, paths) if path.suffix.lower() in (".json", ".jsonl")):
         depth = 0
@@ -97,11 +98,14 @@ def check_depth(paths: Iterable[str | Path]) -> None:
 
 
 def captioned_pictures(files: Iterable[Path]) -> tuple[list[Path], list[str]] | None:
-    """The pictures among files, and the text of the `.txt` file next to each (`""` if there is none). `None` if no
-    picture has one.
+    """Finds pictures with a `.txt` file next to them.
+
+    Returns:
+        `tuple[list[Path], list[str]]`: All pictures, and the caption of each (`""` if it has none); `None` if no
+        picture has a caption.
 
     Raises:
-        `ValueError`: If one of them is not a text in UTF-8.
+        `ValueError`: If a caption is not UTF-8 text.
     """
     pictures = [path for path in files if path.suffix.lower() in PICTURES]
     captions = [_text(path.with_suffix(".txt")) for path in pictures]
@@ -118,13 +122,13 @@ def _decoded(content: bytes, where: str) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: a caption must be text in UTF-8 ({error.reason} at byte {error.start})") from None
     if "\0" in text:
-        raise ValueError(f"{where}: a caption must be text, and it holds a null character")
+        raise ValueError(f"{where}: a caption must be text, and this one contains a null character")
     return text
 
 
 def is_empty_tar(path: Path) -> bool:
-    """Whether a tar file has no members, as that of a shard all of whose downloads failed; what is not a tar file is
-    not empty."""
+    """Whether a tar file has no members, like a shard of img2dataset in which all downloads failed. `False` for files
+    that are not tar files."""
     try:
         with tarfile.open(path) as tar:
             return tar.next() is None
@@ -137,23 +141,24 @@ class TarSample:
     """A picture in a tar file.
 
     Attributes:
-        member (`str`): Its name there.
-        offset (`int`): Where its bytes begin.
-        size (`int`): How many they are.
-        facts (`dict`): The sample's JSON; `txt` is the text of its `.txt`.
+        member (`str`): Name in the tar file.
+        offset (`int`): Position of the first byte in the tar file.
+        size (`int`): Number of bytes.
+        fields (`dict`): Fields of the sample's `.json`, and the text of its `.txt` as `txt`.
     """
 
     member: str
     offset: int
     size: int
-    facts: dict
+    fields: dict
 
 
 def tar_samples(path: Path) -> Iterator[TarSample]:
-    """The samples of a webdataset's tar file that have a picture: members whose names differ only in their ending.
+    """The samples with a picture in a WebDataset tar file. Members whose names differ only in their extension belong
+    to the same sample.
 
     Raises:
-        `ValueError`: If it is not a tar file, a member is a link, or a caption is not text in UTF-8.
+        `ValueError`: If the file is not a tar file, a member is a link, or a caption is not UTF-8 text.
     """
     samples: dict[str, dict] = {}
     try:
@@ -165,21 +170,21 @@ def tar_samples(path: Path) -> Iterator[TarSample]:
                 key, ending = name.split(".", 1) if "." in name else (name, "")
                 if not member.isreg() or name.startswith((".", "__")):
                     continue
-                sample, ending = samples.setdefault(os.path.join(parent, key), {"facts": {}}), ending.lower()
+                sample, ending = samples.setdefault(os.path.join(parent, key), {"fields": {}}), ending.lower()
                 if f".{ending}" in PICTURES:
                     sample.setdefault("picture", (member.name, member.offset_data, member.size))
                 elif ending in ("txt", "json"):
                     content = tar.extractfile(member).read()
                     where = f"{path}: the member '{member.name}'"
-                    sample["facts"] |= {"txt": _decoded(content, where)} if ending == "txt" else _object(content)
+                    sample["fields"] |= {"txt": _decoded(content, where)} if ending == "txt" else _json_fields(content)
     except (OSError, tarfile.TarError) as error:
         raise ValueError(f"{path}: cannot be read as a tar file ({error})") from None
     for sample in samples.values():
         if "picture" in sample:
-            yield TarSample(*sample["picture"], sample["facts"])
+            yield TarSample(*sample["picture"], sample["fields"])
 
 
-def _object(content: bytes) -> dict:
+def _json_fields(content: bytes) -> dict:
     try:
         found = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError):
@@ -188,11 +193,11 @@ def _object(content: bytes) -> dict:
 
 
 def described(files: Iterable[Path]) -> str:
-    """What files there are, for a message: `"3 .jpg (a.jpg, ...) and 1 .json (b.json)"`."""
+    """A summary of files for a message: `"3 .jpg (a.jpg, ...) and 1 .json (b.json)"`."""
     by_ending: dict[str, list[str]] = {}
     for path in files:
         by_ending.setdefault(path.suffix.lower() or "without an ending", []).append(path.name)
-    told = [
+    parts = [
         f"{len(names)} {ending} ({names[0]}{', ...' if len(names) > 1 else ''})" for ending, names in by_ending.items()
     ]
-    return " and ".join(filter(None, [", ".join(told[:-1]), *told[-1:]])) or "no files"
+    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]])) or "no files"

@@ -1,4 +1,4 @@
-"""From the bytes of any picture to an upright RGB JPEG without metadata."""
+"""Converts the bytes of a picture to an upright RGB JPEG without metadata."""
 
 import hashlib
 import io
@@ -10,9 +10,9 @@ from ..images import is_turned, to_rgb
 from .filters import SIZE_RULES, Dropped, Filters, reason_to_drop
 
 
-# Those of the web. Pillow reads more, some with the help of other programs: not from strangers.
+# Pillow reads more formats, some with external programs; those are not used for untrusted files.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-LONGEST_SIDE = 65_500  # in pixels, of a JPEG that Pillow writes
+LONGEST_SIDE = 65_500  # in pixels, of the JPEGs that Pillow can write
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class Picture:
     """A picture ready for a shard.
 
     Attributes:
-        jpeg (`bytes`): Upright, RGB, without metadata.
-        sha256 (`str`): Of the bytes it was read from.
+        jpeg (`bytes`): The picture: upright, RGB, without metadata.
+        sha256 (`str`): Hash of the original bytes.
         size (`tuple[int, int]`): Width and height in pixels.
-        original_size (`tuple[int, int]`): Before it was shrunk.
-        changes (`tuple[str, ...]`): What was done to it.
+        original_size (`tuple[int, int]`): Width and height before resizing.
+        changes (`tuple[str, ...]`): The changes that were made, such as `"L to RGB"` or `"shrunk"`.
     """
 
     jpeg: bytes
@@ -35,17 +35,17 @@ class Picture:
 
 
 def read_picture(data: bytes, filters: Filters, resize: int | None = None, quality: int = 95) -> Picture:
-    """Decodes, checks and encodes a picture; of an animation the first frame.
+    """Decodes, checks and encodes a picture. Of an animation, the first frame is used.
 
     Args:
-        data (`bytes`): A file.
-        filters ([`Filters`]): The least side and the aspect ratio count here.
-        resize (`int`, *optional*): Pixels of the shorter side; larger pictures are shrunk to it.
-        quality (`int`, defaults to 95): Of the JPEG, 1 to 95.
+        data (`bytes`): Content of the file.
+        filters ([`Filters`]): Minimum side and aspect ratio are checked.
+        resize (`int`, *optional*): Length of the shorter side in pixels, to which larger pictures are resized.
+        quality (`int`, defaults to 95): JPEG quality, 1 to 95.
 
     Raises:
-        [`Dropped`]: If it is no picture, cannot be decoded to the end, has more pixels than
-            `PIL.Image.MAX_IMAGE_PIXELS` (89 million), or a filter says so.
+        [`Dropped`]: If the data is not a picture, cannot be decoded completely, has more pixels than
+            `PIL.Image.MAX_IMAGE_PIXELS` (89 million), or does not pass the filters.
     """
     Image.init()
     try:
@@ -60,7 +60,7 @@ def read_picture(data: bytes, filters: Filters, resize: int | None = None, quali
         raise Dropped("not a picture") from None
     except Image.DecompressionBombError:
         raise Dropped("too many pixels") from None
-    except Exception:  # a broken file can raise anything in a decoder
+    except Exception:  # decoders can raise any exception for broken files
         raise Dropped("broken picture") from None
     if reason := reason_to_drop(SIZE_RULES, rgb.size, filters):
         raise Dropped(reason)
@@ -77,7 +77,7 @@ def read_picture(data: bytes, filters: Filters, resize: int | None = None, quali
 
 
 def _changes(image: Image.Image) -> list[str]:
-    """What [`to_rgb`] does to a picture."""
+    """The changes that [`to_rgb`] makes to a picture."""
     found = {
         f"{image.mode} to RGB": image.mode != "RGB",
         "laid on white": image.has_transparency_data,

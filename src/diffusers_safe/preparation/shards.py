@@ -1,6 +1,4 @@
-"""What pictures and captions are written to: tar files for webdataset, or parquet files.
-
-The same samples give the same bytes."""
+"""Writers for shards: tar files for WebDataset, or parquet files. The same samples give the same bytes."""
 
 import io
 import json
@@ -16,7 +14,7 @@ from .pictures import Picture
 from .table import Row
 
 
-ROW_GROUP = 100  # samples, as `datasets` writes pictures
+ROW_GROUP = 100  # samples per row group, as `datasets` writes pictures
 COLUMNS = {
     "image": Image(),
     "text": Value("string"),
@@ -29,10 +27,10 @@ COLUMNS = {
 
 
 class WebDatasetShard:
-    """`NNNNNN.jpg`, `.txt` (the caption) and `.json` ([`facts`]) of each sample, in a tar file.
+    """A tar file with `NNNNNN.jpg`, `.txt` (the caption) and `.json` ([`fields`]) of each sample.
 
     Args:
-        path (`Path`): Written over.
+        path (`Path`): The file; an existing one is overwritten.
     """
 
     suffix = ".tar"
@@ -42,9 +40,9 @@ class WebDatasetShard:
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
 
     def add(self, key: str, row: Row, picture: Picture) -> None:
-        about = json.dumps(facts(row, picture), ensure_ascii=False).encode()
+        about = json.dumps(fields(row, picture), ensure_ascii=False).encode()
         for suffix, content in (("jpg", picture.jpeg), ("txt", row.caption.encode()), ("json", about)):
-            member = tarfile.TarInfo(f"{key}.{suffix}")  # owner and time 0
+            member = tarfile.TarInfo(f"{key}.{suffix}")  # owner and time are 0
             member.size = len(content)
             self._tar.addfile(member, io.BytesIO(content))
 
@@ -54,10 +52,10 @@ class WebDatasetShard:
 
 
 class ParquetShard:
-    """Columns `image` (the JPEG, an `Image` of `datasets`), `text` and those of [`facts`], in a parquet file.
+    """A parquet file with the columns `image` (the JPEG, a `datasets.Image`), `text` and those of [`fields`].
 
     Args:
-        path (`Path`): Written over.
+        path (`Path`): The file; an existing one is overwritten.
     """
 
     suffix = ".parquet"
@@ -69,7 +67,7 @@ class ParquetShard:
 
     def add(self, key: str, row: Row, picture: Picture) -> None:
         image = {"bytes": picture.jpeg, "path": f"{key}.jpg"}
-        self._samples.append({"image": image, "text": row.caption, **facts(row, picture)})
+        self._samples.append({"image": image, "text": row.caption, **fields(row, picture)})
         if len(self._samples) == ROW_GROUP:
             self._write()
 
@@ -90,10 +88,10 @@ class ParquetShard:
 FORMATS = {"webdataset": WebDatasetShard, "parquet": ParquetShard}
 
 
-def facts(row: Row, picture: Picture) -> dict[str, str | int | float]:
-    """What a shard says of a sample beside its picture and caption: `url` or, of a folder, `file_name`; `width`,
-    `height`, `original_width`, `original_height` in pixels; `sha256` of the bytes that were fetched; `aesthetic`, if
-    the table has a score."""
+def fields(row: Row, picture: Picture) -> dict[str, str | int | float]:
+    """The fields of a sample besides picture and caption: `url` (`file_name` for folders), `width`, `height`,
+    `original_width`, `original_height` in pixels, `sha256` of the original bytes, and `aesthetic` if there is a
+    score."""
     width, height = picture.size
     original_width, original_height = picture.original_size
     return {
@@ -108,7 +106,7 @@ def facts(row: Row, picture: Picture) -> dict[str, str | int | float]:
 
 
 def _close(file: io.BufferedWriter) -> None:
-    """Closes a file when it is on disk: a shard that is counted must outlast the machine's fall."""
+    """Writes a file to disk and closes it, so that a finished shard survives a power failure."""
     file.flush()
     os.fsync(file.fileno())
     file.close()

@@ -1,4 +1,4 @@
-"""Where captions and pictures come from: a table of web addresses, a folder of pictures, or tar files."""
+"""Tables of captions and addresses of pictures: from a table of URLs, a folder of pictures, or tar files."""
 
 import glob
 import hashlib
@@ -14,21 +14,27 @@ from datasets.exceptions import DatasetsError
 from .folders import METADATA, Boundary, captioned_pictures, check_depth, described, files_in, tar_samples
 
 
-LOADERS = {".parquet": "parquet", ".csv": "csv", ".jsonl": "json", ".json": "json"}  # suffix -> builder of `datasets`
-FILE_COLUMN = "file_name"  # of the files of `METADATA`
-PLACE_COLUMN = "place"  # of a picture in a tar file: offset and size
+LOADERS = {
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".jsonl": "json",
+    ".json": "json",
+}  # extension -> builder of `datasets`
+FILE_COLUMN = "file_name"  # in the files of `METADATA`
+PLACE_COLUMN = "place"  # offset and size of a picture in a tar file
 
 
 @dataclass(frozen=True)
 class Row:
-    """One picture before it is fetched.
+    """A row of a table: one picture before it is loaded.
 
     Attributes:
-        address (`str`): On the web, or the name of a file in `folder`; `""` where there is none.
-        caption (`str`): `""` where there is none.
-        aesthetic (`float`, *optional*): Its score, a finite number.
-        folder (`Path`, *optional*): Of a picture that is a file, or in a tar file: `00000.tar/000000000.jpg`.
-        place (`tuple[int, int]`, *optional*): Where it is in the tar file, and its size.
+        address (`str`): URL, or the name of a file in `folder`; for a picture in a tar file
+            `"00000.tar/000000000.jpg"`. `""` if missing.
+        caption (`str`): Caption; `""` if missing.
+        aesthetic (`float`, *optional*): Aesthetic score, a finite number.
+        folder (`Path`, *optional*): Folder of the file or tar file; `None` for URLs.
+        place (`tuple[int, int]`, *optional*): Offset and size in the tar file.
     """
 
     address: str
@@ -42,14 +48,14 @@ class Table:
     """The rows of a dataset as [`Row`]s.
 
     Args:
-        dataset (`datasets.Dataset`): At least one row.
-        address_column (`str`): Web addresses or, with `folder`, file names in it.
-        caption_column (`str`): Captions.
-        aesthetic_column (`str`, *optional*): Numbers; what is none counts as missing.
-        folder (`Path`, *optional*): Where the files are.
+        dataset (`datasets.Dataset`): The rows, at least one.
+        address_column (`str`): Column of URLs or, with `folder`, of file names.
+        caption_column (`str`): Column of captions.
+        aesthetic_column (`str`, *optional*): Column of scores. Values that are not numbers count as missing.
+        folder (`Path`, *optional*): Folder of the files.
 
     Raises:
-        `ValueError`: If there is no row, or no such column, or a column that holds something else.
+        `ValueError`: If there are no rows, or a column is missing or does not contain plain values.
     """
 
     def __init__(
@@ -61,14 +67,14 @@ class Table:
         folder: Path | None = None,
     ):
         if not len(dataset):
-            raise ValueError("the table holds no rows")
+            raise ValueError("the table has no rows")
         self.columns = (address_column, caption_column, *([aesthetic_column] if aesthetic_column else []))
         for column in self.columns:
             if column not in dataset.features:
                 raise ValueError(f"no column '{column}', only {', '.join(dataset.features)}")
             if not isinstance(dataset.features[column], Value):
                 raise ValueError(
-                    f"column '{column}' holds {type(dataset.features[column]).__name__}, not plain values"
+                    f"column '{column}' contains {type(dataset.features[column]).__name__}, not plain values"
                 )
         self.aesthetic_column = aesthetic_column
         self.folder = folder
@@ -92,7 +98,7 @@ class Table:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of all values, in their order. 16 hexadecimal digits."""
+        """A hash of all values in their order, 16 hexadecimal digits."""
         digest = hashlib.sha256()
         for batch in self._dataset.iter(10_000):
             digest.update(repr([batch[column] for column in self.columns]).encode())
@@ -115,32 +121,33 @@ def read_table(
     config_name: str | None = None,
     split: str | None = None,
 ) -> Table:
-    """Reads captions and the places of pictures.
+    """Reads the captions and addresses of pictures from any supported source.
 
     Args:
         source (`str`): One of
 
             * a table: `.parquet`, `.csv`, `.jsonl` or `.json`, or a pattern of several such as `"part-*.parquet"`;
             * a folder of pictures with a `metadata.csv`, `.jsonl` or `.parquet` that has a column `file_name`, or
-              with a `.txt` file next to each picture, or of tar files of a webdataset, such as `img2dataset` writes;
+              with a `.txt` file next to each picture;
+            * a folder of WebDataset tar files, such as `img2dataset` writes;
             * a dataset on the Hugging Face Hub.
-        url_column (`str`, *optional*): Of a table or dataset: web addresses. `"url"` by default.
-        caption_column (`str`, *optional*): Captions, `"text"` by default; of tar files a field of each sample's JSON,
-            by default the text of its `.txt`.
-        aesthetic_column (`str`, *optional*): Scores; of tar files a field of the JSON.
-        config_name (`str`, *optional*): Of a dataset on the Hub.
-        split (`str`, *optional*): Of a table or dataset, `"train"` by default; `"train[:1000]"` are its first thousand
-            rows.
+        url_column (`str`, *optional*): Column of URLs of a table or dataset, `"url"` by default.
+        caption_column (`str`, *optional*): Column of captions, `"text"` by default. For tar files a field of the
+            `.json` of each sample, by default the text of its `.txt`.
+        aesthetic_column (`str`, *optional*): Column of scores; for tar files a field of the `.json`.
+        config_name (`str`, *optional*): Configuration of a dataset on the Hub.
+        split (`str`, *optional*): Split of a table or dataset, `"train"` by default. `"train[:1000]"` takes the first
+            thousand rows.
 
     Raises:
-        `ValueError`: If there is nothing to read there, or not these columns, or an option does not fit the source, or
-            a file lies outside of the folder.
+        `ValueError`: If the source cannot be read, a column is missing, an option does not apply to the source, or a
+            file lies outside of the folder.
     """
     folder = Path(source) if Path(source).is_dir() else None
     loader = LOADERS.get(Path(source).suffix.lower())
     for name, value in (("url_column", url_column), ("split", split), ("dataset_config_name", config_name)):
         if value is not None and (folder or (loader and name == "dataset_config_name")):
-            raise ValueError(f"{name} '{value}': means nothing for {source}, a {'folder' if folder else 'file'}")
+            raise ValueError(f"{name} '{value}': does not apply to {source}, a {'folder' if folder else 'file'}")
     try:
         if folder:
             rows, caption_column = _folder(folder, caption_column, aesthetic_column)
@@ -163,7 +170,7 @@ def _files(source: str, loader: str, split: str) -> Dataset:
 
 
 def _folder(folder: Path, caption_column: str | None, aesthetic_column: str | None) -> tuple[Dataset, str]:
-    """The rows of a folder, and the column of their captions."""
+    """The rows of a folder, and the name of the caption column."""
     files = files_in(folder)
     if (rows := metadata_of(folder)) is not None:
         return rows, caption_column or "text"
@@ -173,13 +180,13 @@ def _folder(folder: Path, caption_column: str | None, aesthetic_column: str | No
         names, caption_column = [path.relative_to(folder).as_posix() for path in found[0]], caption_column or "text"
         return Dataset.from_dict({FILE_COLUMN: names, caption_column: found[1]}), caption_column
     raise ValueError(
-        f"neither {', '.join(METADATA)}, nor a .txt file next to a picture, nor tar files; the folder holds"
+        f"neither {', '.join(METADATA)}, nor a .txt file next to a picture, nor tar files; the folder contains"
         f" {described(files)}"
     )
 
 
 def metadata_of(folder: Path) -> Dataset | None:
-    """The rows of a folder's metadata file, if it has one.
+    """The rows of the metadata file of a folder, or `None` if there is none.
 
     Raises:
         `ValueError`: If a picture lies outside of the folder.
@@ -205,9 +212,9 @@ def _tars(
             rows[FILE_COLUMN].append(f"{path.relative_to(folder).as_posix()}/{sample.member}")
             rows[PLACE_COLUMN].append([sample.offset, sample.size])
             for name in columns:
-                value = sample.facts.get(name)
+                value = sample.fields.get(name)
                 rows[name].append(None if value is None else str(value))
-            fields |= dict.fromkeys(sample.facts)
+            fields |= dict.fromkeys(sample.fields)
     if not rows[FILE_COLUMN]:
         raise ValueError(f"no pictures in {len(tars)} tar files, such as {tars[0].name}")
     if missing := [name for name in columns if name not in fields]:

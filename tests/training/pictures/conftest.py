@@ -93,7 +93,7 @@ def make_data(emoji, tmp_path):
             else:
                 rows[row]["text"] = change
         features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-        folder = tmp_path / f"data-{next(numbers)}"  # never written over: it is mapped into memory
+        folder = tmp_path / f"data-{next(numbers)}"  # never overwritten, because it is memory-mapped
         datasets.Dataset.from_list(rows, features).save_to_disk(folder)
         return open_dataset(train_data_dir=str(folder), **kwargs)
 

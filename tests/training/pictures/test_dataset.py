@@ -1,4 +1,4 @@
-"""Every form of data opens as the same pictures and captions; what cannot be used is told in one line."""
+"""Every form of data opens as the same pictures and captions; unusable data is reported in one line."""
 
 import io
 import json
@@ -21,7 +21,7 @@ FORMS = ["saved", "folder", "parquet", "tars", "lists"]
 
 
 def content(data):
-    """[(PIL image, captions)] of what is used."""
+    """[(PIL image, captions)] of the used rows."""
     if data.streaming:
         return [(decode_image(data.image_of(row)), data.captions_of(row)) for row in data.rows]
     return [(decode_image(data.image_of(data.row(place))), data.captions(place)) for place in range(len(data))]
@@ -49,12 +49,12 @@ WRONG = {
         {"caption_column": "txt"},
         "caption_column 'txt': no such column; there are image, text",
     ),
-    "one column for both": ({"caption_column": "image"}, "caption_column 'image': is the image_column, too"),
+    "one column for both": ({"caption_column": "image"}, "caption_column 'image': is also the image_column"),
     "no source": ({"train_data_dir": None}, "give exactly one of dataset_name, train_data_dir, data_files"),
     "two sources": ({"dataset_name": "a/b"}, "dataset_name, train_data_dir: give exactly one of"),
     "configuration of a folder": (
         {"train_data_dir": "a", "dataset_config_name": "x"},
-        "train_data_dir a: dataset_config_name 'x': means nothing for train_data_dir, only for dataset_name",
+        "train_data_dir a: dataset_config_name 'x': does not apply to train_data_dir, only to dataset_name",
     ),
     "no folder": ({"train_data_dir": "no/such"}, "train_data_dir no/such: no such folder"),
     "no split": ({"split": "test"}, "est"),
@@ -66,41 +66,41 @@ WRONG = {
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("case", WRONG)
-def test_what_cannot_be_opened_is_told(case, streaming, forms):
+def test_invalid_sources_are_refused(case, streaming, forms):
     changes, message = WRONG[case]
-    with pytest.raises(ValueError, match=message) as told:
+    with pytest.raises(ValueError, match=message) as error:
         open_dataset(**{**forms["folder"], **changes, "streaming": streaming})
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 damaged PAR1", bytes(2048)])
 @pytest.mark.parametrize("kind", ["parquet", "tar", "jsonl"])
-def test_damaged_files_are_told(kind, content, tmp_path):
+def test_damaged_files_are_refused(kind, content, tmp_path):
     path = tmp_path / f"a.{kind}"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"data_files .*a.{kind}'.: ") as told:
+    with pytest.raises(ValueError, match=f"data_files .*a.{kind}'.: ") as error:
         open_dataset(data_files=[str(path)], cache_dir=str(tmp_path / "cache"))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_fields_of_columns_are_told(streaming, forms):
+def test_missing_fields_of_columns_are_refused(streaming, forms):
     with pytest.raises(ValueError, match="caption_column 'json.text': no field 'text'; there are captions"):
         open_dataset(**{**forms["lists"], "caption_column": "json.text"}, streaming=streaming)
 
 
-def test_columns_that_hold_something_else_are_told(tmp_path):
+def test_columns_of_other_types_are_refused(tmp_path):
     rows = datasets.Dataset.from_dict({"image": [1, 2], "text": ["a", "b"], "number": [3, 4]})
-    with pytest.raises(ValueError, match="image_column 'image': holds no images but Value"):
+    with pytest.raises(ValueError, match="image_column 'image': must contain images, not Value"):
         CaptionedImages(rows)
     pictures = rows.remove_columns("image").add_column("image", [encoded(Image.new("RGB", (8, 8)))] * 2)
-    assert len(CaptionedImages(pictures)) == 2  # bytes are images, too
-    with pytest.raises(ValueError, match="caption_column 'number': must hold texts or lists of texts, not int"):
+    assert len(CaptionedImages(pictures)) == 2  # bytes are also images
+    with pytest.raises(ValueError, match="caption_column 'number': must contain texts or lists of texts, not int"):
         CaptionedImages(pictures, caption_column="number")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_an_empty_dataset_is_told(streaming):
+def test_an_empty_dataset_is_refused(streaming):
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     rows = datasets.Dataset.from_dict({"image": [], "text": []}, features)
     if streaming:
@@ -124,7 +124,7 @@ def test_any_of_several_captions_counts(forms):
         open_dataset(**forms["lists"], forbidden_concepts=["again"])
 
 
-def test_a_part_is_drawn_from_the_seed(make_data, emoji):
+def test_max_train_samples_depends_on_the_seed(make_data, emoji):
     def part(**kwargs):
         data = make_data(max_train_samples=6, **kwargs)
         return [data.captions(place) for place in range(len(data))]
@@ -136,7 +136,7 @@ def test_a_part_is_drawn_from_the_seed(make_data, emoji):
     assert len(make_data(max_train_samples=6, forbidden_concepts=["style"])) == 6
 
 
-def test_fingerprint_is_of_the_content(forms, make_data, emoji):
+def test_the_fingerprint_depends_on_the_content_only(forms, make_data, emoji):
     fingerprints = {open_dataset(**forms[form]).fingerprint() for form in ("saved", "folder", "parquet", "tars")}
     assert fingerprints == {make_data().fingerprint()}
     picture = encoded(emoji[3][0].transpose(Image.Transpose.FLIP_LEFT_RIGHT))
@@ -150,7 +150,7 @@ def test_fingerprint_is_of_the_content(forms, make_data, emoji):
     assert len({data.fingerprint() for data in changed} | fingerprints) == 6
 
 
-def texts_beside(folder, emoji, count=3):
+def folder_with_texts(folder, emoji, count=3):
     """Pictures with a `.txt` file next to each, and one without."""
     folder.mkdir()
     for i, (image, caption) in enumerate(emoji[: count + 1]):
@@ -161,7 +161,7 @@ def texts_beside(folder, emoji, count=3):
 
 
 def img2dataset_folder(folder, emoji, form):
-    """Shards of two samples with a table and counts next to each; no download of the first shard succeeded."""
+    """The output of img2dataset: shards of two samples, each with a table and counts; the first has no picture."""
     folder.mkdir()
     for shard in range(3):
         numbers = range(2 * shard - 2, 2 * shard) if shard else range(0)
@@ -198,7 +198,7 @@ def img2dataset_folder(folder, emoji, form):
 @pytest.mark.parametrize("form", ["texts", "webdataset", "files", "parquet"])
 def test_folders_of_other_tools_need_no_options(form, streaming, emoji, tmp_path):
     folder = tmp_path / "data [1]"
-    texts_beside(folder, emoji, 4) if form == "texts" else img2dataset_folder(folder, emoji, form)
+    folder_with_texts(folder, emoji, 4) if form == "texts" else img2dataset_folder(folder, emoji, form)
     data = open_dataset(train_data_dir=str(folder), streaming=streaming, cache_dir=str(tmp_path / "cache"))
     found = [(image, captions) for image, captions in content(data) if captions]
     assert [captions for _, captions in found] == [[caption] for _, caption in emoji[:4]]
@@ -208,9 +208,11 @@ def test_folders_of_other_tools_need_no_options(form, streaming, emoji, tmp_path
         assert data.dropped == ({"without a caption": 1} if form == "texts" else {})
 
 
-@pytest.mark.parametrize("content, message", [(b"\xff\xfea", "must be text in UTF-8"), (b"a\0b", "holds a null char")])
+@pytest.mark.parametrize(
+    "content, message", [(b"\xff\xfea", "must be text in UTF-8"), (b"a\0b", "contains a null char")]
+)
 def test_a_caption_is_text(content, message, emoji, tmp_path):
-    texts_beside(tmp_path / "texts", emoji, 2)
+    folder_with_texts(tmp_path / "texts", emoji, 2)
     caption = min((tmp_path / "texts").glob("*.txt"))
     caption.write_bytes(content)
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
@@ -237,32 +239,35 @@ def test_splits_of_tar_files_are_kept(emoji, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_what_a_folder_holds_is_told_where_nothing_fits(streaming, emoji, tmp_path):
-    def told():
+def test_the_error_lists_the_files_of_a_folder_without_captions(streaming, emoji, tmp_path):
+    def message():
         with pytest.raises(ValueError) as error:
             open_dataset(train_data_dir=str(tmp_path / "data"), streaming=streaming, cache_dir=str(tmp_path / "cache"))
         return str(error.value)
 
     (tmp_path / "data").mkdir()
-    assert "no pictures with captions (metadata.csv, " in told() and told().endswith("the folder holds no files")
+    assert "no pictures with captions (metadata.csv, " in message() and message().endswith(
+        "the folder contains no files"
+    )
     emoji[0][0].save(tmp_path / "data" / "a.png")
     (tmp_path / "data" / "notes.md").write_text("")
-    assert told().endswith("the folder holds 1 .png (a.png) and 1 .md (notes.md)")
+    assert message().endswith("the folder contains 1 .png (a.png) and 1 .md (notes.md)")
     (tmp_path / "data" / "captions.csv").write_text("file,text\na.png,a\n")
     assert (
-        "image_column 'image': no such column; there are file, text; the folder holds 1 .png (a.png), 1 .csv" in told()
+        "image_column 'image': no such column; there are file, text; the folder contains 1 .png (a.png), 1 .csv"
+        in message()
     )
 
 
 @pytest.fixture
 def private(emoji, tmp_path):
-    return texts_beside(tmp_path / "private", emoji, 1)
+    return folder_with_texts(tmp_path / "private", emoji, 1)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 @pytest.mark.parametrize("name", ["../private/0.png", "{private}/0.png", "a/../../private/0.png"])
-def test_metadata_that_leads_out_of_its_folder_is_refused(name, kind, streaming, private, emoji, tmp_path):
+def test_metadata_does_not_lead_outside(name, kind, streaming, private, emoji, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     emoji[0][0].save(folder / "0.png")
@@ -271,13 +276,13 @@ def test_metadata_that_leads_out_of_its_folder_is_refused(name, kind, streaming,
         rows.to_csv(folder / "metadata.csv", index=False)
     else:
         rows.to_json(folder / "metadata.jsonl", orient="records", lines=True)
-    with pytest.raises(ValueError, match="private/0.png") as told:
+    with pytest.raises(ValueError, match="private/0.png") as error:
         open_dataset(train_data_dir=str(folder), streaming=streaming, cache_dir=str(tmp_path / "cache"))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_deep_json_is_told_before_its_reader_dies(streaming, emoji, tmp_path):
+def test_deeply_nested_json_is_refused(streaming, emoji, tmp_path):
     emoji[0][0].save(tmp_path / "0.png")
     text = json.dumps({"file_name": "0.png", "text": "DEEP"}).replace('"DEEP"', "[" * 20_000 + "]" * 20_000)
     (tmp_path / "metadata.jsonl").write_text(text)
@@ -292,8 +297,8 @@ def test_deep_json_is_told_before_its_reader_dies(streaming, emoji, tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("link", ["4.png", "0.txt", "folder", "0.tar", "0.parquet"])
-def test_links_that_lead_out_of_the_folder_are_refused(link, streaming, private, emoji, tmp_path):
-    folder = texts_beside(tmp_path / "data", emoji)
+def test_links_do_not_lead_outside(link, streaming, private, emoji, tmp_path):
+    folder = folder_with_texts(tmp_path / "data", emoji)
     (folder / link).unlink(missing_ok=True)
     (folder / link).symlink_to(private if link == "folder" else private / f"0.{'txt' if link == '0.txt' else 'png'}")
     with pytest.raises(ValueError, match=f"{link}' lies outside of {folder}; only files inside are read"):
@@ -305,8 +310,8 @@ def test_links_that_lead_out_of_the_folder_are_refused(link, streaming, private,
     "path",
     ["{private}/0.png", "file://{private}/0.png", "http://127.0.0.1:9/0.png", "zip://0.png::{private}/0.zip", "0.png"],
 )
-def test_paths_in_tables_that_lead_out_of_the_folder_are_refused(path, streaming, private, tmp_path, monkeypatch):
-    monkeypatch.chdir(private)  # where a relative path would be looked for
+def test_paths_in_tables_do_not_lead_outside(path, streaming, private, tmp_path, monkeypatch):
+    monkeypatch.chdir(private)  # where relative paths would be resolved
     (tmp_path / "data").mkdir()
     image = {"bytes": None, "path": path.format(private=private)}
     pd.DataFrame({"image": [image], "text": ["a"]}).to_parquet(tmp_path / "data" / "0.parquet")
@@ -317,11 +322,11 @@ def test_paths_in_tables_that_lead_out_of_the_folder_are_refused(path, streaming
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_links_inside_of_a_folder_and_archives_are_read(streaming, emoji, tmp_path):
-    """Also the folder of a download in the cache of the Hub, whose files are links to its blobs."""
+def test_links_inside_and_archives_are_read(streaming, emoji, tmp_path):
+    """The second folder is a snapshot in the cache of the Hub, whose files are links to blobs."""
     repository = tmp_path / "datasets--user--name"
     repository.mkdir()
-    texts_beside(repository / "blobs", emoji, 1)
+    folder_with_texts(repository / "blobs", emoji, 1)
     snapshot = repository / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
     for name in ("0.png", "0.txt"):

@@ -1,4 +1,4 @@
-"""Latents live and from the cache are the same, and those of the autoencoder; a cache is of one thing and whole."""
+"""Cached latents equal those that are encoded during training; a cache belongs to one model and one dataset."""
 
 import json
 import multiprocessing
@@ -50,7 +50,7 @@ def sd(make_families):
 
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch):
-    monkeypatch.setattr(latent_cache, "ROWS_A_FILE", 7)
+    monkeypatch.setattr(latent_cache, "ROWS_PER_FILE", 7)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-# --- what is in it ---------------------------------------------------------------------------------------------------
+# --- content ---------------------------------------------------------------------------------------------------------
 
 
 def test_cache_by_hand(make_cache, data, family, emoji):
@@ -127,7 +127,7 @@ def test_live_latents_by_hand(data, family):
     assert batch.captions == pictures.captions
 
 
-def test_models_that_are_told_of_sizes_get_the_pictures_own(make_cache, make_data, make_families):
+def test_sizes_of_the_pictures_are_part_of_the_conditioning_of_sdxl(make_cache, make_data, make_families):
     wide = encoded(Image.effect_noise((100, 50), 50).convert("RGB"))
     data, crop = make_data({0: wide}, count=1), Preprocessing(32, center_crop=True)
     xl = make_families["xl"]
@@ -135,8 +135,8 @@ def test_models_that_are_told_of_sizes_get_the_pictures_own(make_cache, make_dat
         assert source.batch(0, range(1)).conditioning["time_ids"].tolist() == [[50, 100, 0, 16, 32, 32]]
 
 
-def test_latents_are_drawn_anew_every_epoch(make_cache, make_data, sd):
-    sd.pipeline.vae.quant_conv.bias.data[4:] += 3  # as wide a posterior as none has
+def test_latents_are_sampled_again_in_every_epoch(make_cache, make_data, sd):
+    sd.pipeline.vae.quant_conv.bias.data[4:] += 3  # a very wide posterior
     try:
         source = CachedLatents(built(make_cache(make_data(count=1), sd, Preprocessing(32))), SEED, 1)
         first, second = (source.batch(step, range(1)).latents for step in range(2))
@@ -186,14 +186,14 @@ def test_unreadable_pictures_are_replaced_as_without_a_cache(make_cache, make_da
 
 @pytest.fixture
 def one_thread():
-    """A forked process would wait for its parent's OpenMP threads forever."""
+    """A forked process would wait for the OpenMP threads of its parent forever."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-def test_a_killed_build_goes_on(one_thread, make_cache, data, sd, tmp_path, monkeypatch):
+def test_a_killed_build_continues(one_thread, make_cache, data, sd, tmp_path, monkeypatch):
     whole = files(built(make_cache(data, sd, name="whole")).folder)
 
     def slowly(*args, encode=sd.encode_pictures):
@@ -217,7 +217,7 @@ def test_a_killed_build_goes_on(one_thread, make_cache, data, sd, tmp_path, monk
     )
     built(make_cache(data, sd))
     assert {name: content for name, content in files(folder).items() if ".partial" not in name} == whole
-    assert len(calls) < 2 * 9  # both sides of three batches a file
+    assert len(calls) < 2 * 9  # pictures and flipped pictures of three batches per file
 
 
 def test_processes_build_it_together(make_cache, data, sd, monkeypatch):
@@ -248,14 +248,14 @@ def test_processes_build_it_together(make_cache, data, sd, monkeypatch):
 
 
 STALE = {
-    "resolution": ({"preprocessing": Preprocessing(24, random_flip=True)}, "resolution 32 there, 24 here"),
-    "flips": ({"preprocessing": Preprocessing(32)}, "random_flip True there, False here"),
-    "mode": ({"preprocessing": Preprocessing(32, "bicubic", random_flip=True)}, "lanczos there, bicubic here"),
-    "crop": ({"preprocessing": Preprocessing(32, center_crop=True, random_flip=True)}, "center_crop False there"),
-    "rows": ({"count": 20}, r"data \w+ there, \w+ here, samples 24 there, 20 here"),
-    "captions": ({"changes": {3: "another"}}, r"data \w+ there, \w+ here\)"),
-    "tokenizer": ({"pad_token": "!"}, r"tokenizer \w+ there, \w+ here\)"),
-    "model": ({"model": 1}, r"vae \w+ there, \w+ here, text_encoder \w+ there, \w+ here\)"),
+    "resolution": ({"preprocessing": Preprocessing(24, random_flip=True)}, "resolution 32, not 24"),
+    "flips": ({"preprocessing": Preprocessing(32)}, "random_flip True, not False"),
+    "mode": ({"preprocessing": Preprocessing(32, "bicubic", random_flip=True)}, "lanczos, not bicubic"),
+    "crop": ({"preprocessing": Preprocessing(32, center_crop=True, random_flip=True)}, "center_crop False, not True"),
+    "rows": ({"count": 20}, r"data \w+, not \w+, samples 24, not 20"),
+    "captions": ({"changes": {3: "another"}}, r"data \w+, not \w+\)"),
+    "tokenizer": ({"pad_token": "!"}, r"tokenizer \w+, not \w+\)"),
+    "model": ({"model": 1}, r"vae \w+, not \w+, text_encoder \w+, not \w+\)"),
 }
 
 
@@ -265,7 +265,7 @@ def finished(make_cache, make_data, sd):
 
 
 @pytest.mark.parametrize("case", STALE)
-def test_the_cache_of_something_else_is_told(case, finished, make_cache, make_data, sd, make_tiny_pipeline):
+def test_a_cache_with_other_settings_is_refused(case, finished, make_cache, make_data, sd, make_tiny_pipeline):
     changes, message = STALE[case]
     before = files(finished.folder)
     other = make_family(make_tiny_pipeline(changes["model"]), 32) if "model" in changes else sd
@@ -273,17 +273,17 @@ def test_the_cache_of_something_else_is_told(case, finished, make_cache, make_da
         other = make_family(make_tiny_pipeline(), 32)
         other.pipeline.tokenizer.pad_token = changes["pad_token"]
     data = make_data(changes.get("changes"), changes.get("count", 24))
-    with pytest.raises(ValueError, match=f"cache_latents .*/cache: it was made of something else.*{message}") as told:
+    with pytest.raises(ValueError, match=f"cache_latents .*/cache: belongs to other settings.*{message}") as error:
         make_cache(data, other, changes.get("preprocessing", PREPROCESSING))
-    assert "\n" not in str(told.value) and files(finished.folder) == before
+    assert "\n" not in str(error.value) and files(finished.folder) == before
 
 
-def test_files_that_are_damaged_or_of_another_cache_are_told(finished, make_cache, make_data, sd, tmp_path):
+def test_damaged_files_and_files_of_another_cache_are_refused(finished, make_cache, make_data, sd, tmp_path):
     again = make_cache(finished.data, sd)
     path = finished.folder / "moments-00001.safetensors"
     other = built(make_cache(make_data(count=20), sd, name="other"))
     shutil.copy(other.folder / path.name, path)
-    with pytest.raises(ValueError, match="moments-00001.safetensors: is of another cache; delete it"):
+    with pytest.raises(ValueError, match="moments-00001.safetensors: belongs to another cache; delete it"):
         again.build(**BUILD)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="moments-00001.safetensors: cannot be read"):
@@ -292,12 +292,12 @@ def test_files_that_are_damaged_or_of_another_cache_are_told(finished, make_cach
     built(again)
 
 
-def test_what_cannot_be_cached_is_told(make_cache, make_data, sd, monkeypatch):
+def test_data_that_cannot_be_cached_is_refused(make_cache, make_data, sd, monkeypatch):
     with pytest.raises(ValueError, match="cache_latents: a stream cannot be cached; leave out --streaming"):
         make_cache(make_data(streaming=True), sd)
     wide = make_data({3: encoded(Image.new("RGB", (70, 64)))}, count=5)
     with pytest.raises(
-        ValueError, match="3.png has 70 x 64 pixels, and a random crop cannot be cached; give --center_crop"
+        ValueError, match="3.png has 70 x 64 pixels, and a random crop cannot be cached; also give --center_crop"
     ):
         make_cache(wide, sd).build(**BUILD)
     built(make_cache(wide, sd, Preprocessing(32, center_crop=True), name="center"))
@@ -306,11 +306,11 @@ def test_what_cannot_be_cached_is_told(make_cache, make_data, sd, monkeypatch):
         make_cache(make_data(), sd, name="full").build(**BUILD)
     monkeypatch.undo()
     monkeypatch.setattr(sd, "encode_pictures", lambda pixels, device: torch.full((len(pixels), 8, 4, 4), 1e6))
-    with pytest.raises(ValueError, match="moments has values that are not finite, or too big for torch.float16"):
+    with pytest.raises(ValueError, match="moments has values that are not finite, or too large for torch.float16"):
         make_cache(make_data(), sd, name="astray").build(**BUILD)
 
 
-def test_nothing_but_unreadable_pictures_is_told(make_cache, make_data, sd):
+def test_a_cache_without_readable_pictures_is_refused(make_cache, make_data, sd):
     cache = built(make_cache(make_data(dict.fromkeys(range(3), b"no picture"), count=3), sd))
     with pytest.raises(ValueError, match="100 pictures in a row cannot be read; 3 pictures cannot be read, the first"):
         CachedLatents(cache, SEED, SAMPLES_A_STEP).batch(0, range(1))

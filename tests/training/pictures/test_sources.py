@@ -1,4 +1,4 @@
-"""A sample is a function of its number, whoever loads it; a stream goes on where it was."""
+"""A sample is a function of its number, whichever process loads it; a stream continues after a stop."""
 
 import json
 from types import SimpleNamespace
@@ -72,7 +72,7 @@ def test_batches_and_workers_change_nothing(make, data, num_workers):
             assert torch.equal(part.pixel_values, whole[step].pixel_values[first : first + size])
 
 
-def test_what_is_decoded_ahead_is_what_is_asked_for(make, data, monkeypatch):
+def test_prefetched_pictures_are_those_of_the_next_batch(make, data, monkeypatch):
     loaded = []
     source = make(data, num_workers=2)
     load = source._load
@@ -83,7 +83,7 @@ def test_what_is_decoded_ahead_is_what_is_asked_for(make, data, monkeypatch):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_processes_decode_their_own_ahead(make, data, rank, monkeypatch):
+def test_processes_prefetch_their_own_samples(make, data, rank, monkeypatch):
     monkeypatch.setattr(pictures, "PartialState", lambda: SimpleNamespace(process_index=rank, num_processes=2))
     source = make_pictures(data, PREPROCESSING, SEED, 8)  # two batches of two a step
     following = source._following(0, range(2 * rank, 2 * rank + 2))
@@ -113,7 +113,7 @@ def test_unreadable_pictures_are_replaced_and_counted(make, make_data, data):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_nothing_but_unreadable_pictures_is_told(make, make_data, streaming):
+def test_data_without_readable_pictures_is_refused(make, make_data, streaming):
     source = make(make_data(dict.fromkeys(range(24), b"no picture"), streaming=streaming))
     with pytest.raises(ValueError, match="cannot be read|is left"):
         source.batch(0, range(SAMPLES_A_STEP))
@@ -161,7 +161,7 @@ def test_files_of_a_stream_are_shuffled(make_stream, emoji):
 
 
 @pytest.mark.parametrize(["form", "num_workers"], [("tars", 3), ("parquet", 0), ("folder", 0), ("saved", 3)])
-def test_a_resumed_stream_goes_on(form, num_workers, make_stream):
+def test_a_resumed_stream_continues(form, num_workers, make_stream):
     whole = steps(make_stream(form, shuffle_buffer=10), range(9))
     for stop in (1, 4, 7):  # in a block, at the end of one, in the second epoch
         stopped, resumed = (make_stream(form, shuffle_buffer=10, num_workers=num_workers) for _ in range(2))
@@ -196,7 +196,7 @@ def test_a_stream_counts_what_it_skips(make, make_data):
     assert set(skipped.dropped) == {"without a caption", "with a caption that names a forbidden concept"}
 
 
-def test_a_stream_of_which_nothing_is_left_is_told(make, make_data):
+def test_a_stream_without_usable_rows_is_refused(make, make_data):
     source = make(make_data(streaming=True, forbidden_concepts=["a", "an"], count=3))
     with pytest.raises(
         ValueError, match="no picture of the stream is left; dropped: . rows with a caption that names"
@@ -204,10 +204,10 @@ def test_a_stream_of_which_nothing_is_left_is_told(make, make_data):
         source.batch(0, range(1))
 
 
-def test_a_stream_of_other_processes_is_told(make_stream):
+def test_a_stream_needs_the_same_number_of_processes(make_stream):
     state = make_stream().state_dict()
     state["streams"] *= 2
-    with pytest.raises(ValueError, match="resume_from_checkpoint: .* 2 there, 1 here"):
+    with pytest.raises(ValueError, match="resume_from_checkpoint: .* 2 then, 1 now"):
         make_stream().load_state_dict(state)
 
 

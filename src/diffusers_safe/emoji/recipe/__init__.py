@@ -1,4 +1,4 @@
-"""Trains the embedded models and their judges from nothing but the sprites.
+"""Training of the embedded models and their judges from the sprites.
 
-`python -m diffusers_safe.emoji.recipe --help` has the stages and settings.
+`python -m diffusers_safe.emoji.recipe --help` lists the stages and settings.
 """

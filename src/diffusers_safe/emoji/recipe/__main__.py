@@ -1,23 +1,23 @@
-"""Trains embedded models and their judges from nothing but the sprites. On a CPU it takes many hours:
+"""Trains the embedded models and their judges from the sprites. On a CPU this takes many hours:
 
     python -m diffusers_safe.emoji.recipe --output_dir runs/emoji
 
-The model that ships today was made by an earlier recipe (its card says how); this one has not been run to its end yet.
-It can be stopped at any moment and run again: it continues from its newest checkpoint. `--stages` limits it to some of
-its stages: once the autoencoder is trained, `unet` and `transformer` may run at the same time, a process each, and the
-judges at any time. Each stage runs in one process. Never compile the autoencoder (docs/architecture.md).
+The model that ships today was made by an earlier recipe, which its card describes; this recipe has not been run to its
+end yet. It can be stopped at any time; the same command continues from the newest checkpoint. `--stages` selects
+stages: once the autoencoder is trained, `unet` and `transformer` may run at the same time, in a process each, and the
+judges at any time. Each stage runs in a single process. Do not compile the autoencoder (docs/architecture.md).
 """
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
 
-from ...arguments import exit_with_error, parse_dataclass, typed
+from ...arguments import exit_with_error, option, parse_dataclass, required, typed
 from ...formats import written_aside
 from ...output_folders import check_output_dir
 from ...provenance import fingerprint
@@ -37,34 +37,26 @@ STAGES = ("judge", "second_judge", "autoencoder", "unet", "transformer", "assemb
 @typed
 @dataclass
 class RecipeArguments:
-    output_dir: str = field(metadata={"help": "Folder for checkpoints, caches and the finished models."})
-    stages: list[str] = field(default_factory=lambda: list(STAGES), metadata={"help": f"Any of {', '.join(STAGES)}."})
-    num_pictures: int = field(default=48000, metadata={"help": "Pictures rendered once and reused by every stage."})
-    judge_steps: int = field(default=4000, metadata={"help": "Steps of 64 pictures, of each judge."})
-    autoencoder_steps: int = field(default=6000, metadata={"help": "Steps of 16 pictures."})
-    unet_coarse_steps: list[int] = field(
-        default_factory=lambda: [3000], metadata={"help": "Steps of 64 latents of half the size, of each round."}
+    output_dir: str = required("Folder for checkpoints, caches and the finished models.")
+    stages: list[str] = option(list(STAGES), f"Stages to run: {', '.join(STAGES)}.", STAGES)
+    num_pictures: int = option(
+        48000, "Number of pictures, which are rendered once and used by all stages.", at_least=1
     )
-    unet_steps: list[int] = field(
-        default_factory=lambda: [4000, 6000], metadata={"help": "Steps of 32 pictures, of each round that follows."}
+    judge_steps: int = option(4000, "Steps of each judge, with batch size 64.", at_least=1)
+    autoencoder_steps: int = option(6000, "Steps of the autoencoder, with batch size 16.", at_least=1)
+    unet_coarse_steps: list[int] = option(
+        [3000], "Steps of each round on latents of half the size, with batch size 64."
     )
-    transformer_steps: list[int] = field(
-        default_factory=lambda: [4000, 6000, 8000], metadata={"help": "Steps of 32 pictures, of each round."}
-    )
-    checkpoint_minutes: float = field(default=5.0, metadata={"help": "Minutes between two checkpoints of a stage."})
-    seed: int = field(default=0, metadata={"help": "Seed of pictures, batches, noise and initial weights."})
+    unet_steps: list[int] = option([4000, 6000], "Steps of each following round, with batch size 32.")
+    transformer_steps: list[int] = option([4000, 6000, 8000], "Steps of each round, with batch size 32.")
+    checkpoint_minutes: float = option(5.0, "Minutes between checkpoints.", at_least=0)
+    seed: int = option(0, "Seed of pictures, batches, noise and initial weights.", at_least=0, below=2**32)
 
     def __post_init__(self):
-        if unknown := [stage for stage in self.stages if stage not in STAGES]:
-            raise ValueError(f"--stages {' '.join(unknown)}: unknown; allowed are {', '.join(STAGES)}")
-        for name, value in vars(self).items():
-            numbers = value if isinstance(value, list) else [value]
-            if name.endswith(("_pictures", "_steps")) and min(numbers, default=0) < 1:
-                raise ValueError(f"--{name} {value}: must be at least 1")
-        if not self.checkpoint_minutes >= 0:
-            raise ValueError(f"--checkpoint_minutes {self.checkpoint_minutes}: must be at least 0")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed {self.seed}: must be at least 0 and less than 2**32")
+        for name in ("unet_coarse_steps", "unet_steps", "transformer_steps"):
+            steps = getattr(self, name)
+            if min(steps, default=0) < 1:
+                raise ValueError(f"{name} {steps}: must be at least one number, each at least 1")
 
 
 def main(args: RecipeArguments) -> None:
@@ -151,9 +143,9 @@ def _save(pipeline, folder: Path, text_encoders: list[str]) -> Path:
     with written_aside(folder) as aside:
         pipeline.to(dtype=torch.float16).save_pretrained(aside, safe_serialization=True)
         for name in text_encoders:
-            # transformers would load its part in the dtype noted here, diffusers loads in float32: they must agree.
+            # transformers loads with the dtype of the config, diffusers with float32; they must agree.
             _edit_config(aside / name, lambda config: {**config, "dtype": "float32"})
-        # Where the autoencoder came from is a path of this machine.
+        # The name of the autoencoder is a path on this machine.
         _edit_config(aside / "vae", lambda config: {k: v for k, v in config.items() if k != "_name_or_path"})
     pipeline.to(dtype=torch.float32)
     return folder

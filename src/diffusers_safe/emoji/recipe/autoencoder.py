@@ -1,4 +1,4 @@
-"""The autoencoder that both embedded models share."""
+"""Training of the autoencoder, which both embedded models share."""
 
 import numpy as np
 import torch
@@ -12,12 +12,12 @@ from .stage import Round, Stage
 
 
 class AutoencoderLoss(nn.Module):
-    """Errors of pixels and of their differences to the neighbours, and a weak pull of the latents to a unit normal.
+    """Reconstruction errors of pixels and of their differences to neighbouring pixels, and a weak KL term.
 
-    Latents that are averaged over 2 x 2 places must decode to the picture at half its size (Skorokhodov et al.,
-    arXiv 2502.14831): without it high frequencies of the latents carry what low ones could, and a diffusion model
-    learns them last. The posterior starts narrow (standard deviation 0.08): with the usual 1 the decoder sees only
-    noise at first, and the latents collapse.
+    Latents that are averaged over 2 x 2 positions must decode to the picture at half its size (Skorokhodov et al.,
+    arXiv 2502.14831). Otherwise high frequencies of the latents carry information that low frequencies could, and a
+    diffusion model learns them last. The posterior starts narrow (standard deviation 0.08). With the usual 1 the
+    decoder only sees noise at first, and the latents collapse.
     """
 
     def __init__(self, autoencoder: AutoencoderKL, kl_weight: float = 1e-4, half_size_weight: float = 0.25):
@@ -26,7 +26,7 @@ class AutoencoderLoss(nn.Module):
         nn.init.constant_(autoencoder.quant_conv.bias[LATENT_CHANNELS:], -5.0)
 
     def forward(self, pictures: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Pictures `(B, 3, 64, 64)` in [-1, 1] and normal noise of the latents' shape to the loss."""
+        """The loss for pictures `(B, 3, 64, 64)` in [-1, 1] and normal noise of the shape of the latents."""
         posterior = self.autoencoder.encode(pictures).latent_dist
         mean, std = posterior.mean.float(), posterior.std.float()
         latents = mean + std * noise
@@ -38,13 +38,13 @@ class AutoencoderLoss(nn.Module):
 
 
 def restoration_error(restored: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
-    """Absolute and squared error of pixels, and the absolute error of their differences to the neighbours."""
+    """Absolute and squared error of pixels, and absolute error of their differences to neighbouring pixels."""
     edges = sum((restored.diff(dim=dim) - pictures.diff(dim=dim)).abs().mean() for dim in (2, 3))
     return (restored - pictures).abs().mean() + (restored - pictures).square().mean() + 0.5 * edges
 
 
 def autoencoder_stage(pictures: np.ndarray, steps: int, learning_rate: float) -> Stage:
-    """Trains on pictures `(N, 64, 64, 3)`, `uint8`, in bfloat16."""
+    """The stage that trains the autoencoder on pictures `(N, 64, 64, 3)`, `uint8`."""
 
     def make_batch(rng, size):
         batch = to_tensor(pictures[np.sort(rng.integers(len(pictures), size=size))]) * 2 - 1

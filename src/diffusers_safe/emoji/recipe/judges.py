@@ -1,4 +1,4 @@
-"""The two judges, trained on renders only: what an autoencoder or a generator makes of a picture they never see."""
+"""Training of the two judges on rendered pictures only, not on outputs of an autoencoder or a generator."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from ..scenes import draw_scene
 from .stage import Round, Stage
 
 
-NOTHING_SHARE = 0.15  # of the pictures show no object
+NOTHING_SHARE = 0.15  # share of the pictures without a recognisable object
 
 
 class ClassifierLoss(nn.Module):
@@ -28,7 +28,7 @@ class ClassifierLoss(nn.Module):
 
 
 def judge_stage(steps: int, learning_rate: float) -> Stage:
-    """The judge of the evaluations. It knows the drawings that the models are trained on."""
+    """The judge of the evaluations, trained on the artwork of the embedded models."""
     return Stage(
         "judge",
         ClassifierLoss(EmojiClassifier()),
@@ -39,7 +39,7 @@ def judge_stage(steps: int, learning_rate: float) -> Stage:
 
 
 def second_judge_stage(steps: int, learning_rate: float) -> Stage:
-    """The check on the first: another network, another input size, and other artists' drawings as well."""
+    """The judge that checks the first one: another architecture, another input size, and additional artwork."""
     return Stage(
         "second_judge",
         ClassifierLoss(SecondEmojiClassifier()),
@@ -50,7 +50,7 @@ def second_judge_stage(steps: int, learning_rate: float) -> Stage:
 
 
 def judge_batch(rng: np.random.Generator, size: int, artwork: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Pictures `(size, 3, 64, 64)` in [0, 1], augmented, and the class of each for every head (-1: not asked)."""
+    """Augmented pictures `(size, 3, 64, 64)` in [0, 1], and their classes for each head (-1: ignored)."""
     scenes = [draw_scene(rng, hold_out=False) for _ in range(size)]
     rendered = [np.asarray(render(scene, artwork[rng.integers(len(artwork))])) for scene in scenes]
     pictures, labels = to_tensor(np.stack(rendered)), scene_labels(scenes)
@@ -64,7 +64,7 @@ def judge_batch(rng: np.random.Generator, size: int, artwork: tuple[str, ...]) -
 
 
 def augment(pictures: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Changes that leave what is shown: colour gains, a blur or sharpening of up to a pixel, noise."""
+    """Augmentations that keep the content: color gains, a blur or sharpening of up to a pixel, noise."""
     size = len(pictures)
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
@@ -78,30 +78,30 @@ def augment(pictures: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 
 
 def ruin(picture: torch.Tensor, other: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """A picture `(3, 64, 64)` on which nobody could name an object, as failed generations look."""
+    """A picture `(3, 64, 64)` without a recognisable object, similar to failed generations."""
     kind = rng.integers(5)
     if kind == 0:  # tiles of 16 pixels, shuffled
         tiles = picture.unfold(1, 16, 16).unfold(2, 16, 16).reshape(3, 16, 16, 16)
         tiles = tiles[:, torch.from_numpy(rng.permutation(16))]
         return tiles.reshape(3, 4, 4, 16, 16).permute(0, 1, 3, 2, 4).reshape(3, 64, 64)
-    if kind == 1:  # an empty ground: the picture's own corners, blurred together
+    if kind == 1:  # an empty background: the interpolated corners of the picture
         return F.interpolate(picture[None, :, ::63, ::63], (64, 64), mode="bilinear")[0]
-    if kind == 2:  # two objects through each other
+    if kind == 2:  # two objects blended
         other = other.flip(1) if rng.random() < 0.5 else other.roll(20, dims=2)
         return F.avg_pool2d((0.5 * picture + 0.5 * other)[None], 9, 1, 4, count_include_pad=False)[0]
-    if kind == 3:  # melted: every place shows what is up to 20 pixels away
+    if kind == 3:  # distorted: pixels are moved by up to 20 pixels
         shift = torch.from_numpy(rng.standard_normal((1, 2, 8, 8), dtype=np.float32))
         shift = F.interpolate(shift, (64, 64), mode="bicubic").permute(0, 2, 3, 1) * rng.uniform(0.4, 0.7)
         grid = F.affine_grid(torch.eye(2, 3)[None], (1, 3, 64, 64), align_corners=False)
         return F.grid_sample(picture[None], grid + shift, padding_mode="border", align_corners=False)[0]
-    # a blob in the object's colours, with rows of it out of place
+    # a blob in the colors of the object, with shuffled rows
     blob = F.interpolate(F.avg_pool2d(picture[None], 8), (64, 64), mode="bicubic")[0].clamp(0, 1)
     rows = torch.from_numpy(rng.permutation(8)).repeat_interleave(8)
     return 0.5 * blob + 0.5 * blob[:, rows]
 
 
 def refresh_batch_norm(classifier: EmojiClassifier, artwork: tuple[str, ...], seed: int, batches: int = 40) -> None:
-    """The running statistics belong to the last weights; compute them again for the averaged ones."""
+    """Recomputes the running statistics for the averaged weights, because they belong to the last weights."""
     layers = [layer for layer in classifier.modules() if isinstance(layer, nn.BatchNorm2d)]
     for layer in layers:
         layer.reset_running_stats()

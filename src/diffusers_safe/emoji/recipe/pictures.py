@@ -1,4 +1,4 @@
-"""What the stages train on: pictures that are rendered once, and their latents."""
+"""Training data of the stages: pictures that are rendered once, and their latents."""
 
 import math
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..scenes import Scene, draw_caption, draw_scene
 
 
 def load_pictures(output_dir: str | Path, count: int, seed: int) -> tuple[np.ndarray, list[Scene]]:
-    """The training pictures `(count, 64, 64, 3)` and their scenes; rendered once, kept on disk."""
+    """The training pictures `(count, 64, 64, 3)` and their scenes, rendered once and stored on disk."""
     path = Path(output_dir) / "cache" / f"pictures-{seed}-{count}.npy"
     if path.exists():
         return np.load(path, mmap_mode="r"), [draw_scene(np.random.default_rng([seed, i])) for i in range(count)]
@@ -31,7 +31,7 @@ def load_pictures(output_dir: str | Path, count: int, seed: int) -> tuple[np.nda
 
 @torch.inference_mode()
 def encode_pictures(output_dir: str | Path, autoencoder: AutoencoderKL, pictures: np.ndarray, seed: int) -> np.ndarray:
-    """Mean and standard deviation of every picture's latent, `(N, 2 * channels, 16, 16)` float16; kept on disk."""
+    """Mean and standard deviation of the latents, `(N, 2 * channels, 16, 16)` float16, stored on disk."""
     path = Path(output_dir) / "cache" / f"latents-{fingerprint(autoencoder)}-{seed}-{len(pictures)}.npy"
     if path.exists():
         return np.load(path, mmap_mode="r")
@@ -44,12 +44,12 @@ def encode_pictures(output_dir: str | Path, autoencoder: AutoencoderKL, pictures
 
 
 class CaptionedLatents:
-    """Training samples of a denoiser: normalised latents, and captions as token numbers.
+    """Training samples of a denoiser: normalised latents and tokenized captions.
 
     Args:
-        moments (`np.ndarray`): Of [`encode_pictures`].
-        scenes (`list[Scene]`): What the pictures show.
-        tokenizer (`CLIPTokenizer`): Of the captions.
+        moments (`np.ndarray`): Output of [`encode_pictures`].
+        scenes (`list[Scene]`): Scenes of the pictures.
+        tokenizer (`CLIPTokenizer`): Tokenizer of the captions.
         scaling_factor (`float`), shift_factor (`float`): As in the autoencoder's config.
     """
 
@@ -80,12 +80,12 @@ class CaptionedLatents:
 
 
 def stratified(rng: np.random.Generator, size: int) -> np.ndarray:
-    """`size` numbers in [0, 1), one in each of as many equal parts: less noise in a loss than independent ones."""
+    """`size` numbers in [0, 1), one in each of `size` equal intervals, which reduces the variance of a loss."""
     return (rng.permutation(size) + rng.random(size)) / size
 
 
 def latent_statistics(moments: np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation over all values of latents (SD's `scaling_factor` is 1 / standard deviation)."""
+    """Mean and standard deviation of all values of the latents; the `scaling_factor` is 1 / standard deviation."""
     mean, std = (part.astype(np.float64) for part in np.split(moments[:4096], 2, axis=1))
     return float(mean.mean()), math.sqrt(mean.var() + np.square(std).mean())
 

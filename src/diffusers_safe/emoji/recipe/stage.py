@@ -1,4 +1,4 @@
-"""One stage of the recipe: a module that is trained to its end, through any number of stops and machines."""
+"""A stage of the recipe: trains one module with checkpoints, so that it can be stopped and moved to other machines."""
 
 import json
 import time
@@ -27,9 +27,10 @@ class Round:
     """A part of a stage.
 
     Args:
-        steps (`int`): Optimizer steps.
-        batch_size (`int`): Samples a step.
-        make_batch (`Callable`): `(rng, size) -> dict`, the module's arguments; a function of the generator alone.
+        steps (`int`): Number of optimizer steps.
+        batch_size (`int`): Number of samples per step.
+        make_batch (`Callable`): Function `(rng, size) -> dict` that returns the arguments of the module. It must
+            depend on the generator only.
     """
 
     steps: int
@@ -39,20 +40,20 @@ class Round:
 
 @dataclass
 class Stage:
-    """A trainable module and how it is trained.
+    """A trainable module and its training settings.
 
     Args:
-        name (`str`): Its folder, and part of the seed of its batches.
-        module (`nn.Module`): Its forward takes what `make_batch` returns and gives the loss.
-        rounds (`list[Round]`): Each starts from the averaged weights of the one before, with a new optimizer; what it
-            hands on is one small file, so that a long training can go on on another machine. In the last round the
-            learning rate falls to zero.
-        learning_rate (`float`): Peak of the learning rate (AdamW).
-        ema_decay (`float`): Of the average of the weights, which is the result.
-        mixed_precision (`str`, defaults to `"no"`): `"bf16"` if matrices are large enough to gain by it on a device
-            that computes in bfloat16; elsewhere it is not used.
-        identity (`dict`): What else the result depends on, such as a fingerprint of its data. A run that was begun
-            with other values is not continued.
+        name (`str`): Name of the folder; also part of the seed of its batches.
+        module (`nn.Module`): Its forward takes the output of `make_batch` and returns the loss.
+        rounds (`list[Round]`): Parts of the training. Each starts from the averaged weights of the previous one with a
+            new optimizer. Its result is a single small file, so that a long training can continue on another machine.
+            In the last round the learning rate decays to zero.
+        learning_rate (`float`): Peak learning rate of AdamW.
+        ema_decay (`float`, defaults to 0.999): Decay of the EMA of the weights, which is the result.
+        mixed_precision (`str`, defaults to `"no"`): `"bf16"` if the matrices are large enough to benefit from it. It
+            is only used on devices with bfloat16 instructions.
+        identity (`dict`, *optional*): Other values that the result depends on, such as a fingerprint of the data. A
+            run with other values is not continued.
     """
 
     name: str
@@ -65,21 +66,21 @@ class Stage:
 
 
 def learning_rate_factor(step: int, steps: int, last: bool = True, warmup: int = 200, decay: float = 0.4) -> float:
-    """Warm-up, then constant; in the last round a straight line to zero over the last `decay` of its steps."""
+    """Warm-up, then constant. In the last round, linear decay to zero over the last share `decay` of the steps."""
     return min(1.0, (step + 1) / warmup, max(0.0, (steps - step) / (steps * decay)) if last else 1.0)
 
 
 def train_stage(stage: Stage, output_dir: str | Path, seed: int = 0, checkpoint_minutes: float = 5.0) -> nn.Module:
-    """Trains a stage to its end: reads its finished rounds, and goes on from the newest checkpoint of the next.
+    """Trains a stage: loads its finished rounds and continues from the newest checkpoint of the next round.
 
-    Each batch is a function of (seed, name, round, step), so a stopped run continues as if it had not stopped.
+    Each batch is a function of (seed, name, round, step), so a stopped run continues with the same batches.
 
     Returns:
         `nn.Module`: `stage.module` with its averaged weights, on the CPU, rounded to float16.
 
     Raises:
-        `ValueError`: If the folder holds a run of other settings, another process is at work there, or there are
-            several processes.
+        `ValueError`: If the folder contains a run with other settings, another process uses it, or there are several
+            processes.
     """
     folder = Path(output_dir) / stage.name
     with claimed(folder):
@@ -116,7 +117,7 @@ def _train_round(stage: Stage, folder: Path, number: int, seed: int, checkpoint_
         first = checkpoint_step(checkpoints[-1])
         if first > steps:
             raise ValueError(
-                f"{folder}: its newest checkpoint is of step {first}, later than {steps}, the round's last"
+                f"{folder}: its newest checkpoint is of step {first}, but the round has only {steps} steps"
             )
         accelerator.load_state(str(checkpoints[-1]))
 
@@ -153,14 +154,14 @@ def _train_round(stage: Stage, folder: Path, number: int, seed: int, checkpoint_
 
 
 def computes_in_bfloat16() -> bool:
-    """Whether this machine gains by bfloat16: a GPU, or a CPU with instructions for it."""
+    """Whether this machine has a GPU, or a CPU with bfloat16 instructions."""
     return torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def _check_same_run(folder: Path, stage: Stage, this: Round, steps: int | None, seed: int) -> None:
-    mine = {
+    settings = {
         "seed": seed,
-        "steps": steps,  # of a round in which the learning rate depends on them
+        "steps": steps,  # only if the learning rate depends on them
         "learning_rate": stage.learning_rate,
         "batch_size": this.batch_size,
         "ema_decay": stage.ema_decay,
@@ -169,8 +170,8 @@ def _check_same_run(folder: Path, stage: Stage, this: Round, steps: int | None, 
     }
     path = folder / "settings.json"
     if not path.exists():
-        write_text(path, json.dumps(mine, indent=2) + "\n")
-    theirs = json.loads(path.read_text(encoding="utf-8"))
-    if changed := [name for name in {**theirs, **mine} if mine.get(name) != theirs.get(name)]:
-        differences = ", ".join(f"{name} {theirs.get(name)} there, {mine.get(name)} here" for name in changed)
-        raise ValueError(f"{folder}: holds a run with other settings ({differences}); give another --output_dir")
+        write_text(path, json.dumps(settings, indent=2) + "\n")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if changed := [name for name in {**found, **settings} if settings.get(name) != found.get(name)]:
+        differences = ", ".join(f"{name} {found.get(name)}, not {settings.get(name)}" for name in changed)
+        raise ValueError(f"{folder}: contains a run with other settings ({differences}); give another --output_dir")

@@ -1,4 +1,4 @@
-"""The transformer of the flow-matching model, and its three text encoders."""
+"""Training of the flow-matching transformer and its three text encoders."""
 
 import numpy as np
 import torch
@@ -16,16 +16,16 @@ from .pictures import CaptionedLatents, stratified
 from .stage import Batch, Round, Stage
 
 
-SHORT_LENGTH = 24  # tokens of T5 that hold every caption
+SHORT_LENGTH = 24  # tokens of T5, enough for every caption
 STOCK_LENGTH = 256  # the pipeline's default `max_sequence_length`
-T5_LEFT_OUT = 0.3  # share of samples
+T5_DROPOUT = 0.3  # share of samples without T5
 
 
 class TransformerLoss(nn.Module):
     """Rectified flow (Esser et al., arXiv 2403.03206): the transformer predicts noise - latents at
     (1 - sigma) latents + sigma noise. Its text encoders are trained with it.
 
-    Where T5 is left out its states are zeros, as in a pipeline without that encoder.
+    If T5 is dropped, its states are zeros, as in a pipeline without this encoder.
     """
 
     def __init__(self, clip_encoders: list[nn.Module], t5_encoder: nn.Module, transformer: nn.Module):
@@ -58,10 +58,11 @@ class TransformerLoss(nn.Module):
 
 
 def transformer_stage(data: CaptionedLatents, rounds: list[int], learning_rate: float, identity: dict) -> Stage:
-    """Noise levels are logit-normal around sigma 0.73, higher than SD3's: content is decided there.
+    """The stage that trains the transformer.
 
-    One step in thirty pads T5's tokens as the stock pipeline does, the others as far as captions reach: a third of
-    the tokens.
+    Noise levels are logit-normal around sigma 0.73, higher than in SD3, because they determine the content. One step
+    in thirty pads the tokens of T5 as the stock pipeline does. The others pad them to `SHORT_LENGTH`, which leaves a
+    third of all tokens.
     """
     t5_tokenizer = build_t5_tokenizer()
 
@@ -76,7 +77,7 @@ def transformer_stage(data: CaptionedLatents, rounds: list[int], learning_rate: 
             **batch,
             "sigmas": (1.0 + 1.2 * normal).sigmoid().float(),
             "t5_input_ids": t5_tokens.input_ids,
-            "t5_kept": torch.from_numpy(rng.random(size) >= T5_LEFT_OUT).float(),
+            "t5_kept": torch.from_numpy(rng.random(size) >= T5_DROPOUT).float(),
         }
 
     return Stage(

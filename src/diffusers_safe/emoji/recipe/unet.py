@@ -1,4 +1,4 @@
-"""The UNet of the diffusion model, and its text encoder."""
+"""Training of the UNet of the diffusion model and its text encoder."""
 
 import numpy as np
 import torch
@@ -12,11 +12,11 @@ from .stage import Batch, Round, Stage
 
 
 class UNetLoss(nn.Module):
-    """Epsilon prediction of the UNet, its text encoder trained with it.
+    """Epsilon prediction of the UNet; the text encoder is trained with it.
 
-    Weighted by 1 / alphas_cumprod, which is the loss of v-prediction (Salimans and Ho, arXiv 2202.00512). In 16 x 16
-    latents what a picture shows is decided at the highest noise levels; there the plain loss hardly depends on the
-    caption, and the model would learn it last.
+    The loss is weighted by 1 / alphas_cumprod, which makes it the loss of v-prediction (Salimans and Ho,
+    arXiv 2202.00512). The content of 16 x 16 latents is determined at the highest noise levels. There the unweighted
+    loss hardly depends on the caption, and the model would learn the content last.
     """
 
     def __init__(self, text_encoder: nn.Module, unet: nn.Module):
@@ -39,9 +39,9 @@ class UNetLoss(nn.Module):
 def unet_stage(
     data: CaptionedLatents, coarse_rounds: list[int], rounds: list[int], learning_rate: float, identity: dict
 ) -> Stage:
-    """Rounds in latents of half the size, a quarter of the places, then rounds in whole latents.
+    """The stage that trains the UNet: rounds on latents of half the size, then rounds on full latents.
 
-    Half of the timesteps lie above 750, where the caption matters.
+    Half of the timesteps are above 750, where the caption matters.
     """
 
     def make_batch(rng: np.random.Generator, size: int) -> Batch:
@@ -71,6 +71,6 @@ def unet_stage(
 
 
 def half_size(latents: torch.Tensor) -> torch.Tensor:
-    """The low frequencies, `(B, C, H, W)` to `(B, C, H / 2, W / 2)`. Scaled so that normal noise stays normal noise:
-    a timestep hides as much of the content as in whole latents."""
+    """The low frequencies: `(B, C, H, W)` to `(B, C, H / 2, W / 2)`. The scale keeps unit-normal noise unit-normal, so
+    that a timestep hides as much of the content as in full latents."""
     return 2 * F.avg_pool2d(latents, 2)

@@ -1,4 +1,4 @@
-"""Makes the sprites in the folders beside this file. Needs the artwork only here, never for its users.
+"""Creates the sprites in the folders next to this file. Only this script needs the artwork.
 
 apt-get install fonts-noto-color-emoji
 python make_sprites.py noto /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
@@ -19,7 +19,7 @@ from diffusers_safe.emoji.scenes import EMOJI
 
 
 SIZE = 64
-BITMAP_SIZE = 109  # the only size of the font's bitmaps
+BITMAP_SIZE = 109  # the only bitmap size of the font
 
 
 def glyph(character: str, font: ImageFont.FreeTypeFont) -> Image.Image:
@@ -44,7 +44,7 @@ def vector_icon(character: str, package: Path) -> Image.Image:
 
 
 def fit(image: Image.Image) -> Image.Image:
-    """Cut to what is drawn, in the middle of a square of 64 pixels."""
+    """Crops an image to its content and centers it in a square of 64 pixels."""
     drawn = image.crop(image.getbbox())
     side = max(drawn.size)
     square = Image.new("RGBA", (side, side))

@@ -1,9 +1,10 @@
-"""The data of distillation: captioned pictures of any source, as latents and text states, live or from a cache."""
+"""The training data of distillation: captioned pictures from any source, encoded during training or from a cache."""
 
-from .dataset import CaptionedImages, open_dataset
+from .dataset import CaptionedImages
 from .images import INTERPOLATION_MODES, Preprocessing
 from .latent_cache import LatentCache
 from .latents import CachedLatents, EncodedLatents, LatentBatch, LatentSource
+from .loading import open_dataset
 from .sources import PictureBatch, PictureSource, Skipped, make_pictures
 
 

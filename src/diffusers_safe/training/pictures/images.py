@@ -1,4 +1,4 @@
-"""From the file of a picture to the tensor that the autoencoder takes."""
+"""Decoding of image files and preprocessing to the tensors that the autoencoder takes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,17 +18,17 @@ INTERPOLATION_MODES = {
     "bicubic": Image.Resampling.BICUBIC,
     "nearest": Image.Resampling.NEAREST,
 }
-MAX_ASPECT_RATIO = 32  # a ribbon, once its short side is enlarged, would fill the memory
+MAX_ASPECT_RATIO = 32  # resizing the shorter side of narrower pictures would fill the memory
 
 
 def decode_image(value: Any) -> Image.Image:
-    """A picture as `datasets.Image(decode=False)` stores it (`path` or `bytes`), as [`to_rgb`] makes it.
+    """Decodes an image as `datasets.Image(decode=False)` stores it (`path` or `bytes`) with [`to_rgb`].
 
     Raises:
-        `UnreadableImage`: If it cannot be decoded, for whatever reason.
+        `UnreadableImage`: If it cannot be decoded for any reason.
     """
     if value is None:
-        raise UnreadableImage("there is none")
+        raise UnreadableImage("the image is missing")
     with reading_image():
         image = to_rgb(datasets.Image().decode_example(value))
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
@@ -38,12 +38,12 @@ def decode_image(value: Any) -> Image.Image:
 
 @dataclass
 class Picture:
-    """One picture as it is trained.
+    """A preprocessed picture.
 
     Attributes:
         pixel_values (`torch.Tensor`): `(3, resolution, resolution)`, float32, in [-1, 1].
-        original_size (`tuple[int, int]`): Height and width of the file's picture, upright.
-        crop_top_left (`tuple[int, int]`): Where the crop begins in the resized picture, before it is flipped.
+        original_size (`tuple[int, int]`): Height and width of the upright picture before resizing.
+        crop_top_left (`tuple[int, int]`): Offset of the crop in the resized picture, before flipping.
     """
 
     pixel_values: torch.Tensor
@@ -53,16 +53,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resizes the shorter side to `resolution`, cuts out a square, and flips it, as diffusers' `train_text_to_image`.
+    """Resizes the shorter side to `resolution`, crops a square and flips it, as diffusers' `train_text_to_image.py`.
 
-    Attributes:
-        resolution (`int`): Height and width of the result, in pixels.
+    Args:
+        resolution (`int`): Height and width of the result in pixels.
         image_interpolation_mode (`str`, defaults to `"lanczos"`): A key of `INTERPOLATION_MODES`.
-        center_crop (`bool`, defaults to `False`): Cut out the middle; a random square otherwise.
-        random_flip (`bool`, defaults to `False`): Flip every other picture left to right.
+        center_crop (`bool`, defaults to `False`): Whether to crop the center instead of a random square.
+        random_flip (`bool`, defaults to `False`): Whether to flip a picture horizontally with probability 0.5.
 
     Raises:
-        `ValueError`: If the mode is unknown, or the resolution less than 1.
+        `ValueError`: If the mode is unknown or the resolution is less than 1.
     """
 
     resolution: int
@@ -77,14 +77,14 @@ class Preprocessing:
             raise ValueError(f"resolution {self.resolution}: must be at least 1")
 
     def __call__(self, image: Image.Image, generator: torch.Generator) -> Picture:
-        """The crop is drawn first, if there is a choice, then the flip."""
+        """Crops and flips. The generator samples the crop first, if it is random, and then the flip."""
         picture = self.crop(image, generator)
         if self.draw_flip(generator):
             picture.pixel_values = picture.pixel_values.flip(-1)
         return picture
 
     def crop(self, image: Image.Image, generator: torch.Generator) -> Picture:
-        """All but the flip."""
+        """Resizes and crops without flipping."""
         size = self.resolution
         width, height = self._resized(image)
         top, left = (self._offset(side - size, generator) for side in (height, width))
@@ -94,11 +94,11 @@ class Preprocessing:
         return Picture(pixels.contiguous(), (image.height, image.width), (top, left))
 
     def crops_at_random(self, image: Image.Image) -> bool:
-        """Whether there is a choice where to crop it."""
+        """Whether the crop of this picture depends on the generator."""
         return not self.center_crop and max(self._resized(image)) > self.resolution
 
     def _resized(self, image: Image.Image) -> tuple[int, int]:
-        """Width and height; rounded down, as torchvision does."""
+        """Width and height of the resized picture, rounded down as in torchvision."""
         return image.width * self.resolution // min(image.size), image.height * self.resolution // min(image.size)
 
     def _offset(self, room: int, generator: torch.Generator) -> int:
@@ -107,5 +107,5 @@ class Preprocessing:
         return int(torch.randint(room + 1, (), generator=generator)) if room else 0
 
     def draw_flip(self, generator: torch.Generator) -> bool:
-        """Whether a sample is flipped."""
+        """Samples whether to flip a picture."""
         return self.random_flip and bool(torch.rand((), generator=generator) < 0.5)

@@ -1,8 +1,13 @@
-"""`--cache_latents`: what autoencoder and text encoders make of a dataset, computed once and kept on disk.
+"""`--cache_latents`: the outputs of autoencoder and text encoders for a dataset, computed once and stored on disk.
 
-In a folder, `cache.json` says what it was made of, `moments-*.safetensors` hold mean and log variance of the latents
-of each picture (and of its mirror image, where pictures are flipped), `texts-*.safetensors` the text states of each
-different caption and of `""`. A file is whole or absent, so a build that was killed goes on where it was.
+The folder contains
+
+* `cache.json`: the data, preprocessing and model that the cache belongs to;
+* `moments-*.safetensors`: mean and log variance of the latents of each picture (and of the flipped picture, if
+  pictures are flipped);
+* `texts-*.safetensors`: the text embeddings of each distinct caption and of `""`.
+
+A file is either complete or missing, so an interrupted build continues.
 """
 
 import hashlib
@@ -15,7 +20,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -23,66 +28,78 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from ...families import Conditioning, ModelFamily
-from ...files import save_tensors
+from ...files import save_tensors, write_text
 from ...output_folders import claimed
-from ...provenance import write_text
 from .dataset import CaptionedImages
 from .images import Picture, Preprocessing, UnreadableImage, decode_image
 
 
 FILE_NAME = "cache.json"
-ROWS_A_FILE = 512
-# Rounds a latent by less than 1/2000 of its size; the least noise that Stable Diffusion trains with is 60 times that.
+ROWS_PER_FILE = 512
+# The relative rounding error is below 1/2000; the lowest noise level of Stable Diffusion is 60 times as large.
 DTYPE = torch.float16
+
+
+class CacheFile(NamedTuple):
+    """A file of a cache: `"texts"` or `"moments"` of some rows."""
+
+    kind: str
+    number: int
+    rows: range
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.number:05}.safetensors"
 
 
 class LatentCache:
     """The cache of one dataset, one preprocessing and one model.
 
     Args:
-        folder (`str` or `Path`): Where it is, or will be.
-        data (`CaptionedImages`): Not a stream.
-        preprocessing (`Preprocessing`): With a center crop, unless all pictures are square.
+        folder (`str` or `Path`): Folder of the cache.
+        data (`CaptionedImages`): The dataset; not a stream.
+        preprocessing (`Preprocessing`): The preprocessing; with a center crop, unless all pictures are square.
         family (`ModelFamily`): The model whose encoders are used.
 
     Attributes:
-        captions (`dict[str, int]`): Every different caption, `""` the first, and its row.
-        made_of (`dict`): What `cache.json` says.
-        readable (`torch.Tensor`): `(N,)`, of each picture, as the two that follow; there once it is built.
-        original_sizes (`torch.Tensor`): `(N, 2)`, height and width of the file's picture.
-        crop_top_lefts (`torch.Tensor`): `(N, 2)`, where the crop begins in the resized picture.
-        unreadable (`dict[str, str]`): Names of the others, and why.
+        captions (`dict[str, int]`): Row of each distinct caption; `""` is the first.
+        identity (`dict`): Content of `cache.json`.
+        readable (`torch.Tensor`): `(N,)`, whether each picture could be read. This and the following attributes exist
+            after `build`.
+        original_sizes (`torch.Tensor`): `(N, 2)`, height and width before resizing.
+        crop_top_lefts (`torch.Tensor`): `(N, 2)`, offsets of the crops in the resized pictures.
+        unreadable (`dict[str, str]`): Names of unreadable pictures, with the reason.
 
     Raises:
-        `ValueError`: If the folder holds the cache of something else, or the data is a stream.
+        `ValueError`: If the folder contains another cache, or the data is a stream.
     """
 
     def __init__(self, folder: str | Path, data: CaptionedImages, preprocessing: Preprocessing, family: ModelFamily):
         if data.streaming:
             raise ValueError("cache_latents: a stream cannot be cached; leave out --streaming")
         self.folder, self.data, self.preprocessing, self.family = Path(folder), data, preprocessing, family
-        different = dict.fromkeys(caption for captions in data.all_captions() for caption in captions)
-        self.captions = {caption: row for row, caption in enumerate(dict.fromkeys(["", *different]))}
-        self.made_of = {
+        distinct = dict.fromkeys(caption for captions in data.all_captions() for caption in captions)
+        self.captions = {caption: row for row, caption in enumerate(dict.fromkeys(["", *distinct]))}
+        self.identity = {
             **family.encoding_identity,
             "data": data.fingerprint(),
             "samples": len(data),
             **asdict(preprocessing),
         }
-        self.key = hashlib.sha256(json.dumps(self.made_of).encode()).hexdigest()[:16]
+        self.key = hashlib.sha256(json.dumps(self.identity).encode()).hexdigest()[:16]
         self._check()
 
     def _check(self) -> None:
         path = self.folder / FILE_NAME
         if not path.is_file():
             return
-        there = _read_facts(path)
-        if different := [name for name in {**there, **self.made_of} if there.get(name) != self.made_of.get(name)]:
-            differences = ", ".join(
-                f"{name} {there.get(name)} there, {self.made_of.get(name)} here" for name in different
+        found, wanted = _read_identity(path), self.identity
+        if different := [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]:
+            differences = ", ".join(f"{name} {found.get(name)}, not {wanted.get(name)}" for name in different)
+            raise ValueError(
+                f"cache_latents {self.folder}: belongs to other settings ({differences}); choose another folder with "
+                "--cache_folder"
             )
-            raise ValueError(f"cache_latents {self.folder}: it was made of something else ({differences}); name "
-                             "another folder with --cache_folder")  # fmt: skip
 
     # --- building ----------------------------------------------------------------------------------------------------
 
@@ -93,29 +110,29 @@ class LatentCache:
         num_workers: int = 0,
         progress_bar: bool = True,
     ) -> None:
-        """Encodes what is missing, and opens the cache. Every process encodes a part: call it on each.
+        """Encodes the missing part and opens the cache. Must be called on every process; each encodes a part.
 
         Args:
-            device (`torch.device`): Where the encoders compute.
-            batch_size (`int`, defaults to 8): Pictures at a time.
-            num_workers (`int`, defaults to 0): Threads that decode pictures ahead.
-            progress_bar (`bool`, defaults to `True`): Whether the main process shows one.
+            device (`torch.device`, defaults to `"cpu"`): Device of the encoders.
+            batch_size (`int`, defaults to 8): Number of pictures per batch.
+            num_workers (`int`, defaults to 0): Number of threads that prefetch pictures.
+            progress_bar (`bool`, defaults to `True`): Whether the main process shows a progress bar.
 
         Raises:
-            `ValueError`: If the disk is too small, a picture would have to be cropped at random, or the autoencoder
-                gives values that float16 does not hold.
+            `ValueError`: If the disk is too small, a picture would be cropped at random, or the encoders return
+                values that float16 cannot represent.
         """
         processes = PartialState()
-        missing = [file for file in self._files() if not self._has(*file)]
+        missing = [file for file in self._files() if not self._exists(file)]
         self._check_space(missing)
-        processes.wait_for_everyone()  # all have looked before one writes
+        processes.wait_for_everyone()  # all processes look for files before one writes
         with claimed(self.folder) if missing and processes.is_main_process else nullcontext():
             self._encode(missing, processes, device, batch_size, num_workers, progress_bar)
         self._map()
 
     def _encode(
         self,
-        missing: list[tuple[str, int, range]],
+        missing: list[CacheFile],
         processes: PartialState,
         device: torch.device | str,
         batch_size: int,
@@ -123,22 +140,22 @@ class LatentCache:
         progress_bar: bool,
     ) -> None:
         if missing and processes.is_main_process:
-            write_text(self.folder / FILE_NAME, json.dumps(self.made_of, indent=2) + "\n")
+            write_text(self.folder / FILE_NAME, json.dumps(self.identity, indent=2) + "\n")
         processes.wait_for_everyone()
         if own := missing[processes.process_index :: processes.num_processes]:
-            total = sum(len(rows) for _, _, rows in own)
+            total = sum(len(file.rows) for file in own)
             hidden = not (progress_bar and processes.is_main_process)
             with (
                 self._encoders_on(device),
                 ThreadPoolExecutor(max(1, num_workers), "pictures") as pool,
                 tqdm(total=total, desc="encoding captions and pictures", disable=hidden) as bar,
             ):
-                for kind, number, rows in own:
-                    if kind == "moments":
-                        tensors, notes = self._encode_pictures(rows, device, batch_size, pool, bar)
+                for file in own:
+                    if file.kind == "moments":
+                        tensors, notes = self._encode_pictures(file.rows, device, batch_size, pool, bar)
                     else:
-                        tensors, notes = self._encode_captions(rows, device, batch_size, bar), {}
-                    self._write(self._path(kind, number), tensors, notes)
+                        tensors, notes = self._encode_captions(file.rows, device, batch_size, bar), {}
+                    self._write(self.folder / file.name, tensors, notes)
         processes.wait_for_everyone()
 
     @contextmanager
@@ -152,38 +169,36 @@ class LatentCache:
             for encoder, home in homes.items():
                 encoder.to(home)
 
-    def _files(self) -> Iterator[tuple[str, int, range]]:
-        """Kind, number and rows of every file."""
+    def _files(self) -> Iterator[CacheFile]:
+        """The files of the complete cache."""
         for kind, count in (("texts", len(self.captions)), ("moments", len(self.data))):
-            for first in range(0, count, ROWS_A_FILE):
-                yield kind, first // ROWS_A_FILE, range(first, min(first + ROWS_A_FILE, count))
+            for first in range(0, count, ROWS_PER_FILE):
+                yield CacheFile(kind, first // ROWS_PER_FILE, range(first, min(first + ROWS_PER_FILE, count)))
 
-    def _path(self, kind: str, number: int) -> Path:
-        return self.folder / f"{kind}-{number:05}.safetensors"
-
-    def _has(self, kind: str, number: int, rows: range) -> bool:
-        path = self._path(kind, number)
-        return path.is_file() and self._open(path) is not None
+    def _exists(self, file: CacheFile) -> bool:
+        path = self.folder / file.name
+        if not path.is_file():
+            return False
+        self._open(path)  # checks the file
+        return True
 
     def _open(self, path: Path) -> safe_open:
         try:
             file = safe_open(path, "pt")
         except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"cache_latents {path}: cannot be read ({error}); delete it, and it is made again"
-            ) from None
+            raise ValueError(f"cache_latents {path}: cannot be read ({error}); delete it to create it again") from None
         if self._notes(file).get("key") != self.key:
-            raise ValueError(f"cache_latents {path}: is of another cache; delete it, and it is made again")
+            raise ValueError(f"cache_latents {path}: belongs to another cache; delete it to create it again")
         return file
 
     @staticmethod
     def _notes(file: safe_open) -> dict[str, Any]:
         return json.loads((file.metadata() or {}).get("notes", "{}"))
 
-    def _check_space(self, missing: list[tuple[str, int, range]]) -> None:
+    def _check_space(self, missing: list[CacheFile]) -> None:
         if not missing:
             return
-        rows = {kind: sum(len(rows) for of, _, rows in missing if of == kind) for kind in ("texts", "moments")}
+        rows = {kind: sum(len(file.rows) for file in missing if file.kind == kind) for kind in ("texts", "moments")}
         channels, height, width = self.family.latent_shape
         moments = (2 if self.preprocessing.random_flip else 1) * 2 * channels * height * width
         texts = sum(value[0].numel() for value in self.family.encode([""]).values())
@@ -219,7 +234,7 @@ class LatentCache:
         return tensors, {"unreadable": unreadable}
 
     def _load(self, place: int) -> tuple[Picture, str | None]:
-        """A picture; a black one, and why, where it cannot be read."""
+        """A picture, or a black one and the reason if it cannot be read."""
         size = self.preprocessing.resolution
         try:
             image = decode_image(self.data.image_of(self.data.row(place)))
@@ -228,7 +243,7 @@ class LatentCache:
         if self.preprocessing.crops_at_random(image):
             raise ValueError(
                 f"cache_latents: {self.data.name(place)} has {image.width} x {image.height} pixels, and a random crop "
-                "cannot be cached; give --center_crop, too"
+                "cannot be cached; also give --center_crop"
             )
         return self.preprocessing.crop(image, torch.Generator()), None
 
@@ -246,7 +261,7 @@ class LatentCache:
         for name, value in tensors.items():
             if not torch.isfinite(value).all():
                 raise ValueError(
-                    f"cache_latents {path.name}: {name} has values that are not finite, or too big for {DTYPE}; are "
+                    f"cache_latents {path.name}: {name} has values that are not finite, or too large for {DTYPE}; are "
                     "the encoders in half precision?"
                 )
         save_tensors(tensors, path, {"notes": json.dumps({"key": self.key, **notes})})
@@ -254,11 +269,11 @@ class LatentCache:
     # --- reading -----------------------------------------------------------------------------------------------------
 
     def _map(self) -> None:
-        """Maps the files of the finished cache into memory."""
+        """Memory-maps the files of the finished cache."""
         files: dict[str, list[safe_open]] = {"texts": [], "moments": []}
-        for kind, number, _ in self._files():
-            files[kind].append(self._open(self._path(kind, number)))
-        # Slices read only the rows that are asked for.
+        for file in self._files():
+            files[file.kind].append(self._open(self.folder / file.name))
+        # Slices only read the requested rows.
         self._slices = {
             kind: [{name: file.get_slice(name) for name in file.keys()} for file in own]  # noqa: SIM118
             for kind, own in files.items()
@@ -271,29 +286,29 @@ class LatentCache:
         self.unreadable = {name: reason for own in notes for name, reason in own.items()}
 
     def moments(self, places: list[int], flips: list[bool]) -> torch.Tensor:
-        """Mean and log variance of pictures, or of their mirror images; `(B, 2 * C, H, W)`, float16."""
+        """Mean and log variance of the latents of pictures, or of flipped pictures: `(B, 2 * C, H, W)`, float16."""
         return torch.stack(
             [
-                self._slices["moments"][place // ROWS_A_FILE]["moments"][place % ROWS_A_FILE, int(flip)]
+                self._slices["moments"][place // ROWS_PER_FILE]["moments"][place % ROWS_PER_FILE, int(flip)]
                 for place, flip in zip(places, flips)
             ]
         )
 
     def conditioning(self, captions: list[str]) -> Conditioning:
-        """What `encode` gave for captions of the dataset or `""`, float16.
+        """The conditioning for captions of the dataset or `""`, float16.
 
         Raises:
-            `ValueError`: If there is another among them.
+            `ValueError`: If a caption is not in the cache.
         """
         if missing := [caption for caption in captions if caption not in self.captions]:
             raise ValueError(f"caption '{missing[0]}': is not in the cache")
-        rows = [divmod(self.captions[caption], ROWS_A_FILE) for caption in captions]
+        rows = [divmod(self.captions[caption], ROWS_PER_FILE) for caption in captions]
         slices = self._slices["texts"]
         return {name: torch.stack([slices[file][name][row] for file, row in rows]) for name in slices[0]}
 
 
 def _in_order(pool: Executor, function: Callable, items: Iterable, ahead: int) -> Iterator:
-    """`pool.map`, but no more than `ahead` results wait to be taken."""
+    """`pool.map` with at most `ahead` results that wait to be used."""
     pending = deque()
     for item in items:
         pending.append(pool.submit(function, item))
@@ -303,16 +318,18 @@ def _in_order(pool: Executor, function: Callable, items: Iterable, ahead: int) -
         yield pending.popleft().result()
 
 
-def _read_facts(path: Path) -> dict:
-    """What a cache was made of.
+def _read_identity(path: Path) -> dict:
+    """Reads the `cache.json` of a cache.
 
     Raises:
-        `ValueError`: If the file does not say so.
+        `ValueError`: If the file was not written by a cache.
     """
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        identity = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        facts = None
-    if not isinstance(facts, dict):
-        raise ValueError(f"cache_folder {path.parent}: {path.name} is not that of a latent cache; name another folder")
-    return facts
+        identity = None
+    if not isinstance(identity, dict):
+        raise ValueError(
+            f"cache_folder {path.parent}: {path.name} does not belong to a latent cache; choose another folder"
+        )
+    return identity

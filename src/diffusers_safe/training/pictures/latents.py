@@ -1,7 +1,7 @@
-"""What the denoiser is trained on, of each optimizer step: latents, and what it is told of the pictures.
+"""Latents and conditioning of each optimizer step.
 
-[`EncodedLatents`] encodes as training goes; [`CachedLatents`] reads what was encoded once. Both draw the same
-captions, flips and noise for a sample, so a run is the same with either, up to the rounding of the cache.
+[`EncodedLatents`] encodes pictures and captions during training, [`CachedLatents`] reads them from a cache. Both use
+the same captions, flips and noise for a sample, so a run is the same with either, up to the rounding of the cache.
 """
 
 from abc import ABC, abstractmethod
@@ -18,11 +18,11 @@ from .sources import PictureSource, Skipped
 
 @dataclass
 class LatentBatch:
-    """What [`LatentSource.batch`] gives, on its device.
+    """A batch of [`LatentSource`], on its device.
 
     Attributes:
-        latents (`torch.Tensor`): `(B, C, H, W)`, float32, scaled as the denoiser takes them, without noise.
-        conditioning (`Conditioning`): Of the captions and the pictures' sizes, float32.
+        latents (`torch.Tensor`): `(B, C, H, W)`, float32, scaled for the denoiser, without noise.
+        conditioning (`Conditioning`): Conditioning on the captions and the sizes of the pictures, float32.
         captions (`list[str]`): B captions.
     """
 
@@ -32,13 +32,13 @@ class LatentBatch:
 
 
 class LatentSource(ABC):
-    """Gives the latents of each optimizer step; a part of every checkpoint.
+    """The latents of each optimizer step. The state is part of every checkpoint.
 
     Args:
-        family (`ModelFamily`): The model family: its autoencoder and text encoders.
-        seed (`int`): Every draw follows from it.
-        samples_a_step (`int`): Of all processes together.
-        device (`torch.device`): Where batches go.
+        family (`ModelFamily`): The model whose autoencoder and text encoders are used.
+        seed (`int`): Seed of all random numbers.
+        samples_a_step (`int`): Number of samples per step, of all processes together.
+        device (`torch.device`, defaults to `"cpu"`): Device of the batches.
     """
 
     def __init__(self, family: ModelFamily, seed: int, samples_a_step: int, device: torch.device | str = "cpu"):
@@ -47,28 +47,29 @@ class LatentSource(ABC):
     @property
     @abstractmethod
     def identity(self) -> str:
-        """The fingerprint of the data, wherever it lies; of a stream, which is not read before, nothing but that."""
+        """The fingerprint of the data, independent of where it lies; `"a stream"` for streams, which are not read in
+        advance."""
 
     @abstractmethod
     def batch(self, step: int, slots: range) -> LatentBatch:
-        """The latents of a step, counted from 0, at these places among `samples_a_step`. Each time a picture comes
-        its latents are drawn anew."""
+        """The latents of a step, counted from 0, for these positions among `samples_a_step`. Each time a picture is
+        used, its latents are sampled again."""
 
     @abstractmethod
     def prepare(self) -> None:
-        """Does what is done once, ahead of all steps, and after a state is loaded."""
+        """Prepares the first step. Called once, after a state was loaded."""
 
     @abstractmethod
     def state_dict(self) -> dict:
-        """What a resumed run could not know. Called on every process."""
+        """The state that a resumed run needs. Must be called on every process."""
 
     @abstractmethod
     def load_state_dict(self, state: dict) -> None:
-        """Continues from a `state_dict`."""
+        """Restores the state of `state_dict`."""
 
     @abstractmethod
     def skipped(self) -> Skipped:
-        """What was not used so far, by all processes. Called on every process."""
+        """The data that was skipped so far by all processes. Must be called on every process."""
 
     def _draw_latents(self, moments: torch.Tensor, step: int, slots: range) -> torch.Tensor:
         numbers = [step * self.samples_a_step + slot for slot in slots]
@@ -77,12 +78,12 @@ class LatentSource(ABC):
 
 
 class EncodedLatents(LatentSource):
-    """Encodes pictures and captions as training goes.
+    """Encodes pictures and captions during training.
 
     Args:
-        pictures (`PictureSource`): From [`make_pictures`].
+        pictures (`PictureSource`): Source of the pictures, from [`make_pictures`].
 
-    The others are those of [`LatentSource`].
+    The other arguments are those of [`LatentSource`].
     """
 
     def __init__(self, pictures: PictureSource, family: ModelFamily, device: torch.device | str = "cpu"):
@@ -103,7 +104,7 @@ class EncodedLatents(LatentSource):
         return LatentBatch(self._draw_latents(moments, step, slots), conditioning, pictures.captions)
 
     def prepare(self) -> None:
-        """Takes autoencoder and text encoders to the device, and begins to read."""
+        """Moves autoencoder and text encoders to the device, and starts to read."""
         for encoder in self.family.encoders.values():
             encoder.to(self.device)
         self.pictures.prepare()
@@ -119,14 +120,14 @@ class EncodedLatents(LatentSource):
 
 
 class CachedLatents(LatentSource):
-    """Reads a cache: neither autoencoder nor text encoders run.
+    """Reads latents and text embeddings from a cache, without running autoencoder and text encoders.
 
     Args:
-        cache (`LatentCache`): Built by `prepare` if it is not.
-        proportion_empty_prompts (`float`, defaults to 0.0): Share of samples that get `""` for a caption.
-        num_workers (`int`, defaults to 0): Threads that decode pictures for the cache.
+        cache (`LatentCache`): The cache; `prepare` builds it if necessary.
+        proportion_empty_prompts (`float`, defaults to 0.0): Share of samples whose caption is replaced by `""`.
+        num_workers (`int`, defaults to 0): Number of threads that decode pictures for the cache.
 
-    The others are those of [`LatentSource`].
+    The other arguments are those of [`LatentSource`].
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class CachedLatents(LatentSource):
 
     @property
     def identity(self) -> str:
-        return self.cache.made_of["data"]
+        return self.cache.identity["data"]
 
     def batch(self, step: int, slots: range) -> LatentBatch:
         places, captions, flips = zip(*(self._choose(step * self.samples_a_step + slot) for slot in slots))
@@ -156,7 +157,7 @@ class CachedLatents(LatentSource):
         return LatentBatch(self._draw_latents(moments, step, slots), conditioning, list(captions))
 
     def _choose(self, number: int) -> tuple[int, str, bool]:
-        """The picture of a sample, its caption, and whether it is flipped."""
+        """The position of the picture of a sample, its caption, and whether it is flipped."""
         place = next((place for place in self.order.candidates(number) if self.cache.readable[place]), None)
         if place is None:
             raise ValueError(f"{CANDIDATES} pictures in a row cannot be read; {self.skipped()}")
@@ -165,11 +166,11 @@ class CachedLatents(LatentSource):
         return place, caption, self.cache.preprocessing.draw_flip(generator)
 
     def prepare(self) -> None:
-        """Builds what of the cache is missing."""
+        """Builds the missing part of the cache."""
         self.cache.build(self.device, num_workers=self.num_workers)
 
     def state_dict(self) -> dict:
-        """Nothing: the cache is on disk."""
+        """Empty: the cache is on disk."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:

@@ -1,8 +1,8 @@
-"""The pictures of each optimizer step, decoded and cropped, in an order that depends on the seed alone.
+"""Decoded and cropped pictures of each optimizer step, in an order that depends only on the seed.
 
-Of a dataset with random access, a sample is a function of (seed, step, slot): the number of processes, the batch size,
-accumulation, resuming and the number of workers change none. Of a stream, each process has a part of its own, so there
-the number of processes counts; a resumed run continues where the stopped one was, to the sample.
+For a dataset with random access, a sample is a function of (seed, step, slot). It does not depend on the number of
+processes, the batch size, accumulation, resuming or the number of workers. A stream is split between the processes, so
+its samples depend on the number of processes. A resumed run continues a stream at the exact sample.
 """
 
 from abc import ABC, abstractmethod
@@ -21,19 +21,19 @@ from datasets.distributed import split_dataset_by_node
 
 from ...diffusion.generators import sample_generator
 from ...diffusion.sample_order import CANDIDATES, EpochOrder, choose_caption, picture_generator
-from .dataset import CaptionedImages, told
+from .dataset import CaptionedImages, describe_dropped
 from .images import Picture, Preprocessing, UnreadableImage, decode_image
 
 
 @dataclass
 class PictureBatch:
-    """What [`PictureSource.batch`] gives.
+    """A batch of [`PictureSource`].
 
     Attributes:
         pixel_values (`torch.Tensor`): `(B, 3, resolution, resolution)`, float32, in [-1, 1].
         captions (`list[str]`): B captions.
-        original_sizes (`torch.Tensor`): `(B, 2)`, height and width of the file's picture.
-        crop_top_lefts (`torch.Tensor`): `(B, 2)`, where the crop begins in the resized picture.
+        original_sizes (`torch.Tensor`): `(B, 2)`, height and width before resizing.
+        crop_top_lefts (`torch.Tensor`): `(B, 2)`, offsets of the crops in the resized pictures.
     """
 
     pixel_values: torch.Tensor
@@ -44,19 +44,19 @@ class PictureBatch:
 
 @dataclass
 class Skipped:
-    """What was not used.
+    """The data that was not used.
 
     Attributes:
-        unreadable (`dict[str, str]`): Pictures that could not be decoded, and why.
-        dropped (`Counter[str]`): Rows that were left out because of their captions, by reason.
+        unreadable (`dict[str, str]`): Names of pictures that could not be decoded, with the reason.
+        dropped (`Counter[str]`): Number of rows that were dropped because of their captions, by reason.
     """
 
     unreadable: dict[str, str] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
-        """One line; empty if nothing was skipped."""
-        parts = [f"dropped: {told(self.dropped)}"] if self.dropped else []
+        """A summary in one line; `""` if nothing was skipped."""
+        parts = [f"dropped: {describe_dropped(self.dropped)}"] if self.dropped else []
         if self.unreadable:
             name, reason = next(iter(self.unreadable.items()))
             number = len(self.unreadable)
@@ -65,17 +65,17 @@ class Skipped:
 
 
 class PictureSource(ABC):
-    """Gives the pictures of each optimizer step; a part of every checkpoint.
+    """The pictures of each optimizer step. The state is part of every checkpoint.
 
-    Pictures are decoded ahead of the step that needs them, in threads: PIL lets go of Python's lock while it works.
+    Pictures are prefetched in threads, because PIL releases Python's global interpreter lock while it decodes.
 
     Args:
-        data (`CaptionedImages`): From [`open_dataset`].
-        preprocessing (`Preprocessing`): From an image to a tensor.
-        seed (`int`): Every draw follows from it.
-        samples_a_step (`int`): Of all processes together.
-        num_workers (`int`, defaults to 0): Threads that decode ahead; 0 decodes when a batch is asked for.
-        proportion_empty_prompts (`float`, defaults to 0.0): Share of samples that get `""` for a caption.
+        data (`CaptionedImages`): The dataset, from [`open_dataset`].
+        preprocessing (`Preprocessing`): Converts an image to a tensor.
+        seed (`int`): Seed of the order, the crops, flips and captions.
+        samples_a_step (`int`): Number of samples per step, of all processes together.
+        num_workers (`int`, defaults to 0): Number of threads for prefetching; 0 decodes without prefetching.
+        proportion_empty_prompts (`float`, defaults to 0.0): Share of samples whose caption is replaced by `""`.
     """
 
     def __init__(
@@ -89,13 +89,17 @@ class PictureSource(ABC):
     ):
         self.data, self.preprocessing, self.seed, self.samples_a_step = data, preprocessing, seed, samples_a_step
         self.num_workers, self.proportion_empty_prompts = num_workers, proportion_empty_prompts
-        self._pool = ThreadPoolExecutor(num_workers, "pictures") if num_workers else _AtOnce()
+        self._pool = ThreadPoolExecutor(num_workers, "pictures") if num_workers else _SynchronousExecutor()
         self._skipped = Skipped()
 
     @abstractmethod
     def batch(self, step: int, slots: range) -> PictureBatch:
-        """The pictures of a step, counted from 0, at these places among `samples_a_step`. Of a stream they are the
-        next ones, whatever the step, so it is asked in order.
+        """Loads the pictures of a step.
+
+        Args:
+            step (`int`): Step, counted from 0. A stream returns the next pictures for any step, so steps must be
+                requested in order.
+            slots (`range`): Positions of the samples among the `samples_a_step` of all processes.
 
         Raises:
             `ValueError`: If no picture can be read.
@@ -103,26 +107,26 @@ class PictureSource(ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Begins to read, if it reads ahead."""
+        """Starts to read a stream."""
 
     @abstractmethod
     def state_dict(self) -> dict:
-        """What a resumed run could not know. Called on every process."""
+        """The state that a resumed run needs. Must be called on every process."""
 
     @abstractmethod
     def load_state_dict(self, state: dict) -> None:
-        """Continues from a `state_dict`."""
+        """Restores the state of `state_dict`."""
 
     @abstractmethod
     def skipped(self) -> Skipped:
-        """What was not used so far, by all processes. Called on every process."""
+        """The data that was skipped so far by all processes. Must be called on every process."""
 
-    def _ahead(self, batch_size: int) -> int:
-        """How many pictures are decoded ahead: of the next batch, and enough for all workers to have work."""
+    def _prefetch_size(self, batch_size: int) -> int:
+        """Number of pictures to prefetch: at least the next batch, and enough to keep all workers busy."""
         return max(batch_size, 2 * self.num_workers) if self.num_workers else 0
 
     def _make(self, row: dict[str, Any], number: int) -> "_Sample":
-        """A sample of this row, with the draws of this number."""
+        """The sample with this number, from this row."""
         generator = picture_generator(self.seed, number)
         caption = choose_caption(self.data.captions_of(row), generator, self.proportion_empty_prompts)
         return _Sample(self.preprocessing(decode_image(self.data.image_of(row)), generator), caption)
@@ -144,20 +148,20 @@ def _stack(samples: list[_Sample]) -> PictureBatch:
     )
 
 
-class _AtOnce(Executor):
-    """Does the work when it is given, in the same thread."""
+class _SynchronousExecutor(Executor):
+    """Runs each function immediately, in the calling thread."""
 
     def submit(self, function, *args):
         done = Future()
         try:
             done.set_result(function(*args))
-        except Exception as error:  # it is raised where the result is asked for, as by other executors
+        except Exception as error:  # raised by `result()`, as with other executors
             done.set_exception(error)
         return done
 
 
 class ShuffledPictures(PictureSource):
-    """Of a dataset with random access: every row once an epoch, see [`EpochOrder`]."""
+    """The pictures of a dataset with random access: every row once per epoch, see [`EpochOrder`]."""
 
     def __init__(self, data: CaptionedImages, preprocessing: Preprocessing, seed: int, *args, **kwargs):
         super().__init__(data, preprocessing, seed, *args, **kwargs)
@@ -166,7 +170,7 @@ class ShuffledPictures(PictureSource):
 
     def batch(self, step: int, slots: range) -> PictureBatch:
         numbers = [step * self.samples_a_step + slot for slot in slots]
-        wanted = [*numbers, *islice(self._following(step, slots), self._ahead(len(slots)))]
+        wanted = [*numbers, *islice(self._following(step, slots), self._prefetch_size(len(slots)))]
         self._loading = {n: self._loading.get(n) or self._pool.submit(self._load, n) for n in wanted}
         loaded = [self._loading.pop(number).result() for number in numbers]
         for _, unreadable in loaded:
@@ -174,7 +178,7 @@ class ShuffledPictures(PictureSource):
         return _stack([sample for sample, _ in loaded])
 
     def _following(self, step: int, slots: range) -> Iterator[int]:
-        """The numbers of the samples that this process will want after these."""
+        """The numbers of the samples of this process after these."""
         stride = len(slots) * PartialState().num_processes
         first = slots.start
         while True:
@@ -193,7 +197,7 @@ class ShuffledPictures(PictureSource):
         raise ValueError(f"{CANDIDATES} pictures in a row cannot be read; {Skipped(unreadable)}")
 
     def prepare(self) -> None:
-        """Nothing: the first batch says which pictures are needed."""
+        """Does nothing: the first batch determines which pictures are prefetched."""
 
     def state_dict(self) -> dict:
         return {"unreadable": self.skipped().unreadable}
@@ -207,15 +211,15 @@ class ShuffledPictures(PictureSource):
 
 
 class StreamedPictures(PictureSource):
-    """Of a stream: each process has a part of it, and shuffles the order of its files and the rows of each block.
+    """The pictures of a stream. Each process reads its own part, and shuffles its files and the rows of each block.
 
-    A block is as many rows as `shuffle_buffer`, whose order is drawn. So a checkpoint needs to know only where the
-    block begins and how many of it were taken; `datasets`' own shuffle buffer would be lost.
+    A block has `shuffle_buffer` rows, which are shuffled together. A checkpoint therefore only needs the start of the
+    block and the number of rows that were taken from it. The shuffle buffer of `datasets` could not be restored.
 
     Args:
-        shuffle_buffer (`int`, defaults to 1000): Rows of a block. Two blocks are in memory, undecoded.
+        shuffle_buffer (`int`, defaults to 1000): Rows per block. Two blocks are in memory, undecoded.
 
-    The others are those of [`PictureSource`].
+    The other arguments are those of [`PictureSource`].
     """
 
     def __init__(self, data: CaptionedImages, *args, shuffle_buffer: int = 1000, **kwargs):
@@ -225,19 +229,19 @@ class StreamedPictures(PictureSource):
         self._rows = split_dataset_by_node(data.rows, rank=self._rank, world_size=self._world)
         self.shuffle_buffer = shuffle_buffer
         self._position = {"epoch": 0, "block": 0, "stream": None, "taken": 0}
-        self._coming: Iterator[_Coming] | None = None
-        self._pending: deque[tuple[_Coming, Future]] = deque()
+        self._rows_to_come: Iterator[_StreamRow] | None = None
+        self._pending: deque[tuple[_StreamRow, Future]] = deque()
 
     def batch(self, step: int, slots: range) -> PictureBatch:
         self.prepare()
         samples, unreadable, epoch = [], {}, self._position["epoch"]
         while len(samples) < len(slots):
-            while len(self._pending) <= self._ahead(len(slots)):
-                coming = next(self._coming)
+            while len(self._pending) <= self._prefetch_size(len(slots)):
+                coming = next(self._rows_to_come)
                 self._pending.append((coming, self._pool.submit(self._load, coming)))
             coming, loading = self._pending.popleft()
             self._position = coming.position
-            if coming.position["epoch"] > epoch + 1:  # a whole epoch without one
+            if coming.position["epoch"] > epoch + 1:  # a whole epoch without a usable row
                 raise ValueError(f"no picture of the stream is left; {self._skipped}")
             try:
                 samples.append(loading.result())
@@ -251,26 +255,28 @@ class StreamedPictures(PictureSource):
                     raise ValueError(f"{CANDIDATES} pictures in a row cannot be read; {self._skipped}") from None
         return _stack(samples)
 
-    def _load(self, coming: "_Coming") -> _Sample:
+    def _load(self, coming: "_StreamRow") -> _Sample:
         if reason := self.data.reason_to_drop(self.data.captions_of(coming.row)):
             raise _Dropped(reason)
         return self._make(coming.row, coming.number)
 
     def prepare(self) -> None:
-        if self._coming is None:
-            self._coming = self._read(self._position)
+        if self._rows_to_come is None:
+            self._rows_to_come = self._read(self._position)
 
-    def _read(self, position: dict) -> Iterator["_Coming"]:
-        """All rows from a position on, in the order in which they are taken. The next block is read meanwhile."""
+    def _read(self, position: dict) -> Iterator["_StreamRow"]:
+        """All rows from a position on, in shuffled order. The next block is read in the background."""
         blocks = _Blocks(self._rows, self.seed, self.shuffle_buffer, position)
-        reader = ThreadPoolExecutor(1, "stream") if self.num_workers else _AtOnce()
+        reader = ThreadPoolExecutor(1, "stream") if self.num_workers else _SynchronousExecutor()
         taken, (start, rows) = position["taken"], blocks.read()
         while True:
             following = reader.submit(blocks.read)
             number = start["block"] * self._world + self._rank
             order = torch.randperm(len(rows), generator=sample_generator(self.seed, "block", number)).tolist()
             for place in range(taken, len(rows)):
-                yield _Coming(rows[order[place]], {**start, "taken": place + 1}, number * self.shuffle_buffer + place)
+                yield _StreamRow(
+                    rows[order[place]], {**start, "taken": place + 1}, number * self.shuffle_buffer + place
+                )
             taken, (start, rows) = 0, following.result()
 
     def state_dict(self) -> dict:
@@ -280,13 +286,13 @@ class StreamedPictures(PictureSource):
     def load_state_dict(self, state: dict) -> None:
         if len(state["streams"]) != self._world:
             raise ValueError(
-                f"resume_from_checkpoint: a stream is continued by as many processes as read it: "
-                f"{len(state['streams'])} there, {self._world} here"
+                f"resume_from_checkpoint: a stream needs as many processes as the stopped run: "
+                f"{len(state['streams'])} then, {self._world} now"
             )
         self._position = dict(state["streams"][self._rank])
         skipped = self._position.pop("skipped")
         self._skipped = Skipped(dict(skipped["unreadable"]), Counter(skipped["dropped"]))
-        self._coming = None
+        self._rows_to_come = None
         self._pending.clear()
 
     def skipped(self) -> Skipped:
@@ -298,12 +304,12 @@ class StreamedPictures(PictureSource):
 
 
 class _Dropped(Exception):
-    """A row that is left out because of its captions."""
+    """Raised for a row that is dropped because of its captions."""
 
 
 @dataclass
-class _Coming:
-    """A row of a stream, where the stream is once it is taken, and a number of its own."""
+class _StreamRow:
+    """A row of a stream, the position of the stream after it, and its number."""
 
     row: dict[str, Any]
     position: dict
@@ -311,7 +317,7 @@ class _Coming:
 
 
 class _Blocks:
-    """Reads a stream block by block, epoch after epoch, and knows where each block begins."""
+    """Reads a stream block by block, epoch after epoch, and records where each block starts."""
 
     def __init__(self, stream: IterableDataset, seed: int, size: int, position: dict):
         self.stream, self.seed, self.size, self.block = stream, seed, size, position["block"]
@@ -319,7 +325,7 @@ class _Blocks:
 
     def _begin(self, epoch: int, state: dict | None = None) -> None:
         self.epoch, self._untouched = epoch, state is None
-        # Any number but 0 shuffles the files, alike on all processes.
+        # Any epoch except 0 shuffles the files, in the same way on all processes.
         number = 1 + int(torch.randint(2**31, (), generator=sample_generator(self.seed, "files", epoch)))
         self.stream.set_epoch(number)
         if state is not None:
@@ -327,7 +333,7 @@ class _Blocks:
         self._rows = iter(self.stream)
 
     def read(self) -> tuple[dict, list[dict]]:
-        """Where a block begins, and its rows."""
+        """The position of the next block, and its rows."""
         while True:
             start = {
                 "epoch": self.epoch,
@@ -343,5 +349,5 @@ class _Blocks:
 
 
 def make_pictures(data: CaptionedImages, *args, **kwargs) -> PictureSource:
-    """The source that fits the data; its arguments are those of [`PictureSource`]."""
+    """Creates the source for the data; the arguments are those of [`PictureSource`]."""
     return (StreamedPictures if data.streaming else ShuffledPictures)(data, *args, **kwargs)
