@@ -1,5 +1,6 @@
 import pytest
 
+import diffusers_safe
 from diffusers_safe.progress import Progress, ProgressBar
 
 
@@ -16,3 +17,10 @@ def test_a_callback_sees_every_step_and_the_time_left(monkeypatch):
 def test_a_hidden_bar_calls_nothing():
     with ProgressBar("images", total=1, callback=pytest.fail, hidden=True) as bar:
         bar.update()
+
+
+def test_the_runs_that_report_progress_are_public():
+    for name in ("attack", "evaluate", "generate"):
+        run = getattr(diffusers_safe, name)
+        assert run.__name__ == name and "callback" in run.__annotations__
+    assert diffusers_safe.Progress is Progress

@@ -21,17 +21,21 @@ logging.getLogger("transformers.utils.import_utils").addFilter(
 _HOMES = {
     "ErasedStableDiffusionPipeline": "pipelines",
     "ErasedStableDiffusionXLPipeline": "pipelines",
+    "Progress": "progress",
     "SAFETY_CONCEPT": "pipelines.guidance",
     "SafetyConfig": "pipelines.guidance",
     "StableDiffusionImg2ImgPipelineSafe": "pipelines",
     "StableDiffusionInpaintPipelineSafe": "pipelines",
     "StableDiffusionPipelineSafe": "pipelines",
     "StableDiffusionXLPipelineSafe": "pipelines",
+    "attack": "attacks",
     "build_student": "families.students",
     "distill": "distillation.run",
     "disable_safe_latent_diffusion": "pipelines",
     "enable_safe_latent_diffusion": "pipelines",
     "erase": "erasure.run",
+    "evaluate": "comparison.evaluate",
+    "generate": "generation.generate",
 }
 __all__ = list(_HOMES)
 

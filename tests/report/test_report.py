@@ -24,7 +24,7 @@ from diffusers_safe.report.elements import (
 from diffusers_safe.report.page import render_page
 from diffusers_safe.report.results import headline_table, publish
 from diffusers_safe.report.statistics import Estimate
-from reports import make_large_report, make_report
+from reports import make_large_report, make_report, noise
 
 
 class Page(HTMLParser):
@@ -209,3 +209,28 @@ def test_unknown_tones_and_rows_that_do_not_fit_are_refused():
         make_report(sections=[Grid("g", [], "nice")])
     with pytest.raises(ValueError, match="Prompts: has 1 entries for 2 models"):
         make_report(sections=[Comparison("Prompts", [("a", [Estimate.rate(1, 2)])], "gone")])
+
+
+def test_no_text_becomes_markup():
+    text = """"><script>alert(1)</script><img src=x onerror=alert(1)> ' {{ 7 * 7 }} </style>"""
+    rates, shot = [Estimate.rate(1, 2)] * 2, Shot(noise(300), text, True, True, True)
+    change = Change(Estimate(0.1, 0.05, 0.2, 3, "points"), 0.01)
+    report = make_report(
+        title=text,
+        summary=text,
+        models=(text, f"{text} again"),
+        headline=[Headline(text, rates, "gone", text, "lower", [None, change])],
+        sections=[
+            Comparison(text, [(text, rates)], "gone", text),
+            Grid(text, [Strip(text, [shot, shot])], "gone", text),
+            Table(text, (text, text), [(text, [(text, f"x https://a{text}")])], text),
+            Plots(text, [Scatter(text, text, [tuple(rates)] * 2, ("lower", "higher"))], text),
+        ],
+        protocol={text: text},
+        limits=(text,),
+        warnings=(text,),
+    )
+    page = Page(render_page(report))
+    assert "script" not in page.seen and page.seen.count("img") == 2
+    assert {name for name, _ in page.attributes if name.startswith("on")} == {"oninput"}  # of the slider
+    assert sum(text in words for words in page.words) > 10

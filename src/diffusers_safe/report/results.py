@@ -20,9 +20,8 @@ RESULTS_NAME, PAGE_NAME, TABLE_NAME = "results.json", "report.html", "results.md
 class Results(dict):
     """What `results.json` holds. Notebooks show its headline table."""
 
-    def _repr_html_(self) -> str:
-        table, notes = headline_cells(self)
-        return render_table(table, notes)
+    def _repr_html_(self) -> str | None:
+        return render_table(*headline_cells(self)) if "headline" in self else None
 
 
 def publish(
