@@ -4,8 +4,7 @@
     diffusers-safe export esd-dog-from-dog-esdx.safetensors --base_model user/base --to full --output_dir runs/dog
 
 The source is a file, a folder or a Hub id: a whole pipeline, a denoiser, a file of erased weights (of this package, or
-of ESD, 2023 and 2025), a CompVis checkpoint, a LoRA. An erasure.json is
-written with the result.
+of ESD, 2023 and 2025), a CompVis checkpoint, a LoRA. An erasure.json is written with the result.
 
   full     a stock pipeline folder
   DENOISER the whole denoiser, a stock diffusers folder, by its name in the pipeline
