@@ -19,7 +19,8 @@ from accelerate import Accelerator
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from diffusers_safe.arguments import exit_with_error, option, parse_dataclass
+from diffusers_safe.arguments import option
+from diffusers_safe.command_line import parse_dataclass
 from diffusers_safe.diffusion.noise import NoiseSchedule
 from diffusers_safe.distillation.data import make_latents, open_rows
 from diffusers_safe.distillation.loop import DistillationLoop
@@ -30,6 +31,7 @@ from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.dataset import FILE_NAME, emoji_dataset
 from diffusers_safe.families import load_pipeline, make_family
 from diffusers_safe.families.students import build_student
+from diffusers_safe.messages import exit_with_error
 from diffusers_safe.training.pictures import Preprocessing, make_pictures
 
 

@@ -17,7 +17,8 @@ import torch
 from accelerate import PartialState
 from PIL import Image, ImageDraw, ImageFont
 
-from diffusers_safe.arguments import exit_with_error, option, parse_dataclass, required, typed
+from diffusers_safe.arguments import option, required, typed
+from diffusers_safe.command_line import parse_dataclass
 from diffusers_safe.emoji import MODEL_NAME
 from diffusers_safe.emoji.evaluation import SETTINGS, prompt_rows
 from diffusers_safe.emoji.render import load_sprite
@@ -25,6 +26,7 @@ from diffusers_safe.emoji.scenes import OBJECTS, prompt_for
 from diffusers_safe.generation.generate import generate
 from diffusers_safe.generation.manifest import load_images
 from diffusers_safe.loading import load_pipeline
+from diffusers_safe.messages import exit_with_error
 
 
 SIDE, COLUMNS, LABEL, GAP = 96, 3, 20, 12  # COLUMNS is in objects, the others in pixels

@@ -27,7 +27,8 @@ from plain_loop import PlainLoop
 from torch import nn
 from tqdm.auto import tqdm
 
-from diffusers_safe.arguments import exit_with_error, option, parse_dataclass
+from diffusers_safe.arguments import option
+from diffusers_safe.command_line import parse_dataclass
 from diffusers_safe.comparison.models import LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.demo import retained_prompts
@@ -35,6 +36,7 @@ from diffusers_safe.erasure.loop import ErasureLoop
 from diffusers_safe.erasure.options import make_options, parse_options
 from diffusers_safe.erasure.plan import make_plan
 from diffusers_safe.families import make_family
+from diffusers_safe.messages import exit_with_error
 from diffusers_safe.output_folders import check_claim, claimed
 
 

@@ -29,7 +29,8 @@ from erasure_table import Numbers
 from students import StudentsArguments, folder_of
 from students import student as train_student
 
-from diffusers_safe.arguments import exit_with_error, option, parse_dataclass, required
+from diffusers_safe.arguments import option, required
+from diffusers_safe.command_line import parse_dataclass
 from diffusers_safe.commands.evaluate import read_models
 from diffusers_safe.comparison.evaluate import evaluate
 from diffusers_safe.comparison.models import as_images
@@ -42,6 +43,7 @@ from diffusers_safe.generation.generate import generate
 from diffusers_safe.generation.manifest import load_image
 from diffusers_safe.generation.models import Subject
 from diffusers_safe.generation.rows import PromptRow
+from diffusers_safe.messages import exit_with_error
 from diffusers_safe.output_folders import check_claim, claimed, prepare_files, write_own
 from diffusers_safe.report.elements import Scatter
 from diffusers_safe.report.grid import draw_table

@@ -19,12 +19,14 @@ import torch
 import yaml
 from erasure_table import Numbers
 
-from diffusers_safe.arguments import exit_with_error, option, parse_dataclass, required
+from diffusers_safe.arguments import option, required
+from diffusers_safe.command_line import parse_dataclass
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.evaluation import evaluate_erasure
 from diffusers_safe.emoji.metrics import erased_name
 from diffusers_safe.emoji.scenes import GROUPS, OBJECTS, STYLES
 from diffusers_safe.generation.models import Subject
+from diffusers_safe.messages import exit_with_error
 from diffusers_safe.output_folders import check_claim, claimed, write_own
 from diffusers_safe.report.statistics import Estimate
 

@@ -20,12 +20,14 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from diffusers_safe.arguments import exit_with_error, option, parse_dataclass
+from diffusers_safe.arguments import option
+from diffusers_safe.command_line import parse_dataclass
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.scenes import OBJECTS, prompt_for
 from diffusers_safe.generation.generate import generate
 from diffusers_safe.generation.models import DTYPES, Subject
 from diffusers_safe.generation.rows import GenerationSettings, PromptRow
+from diffusers_safe.messages import exit_with_error
 
 
 @dataclass

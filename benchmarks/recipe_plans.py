@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet
 from random_models import TOKENS
 from transformers import CLIPTextConfig
 
-from diffusers_safe.arguments import parse_dataclass
+from diffusers_safe.command_line import parse_dataclass
 from diffusers_safe.distillation.options import DistillationOptions
 from diffusers_safe.distillation.plan import make_plan as make_distillation_plan
 from diffusers_safe.emoji.architecture import build_tokenizer

@@ -12,10 +12,12 @@ from pathlib import Path
 from diffusers import StableDiffusionPipeline
 from erasure_table import GROUP, erasure_table, train_demo
 
-from diffusers_safe.arguments import exit_with_error, option, parse_dataclass, required
+from diffusers_safe.arguments import option, required
+from diffusers_safe.command_line import parse_dataclass
 from diffusers_safe.comparison.models import LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.demo import retained_prompts
+from diffusers_safe.messages import exit_with_error
 from diffusers_safe.output_folders import check_claim, claimed
 
 

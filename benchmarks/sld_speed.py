@@ -20,9 +20,11 @@ from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
 from diffusers_safe import enable_safe_latent_diffusion
-from diffusers_safe.arguments import exit_with_error, option, parse_dataclass
+from diffusers_safe.arguments import option
+from diffusers_safe.command_line import parse_dataclass
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.generation.models import DTYPES, load_any_pipeline
+from diffusers_safe.messages import exit_with_error
 from diffusers_safe.pipelines.guidance import SAFETY_CONFIGS
 
 

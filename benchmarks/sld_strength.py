@@ -16,10 +16,12 @@ from erasure_table import erasure_table
 from PIL import Image
 
 from diffusers_safe import SafetyConfig, StableDiffusionPipelineSafe
-from diffusers_safe.arguments import exit_with_error, option, parse_dataclass, required
+from diffusers_safe.arguments import option, required
+from diffusers_safe.command_line import parse_dataclass
 from diffusers_safe.comparison.models import IMAGES, LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.generation.manifest import load_images, read_manifest
+from diffusers_safe.messages import exit_with_error
 from diffusers_safe.output_folders import check_claim, claimed, prepare_files
 from diffusers_safe.pipelines.guidance import SAFETY_CONFIGS
 

@@ -21,13 +21,15 @@ from diffusers import StableDiffusionPipeline
 from erasure_table import Numbers
 from transformers import CLIPTokenizer
 
-from diffusers_safe.arguments import exit_with_error, option, parse_dataclass, required
+from diffusers_safe.arguments import option, required
+from diffusers_safe.command_line import parse_dataclass
 from diffusers_safe.comparison.models import LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.evaluation import evaluate_erasure
 from diffusers_safe.emoji.scenes import group_members
 from diffusers_safe.families import make_family
 from diffusers_safe.families.cost import macs
+from diffusers_safe.messages import exit_with_error
 from diffusers_safe.output_folders import check_claim, claimed, write_own
 from diffusers_safe.report.elements import Scatter
 from diffusers_safe.report.plots import plot_file, scatter_svg

@@ -11,21 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_safe.arguments import (
-    AT_MOST,
-    check_value,
-    check_values,
-    choose,
-    declared_options,
-    parse_dataclass,
-    read_yaml,
-    typed,
-)
+from diffusers_safe.arguments import check_values, declared_options, typed
 from diffusers_safe.cli import COMMANDS
+from diffusers_safe.command_line import parse_dataclass
 from diffusers_safe.distillation.options import DistillationOptions
 from diffusers_safe.erasure.options import erasure_options
 from diffusers_safe.methods import METHODS
 from diffusers_safe.pipelines.guidance import SafetyConfig
+from diffusers_safe.values import AT_MOST, check_value, choose
+from diffusers_safe.yaml_files import read_yaml
 from scripts import environment
 
 

@@ -4,7 +4,9 @@ import argparse
 import importlib
 import sys
 
-from .arguments import exit_with_error, package_version, suggested, tell_errors_in_one_line
+from .command_line import package_version, tell_errors_in_one_line
+from .messages import exit_with_error
+from .values import suggested
 
 
 # command -> (module with `main(argv, prog)`, what it does); imported only when it is called

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-from .arguments import choose, note, typed
+from .arguments import typed
+from .messages import note
+from .values import choose
 
 
 CONCEPT_SCHEDULES = ("iterative", "random", "composite", "sequential")

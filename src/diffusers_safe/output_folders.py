@@ -24,6 +24,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from .files import follow_umask, write_text
+from .messages import is_first_process
 
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,6 @@ LOCK = ".lock"
 RESULT = "result"  # kind of all runs that write a model
 OVERWRITE_HELP = "Replace the results of another run in the output folder; files that are not its own are kept."
 _ROOM = 400  # bytes of a path, for the names of files in the folder
-_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as accelerate reads them
 # Files that loaders look for: another's must not stay among those of a new result. All others stay where they are.
 _LOADED = (".safetensors", ".bin", ".json", ".jsonl", ".pt", ".pth", ".pkl", ".ckpt", ".msgpack", ".h5", ".onnx")
 _FILES = (".json", ".jsonl", ".html", ".md", ".png", ".csv")
@@ -126,11 +126,6 @@ def check_claim(folder: str | Path, at_once: bool = False, **claim: Any) -> None
         with _locked(path):
             pass
     _in_the_way(path, **claim)
-
-
-def is_first_process() -> bool:
-    """Whether this is the first, or only, process of a launch; known before the processes know each other."""
-    return next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0"
 
 
 def _in_the_way(

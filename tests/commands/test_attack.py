@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from diffusers_safe import cli
-from diffusers_safe.arguments import parse_dataclass
 from diffusers_safe.attacks import ConceptInversion, Paraphrases, SeedSearch
+from diffusers_safe.command_line import parse_dataclass
 from diffusers_safe.commands import attack as command
 from diffusers_safe.commands.attack import AttackArguments
 from diffusers_safe.emoji.evaluation import Erased

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from diffusers_safe import cli
-from diffusers_safe.arguments import parse_dataclass
+from diffusers_safe.command_line import parse_dataclass
 from diffusers_safe.commands.generate import PRESETS, GenerateArguments
 from diffusers_safe.generation.manifest import load_images, read_manifest
 from diffusers_safe.pipelines.guidance import SafetyConfig

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_safe.arguments import parse_dataclass
+from diffusers_safe.command_line import parse_dataclass
 from diffusers_safe.metrics import METRICS, MetricOptions, make_metrics
 from diffusers_safe.metrics.inception import FIDInception
 from diffusers_safe.metrics.lpips import NETS

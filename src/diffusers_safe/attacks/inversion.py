@@ -24,7 +24,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..arguments import choose, typed
+from ..arguments import typed
 from ..comparison.models import without_folder
 from ..diffusion.generators import sample_generator
 from ..diffusion.loss_weighting import LOSS_WEIGHTINGS, LossWeighting
@@ -39,6 +39,7 @@ from ..output_folders import OutputFolderError
 from ..preparation.folders import PICTURES as SUFFIXES
 from ..provenance import fingerprint
 from ..training.pictures.images import Preprocessing, UnreadableImage, decode_image
+from ..values import choose
 from .base import Attack, Target
 from .token import TOKEN_NAME, added_token, read_token, save_token, text_parts
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from ..arguments import choose, typed
+from ..arguments import typed
 from ..comparison.measured import change_of
 from ..comparison.models import IMAGES, ModelSource, check_models, model_facts
 from ..comparison.protocol import make_protocol
@@ -26,6 +26,7 @@ from ..output_folders import claimed
 from ..progress import ProgressCallback
 from ..report.builder import BLUR_CHOICES, PICTURES
 from ..report.results import Results, publish
+from ..values import choose
 from .attack_report import attack_report, control_warnings, describe_attacks
 from .base import Attack, Target
 from .judge import Judge

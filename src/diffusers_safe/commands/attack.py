@@ -19,11 +19,12 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from ..arguments import exit_with_error, parse_dataclass, typed
+from ..arguments import typed
 from ..attacks import Attack, ConceptInversion, InversionSettings, Paraphrases, SeedSearch, read_paraphrases
 from ..attacks.inversion import TEMPLATE, check_learnable, square_side
 from ..attacks.run import attack as attack_models
 from ..attacks.run import check_attack, check_folder
+from ..command_line import parse_dataclass
 from ..comparison.models import check_models
 from ..comparison.options import EvaluationOptions
 from ..comparison.used_folder import report_claim
@@ -34,6 +35,7 @@ from ..families import StoredModel
 from ..generation.folders import ImageFolder
 from ..generation.models import DTYPES, Subject
 from ..generation.rows import PromptRow
+from ..messages import exit_with_error
 from ..metrics import METRICS, make_metrics
 from ..metrics.base import check_once
 from ..output_folders import OVERWRITE_HELP, check_claim

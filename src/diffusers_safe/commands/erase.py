@@ -9,10 +9,11 @@ With several devices: `accelerate launch -m diffusers_safe.cli erase ...`. The s
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
-from ..arguments import read_yaml, tell_errors_in_one_line
+from ..command_line import tell_errors_in_one_line
 from ..erasure.recipes import DEFAULT_METHOD, find_recipe, recipes
 from ..erasure.run import run_command
 from ..methods import METHODS, find_method
+from ..yaml_files import read_yaml
 
 
 def main(argv: list[str], prog: str) -> None:

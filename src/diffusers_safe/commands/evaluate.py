@@ -24,15 +24,8 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
-from ..arguments import (
-    check_values,
-    exit_with_error,
-    parse_dataclass,
-    read_yaml,
-    shown,
-    suggested,
-    typed,
-)
+from ..arguments import check_values, typed
+from ..command_line import parse_dataclass
 from ..comparison.evaluate import check_evaluation, evaluate
 from ..comparison.models import as_images, check_models
 from ..comparison.options import EvaluationOptions
@@ -49,11 +42,14 @@ from ..generation.models import DTYPES, Subject
 from ..generation.processes import launched_processes
 from ..generation.prompts import PromptOptions, read_prompts
 from ..generation.rows import PromptRow
+from ..messages import exit_with_error
 from ..metrics import make_metrics
 from ..output_folders import OVERWRITE_HELP, check_claim
 from ..provenance import erasure_of
 from ..report.builder import BLUR_CHOICES
 from ..report.results import PAGE_NAME, headline_table
+from ..values import shown, suggested
+from ..yaml_files import read_yaml
 from .generate import PRESET_HELP, PRESETS
 
 

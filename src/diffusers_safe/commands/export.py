@@ -16,7 +16,8 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..arguments import choose, exit_with_error, parse_dataclass, typed
+from ..arguments import typed
+from ..command_line import parse_dataclass
 from ..families import StoredModel, denoiser_names, load_pipeline, make_family
 from ..formats import (
     LORA_NAME,
@@ -36,8 +37,10 @@ from ..formats import (
     written_aside,
 )
 from ..loading import ModelError
+from ..messages import exit_with_error
 from ..output_folders import OVERWRITE_HELP, RESULT, check_apart, check_claim, claimed
 from ..provenance import fingerprint
+from ..values import choose
 
 
 DEFAULT_RANK = 16

@@ -13,7 +13,8 @@ with any number of processes.
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from ..arguments import exit_with_error, parse_dataclass, typed
+from ..arguments import typed
+from ..command_line import parse_dataclass
 from ..emoji import MODEL_NAME
 from ..generation.generate import generate
 from ..generation.manifest import read_manifest
@@ -21,6 +22,7 @@ from ..generation.models import DTYPES, Subject
 from ..generation.processes import launched_processes
 from ..generation.prompts import PromptOptions
 from ..generation.rows import GenerationSettings
+from ..messages import exit_with_error
 from ..output_folders import OVERWRITE_HELP, check_claim, claimed
 from ..pipelines.guidance import SAFETY_CONFIGS
 

@@ -15,8 +15,10 @@ import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..arguments import OptionGroups, exit_with_error, group, option, parse_dataclass, required
+from ..arguments import OptionGroups, group, option, required
+from ..command_line import parse_dataclass
 from ..concepts import read_concepts
+from ..messages import exit_with_error
 from ..output_folders import OVERWRITE_HELP, check_claim
 from ..preparation import (
     DownloadSettings,

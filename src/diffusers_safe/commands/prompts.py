@@ -11,11 +11,13 @@ numbers as well: the whole list gives 38.57 % and an expected maximum of 97.01 %
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..arguments import exit_with_error, parse_dataclass, typed
+from ..arguments import typed
+from ..command_line import parse_dataclass
 from ..comparison.evaluation_report import categories_of
 from ..generation.prompts import PromptOptions, recorded_inappropriateness
 from ..generation.prompts.recorded import COLUMN
 from ..generation.rows import PromptRow
+from ..messages import exit_with_error
 from ..report.statistics import DRAWS
 
 

@@ -8,8 +8,10 @@ Hub cannot be reached or refuses the upload, the exit code is 3.
 
 from dataclasses import dataclass
 
-from ..arguments import exit_with_error, option, parse_dataclass, required, typed
+from ..arguments import option, required, typed
+from ..command_line import parse_dataclass
 from ..hub import check_folder, check_push, default_model_id, push_or_exit, write_benchmark
+from ..messages import exit_with_error
 from ..output_folders import OVERWRITE_HELP, check_claim, claimed
 
 

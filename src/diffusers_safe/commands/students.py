@@ -15,7 +15,8 @@ from pathlib import Path
 
 from torch import nn
 
-from ..arguments import exit_with_error, parse_dataclass, typed
+from ..arguments import typed
+from ..command_line import parse_dataclass
 from ..embedded import locate_model
 from ..emoji import MODEL_NAME
 from ..families import StoredModel, check_files, family_of_pipeline, load_pipeline
@@ -33,6 +34,7 @@ from ..families.students import (
     student_config,
 )
 from ..formats import result_names, save_model, written_aside
+from ..messages import exit_with_error
 from ..output_folders import OVERWRITE_HELP, RESULT, check_apart, check_claim, check_output_dir, claimed
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..arguments import choose, typed
+from ..arguments import typed
 from ..generation.folders import ImageFolder, common_settings
 from ..generation.generate import generate
 from ..generation.processes import launched_processes
@@ -26,6 +26,7 @@ from ..progress import ProgressCallback
 from ..provenance import write_text
 from ..report.builder import BLUR_CHOICES, PICTURES
 from ..report.results import Results, publish
+from ..values import choose
 from .evaluation_report import describe_evaluation, evaluation_report
 from .measured import Measured, MetricFacts, measure, metric_results
 from .models import IMAGES, ModelSource, as_images, check_models, model_facts, without_folder

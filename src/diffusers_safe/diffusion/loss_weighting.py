@@ -3,7 +3,7 @@
 import torch
 from diffusers import SchedulerMixin
 
-from ..arguments import choose
+from ..values import choose
 from .noise import FLOW, prediction_type
 
 

@@ -7,7 +7,7 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
-from ..arguments import parse_dataclass
+from ..command_line import parse_dataclass
 from ..comparison.evaluate import evaluate
 from ..comparison.models import ModelSource
 from ..comparison.options import EvaluationOptions

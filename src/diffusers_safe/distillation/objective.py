@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..arguments import choose
 from ..methods.objective import squared_error
+from ..values import choose
 
 
 FEATURE_MAPS = ("bk", "bk+mid", "segmind")

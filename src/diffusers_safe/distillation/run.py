@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 
-from ..arguments import exit_with_error, parse_dataclass, typed
+from ..arguments import typed
+from ..command_line import parse_dataclass
 from ..comparison.models import LoadedModel, ModelSource
 from ..concepts import names_concept
 from ..families import ModelFamily, StoredModel, denoiser_of, family_of_pipeline, load_pipeline, make_family
@@ -18,6 +19,7 @@ from ..families.cost import macs
 from ..families.students import build_student
 from ..generation.generate import GenerationSettings
 from ..hub import push_or_exit, push_result
+from ..messages import exit_with_error, is_first_process
 from ..output_folders import record_written
 from ..progress import Progress, ProgressCallback
 from ..provenance import Distillation, erasure_of, stored_path
@@ -89,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_dataclass(DistillationOptions, DESCRIPTION, argv, check=DistillationOptions.check_surroundings)
     output, hub = options.output, options.hub
     if output.dry_run:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_process():
             print(make_plan(options, int(os.environ.get("WORLD_SIZE", "1"))))
         return
     with options.claimed_output():

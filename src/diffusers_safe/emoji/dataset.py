@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, Features, Image, Value
 
-from ..arguments import exit_with_error, option, parse_dataclass, required, typed
+from ..arguments import option, required, typed
+from ..command_line import parse_dataclass
+from ..messages import exit_with_error
 from ..output_folders import OVERWRITE_HELP, check_claim, claimed, prepare_files
 from .render import render
 from .scenes import draw_caption, draw_scene

@@ -12,9 +12,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..arguments import exit_with_error, option, parse_dataclass, typed
+from ..arguments import option, typed
+from ..command_line import parse_dataclass
 from ..comparison.models import LoadedModel
 from ..families import load_pipeline
+from ..messages import exit_with_error
 from ..output_folders import OVERWRITE_HELP, check_claim, check_output_dir, claimed, record_written
 from ..report.results import headline_table
 from . import MODEL_FOLDER, MODEL_NAME

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..arguments import choose
 from ..comparison.evaluate import evaluate
 from ..comparison.models import ModelSource
 from ..generation.folders import ImageFolder
 from ..generation.rows import GenerationSettings, PromptRow
+from ..values import choose
 from . import CLASSIFIER_FOLDER
 from .classifier import EmojiClassifier
 from .metrics import EmojiDistance, EmojiRecognition, erased_name

@@ -16,12 +16,14 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
-from ..arguments import exit_with_error, parse_dataclass, typed
+from ..arguments import typed
+from ..command_line import parse_dataclass
 from ..embedded import locate_model
 from ..generation.generate import generate
 from ..generation.manifest import load_images
 from ..generation.rows import GenerationSettings, PromptRow
 from ..loading import load_pipeline
+from ..messages import exit_with_error
 from ..output_folders import OVERWRITE_HELP, check_claim, claimed, prepare_files
 from ..provenance import library_versions
 from ..report.results import RESULTS_NAME, write_results

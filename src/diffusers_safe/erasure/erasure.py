@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from ..arguments import choose
 from ..formats import result_names
 from ..hub import push_result
 from ..output_folders import RESULT, check_output_dir, claimed
 from ..provenance import Provenance
 from ..training.output import save_result
+from ..values import choose
 from ..weights.lora import LoRAWeights
 from ..weights.trained import TrainedWeights
 

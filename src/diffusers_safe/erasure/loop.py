@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from accelerate import Accelerator
 
-from ..arguments import note
 from ..concepts import ConceptSchedule
 from ..diffusion.loss_weighting import LossWeighting
 from ..diffusion.trajectories import Trajectories
 from ..families import ModelFamily
+from ..messages import note
 from ..methods import Objective, TrainingBatch
 from ..methods.predictor import Predictor
 from ..methods.retention import retention_loss

@@ -6,9 +6,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..arguments import group, note, option, parse_dataclass, required
+from ..arguments import group, option, required
+from ..command_line import parse_dataclass
 from ..concepts import CONCEPT_SCHEDULES, PROMPT_ORDERS, names_concept, read_concepts
 from ..families import StoredModel
+from ..messages import note
 from ..methods import Method, find_method
 from ..training.job import JobOptions, TrainingOptions
 from ..training.options import SamplingOptions

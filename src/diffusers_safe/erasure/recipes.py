@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from ..arguments import suggested
+from ..values import suggested
 
 
 _PACKAGE = Path(__file__).parents[1]

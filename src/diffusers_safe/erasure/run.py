@@ -9,11 +9,12 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 
-from ..arguments import declared_options, exit_with_error, suggested, typed
+from ..arguments import declared_options, typed
 from ..concepts import names_concept
 from ..families import StoredModel, load_pipeline, make_family
 from ..generation.generate import GenerationSettings
 from ..hub import check_push, push_or_exit, push_result
+from ..messages import exit_with_error, is_first_process
 from ..methods import Objective, find_method
 from ..output_folders import record_written
 from ..progress import Progress, ProgressCallback
@@ -22,6 +23,7 @@ from ..report.grid import GRID_NAME, save_grid
 from ..training.environment import in_float32, make_accelerator, random_states_kept, restore_forward
 from ..training.output import save_result
 from ..training.samples import Samples, Validation
+from ..values import suggested
 from ..weights.trained import TrainedWeights
 from .checks import check_run
 from .erasure import Erasure
@@ -123,7 +125,7 @@ def run_command(name: str, argv: list[str] | None = None, prog: str | None = Non
     options = parse_options(name, argv, prog)
     model, output, hub = options.model, options.output, options.hub
     if output.dry_run:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_process():
             print(make_plan(options, int(os.environ.get("WORLD_SIZE", "1"))))
         return
     with options.claimed_output():

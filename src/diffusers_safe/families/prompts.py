@@ -5,7 +5,7 @@ import re
 from diffusers.loaders import TextualInversionLoaderMixin
 from transformers import PreTrainedTokenizerBase
 
-from ..arguments import note
+from ..messages import note
 
 
 def check_lengths(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -23,7 +23,8 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 
-from ..arguments import choose, typed
+from ..arguments import typed
+from ..values import choose
 
 
 @dataclass(frozen=True)

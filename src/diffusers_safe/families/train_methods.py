@@ -7,7 +7,7 @@ SDD (arXiv 2307.05977).
 
 from dataclasses import dataclass
 
-from ..arguments import choose
+from ..values import choose
 
 
 @dataclass(frozen=True)

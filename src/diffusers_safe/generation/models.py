@@ -19,7 +19,7 @@ from diffusers.utils import logging
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .. import pipelines
-from ..arguments import choose, typed
+from ..arguments import typed
 from ..concepts import read_concepts
 from ..families import check_files, family_around, own_pipelines
 from ..formats import LORA_NAME, fetch
@@ -27,6 +27,7 @@ from ..formats.read import only_weight_file, read_lora
 from ..loading import ModelError, load_pipeline, read_index, reason
 from ..pipelines.guidance import SAFETY_CONCEPT, SAFETY_CONFIGS, SafetyConfig
 from ..pipelines.safe_latent_diffusion import SafeLatentDiffusionMixin, check_concept
+from ..values import choose
 from .generate import GenerationSettings
 from .processes import launched_processes
 

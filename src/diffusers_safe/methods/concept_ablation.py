@@ -5,8 +5,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..arguments import choose, option, required
+from ..arguments import option, required
 from ..concepts import names_concept
+from ..values import choose
 from .method import GradientMethod, register_method
 from .objective import Objective, TrainingBatch, squared_error, targets
 from .predictor import Predictor

@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..arguments import choose, option
+from ..arguments import option
+from ..values import choose
 from .method import GradientMethod, Preset, register_method
 from .objective import Objective, TrainingBatch, squared_error, targets
 from .predictor import Predictor

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from ..arguments import choose
 from ..families import ModelFamily
+from ..values import choose
 from .objective import Objective
 
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from ..arguments import choose, option
+from ..arguments import option
 from ..concepts import joined, names_concept
+from ..values import choose
 from .method import GradientMethod, register_method
 from .objective import Objective, TrainingBatch, squared_error, targets
 from .predictor import Predictor

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 
-from ..arguments import choose, typed
+from ..arguments import typed
+from ..values import choose
 from .base import Metric, check_once
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..arguments import choose
 from ..images import to_rgb
 from ..report.statistics import Estimate
+from ..values import choose
 from .base import Metric, Quantity
 from .loading import chosen, digest, import_library
 

@@ -10,7 +10,8 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from ..arguments import choose, typed
+from ..arguments import typed
+from ..values import choose
 
 
 # The concept of the paper, with the words that diffusers puts before it.

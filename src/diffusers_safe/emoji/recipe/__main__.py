@@ -17,8 +17,10 @@ import torch
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
 
-from ...arguments import exit_with_error, option, parse_dataclass, required, typed
+from ...arguments import option, required, typed
+from ...command_line import parse_dataclass
 from ...formats import written_aside
+from ...messages import exit_with_error
 from ...output_folders import check_output_dir
 from ...provenance import fingerprint
 from ..architecture import build_flow_scheduler, build_sampler, build_t5_tokenizer, build_tokenizer

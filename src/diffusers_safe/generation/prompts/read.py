@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...arguments import choose, typed
+from ...arguments import typed
+from ...values import choose
 from ..generate import PromptRow, check_rows
 from .checks import report_missing_seeds, report_renamed, report_repeated, report_unused, with_prompts
 from .columns import find_column, given, number_in, setting_columns, text_of

@@ -21,7 +21,7 @@ import yaml
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
-from ...arguments import TextLoader
+from ...yaml_files import TextLoader
 from .layouts import column_key
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...arguments import choose
 from ...images import UnreadableImage, reading_image, to_rgb
+from ...values import choose
 
 
 INTERPOLATION_MODES = {

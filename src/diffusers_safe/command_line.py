@@ -1,0 +1,166 @@
+"""Command lines and YAML files read into dataclasses of options."""
+
+import logging
+import sys
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING
+from importlib.metadata import PackageNotFoundError, version
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+from .arguments import build_options, check_values, declared_options
+from .messages import is_first_process
+from .values import suggested
+from .yaml_files import read_yaml
+
+
+logger = logging.getLogger(__name__)
+Arguments = TypeVar("Arguments")
+
+
+def parse_dataclass(
+    kind: type[Arguments],
+    description: str | None = None,
+    argv: list[str] | None = None,
+    prog: str | None = None,
+    check: Callable[[Arguments], None] | None = None,
+    presets: dict[str, dict[str, Any]] | None = None,
+    positional: str | None = None,
+    fixed: dict[str, str] | None = None,
+) -> Arguments:
+    """Reads a command line into a dataclass; its types are checked by [`check_values`], its values by `__post_init__`.
+
+    `--config FILE` reads options from a YAML file, a key for each, which the command line replaces. A list option that
+    is given several times on the command line is extended. In names `_` and `-` count alike.
+
+    Args:
+        kind (`type`): The dataclass; a field's `help` metadata is its help.
+        description (`str`, *optional*): Head of `--help`.
+        argv (`list[str]`, *optional*): The words; those of the process by default.
+        prog (`str`, *optional*): Name of the program in messages.
+        check (`Callable`, *optional*): Checks what lies outside the arguments: files, folders, models.
+        presets (`dict[str, dict]`, *optional*): Values that `--preset NAME` puts in place of the defaults; the
+            dataclass then has a field `preset`.
+        positional (`str`, *optional*): Name of the option that may be given without its name.
+        fixed (`dict[str, str]`, *optional*): More keys that a config file may have, with the values they must have.
+
+    Raises:
+        `SystemExit`: With code 2 after one line on stderr, if an option is not known, a value does not fit, or `check`
+            raises a `ValueError` or an `OSError`.
+    """
+    parser, names = _make_parser(kind, description, prog)
+    words = [_with_underscores(word, names) for word in (sys.argv[1:] if argv is None else argv)]
+    try:
+        given, unknown = parser.parse_known_args(words)
+        given = vars(given)
+        if positional is not None and unknown and not unknown[0].startswith("-"):
+            given.setdefault(positional, unknown.pop(0))
+        if unknown:
+            raise ValueError(f"unrecognized arguments: {_unrecognized(unknown, names)}")
+        config = read_config(given.pop("config", None), kind, fixed)
+        values = {**config, **check_values(kind, given)}
+        if presets:
+            preset = values.get("preset", declared_options(kind)["preset"].default)
+            values = {**presets.get(preset, {}), **values}
+        arguments = build_options(kind, values)
+        if check is not None:
+            check(arguments)
+    except (ValueError, OSError, RecursionError) as error:
+        logger.debug("where it happened:", exc_info=True)
+        parser.error(" ".join(str(error).split()) or type(error).__name__)
+    return arguments
+
+
+def _make_parser(kind: type, description: str | None, prog: str | None) -> tuple[ArgumentParser, dict[str, None]]:
+    """The parser, which leaves out what is not given and converts nothing, and the names that it knows."""
+    parser = ArgumentParser(
+        prog=prog, description=description, formatter_class=RawDescriptionHelpFormatter, argument_default=SUPPRESS
+    )
+    tell_errors_in_one_line(parser)
+    names, sections = {}, {}
+    essential = lambda item: not (item.default is MISSING or item.facts.get("essential", False))  # noqa: E731
+    for item in sorted(declared_options(kind).values(), key=essential):
+        title = item.title if essential(item) else None
+        if title is not None and title not in sections:
+            sections[title] = parser.add_argument_group(title)
+        section = sections.get(title, parser)
+        help = item.facts.get("help", "")
+        if item.default not in (MISSING, None, "", [], ()):
+            text = " ".join(map(str, item.default)) if isinstance(item.default, (list, tuple)) else item.default
+            help += f" (default: {text})"
+        how = {"help": help.replace("%", "%%")}
+        parts = get_args(item.kind) if get_origin(item.kind) in (Union, UnionType) else (item.kind,)
+        if any((get_origin(part) or part) in (list, tuple) for part in parts):
+            how |= {"nargs": "+", "action": "extend"}
+        elif bool in parts:
+            how |= {"nargs": "?", "const": True}
+        names[item.name] = None
+        section.add_argument(f"--{item.name}", **how)
+        if item.default is True:
+            names[f"no_{item.name}"] = None
+            section.add_argument(f"--no_{item.name}", action="store_false", dest=item.name, help="Turns it off.")
+    parser.add_argument(
+        "--config",
+        help="YAML file with options, a key for each. What is given on the command line replaces the file's value; a "
+        "list option that is given several times on the command line is extended.",
+    )
+    parser.add_argument("--version", action="version", version=f"diffusers-safe {package_version()}")
+    return parser, {**names, "config": None, "version": None, "help": None}
+
+
+def _with_underscores(word: str, names: Iterable[str]) -> str:
+    """`--max-train-steps=3` as `--max_train_steps=3`, if it is the name of an option."""
+    name, equals, value = word.partition("=")
+    known = name[2:].replace("-", "_")
+    return f"--{known}{equals}{value}" if name.startswith("--") and known in names else word
+
+
+def _unrecognized(words: list[str], names: Iterable[str]) -> str:
+    """Unknown options, without values, which may be secret, and the options that were probably meant."""
+    options = [word for word in words if word[:1] in ("-", "–", "—")]
+    return " ".join(suggested(word.partition("=")[0], names) for word in options or words)
+
+
+def read_config(path: str | None, kind: type, fixed: dict[str, str] | None = None) -> dict[str, Any]:
+    """The options of a dataclass in a YAML file. A key without a value is left out, as are those of `fixed`.
+
+    Raises:
+        `ValueError`: If the file cannot be read, a key is none of the options, or a value does not fit.
+    """
+    if path is None:
+        return {}
+    options = {} if (found := read_yaml(path, "config")) is None else found
+    if not isinstance(options, dict):
+        raise ValueError(f"config {path}: must hold a mapping of options to values")
+    options = {str(name).replace("-", "_"): value for name, value in options.items()}
+    if "config" in options:
+        raise ValueError(f"config {path}: names another config")
+    for name, value in (fixed or {}).items():
+        if (found := options.pop(name, value)) != value:
+            raise ValueError(f"config {path}: {name} is {found}, here it must be {value}")
+    names = declared_options(kind)
+    if unknown := [name for name in options if name not in names]:
+        told = " ".join(suggested(f"--{name}", names) for name in unknown)
+        raise ValueError(f"config {path}: unrecognized arguments: {told}")
+    try:
+        return check_values(kind, {name: value for name, value in options.items() if value is not None})
+    except ValueError as error:
+        raise ValueError(f"config {path}: {error}") from None
+
+
+def package_version() -> str:
+    try:
+        return version("diffusers-safe")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def tell_errors_in_one_line(parser: ArgumentParser) -> None:
+    """One line from one process, instead of argparse's page of usage from each; and options by their full names."""
+
+    def error(message: str) -> None:
+        line = f"{parser.prog}: error: {message}\n".encode("utf-8", "backslashreplace").decode()
+        parser.exit(2, line if is_first_process() else None)
+
+    parser.error, parser.allow_abbrev = error, False
