@@ -41,7 +41,7 @@ from diffusers_safe.files import write_text
 from diffusers_safe.generation.folders import ImageFolder
 from diffusers_safe.generation.generate import generate
 from diffusers_safe.generation.manifest import load_image
-from diffusers_safe.generation.models import Subject
+from diffusers_safe.generation.models import SteeredModel
 from diffusers_safe.generation.rows import PromptRow
 from diffusers_safe.messages import exit_with_error
 from diffusers_safe.output_folders import check_claim, claimed, prepare_files, write_own
@@ -141,18 +141,23 @@ class Leaderboard:
     def model(self, recipe: str) -> Path:
         return self.folder / "models" / f"{recipe}-{self.args.seed}"
 
-    def subjects(self, name: str) -> list[Subject | ImageFolder]:
+    def subjects(self, name: str) -> list[SteeredModel | ImageFolder]:
         """The rows of the table of a task."""
         task, base = TASKS[name], str(MODEL_FOLDER)
         rows = [
-            Subject("original", base),
-            Subject("negative prompt", base, negative_prompt=task.concept),
-            Subject("SEGA", base, editing_prompt=[task.concept]),
-            *(Subject(f"SLD {safety}", base, safety=safety, safety_concept=task.concept) for safety in self.safeties),
-            *(Subject(method.upper(), str(self.model(f"{task.recipes}-{method}"))) for method in self.methods),
+            SteeredModel("original", base),
+            SteeredModel("negative prompt", base, negative_prompt=task.concept),
+            SteeredModel("SEGA", base, editing_prompt=[task.concept]),
+            *(
+                SteeredModel(f"SLD {safety}", base, safety=safety, safety_concept=task.concept)
+                for safety in self.safeties
+            ),
+            *(SteeredModel(method.upper(), str(self.model(f"{task.recipes}-{method}"))) for method in self.methods),
         ]
         if name == "group" and self.args.student_steps:
-            rows.append(Subject(f"SDD {STUDENT.split()[0]}", str(self.student_models / STUDENT.replace(" ", "-"))))
+            rows.append(
+                SteeredModel(f"SDD {STUDENT.split()[0]}", str(self.student_models / STUDENT.replace(" ", "-")))
+            )
         return rows + self.args.own_rows
 
     def rows(self, name: str) -> list[PromptRow]:
@@ -161,15 +166,15 @@ class Leaderboard:
     def generate(self) -> None:
         """Generates the images of all rows, those of the student first, because it must be trained before."""
         jobs = [(name, subject) for name in self.args.tasks for subject in self.subjects(name)]
-        jobs = [job for job in jobs if isinstance(job[1], Subject)]
+        jobs = [job for job in jobs if isinstance(job[1], SteeredModel)]
         jobs.sort(key=lambda job: not self._is_student(job[1]))
         with ProcessPoolExecutor(self.workers, get_context("spawn"), _use_one_thread) as pool:
             list(pool.map(self._generate, *zip(*jobs)))
 
-    def _is_student(self, subject: Subject) -> bool:
+    def _is_student(self, subject: SteeredModel) -> bool:
         return Path(subject.model).parent == self.student_models
 
-    def _generate(self, name: str, subject: Subject) -> None:
+    def _generate(self, name: str, subject: SteeredModel) -> None:
         if self._is_student(subject):
             self._train_student(self.model(f"{TASKS[name].recipes}-sdd"))
         pipeline, settings = subject.load(SETTINGS)

@@ -25,7 +25,7 @@ from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.evaluation import evaluate_erasure
 from diffusers_safe.emoji.metrics import erased_name
 from diffusers_safe.emoji.scenes import GROUPS, OBJECTS, STYLES
-from diffusers_safe.generation.models import Subject
+from diffusers_safe.generation.models import SteeredModel
 from diffusers_safe.messages import exit_with_error
 from diffusers_safe.output_folders import check_claim, claimed, write_own
 from diffusers_safe.report.statistics import Estimate
@@ -91,8 +91,8 @@ class Methods:
         train(recipe, model, seed)
         what = erased_by(recipe)
         concept = f"{erased_name(what['erased'], what.get('style'))}-{seed}".replace(" ", "-")
-        models = self._models.setdefault(concept, [Subject("before", str(MODEL_FOLDER))])
-        models.append(Subject(name, str(model)))
+        models = self._models.setdefault(concept, [SteeredModel("before", str(MODEL_FOLDER))])
+        models.append(SteeredModel(name, str(model)))
         images, count = folder / f"images-{self._args.images_per_prompt}" / concept, self._args.images_per_prompt
         return Numbers(evaluate_erasure(models, images, **what, images_per_object=count, seed=seed), name)
 

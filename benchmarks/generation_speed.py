@@ -25,7 +25,7 @@ from diffusers_safe.command_line import parse_dataclass
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.scenes import OBJECTS, prompt_for
 from diffusers_safe.generation.generate import generate
-from diffusers_safe.generation.models import DTYPES, Subject
+from diffusers_safe.generation.models import DTYPES, SteeredModel
 from diffusers_safe.generation.rows import GenerationSettings, PromptRow
 from diffusers_safe.messages import exit_with_error
 
@@ -40,7 +40,7 @@ class SpeedArguments:
     num_inference_steps: int = option(25, "Number of steps of the scheduler.", at_least=1)
 
     def __post_init__(self):
-        self.subject = Subject("model", self.model, dtype=self.dtype)
+        self.subject = SteeredModel("model", self.model, dtype=self.dtype)
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ValueError(f"batch_sizes {self.batch_sizes}: must be at least one number, each at least 1")
 

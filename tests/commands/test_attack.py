@@ -12,7 +12,7 @@ from diffusers_safe.command_line import parse_dataclass
 from diffusers_safe.commands import attack as command
 from diffusers_safe.commands.attack import AttackArguments
 from diffusers_safe.emoji.evaluation import Erased
-from diffusers_safe.generation.models import Subject
+from diffusers_safe.generation.models import SteeredModel
 
 
 QUICK = ("--num_inference_steps", "1", "--guidance_scale", "1", "--height", "64", "--width", "64")
@@ -220,7 +220,7 @@ def test_a_used_folder_is_refused_before_any_work(tiny_model_folder, other_folde
     cli.main([*words, "--model", other_folder])
     told = capsys.readouterr().out
     assert "* Warning: Fewer than 20 images" in told and "* Warning: Only 2" not in told
-    monkeypatch.setattr(Subject, "load", None)
+    monkeypatch.setattr(SteeredModel, "load", None)
     for changes, message in (
         (["--model", other_folder, "--seed", "3"], "it holds images of other prompts or seeds"),
         (["--model", other_folder, "--num_inference_steps", "2"], "have num_inference_steps 1, not 2"),

@@ -9,7 +9,7 @@ from diffusers_safe import cli
 from diffusers_safe.commands.evaluate import EvaluateArguments, read_models
 from diffusers_safe.emoji.evaluation import SETTINGS, Erased
 from diffusers_safe.generation.folders import ImageFolder
-from diffusers_safe.generation.models import Subject
+from diffusers_safe.generation.models import SteeredModel
 from scripts import in_two_processes
 
 
@@ -41,7 +41,7 @@ def test_models_of_a_yaml_file_and_images_only(tiny_model_folder, tmp_path, caps
     assert "|  | pixel distance ↓, N=4 |\n" in told and "report.html" in told
     assert "images of original" not in told
 
-    monkeypatch.setattr(Subject, "load", None)
+    monkeypatch.setattr(SteeredModel, "load", None)
     again = evaluate(tmp_path / "out", "--models", table, *PROMPTS, *QUICK, "--images_only", "--blur", "all")
     assert again["metrics"] == results["metrics"]
     assert (tmp_path / "out" / "report.html").read_text().count('class="blur"') == 12
@@ -81,9 +81,9 @@ def test_a_preset_stands_in_for_defaults_and_gives_way(tiny_model_folder, tmp_pa
 def test_models_are_read_from_words(tiny_model_folder, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "0_0.png")
     subjects = read_models([f"a={tiny_model_folder}", f"b={tmp_path}", "user/name"], "float16")
-    assert subjects[0] == Subject("a", tiny_model_folder, dtype="float16")
+    assert subjects[0] == SteeredModel("a", tiny_model_folder, dtype="float16")
     assert subjects[1] == ImageFolder("b", tmp_path)
-    assert subjects[2] == Subject("name", "user/name", dtype="float16")
+    assert subjects[2] == SteeredModel("name", "user/name", dtype="float16")
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_used_folder_is_refused_before_any_work(tiny_model_folder, tmp_path, c
     evaluate(tmp_path, *models, *PROMPTS, *QUICK)
     assert "* Warning: Fewer than 20 images" in capsys.readouterr().out
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    monkeypatch.setattr(Subject, "load", None)
+    monkeypatch.setattr(SteeredModel, "load", None)
     for changes, message in (
         (
             (*models, "--prompts", "a dog", *QUICK),

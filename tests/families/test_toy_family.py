@@ -30,7 +30,7 @@ from diffusers_safe.families import (
 from diffusers_safe.families.cost import forward_flops, macs, training_cost
 from diffusers_safe.formats import LORA_NAME, PARTIAL_NAME, load_partial, read_erased_weights, save_lora, save_partial
 from diffusers_safe.generation.generate import GenerationSettings, PromptRow, generate
-from diffusers_safe.generation.models import Subject
+from diffusers_safe.generation.models import SteeredModel
 from diffusers_safe.hub import Base, erasure_card
 from diffusers_safe.pipelines import enable_safe_latent_diffusion
 from diffusers_safe.provenance import Provenance, fingerprint
@@ -294,7 +294,7 @@ def test_images_are_generated_with_safe_latent_diffusion(folder, tmp_path):
     rows, settings = [PromptRow("one", "a knife", 0)], GenerationSettings(num_inference_steps=4, guidance_scale=3.0)
     images = []
     for safety in (None, "max"):
-        pipeline, used = Subject("toy", folder, safety=safety).load(settings)
+        pipeline, used = SteeredModel("toy", folder, safety=safety).load(settings)
         pipeline.set_progress_bar_config(disable=True)
         (row,) = generate(pipeline, rows, tmp_path / str(safety), used)
         images.append(np.asarray(Image.open(tmp_path / str(safety) / row["file"])) / 255)

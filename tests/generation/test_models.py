@@ -10,7 +10,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from diffusers_safe.generation.generate import GenerationSettings, pipeline_fingerprint, sample_images
-from diffusers_safe.generation.models import Subject
+from diffusers_safe.generation.models import SteeredModel
 from diffusers_safe.pipelines.guidance import SafetyConfig
 
 
@@ -36,9 +36,9 @@ def drawn(pipeline, settings):
 
 
 def test_a_plain_model_is_loaded_as_it_is(tiny_model_folder, make_tiny_pipeline):
-    pipeline, settings = Subject("plain", tiny_model_folder).load(SETTINGS)
+    pipeline, settings = SteeredModel("plain", tiny_model_folder).load(SETTINGS)
     assert settings == SETTINGS and pipeline_fingerprint(pipeline) == pipeline_fingerprint(make_tiny_pipeline())
-    pipeline, settings = Subject("negative", tiny_model_folder, negative_prompt="a gun", dtype="bfloat16").load(
+    pipeline, settings = SteeredModel("negative", tiny_model_folder, negative_prompt="a gun", dtype="bfloat16").load(
         SETTINGS
     )
     assert settings.negative_prompt == "a gun" and pipeline.unet.dtype == torch.bfloat16
@@ -46,7 +46,7 @@ def test_a_plain_model_is_loaded_as_it_is(tiny_model_folder, make_tiny_pipeline)
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_a_fused_lora_draws_what_the_stock_adapter_draws(tiny_model_folder, make_tiny_pipeline, lora, scale):
-    pipeline, settings = Subject("lora", tiny_model_folder, lora=str(lora), lora_scale=scale).load(SETTINGS)
+    pipeline, settings = SteeredModel("lora", tiny_model_folder, lora=str(lora), lora_scale=scale).load(SETTINGS)
     stock = make_tiny_pipeline()
     before = drawn(stock, SETTINGS).astype(int)
     stock.load_lora_weights(lora, adapter_name="own")
@@ -57,10 +57,10 @@ def test_a_fused_lora_draws_what_the_stock_adapter_draws(tiny_model_folder, make
 
 
 def test_no_share_of_a_lora_is_the_model(tiny_model_folder, make_tiny_pipeline, lora):
-    pipeline, _ = Subject("none", tiny_model_folder, lora=str(lora), lora_scale=0.0).load(SETTINGS)
+    pipeline, _ = SteeredModel("none", tiny_model_folder, lora=str(lora), lora_scale=0.0).load(SETTINGS)
     assert pipeline_fingerprint(pipeline) == pipeline_fingerprint(make_tiny_pipeline())
     file = lora / "pytorch_lora_weights.safetensors"
-    pipeline, _ = Subject("half", tiny_model_folder, lora=str(file), dtype="bfloat16").load(SETTINGS)
+    pipeline, _ = SteeredModel("half", tiny_model_folder, lora=str(file), dtype="bfloat16").load(SETTINGS)
     assert pipeline.unet.dtype == pipeline.vae.dtype == torch.bfloat16
 
 
@@ -85,7 +85,7 @@ def test_a_lora_that_does_not_fit_is_refused(tiny_model_folder, lora, tmp_path, 
         changed |= change(name, value)
     save_file(changed, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=message) as error:
-        Subject("other", tiny_model_folder, lora=str(tmp_path / "other.safetensors")).load(SETTINGS)
+        SteeredModel("other", tiny_model_folder, lora=str(tmp_path / "other.safetensors")).load(SETTINGS)
     assert "\n" not in str(error.value)
 
 
@@ -98,7 +98,7 @@ def test_a_lora_by_other_names_is_the_same(tiny_model_folder, lora, tmp_path, pr
     save_file(renamed, path) if suffix == ".safetensors" else torch.save(renamed, path)
     plain = tmp_path / "plain.safetensors"
     save_file(tensors, plain)
-    same, other = (Subject("lora", tiny_model_folder, lora=str(file)).load(SETTINGS)[0] for file in (plain, path))
+    same, other = (SteeredModel("lora", tiny_model_folder, lora=str(file)).load(SETTINGS)[0] for file in (plain, path))
     for weight, own in zip(same.unet.parameters(), other.unet.parameters(), strict=True):
         torch.testing.assert_close(own, weight, rtol=1e-5, atol=1e-7)
 
@@ -117,12 +117,12 @@ def test_a_garbage_lora_is_found_before_weights_are_read(tiny_model_folder, tmp_
         save = save_file if suffix == ".safetensors" else torch.save
         save({"emb_params": torch.zeros(1, 8)}, path)
     with pytest.raises(ValueError, match=f"lora.*{suffix}|'{path}'") as error:
-        Subject("bad", tiny_model_folder, lora=str(path)).check()
+        SteeredModel("bad", tiny_model_folder, lora=str(path)).check()
     assert "\n" not in str(error.value)
 
 
 def test_semantic_guidance_is_that_of_diffusers(tiny_model_folder, make_tiny_pipeline):
-    subject = Subject("sega", tiny_model_folder, editing_prompt=["a knife", "a gun"], edit_warmup_steps=1)
+    subject = SteeredModel("sega", tiny_model_folder, editing_prompt=["a knife", "a gun"], edit_warmup_steps=1)
     pipeline, settings = subject.load(SETTINGS)
     assert type(pipeline) is SemanticStableDiffusionPipeline
     assert settings.call == {
@@ -146,7 +146,7 @@ def test_semantic_guidance_is_that_of_diffusers(tiny_model_folder, make_tiny_pip
 
 
 def test_safety_is_part_of_the_call(tiny_model_folder):
-    pipeline, settings = Subject("safe", tiny_model_folder, safety="max", safety_concept="a gun").load(SETTINGS)
+    pipeline, settings = SteeredModel("safe", tiny_model_folder, safety="max", safety_concept="a gun").load(SETTINGS)
     assert settings.call == {**SafetyConfig.MAX, "safety_concept": "a gun"}
     drawn(pipeline, settings)
 
@@ -154,10 +154,10 @@ def test_safety_is_part_of_the_call(tiny_model_folder):
 def test_what_cannot_be_steered_so_is_told_before_weights_are_read(make_tiny_xl_pipeline, tmp_path):
     make_tiny_xl_pipeline().save_config(tmp_path)
     with pytest.raises(ValueError, match="editing_prompt: works with StableDiffusionPipeline .* StableDiffusionXL"):
-        Subject("xl", str(tmp_path), editing_prompt=["a gun"]).check()
+        SteeredModel("xl", str(tmp_path), editing_prompt=["a gun"]).check()
     with pytest.raises(ValueError, match="lora .*notes.txt: not a file of torch.save|holds no erased weights"):
         (tmp_path / "notes.txt").write_text("none")
-        Subject("xl", str(tmp_path), lora=str(tmp_path / "notes.txt")).check()
+        SteeredModel("xl", str(tmp_path), lora=str(tmp_path / "notes.txt")).check()
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_what_cannot_be_steered_so_is_told_before_weights_are_read(make_tiny_xl_
 )
 def test_bad_values_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
-        Subject("bad", "model", **values)
+        SteeredModel("bad", "model", **values)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_bad_values_are_refused(values, message):
     ],
 )
 def test_steering_that_could_do_nothing_is_refused(values, settings, message):
-    subject = Subject("idle", "model", **values)
+    subject = SteeredModel("idle", "model", **values)
     subject.check_steering(GenerationSettings())
     with pytest.raises(ValueError, match=message):
         subject.check_steering(GenerationSettings(**settings))

@@ -33,7 +33,7 @@ from ..emoji import MODEL_NAME
 from ..emoji.evaluation import Erased
 from ..families import StoredModel
 from ..generation.folders import ImageFolder
-from ..generation.models import DTYPES, Subject
+from ..generation.models import DTYPES, SteeredModel
 from ..generation.rows import PromptRow
 from ..messages import exit_with_error
 from ..metrics import METRICS, make_metrics
@@ -151,7 +151,7 @@ class AttackArguments(EvaluationOptions):
         if self.inversion_pictures is not None and "inversion_num_pictures" in given:
             raise ValueError("inversion_num_pictures: has no effect with --inversion_pictures")
 
-    def _read_models(self) -> list[Subject]:
+    def _read_models(self) -> list[SteeredModel]:
         if self.original is None and self.emoji is None:
             raise ValueError("original: none given; a success rate needs that of the unerased model next to it")
         words = [named(self.original or MODEL_NAME, "original")]

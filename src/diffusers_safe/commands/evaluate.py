@@ -38,7 +38,7 @@ from ..emoji.metrics import EmojiDistance
 from ..formats import INDEX
 from ..generation.folders import ImageFolder
 from ..generation.manifest import MANIFEST, read_manifest
-from ..generation.models import DTYPES, Subject
+from ..generation.models import DTYPES, SteeredModel
 from ..generation.processes import launched_processes
 from ..generation.prompts import PromptOptions, read_prompts
 from ..generation.rows import PromptRow
@@ -149,7 +149,7 @@ class EvaluateArguments(EvaluationOptions):
             self.rows = self.read_rows() if self.prompts else self._rows_of_images()
         own = {row.guidance_scale for row in self.rows if row.guidance_scale is not None}
         for model in self.made_models:
-            if isinstance(model, Subject):
+            if isinstance(model, SteeredModel):
                 model.check_steering(self.settings, own)
 
     def _rows_of_images(self) -> list[PromptRow]:
@@ -172,7 +172,7 @@ class EvaluateArguments(EvaluationOptions):
         return {**super().source, **({"preset": self.preset} if self.preset else {})}
 
 
-def read_models(models: Sequence[str], dtype: str = "float32") -> list[Subject | ImageFolder]:
+def read_models(models: Sequence[str], dtype: str = "float32") -> list[SteeredModel | ImageFolder]:
     """Models from a command line or a YAML file.
 
     Raises:
@@ -197,7 +197,7 @@ def _embedded_base(word: str) -> str:
     return base if (base := record.get("base_model")) in EMBEDDED_MODELS else MODEL_NAME
 
 
-def _from_word(word: str, dtype: str) -> Subject | ImageFolder:
+def _from_word(word: str, dtype: str) -> SteeredModel | ImageFolder:
     name, equals, place = word.partition("=")
     if not equals:
         name, place = Path(word).name, word
@@ -205,7 +205,7 @@ def _from_word(word: str, dtype: str) -> Subject | ImageFolder:
         raise ValueError(f"model '{word}': write name=PATH, or name=HUB_ID")
     if Path(place).is_dir() and not (Path(place) / INDEX).is_file():
         return ImageFolder(name, Path(place))
-    return Subject(name, place, dtype=dtype)
+    return SteeredModel(name, place, dtype=dtype)
 
 
 def _read_yaml(path: str) -> list[dict]:
@@ -215,23 +215,23 @@ def _read_yaml(path: str) -> list[dict]:
     return entries
 
 
-def _from_mapping(entry: dict, path: str, dtype: str) -> Subject | ImageFolder:
+def _from_mapping(entry: dict, path: str, dtype: str) -> SteeredModel | ImageFolder:
     entry = {str(key).replace("-", "_"): value for key, value in entry.items() if value is not None}
     name = entry.get("name")
     if not name or ("model" in entry) == ("images" in entry):
         raise ValueError(f"models {path}: the entry {shown(name)} needs a name, and either model or images")
-    allowed = ["name", "images"] if "images" in entry else [item.name for item in fields(Subject)]
+    allowed = ["name", "images"] if "images" in entry else [item.name for item in fields(SteeredModel)]
     if unknown := [suggested(key, allowed, "") for key in entry if key not in allowed]:
         raise ValueError(f"models {path}: {name} has {unknown[0]}; allowed are {', '.join(allowed)}")
     try:
         if "images" in entry:
             return ImageFolder(**check_values(ImageFolder, {"name": name, "folder": entry["images"]}))
-        return Subject(**{"dtype": dtype, **entry})
+        return SteeredModel(**{"dtype": dtype, **entry})
     except ValueError as error:
         raise ValueError(f"models {path}: {shown(name)}: {error}") from None
 
 
-def rows_of_images(original: Subject | ImageFolder, row_settings: bool = True) -> list[PromptRow]:
+def rows_of_images(original: SteeredModel | ImageFolder, row_settings: bool = True) -> list[PromptRow]:
     """The prompts of existing images, with the guidance and size of each if `row_settings`."""
     if not isinstance(original, ImageFolder) or not original.has_manifest:
         raise ValueError(f"prompts: none given, and {original.name} is not a folder of images with {MANIFEST}")

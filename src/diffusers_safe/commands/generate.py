@@ -18,7 +18,7 @@ from ..command_line import parse_dataclass
 from ..emoji import MODEL_NAME
 from ..generation.generate import generate
 from ..generation.manifest import read_manifest
-from ..generation.models import DTYPES, Subject
+from ..generation.models import DTYPES, SteeredModel
 from ..generation.processes import launched_processes
 from ..generation.prompts import PromptOptions
 from ..generation.rows import GenerationSettings
@@ -88,8 +88,8 @@ class GenerateArguments(PromptOptions):
     overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
 
     def __post_init__(self):
-        names = [item.name for item in fields(Subject) if item.name not in ("name", "model")]
-        self.made_model = Subject(self.model, self.model, **{name: getattr(self, name) for name in names})
+        names = [item.name for item in fields(SteeredModel) if item.name not in ("name", "model")]
+        self.made_model = SteeredModel(self.model, self.model, **{name: getattr(self, name) for name in names})
         if (self.height is None) != (self.width is None):
             raise ValueError(f"height {self.height}, width {self.width}: give both or neither")
         for name in ("num_inference_steps", "batch_size", "height", "width"):

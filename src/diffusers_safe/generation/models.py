@@ -1,7 +1,7 @@
 """What generates images: a model, and the ways in which its generation is steered.
 
-subject = Subject("safe", "path/or/hub-id", safety="max", safety_concept="a weapon")
-pipeline, settings = subject.load(GenerationSettings(num_inference_steps=50))
+model = SteeredModel("safe", "path/or/hub-id", safety="max", safety_concept="a weapon")
+pipeline, settings = model.load(GenerationSettings(num_inference_steps=50))
 generate(pipeline, rows, "runs/safe", settings)
 """
 
@@ -39,7 +39,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @typed
 @dataclass(frozen=True)
-class Subject:
+class SteeredModel:
     """A model and its ways of steering, as a command line names them.
 
     Attributes:
@@ -162,7 +162,7 @@ class Subject:
             `tuple`: The pipeline, and the settings with what the steering adds: `negative_prompt` and `call`.
 
         Raises:
-            `ValueError`: As [`~Subject.check`], or if the LoRA does not fit the model.
+            `ValueError`: As [`~SteeredModel.check`], or if the LoRA does not fit the model.
         """
         self.check()
         dtype = DTYPES[self.dtype]
