@@ -14,6 +14,7 @@ setup(
     package_dir={"": "src", "diffusers_safe.recipes": "examples"},
     packages=[*find_packages("src"), "diffusers_safe.recipes"],
     package_data={
+        "diffusers_safe": ["py.typed"],
         "diffusers_safe.recipes": ["*.yaml"],
         "diffusers_safe.hub": ["templates/*"],
         "diffusers_safe.report": ["*.css", "templates/*"],

@@ -1,6 +1,7 @@
 """Keep unwanted concepts out of text-to-image diffusion models."""
 
 import importlib
+import importlib.metadata
 import logging
 import os
 
@@ -19,6 +20,7 @@ logging.getLogger("transformers.utils.import_utils").addFilter(
 )
 # Public name -> where it is. Read when asked for: nothing heavy happens at import.
 _HOMES = {
+    "Erasure": "erasure.erasure",
     "ErasedStableDiffusionPipeline": "pipelines",
     "ErasedStableDiffusionXLPipeline": "pipelines",
     "Progress": "progress",
@@ -34,6 +36,7 @@ _HOMES = {
     "disable_safe_latent_diffusion": "pipelines",
     "enable_safe_latent_diffusion": "pipelines",
     "erase": "erasure.run",
+    "export": "formats.export",
     "evaluate": "comparison.evaluate",
     "generate": "generation.generate",
 }
@@ -41,6 +44,8 @@ __all__ = list(_HOMES)
 
 
 def __getattr__(name: str):
+    if name == "__version__":
+        return importlib.metadata.version("diffusers-safe")
     if name not in _HOMES:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

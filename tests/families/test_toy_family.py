@@ -9,10 +9,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from closeness import ROUNDING, difference
+from diffusers_safe import export
 from diffusers_safe.attacks import InversionSettings
 from diffusers_safe.attacks.inversion import TOKEN, learn_token
 from diffusers_safe.attacks.token import added_token, read_token
-from diffusers_safe.commands.export import ExportArguments, export
 from diffusers_safe.commands.students import StudentsArguments, check_surroundings
 from diffusers_safe.diffusion.loss_weighting import LossWeighting
 from diffusers_safe.diffusion.noise import NoiseSchedule, TimestepBias
@@ -233,7 +233,7 @@ def test_weights_swap_and_a_trained_lora_is_saved_and_loaded(folder, pipeline, t
 @pytest.mark.parametrize("to", ["full", "transformer", "partial", "lora"])
 def test_every_form_is_exported_loaded_switched_off_and_published(folder, partial, tmp_path, to):
     out, rank = tmp_path / "out", {"rank": 16} if to == "lora" else {}
-    export(ExportArguments(str(partial), to, str(out), **rank))
+    export(str(partial), str(out), to, **rank)
     erased = ErasedToyPipeline.from_pretrained(out, folder)
     erased.set_progress_bar_config(disable=True)
     base = build_toy_pipeline()
@@ -260,7 +260,7 @@ def test_every_form_is_exported_loaded_switched_off_and_published(folder, partia
 
 def test_the_name_of_another_familys_denoiser_is_refused(partial, tmp_path):
     with pytest.raises(ValueError, match="to unet: .* has none; its denoiser is called transformer"):
-        export(ExportArguments(str(partial), "unet", str(tmp_path / "out")))
+        export(str(partial), str(tmp_path / "out"), "unet")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,146 @@
+"""An erased model saved in another form."""
+
+import os
+from dataclasses import dataclass, replace
+
+from ..arguments import check_values, option, required
+from ..families import StoredModel, denoiser_names, load_pipeline, make_family
+from ..loading import ModelError
+from ..output_folders import OVERWRITE_HELP, RESULT, check_apart, check_claim, claimed
+from ..provenance import fingerprint
+from ..values import choose
+from .folders import result_names, save_model, written_aside
+from .lora import LoRA, full_rank, low_rank
+from .read import ErasedWeights, assign, read_erased_weights
+from .source import fetch
+from .write import LORA_NAME, PARTIAL_NAME, facts, save_partial, save_whole
+
+
+DEFAULT_RANK = 16
+
+
+def forms() -> tuple[str, ...]:
+    """The forms of an erased model; the denoiser alone has its name in the pipeline."""
+    return ("full", *denoiser_names(), "partial", "lora")
+
+
+@dataclass(kw_only=True)
+class ExportOptions:
+    """What is exported, and as what."""
+
+    source: str = required("The erased model: file, folder or Hub id. May be given without --source.")
+    to: str = required(f"The form of the result: {', '.join(forms())}.")
+    output_dir: str = required("The folder of the result; one without an erased model.")
+    base_model: str | None = option(
+        None, "The model before the erasure, folder or Hub id; default: as the source says."
+    )
+    base_revision: str | None = option(None, "Of the base model on the Hub; default: as the source says.")
+    revision: str | None = option(None, "Of the source on the Hub.")
+    weight_name: str | None = option(None, "The file of the source that holds the erasure, if there are several.")
+    rank: int | None = option(
+        None, f"Of the LoRA; default {DEFAULT_RANK}, or the full rank of the changes if that is less.", at_least=1
+    )
+    only_weights: bool = option(
+        False,
+        "Leave changed biases and norms out of the LoRA. Biases need a loader that knows lora_B.bias (diffusers does, "
+        "others may not, and such a LoRA cannot be fused); norms fit into no LoRA.",
+    )
+    overwrite: bool = option(False, OVERWRITE_HELP)
+
+    def __post_init__(self):
+        self.to = choose("to", self.to, forms())
+        if self.to != "lora" and (self.rank is not None or self.only_weights):
+            given = f"rank {self.rank}" if self.rank is not None else "only_weights"
+            raise ValueError(f"{given}: needs --to lora")
+
+    @property
+    def claim(self) -> dict:
+        return {"kind": RESULT, "run": "export", "replaces": result_names(), "overwrite": self.overwrite}
+
+    def check_surroundings(self) -> None:
+        """Checks the source's place, the base model if it is given, and the output folder. Nothing is made yet.
+
+        Raises:
+            `ValueError`: One line that says what is wrong.
+        """
+        fetch(self.source, self.weight_name, only_records=True, **_revision(self.revision))
+        if self.base_model is not None:
+            stored = StoredModel(self.base_model, argument="base_model", **_revision(self.base_revision))
+            stored.check_files()
+        if os.path.realpath(self.output_dir) == os.path.realpath(self.source):
+            raise ValueError(f"output_dir {self.output_dir}: is the source; give another")
+        check_claim(self.output_dir, **self.claim)
+
+
+def export(source: str, output_dir: str, to: str = "full", **options) -> LoRA | None:
+    """Saves an erased model in another form, with its `erasure.json`: what `diffusers-safe export` does.
+
+        export("runs/knife", "runs/knife-lora", "lora", rank=16)
+
+    Args:
+        source (`str`): File, folder or Hub id: a pipeline, a denoiser, erased weights of this package or of ESD, a
+            CompVis checkpoint, a LoRA.
+        output_dir (`str`): The folder of the result.
+        to (`str`, defaults to `"full"`): `"full"`, a stock pipeline folder; the denoiser's name, such as `"unet"`, the
+            denoiser alone; `"partial"`, the changed weights; `"lora"`.
+        options: Those of `diffusers-safe export --help`.
+
+    Returns:
+        `LoRA`, *optional*: The LoRA with its errors, if it is one.
+
+    Raises:
+        `ValueError`: If there is no erasure, its base model is unknown or another one, or a LoRA cannot hold it.
+            Nothing is written then.
+    """
+    values = check_values(ExportOptions, {"source": source, "output_dir": output_dir, "to": to, **options})
+    settings = ExportOptions(**values)
+    settings.check_surroundings()
+    return run_export(settings)
+
+
+def run_export(options: ExportOptions) -> LoRA | None:
+    """Reads the source, finds its base model and writes the result; returns the LoRA if it is one."""
+    with claimed(options.output_dir, **options.claim):
+        erased = read_erased_weights(fetch(options.source, options.weight_name, **_revision(options.revision)))
+        base_model, base_revision = _base_model(options, erased)
+        check_apart(options.output_dir, base_model, "the base model")
+        hub = _revision(base_revision)
+        variant = erased.known.get("arguments", {}).get("variant") if options.base_model is None else None
+        try:
+            StoredModel(base_model, argument="base_model", **hub)
+        except ValueError as error:
+            named = "; the source names it, --base_model gives another" if options.base_model is None else ""
+            raise ModelError(f"{error}{named}") from None
+        pipeline = load_pipeline(base_model, **hub, **({"variant": variant} if variant else {}))
+        family = make_family(pipeline)
+        denoiser = family.denoiser
+        if options.to in denoiser_names() and options.to != family.denoiser_name:
+            raise ModelError(f"to {options.to}: {base_model} has none; its denoiser is called {family.denoiser_name}")
+        changed, lora, record = erased.changes(denoiser), None, {"to": options.to}
+        if options.to == "lora":
+            rank = options.rank or min(DEFAULT_RANK, full_rank(denoiser, changed))
+            lora = low_rank(denoiser, changed, rank, options.only_weights)
+            record |= lora.report()
+        own = erased.known.get("base_fingerprint") or fingerprint(denoiser)
+        provenance = replace(erased.provenance(base_model, base_revision, own), export=record)
+        with written_aside(options.output_dir, provenance) as aside:
+            if lora is not None:
+                save_whole(lora.tensors, aside / LORA_NAME, {"format": "pt", **facts(provenance)})
+            elif options.to == "partial":
+                save_partial(changed, provenance, aside / PARTIAL_NAME)
+            else:
+                assign(denoiser, changed)
+                save_model(pipeline, aside, only_denoiser=options.to in denoiser_names())
+    return lora
+
+
+def _revision(revision: str | None) -> dict[str, str]:
+    return {"revision": revision} if revision else {}
+
+
+def _base_model(options: ExportOptions, erased: ErasedWeights) -> tuple[str, str | None]:
+    if options.base_model is not None:
+        return options.base_model, options.base_revision
+    if (name := erased.known.get("base_model")) is None:
+        raise ModelError(f"source {options.source}: does not say which model it was made from; give --base_model")
+    return name, options.base_revision or erased.known.get("revision")
