@@ -65,7 +65,7 @@ def plan_row(recipe: Path, models: dict[str, Path]) -> str:
         words += ["--pretrained_model_name_or_path", str(models[name])]
     if script == "distill":  # another command creates its pictures
         words += ["--train_data_dir", str(EXAMPLES)]
-    options = parse_dataclass(kind, argv=words, check=kind.resolve)
+    options = parse_dataclass(kind, argv=words, check=kind.resolve, fixed={"method": script})
     plan = (make_distillation_plan if script == "distill" else make_plan)(options)
     petaflops = plan.flops * plan.num_samples / 1e15
     return (

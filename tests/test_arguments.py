@@ -304,7 +304,7 @@ def test_every_dataclass_of_options_is_typed():
     """A value of a wrong type is refused by each of them, whichever field it is given for."""
     modules = {__import__(module, fromlist=["x"]) for module, _ in COMMANDS.values()}
     kinds = [kind for module in modules for kind in vars(module).values() if isinstance(kind, type)]
-    kinds = [kind for kind in kinds if is_dataclass(kind) and kind.__name__.endswith("Arguments")]
+    kinds = [kind for kind in kinds if is_dataclass(kind) and kind.__name__.endswith(("Arguments", "Options"))]
     assert len(kinds) >= 9
     for kind in (*kinds, *map(erasure_options, METHODS.values()), DistillationOptions):
         for name in declared_options(kind):

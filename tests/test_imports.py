@@ -14,7 +14,10 @@ import diffusers_safe
 SOURCE = Path(diffusers_safe.__file__).parent
 # Each layer may import from those above it and from itself.
 LAYERS = [
-    {"arguments", "concepts", "embedded", "files", "images", "loading", "output_folders", "progress", "provenance"},
+    {
+        *("arguments", "command_line", "concepts", "embedded", "files", "images", "loading", "messages"),
+        *("output_folders", "progress", "provenance", "values", "yaml_files"),
+    },
     {"families"},
     {"diffusion"},
     {"weights"},

@@ -203,7 +203,7 @@ def test_a_base_model_that_is_unknown_or_another_is_told_and_nothing_is_left(
 
 
 def test_a_base_model_that_is_not_there_is_told_before_the_source_is_read(partial, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("diffusers_safe.commands.export.read_erased_weights", None)
+    monkeypatch.setattr("diffusers_safe.formats.export.read_erased_weights", None)
     with pytest.raises(SystemExit) as stop:
         export(partial, "full", tmp_path / "out", "--base_model", tmp_path / "nowhere")
     error = capsys.readouterr().err

@@ -149,5 +149,5 @@ def test_bad_input_is_told(teacher):
         DistillationObjective(0, 0, 0)
     with pytest.raises(ValueError, match="feature_weight 1: alone it does not train the last layers"):
         DistillationObjective(0, 0, 1)
-    with pytest.raises(ValueError, match="this UNet has no mid_block"):
+    with pytest.raises(ValueError, match="this denoiser has no mid_block"):
         FeatureTap(build_student(teacher, "bk-small"), ["mid_block"])

@@ -213,7 +213,7 @@ def test_what_is_said_about_the_hub_is_checked(arguments):
         make_options("sdd", **arguments(hub_model_id="user/name", hub_private=True))
     with pytest.raises(ValueError, match="hub_model_id 'a/b/c': not a name of a repository; give user/name"):
         make_options("sdd", **arguments(push_to_hub=True, hub_model_id="a/b/c"))
-    with pytest.raises(ValueError, match="hub_model_id 'my model': no name"):
+    with pytest.raises(ValueError, match="hub_model_id 'my model': not a name of a repository"):
         make_options("sdd", **arguments(push_to_hub=True, output_dir="runs/my model"))
     assert make_options("sdd", **arguments(push_to_hub=True)).hub.hub_model_id == "out"
 

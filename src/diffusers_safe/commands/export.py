@@ -12,6 +12,8 @@ of ESD, 2023 and 2025), a CompVis checkpoint, a LoRA. An erasure.json is written
   lora     for load_lora_weights of a stock pipeline; its error is printed
 """
 
+from pathlib import Path
+
 from ..command_line import parse_dataclass
 from ..families import denoiser_names
 from ..formats.export import ExportOptions, run_export
@@ -22,9 +24,11 @@ from ..messages import exit_with_error
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
     description = __doc__.replace("DENOISER", " or ".join(denoiser_names()).ljust(8))
     check = ExportOptions.check_surroundings
-    lora = run_export(parse_dataclass(ExportOptions, description, argv, prog, check, positional="source"))
+    options = parse_dataclass(ExportOptions, description, argv, prog, check, positional="source")
+    lora = run_export(options)
     if lora is not None:
         worst = lora.worst
         print(f"rank {lora.rank}: error {lora.error:.2%} of the change, at worst {lora.errors[worst]:.2%} ({worst})")
         if lora.left_out:
             print(f"left out: {len(lora.left_out)} changed biases and norms, such as {lora.left_out[0]}")
+    print(f"{options.to} in {Path(options.output_dir).resolve()}")

@@ -81,8 +81,8 @@ def export(source: str, output_dir: str, to: str = "full", **options) -> LoRA | 
         source (`str`): File, folder or Hub id: a pipeline, a denoiser, erased weights of this package or of ESD, a
             CompVis checkpoint, a LoRA.
         output_dir (`str`): The folder of the result.
-        to (`str`, defaults to `"full"`): `"full"`, a stock pipeline folder; the denoiser's name, such as `"unet"`, the
-            denoiser alone; `"partial"`, the changed weights; `"lora"`.
+        to (`str`, defaults to `"full"`): `"full"`, a stock pipeline folder; the denoiser's name in the
+            pipeline, the denoiser alone; `"partial"`, the changed weights; `"lora"`.
         options: Those of `diffusers-safe export --help`.
 
     Returns:

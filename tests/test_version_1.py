@@ -1,0 +1,105 @@
+"""What version 0.1 wrote and read still works: results, records, checkpoints, YAML files, command lines.
+
+`data/version-1` holds output folders of two trainings on the tiny model (without optimizer states), and the recipes.
+"""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_tiny_pipeline
+from safetensors.torch import load_file
+
+from diffusers_safe import ErasedStableDiffusionPipeline
+from diffusers_safe.distillation.options import DistillationOptions
+from diffusers_safe.erasure.options import erasure_options
+from diffusers_safe.formats import read_erased_weights
+from diffusers_safe.methods import find_method
+from diffusers_safe.provenance import Provenance, fingerprint
+from diffusers_safe.training.checkpoints import check_same_run
+from diffusers_safe.yaml_files import read_yaml
+
+
+DATA = Path(__file__).parent / "data" / "version-1"
+RECIPES = sorted((DATA / "recipes").glob("*.yaml"))
+COMMANDS = [
+    ("sdd", "--pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 --concepts nudity --output_dir safe"),
+    ("esd", "--pretrained_model_name_or_path a --concepts 'Van Gogh' --train_method esd-x --output_dir b"),
+    ("esd", "--pretrained_model_name_or_path a --concepts cat --erase_from animal --preset esd-2025 --output_dir b"),
+    ("sdd", "--pretrained-model-name-or-path a --concepts cat --target_prompt fruit --sdd_target frozen --rank 4 "
+            "--lora_alpha 2 --save both --loss_space velocity --output_dir b --save unet"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    build_tiny_pipeline(layers_per_block=1).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def result(base_model, tmp_path):
+    """The function `(name) -> Path` that copies a result, whose record then names the tiny model's folder."""
+
+    def copy(name):
+        folder = Path(shutil.copytree(DATA / name, tmp_path / name))
+        record = json.loads((folder / "erasure.json").read_text())
+        (folder / "erasure.json").write_text(json.dumps({**record, "base_model": base_model}))
+        return folder
+
+    return copy
+
+
+def test_erased_weights_load(result):
+    folder = result("sdd")
+    pipeline = ErasedStableDiffusionPipeline.from_pretrained(folder)
+    assert pipeline.erasure.concepts == ["knife", "gun"] and pipeline.erasure.method == "sdd"
+    stored = load_file(folder / "erased_weights.safetensors")
+    weights = pipeline.unet.state_dict()
+    assert stored and all((weights[name] == value).all() for name, value in stored.items())
+
+
+def test_a_lora_loads(result):
+    folder = result("esd")
+    pipeline = ErasedStableDiffusionPipeline.from_pretrained(folder)
+    assert fingerprint(pipeline.unet) != pipeline.erasure.base_fingerprint
+    with pipeline.erasure_disabled():
+        changed = read_erased_weights(folder).changes(pipeline.unet)
+    weights = pipeline.unet.state_dict()
+    assert changed and all(torch.allclose(weights[name], value, atol=1e-6) for name, value in changed.items())
+
+
+@pytest.mark.parametrize("name, method", [("sdd", "sdd"), ("esd", "esd")])
+def test_a_checkpoint_is_of_the_same_run(name, method):
+    arguments = Provenance.load(DATA / name).arguments
+    for launched in ("num_processes", "mixed_precision"):
+        arguments.pop(launched)
+    options = erasure_options(find_method(method)).of(**arguments)
+    check_same_run(DATA / name / "checkpoint-2", options.identity)
+    other = options.with_values(seed=1)
+    with pytest.raises(ValueError, match="of another run: seed 0 there, 1 here"):
+        check_same_run(DATA / name / "checkpoint-2", other.identity)
+    assert options.recorded == {**arguments, "mixed_precision": None}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_read(path):
+    values = read_yaml(path, "config")
+    script = next(name for name in ("sdd", "esd", "distill") if f"train_{name}.py" in path.read_text())
+    kind = DistillationOptions if script == "distill" else erasure_options(find_method(script))
+    options = kind.of(**values)
+    assert options.flat["output_dir"] == values["output_dir"]
+    assert str(options.run.max_train_steps) == values.get("max_train_steps", str(options.run.max_train_steps))
+
+
+@pytest.mark.parametrize("method, words", COMMANDS)
+def test_a_command_line_is_read(method, words, monkeypatch):
+    from diffusers_safe.erasure import options
+
+    kind = erasure_options(find_method(method))
+    monkeypatch.setattr(kind, "check_surroundings", lambda self: None)
+    assert options.parse_options(method, shlex.split(words)).method.name == method
