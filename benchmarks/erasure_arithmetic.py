@@ -32,8 +32,8 @@ from diffusers_safe.command_line import parse_dataclass
 from diffusers_safe.comparison.models import LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.demo import retained_prompts
+from diffusers_safe.erasure.job import make_options, parse_options
 from diffusers_safe.erasure.loop import ErasureLoop
-from diffusers_safe.erasure.options import make_options, parse_options
 from diffusers_safe.erasure.plan import make_plan
 from diffusers_safe.families import make_family
 from diffusers_safe.messages import exit_with_error

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_safe.arguments import option
 from diffusers_safe.command_line import parse_dataclass
+from diffusers_safe.erasure.job import make_options
 from diffusers_safe.erasure.loop import ErasureLoop
-from diffusers_safe.erasure.options import make_options
 from diffusers_safe.families import make_family
 from diffusers_safe.training.options import MIXED_PRECISIONS
 

@@ -16,8 +16,8 @@ from random_models import UNETS, in_own_process, peak_bytes, random_pipeline
 
 from diffusers_safe.arguments import option
 from diffusers_safe.command_line import parse_dataclass
+from diffusers_safe.erasure.job import make_options
 from diffusers_safe.erasure.loop import ErasureLoop
-from diffusers_safe.erasure.options import make_options
 from diffusers_safe.families import make_family
 
 

@@ -20,7 +20,7 @@ from diffusers_safe.command_line import parse_dataclass
 from diffusers_safe.distillation.options import DistillationOptions
 from diffusers_safe.distillation.plan import make_plan as make_distillation_plan
 from diffusers_safe.emoji.architecture import build_tokenizer
-from diffusers_safe.erasure.options import erasure_options
+from diffusers_safe.erasure.job import erasure_options
 from diffusers_safe.erasure.plan import make_plan
 from diffusers_safe.families.students import TEACHER_CONFIGS
 from diffusers_safe.methods import find_method

@@ -26,8 +26,8 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffusers_safe.emoji.architecture import MAX_TOKENS, build_scheduler, build_tokenizer
+from diffusers_safe.erasure.job import make_options
 from diffusers_safe.erasure.loop import ErasureLoop
-from diffusers_safe.erasure.options import make_options
 from diffusers_safe.families import make_family
 from scripts import accelerate_on_cpu
 

@@ -15,7 +15,7 @@ from diffusers_safe.arguments import check_values, declared_options, typed
 from diffusers_safe.cli import COMMANDS
 from diffusers_safe.command_line import parse_dataclass
 from diffusers_safe.distillation.options import DistillationOptions
-from diffusers_safe.erasure.options import erasure_options
+from diffusers_safe.erasure.job import erasure_options
 from diffusers_safe.methods import METHODS
 from diffusers_safe.pipelines.guidance import SafetyConfig
 from diffusers_safe.values import AT_MOST, check_value, choose

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from diffusers_safe.distillation import run as distillation
 from diffusers_safe.emoji.dataset import emoji_dataset
 from diffusers_safe.emoji.demo import erasure_command
-from diffusers_safe.erasure.options import parse_options
+from diffusers_safe.erasure.job import parse_options
 from diffusers_safe.formats import LORA_NAME
 from diffusers_safe.training import esd, sdd
 

@@ -7,7 +7,7 @@ import pytest
 
 from diffusers_safe.arguments import OptionGroups, declared_options
 from diffusers_safe.distillation.options import DistillationOptions
-from diffusers_safe.erasure.options import erasure_options
+from diffusers_safe.erasure.job import erasure_options
 from diffusers_safe.methods import METHODS
 
 

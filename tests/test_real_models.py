@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from diffusers_safe.emoji import demo
-from diffusers_safe.erasure.options import parse_options
+from diffusers_safe.erasure.job import parse_options
 from scripts import ROOT
 
 

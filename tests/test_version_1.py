@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from diffusers_safe import ErasedStableDiffusionPipeline
 from diffusers_safe.distillation.options import DistillationOptions
-from diffusers_safe.erasure.options import erasure_options
+from diffusers_safe.erasure.job import erasure_options
 from diffusers_safe.formats import read_erased_weights
 from diffusers_safe.methods import find_method
 from diffusers_safe.provenance import Provenance, fingerprint
@@ -98,8 +98,8 @@ def test_a_recipe_is_read(path):
 
 @pytest.mark.parametrize("method, words", COMMANDS)
 def test_a_command_line_is_read(method, words, monkeypatch):
-    from diffusers_safe.erasure import options
+    from diffusers_safe.erasure import job
 
     kind = erasure_options(find_method(method))
     monkeypatch.setattr(kind, "check_surroundings", lambda self: None)
-    assert options.parse_options(method, shlex.split(words)).method.name == method
+    assert job.parse_options(method, shlex.split(words)).method.name == method

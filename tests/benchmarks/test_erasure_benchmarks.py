@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 
 from diffusers_safe.comparison.models import LoadedModel
+from diffusers_safe.erasure.job import make_options
 from diffusers_safe.erasure.loop import ErasureLoop
-from diffusers_safe.erasure.options import make_options
 from diffusers_safe.families import make_family
 from diffusers_safe.report.statistics import Estimate
 

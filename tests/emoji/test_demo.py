@@ -11,7 +11,7 @@ from diffusers_safe.cli import main
 from diffusers_safe.emoji import demo
 from diffusers_safe.emoji.demo import DemoArguments, erasure_command
 from diffusers_safe.emoji.scenes import OBJECTS
-from diffusers_safe.erasure.options import parse_options
+from diffusers_safe.erasure.job import parse_options
 
 
 def test_the_demo_runs_the_public_script_with_arguments_it_takes(tiny_model_folder, tmp_path):

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from diffusers_safe.erasure.options import make_options, parse_options
+from diffusers_safe.erasure.job import make_options, parse_options
 from diffusers_safe.methods import presets_table
 from diffusers_safe.methods.esd import ESD_PRESETS
 

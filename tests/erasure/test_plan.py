@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig
 
 from diffusers_safe.emoji.architecture import build_tokenizer
+from diffusers_safe.erasure.job import make_options
 from diffusers_safe.erasure.loop import ErasureLoop
-from diffusers_safe.erasure.options import make_options
 from diffusers_safe.erasure.plan import make_plan
 from diffusers_safe.families import make_family
 from diffusers_safe.weights.trained import select_parameters

@@ -7,7 +7,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_safe import erase
-from diffusers_safe.erasure.options import make_options
+from diffusers_safe.erasure.job import make_options
 from diffusers_safe.erasure.run import make_samples
 from diffusers_safe.generation.generate import GenerationSettings
 from diffusers_safe.provenance import fingerprint

@@ -18,8 +18,7 @@ from ..methods.retention import retention_loss
 from ..training.loop import TrainingLoop
 from ..training.run_log import ConceptLosses
 from ..training.trajectory_sources import LiveSamples, PooledSamples, Prompts, SampleSource
-from .checks import encoded_prompts
-from .options import TrainedErasureOptions
+from .job import TrainedErasureOptions, encoded_prompts
 from .watch import Watch
 
 

@@ -1,20 +1,11 @@
-"""The options of an erasure: those of every job, of concepts and retention, and the method's own."""
+"""The options that an erasure has in addition to those of every job and of its method."""
 
-from dataclasses import dataclass, make_dataclass
-from functools import cache
-from typing import Any, ClassVar
+from dataclasses import dataclass
 
-from torch import nn
-
-from ..arguments import group, option, required
-from ..command_line import parse_dataclass
+from ..arguments import option, required
 from ..concepts import CONCEPT_SCHEDULES, PROMPT_ORDERS, names_concept, read_concepts
-from ..families import StoredModel
 from ..messages import note
-from ..methods import Method, find_method
-from ..training.job import JobOptions, TrainingOptions
 from ..training.options import SamplingOptions
-from .checks import check_run
 
 
 @dataclass(kw_only=True)
@@ -100,116 +91,3 @@ class RetentionOptions:
     @property
     def keeps_unconditional(self) -> bool:
         return self.retain_weight > 0 and self.retain_unconditional
-
-
-@dataclass(kw_only=True)
-class ErasureOptions(JobOptions):
-    """What every erasure takes."""
-
-    concept: ConceptOptions = group("concepts")
-    retention: RetentionOptions = group("retention")
-    method: Method = group("method")
-
-    SAVES: ClassVar[tuple[str, ...]] = ("full", "partial", "both")
-
-    def resolve(self) -> None:
-        self.concept.concepts = read_concepts(self.concept.concepts)
-        super().resolve()
-        self.retention.resolve(self.concept)
-        self.method.check(self)
-
-    def check_base_model(self) -> nn.Module:
-        model = StoredModel(
-            self.model.pretrained_model_name_or_path, self.model.resolution, **self.model.index_arguments
-        )
-        check_run(self, model)
-        return model.denoiser
-
-
-@dataclass(kw_only=True)
-class TrainedErasureOptions(ErasureOptions, TrainingOptions):
-    """What an erasure by a gradient method takes."""
-
-    sampling: TrajectoryOptions = group("sampling of latents")
-
-    @property
-    def ema_decay(self) -> float | None:
-        return self.method.ema_decay
-
-    @property
-    def may_grow(self) -> bool:
-        return super().may_grow and self.concept.concept_schedule != "sequential"
-
-    def resolve(self) -> None:
-        super().resolve()
-        self.pooled_terms()
-
-    def pooled_terms(self) -> set[str]:
-        """The terms of the loss whose samples come from a pool: `"erase"` where the frozen model samples them,
-        `"retain"` where there are retained prompts.
-
-        Raises:
-            `ValueError`: If a pool is asked for and neither can have one, it is too small, or concepts must not mix.
-        """
-        size, pooled = self.sampling.trajectory_pool, {}
-        weights = self.method.objective(self.concept.concepts).trajectory_weights
-        if size and weights == "frozen":
-            pooled["erase"] = self.concept.concepts
-            if self.concept.concept_schedule == "sequential":
-                raise ValueError(
-                    f"trajectory_pool {size}: takes the concepts in turn, which concept_schedule sequential must not; "
-                    "allowed is 0"
-                )
-        if size and self.retention.trained_prompts:
-            pooled["retain"] = self.retention.retain_prompts
-        if size and not pooled:
-            raise ValueError(
-                f"trajectory_pool {size}: the latents are the {weights}'s, which moves, and there are no "
-                "retain_prompts, whose latents are the frozen model's; allowed is 0"
-            )
-        for term, prompts in pooled.items():
-            if size < len(prompts):
-                raise ValueError(f"trajectory_pool {size}: must be at least {len(prompts)}, the prompts to {term}")
-        return set(pooled)
-
-
-@cache
-def erasure_options(method: type[Method]) -> type[ErasureOptions]:
-    """The dataclass of all options of an erasure by a method."""
-    base = TrainedErasureOptions if method.trains else ErasureOptions
-    # What depends on another option of the method is resolved by the method itself.
-    presets = {
-        name: {key: value for key, value in preset.options.items() if key != "negative_guidance_scale"}
-        for name, preset in method.presets.items()
-    }
-    return make_dataclass(
-        f"{method.__name__}Options",
-        [("method", method, group(f"method {method.name}"))],
-        bases=(base,),
-        kw_only=True,
-        namespace={"DEFAULTS": {**base.DEFAULTS, **method.defaults}, "PRESETS": presets},
-    )
-
-
-def make_options(method: str, **values: Any) -> ErasureOptions:
-    """The options of an erasure, checked against each other, lists in files read.
-
-    Args:
-        method (`str`): A name of `METHODS`.
-        values: By the names of the command line.
-
-    Raises:
-        `ValueError`: If the method or a name is unknown, or a value does not fit.
-    """
-    options = erasure_options(find_method(method)).of(**values)
-    options.resolve()
-    return options
-
-
-def parse_options(name: str, argv: list[str] | None = None, prog: str | None = None) -> ErasureOptions:
-    """Reads and checks the command line of a method; see [`parse_dataclass`]."""
-    method = find_method(name)
-    kind = erasure_options(method)
-    description = f"{method.summary}\n\n{method.title} ({method.authors}, arXiv {method.paper})"
-    fixed = {"method": method.name}
-    return parse_dataclass(kind, description, argv, prog, check=kind.check_surroundings, fixed=fixed)

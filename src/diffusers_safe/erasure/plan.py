@@ -9,7 +9,7 @@ from ..methods import TrainingBatch
 from ..methods.retention import retention_loss
 from ..training.loop import make_weights
 from ..training.plan import Plan, blank_batch, training_memory, trajectory_forwards
-from .options import ErasureOptions, TrainedErasureOptions
+from .job import ErasureOptions, TrainedErasureOptions
 
 
 def make_plan(options: ErasureOptions, num_processes: int = 1) -> Plan | str:

@@ -25,10 +25,9 @@ from ..training.output import save_result
 from ..training.samples import Samples, Validation
 from ..values import suggested
 from ..weights.trained import TrainedWeights
-from .checks import check_run
 from .erasure import Erasure
+from .job import ErasureOptions, check_run, erasure_options, parse_options
 from .loop import ErasureLoop
-from .options import ErasureOptions, erasure_options, parse_options
 from .plan import make_plan
 
 

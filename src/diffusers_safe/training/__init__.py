@@ -1,1 +1,1 @@
-"""Training: arguments, the loop, checkpoints, and the objectives."""
+"""The engine of every training: options, the loop, sources of samples, checkpoints, log, plan, output."""

@@ -1,0 +1,173 @@
+"""An erasure as a job: all of its options, and the checks of a model before weights are read, moved or changed."""
+
+from dataclasses import dataclass, make_dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ..arguments import group
+from ..command_line import parse_dataclass
+from ..concepts import ConceptSchedule, read_concepts
+from ..diffusion.loss_weighting import LossWeighting
+from ..diffusion.trajectories import Trajectories
+from ..families import ModelFamily, StoredModel, denoiser_names
+from ..methods import Method, find_method
+from ..training.job import JobOptions, TrainingOptions
+from ..weights.lora import layers_to_adapt
+from ..weights.trained import check_plain, select_parameters
+from .options import ConceptOptions, RetentionOptions, TrajectoryOptions
+
+
+@dataclass(kw_only=True)
+class ErasureOptions(JobOptions):
+    """What every erasure takes."""
+
+    concept: ConceptOptions = group("concepts")
+    retention: RetentionOptions = group("retention")
+    method: Method = group("method")
+
+    SAVES: ClassVar[tuple[str, ...]] = ("full", "partial", "both")
+
+    def resolve(self) -> None:
+        self.concept.concepts = read_concepts(self.concept.concepts)
+        super().resolve()
+        self.retention.resolve(self.concept)
+        self.method.check(self)
+
+    def check_base_model(self) -> nn.Module:
+        model = StoredModel(
+            self.model.pretrained_model_name_or_path, self.model.resolution, **self.model.index_arguments
+        )
+        check_run(self, model)
+        return model.denoiser
+
+
+@dataclass(kw_only=True)
+class TrainedErasureOptions(ErasureOptions, TrainingOptions):
+    """What an erasure by a gradient method takes."""
+
+    sampling: TrajectoryOptions = group("sampling of latents")
+
+    @property
+    def ema_decay(self) -> float | None:
+        return self.method.ema_decay
+
+    @property
+    def may_grow(self) -> bool:
+        return super().may_grow and self.concept.concept_schedule != "sequential"
+
+    def resolve(self) -> None:
+        super().resolve()
+        self.pooled_terms()
+
+    def pooled_terms(self) -> set[str]:
+        """The terms of the loss whose samples come from a pool: `"erase"` where the frozen model samples them,
+        `"retain"` where there are retained prompts.
+
+        Raises:
+            `ValueError`: If a pool is asked for and neither can have one, it is too small, or concepts must not mix.
+        """
+        size, pooled = self.sampling.trajectory_pool, {}
+        weights = self.method.objective(self.concept.concepts).trajectory_weights
+        if size and weights == "frozen":
+            pooled["erase"] = self.concept.concepts
+            if self.concept.concept_schedule == "sequential":
+                raise ValueError(
+                    f"trajectory_pool {size}: takes the concepts in turn, which concept_schedule sequential must not; "
+                    "allowed is 0"
+                )
+        if size and self.retention.trained_prompts:
+            pooled["retain"] = self.retention.retain_prompts
+        if size and not pooled:
+            raise ValueError(
+                f"trajectory_pool {size}: the latents are the {weights}'s, which moves, and there are no "
+                "retain_prompts, whose latents are the frozen model's; allowed is 0"
+            )
+        for term, prompts in pooled.items():
+            if size < len(prompts):
+                raise ValueError(f"trajectory_pool {size}: must be at least {len(prompts)}, the prompts to {term}")
+        return set(pooled)
+
+
+@cache
+def erasure_options(method: type[Method]) -> type[ErasureOptions]:
+    """The dataclass of all options of an erasure by a method."""
+    base = TrainedErasureOptions if method.trains else ErasureOptions
+    # What depends on another option of the method is resolved by the method itself.
+    presets = {
+        name: {key: value for key, value in preset.options.items() if key != "negative_guidance_scale"}
+        for name, preset in method.presets.items()
+    }
+    return make_dataclass(
+        f"{method.__name__}Options",
+        [("method", method, group(f"method {method.name}"))],
+        bases=(base,),
+        kw_only=True,
+        namespace={"DEFAULTS": {**base.DEFAULTS, **method.defaults}, "PRESETS": presets},
+    )
+
+
+def make_options(method: str, **values: Any) -> ErasureOptions:
+    """The options of an erasure, checked against each other, lists in files read.
+
+    Args:
+        method (`str`): A name of `METHODS`.
+        values: By the names of the command line.
+
+    Raises:
+        `ValueError`: If the method or a name is unknown, or a value does not fit.
+    """
+    options = erasure_options(find_method(method)).of(**values)
+    options.resolve()
+    return options
+
+
+def parse_options(name: str, argv: list[str] | None = None, prog: str | None = None) -> ErasureOptions:
+    """Reads and checks the command line of a method; see [`parse_dataclass`]."""
+    method = find_method(name)
+    kind = erasure_options(method)
+    description = f"{method.summary}\n\n{method.title} ({method.authors}, arXiv {method.paper})"
+    fixed = {"method": method.name}
+    return parse_dataclass(kind, description, argv, prog, check=kind.check_surroundings, fixed=fixed)
+
+
+def check_run(options: ErasureOptions, model: ModelFamily | StoredModel) -> None:
+    """Checks a model, loaded or not, for all that a run will ask of it.
+
+    Raises:
+        `ValueError`: If the train method selects nothing in its denoiser, the denoiser has adapters, its scheduler
+            does not allow these steps or losses, or a prompt is longer than its text encoders take.
+    """
+    check_plain(model.denoiser)
+    if (save := options.output.save) in denoiser_names() and save != model.denoiser_name:
+        raise ValueError(f"save '{save}': this model's denoiser is its {model.denoiser_name}; give that name")
+    if options.method.trains:
+        _check_training(options, model)
+    try:
+        model.check_prompts(encoded_prompts(options))
+    except ValueError as error:
+        joined = "concepts are not joined with --prompt_order matched and no --negative_guidance_scale"
+        raise ValueError(f"{error}; {joined}") from None
+    model.warn_of_unknown_words(options.concept.concepts)
+
+
+def _check_training(options: ErasureOptions, model: ModelFamily | StoredModel) -> None:
+    weights, sampling = options.weights, options.sampling
+    names = select_parameters(model.denoiser, weights.train_method)
+    if weights.rank is not None:
+        layers_to_adapt(model.denoiser, names, weights.rank)
+    scheduled = (model.make_scheduler, model.latent_shape, sampling.num_inference_steps)
+    trajectories = Trajectories(*scheduled, sampling.sampling_guidance_scale)
+    trajectories.stop_choices(sampling.sampling_fraction, sampling.latents_per_trajectory)
+    LossWeighting(sampling.loss_space, model.make_scheduler())
+
+
+def encoded_prompts(options: ErasureOptions) -> list[str]:
+    """Every prompt that a run encodes; validation prompts may be truncated."""
+    concept, retention = options.concept, options.retention
+    kept = [*retention.retain_prompts, *retention.watch_prompts]
+    if not options.method.trains:
+        return [*concept.concepts, *kept]
+    schedule = ConceptSchedule(concept.concepts, concept.concept_schedule, concept.prompt_order, num_samples=1)
+    return [*schedule.all_prompts(), *options.method.objective(concept.concepts).prompts, *kept]
