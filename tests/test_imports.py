@@ -92,3 +92,28 @@ def test_only_what_transformers_says_of_a_missing_torchvision_is_left_out(messag
     logger = logging.getLogger("transformers.utils.import_utils")
     record = logger.makeRecord(logger.name, logging.WARNING, "", 0, message, (), None)
     assert bool(logger.filter(record)) == shown
+
+
+def test_no_files_import_each_other_in_a_circle():
+    names = {}
+    for path in SOURCE.rglob("*.py"):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    imports = {}
+    for name, path in names.items():
+        package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = [*package[: len(package) - node.level + 1], *(node.module.split(".") if node.module else [])]
+                found |= {".".join([*base, alias.name]) for alias in node.names} | {".".join(base)}
+        # A package hands names on; who imports one of its files does not import its face.
+        imports[name] = {other for other in found & names.keys() if names[other].name != "__init__.py"}
+
+    def reaches(start, name, seen):
+        fresh = imports[name] - seen
+        seen |= fresh
+        return start in imports[name] or any(reaches(start, other, seen) for other in fresh)
+
+    assert sum(map(len, imports.values())) > 300
+    assert [name for name in imports if reaches(name, name, set())] == []
