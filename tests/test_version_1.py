@@ -103,3 +103,11 @@ def test_a_command_line_is_read(method, words, monkeypatch):
     kind = erasure_options(find_method(method))
     monkeypatch.setattr(kind, "check_surroundings", lambda self: None)
     assert job.parse_options(method, shlex.split(words)).method.name == method
+
+
+def test_an_option_that_was_removed_may_have_its_old_default(tmp_path):
+    values = {"pretrained_model_name_or_path": "a", "output_dir": "b", "student": "bk-small", "dataset_name": "c"}
+    options = DistillationOptions.of(**values, noise_offset="0", timestep_bias_end=1000)
+    assert "noise_offset" not in options.flat
+    with pytest.raises(ValueError, match="^noise_offset 0.1: was removed; allowed is 0.0, or to leave it out$"):
+        DistillationOptions.of(**values, noise_offset=0.1)

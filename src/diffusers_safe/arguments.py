@@ -83,6 +83,7 @@ def build_options(kind: type[Arguments], values: Mapping[str, Any]) -> Arguments
         `ValueError`: If a name is unknown, a value does not fit, or a required option is missing.
     """
     declared = declared_options(kind)
+    values = _without_removed(kind, values)
     if unknown := [suggested(name, declared, "") for name in sorted(values.keys() - declared.keys())]:
         raise ValueError(f"{', '.join(unknown)}: no such option")
     if presets := getattr(kind, "PRESETS", {}):
@@ -99,16 +100,27 @@ def build_options(kind: type[Arguments], values: Mapping[str, Any]) -> Arguments
     return kind(**own, **{name: build_options(hints[name], inner) for name, inner in groups.items()})
 
 
+def _without_removed(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values without options of earlier versions, which may have their old defaults only."""
+    removed = getattr(kind, "REMOVED", {})
+    for name in values.keys() & removed.keys():
+        if check_value(name, values[name], type(removed[name])) != removed[name]:
+            raise ValueError(f"{name} {values[name]}: was removed; allowed is {removed[name]}, or to leave it out")
+    return {name: value for name, value in values.items() if name not in removed}
+
+
 class OptionGroups:
     """Base class of dataclasses whose options are in groups.
 
     Attributes:
         DEFAULTS (`dict[str, Any]`): Defaults that differ from those of the groups.
         PRESETS (`dict[str, dict[str, Any]]`): Values by the name that the option `preset` takes.
+        REMOVED (`dict[str, Any]`): Options of earlier versions, with the only values that are still accepted.
     """
 
     DEFAULTS: ClassVar[dict[str, Any]] = {}
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    REMOVED: ClassVar[dict[str, Any]] = {}
 
     @classmethod
     def of(cls, **values: Any):

@@ -59,7 +59,7 @@ def parse_dataclass(
         if unknown:
             raise ValueError(f"unrecognized arguments: {_unrecognized(unknown, names)}")
         config = read_config(given.pop("config", None), kind, fixed)
-        values = {**config, **check_values(kind, given)}
+        values = {**config, **given}
         if presets:
             preset = values.get("preset", declared_options(kind)["preset"].default)
             values = {**presets.get(preset, {}), **values}
@@ -100,13 +100,16 @@ def _make_parser(kind: type, description: str | None, prog: str | None) -> tuple
         if item.default is True:
             names[f"no_{item.name}"] = None
             section.add_argument(f"--no_{item.name}", action="store_false", dest=item.name, help="Turns it off.")
+    removed = getattr(kind, "REMOVED", {})
+    for name in removed:
+        parser.add_argument(f"--{name}", help=SUPPRESS)
     parser.add_argument(
         "--config",
         help="YAML file with options, a key for each. What is given on the command line replaces the file's value; a "
         "list option that is given several times on the command line is extended.",
     )
     parser.add_argument("--version", action="version", version=f"diffusers-safe {package_version()}")
-    return parser, {**names, "config": None, "version": None, "help": None}
+    return parser, {**names, **dict.fromkeys(removed), "config": None, "version": None, "help": None}
 
 
 def _with_underscores(word: str, names: Iterable[str]) -> str:
@@ -139,7 +142,7 @@ def read_config(path: str | None, kind: type, fixed: dict[str, str] | None = Non
     for name, value in (fixed or {}).items():
         if (found := options.pop(name, value)) != value:
             raise ValueError(f"config {path}: {name} is {found}, here it must be {value}")
-    names = declared_options(kind)
+    names = [*declared_options(kind), *getattr(kind, "REMOVED", {})]
     if unknown := [name for name in options if name not in names]:
         told = " ".join(suggested(f"--{name}", names) for name in unknown)
         raise ValueError(f"config {path}: unrecognized arguments: {told}")

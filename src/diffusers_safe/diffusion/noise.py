@@ -9,7 +9,7 @@ from diffusers.training_utils import compute_snr
 
 TARGETS = ("epsilon", "v_prediction")  # of diffusion
 FLOW = "flow"  # of flow matching: the velocity, noise minus latents
-TIMESTEP_BIASES = ("none", "earlier", "later", "range")
+TIMESTEP_BIASES = ("none", "earlier", "later")
 
 
 def prediction_type(scheduler: SchedulerMixin) -> str:
@@ -37,34 +37,27 @@ class TimestepBias:
     """Which timesteps are sampled more often; the strategies of diffusers' `train_text_to_image_sdxl.py`.
 
     Attributes:
-        strategy (`str`): `"none"`: all alike; `"earlier"` or `"later"`: the first or last `portion` of them;
-            `"range"`: from `begin` up to `end`.
+        strategy (`str`): `"none"`: all alike; `"earlier"` or `"later"`: the first or last `portion` of them.
         multiplier (`float`): How many times as often, at least 0.
         portion (`float`): In (0, 1).
-        begin, end (`int`): Of the range.
     """
 
     strategy: str = "none"
     multiplier: float = 1.0
     portion: float = 0.25
-    begin: int = 0
-    end: int = 1000
 
     def weights(self, num_timesteps: int) -> torch.Tensor:
         """The probability of each timestep, `(num_timesteps,)`, summing to 1.
 
         Raises:
-            `ValueError`: If the range lies outside, or no timestep is left.
+            `ValueError`: If no timestep is left.
         """
-        if self.strategy == "range" and self.end > num_timesteps:
-            raise ValueError(f"timestep_bias_end {self.end}: must be at most {num_timesteps}, the model's timesteps")
         weights = torch.ones(num_timesteps, dtype=torch.float64)
         count = int(self.portion * num_timesteps)
         favoured = {
             "none": slice(0, 0),
             "earlier": slice(0, count),
             "later": slice(num_timesteps - count, None),
-            "range": slice(self.begin, self.end),
         }[self.strategy]
         weights[favoured] *= self.multiplier
         if not weights.sum() > 0:
@@ -131,10 +124,6 @@ class NoiseSchedule:
             [`FlowMatching`].
         snr_gamma (`float`, *optional*): Errors count min(SNR, gamma) / SNR times, as in Min-SNR (Hang et al., arXiv
             2303.09556).
-        noise_offset (`float`, defaults to 0.0): Of an offset that is the same all over each channel
-            (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
-        input_perturbation (`float`, defaults to 0.0): The model's input has noise that is this much off (Ning et al.,
-            arXiv 2301.11706, 0.1 there).
         bias (`TimestepBias`, *optional*): Which timesteps come more often.
     """
 
@@ -142,14 +131,12 @@ class NoiseSchedule:
         self,
         scheduler: SchedulerMixin,
         snr_gamma: float | None = None,
-        noise_offset: float = 0.0,
-        input_perturbation: float = 0.0,
         bias: TimestepBias | None = None,
     ):
         self.prediction_type = prediction_type(scheduler)
         if self.prediction_type not in (*TARGETS, FLOW):
             raise ValueError(f"prediction_type '{self.prediction_type}': allowed are {', '.join(TARGETS)}")
-        self.snr_gamma, self.noise_offset, self.input_perturbation = snr_gamma, noise_offset, input_perturbation
+        self.snr_gamma = snr_gamma
         self._process = (FlowMatching if self.prediction_type == FLOW else Diffusion)(scheduler)
         self._often = (bias or TimestepBias()).weights(len(self._process.timesteps))
 
@@ -162,13 +149,8 @@ class NoiseSchedule:
         """Noise for `(B, C, H, W)` latents, sampled from B generators on the CPU."""
         places = torch.cat([torch.multinomial(self._often, 1, generator=generator) for generator in generators])
         noise = self._randn(latents, generators)
-        if self.noise_offset:
-            noise += self.noise_offset * self._randn(latents[:, :, :1, :1], generators)
-        perturbed = noise
-        if self.input_perturbation:
-            perturbed = noise + self.input_perturbation * self._randn(latents, generators)
         timesteps = self._process.timesteps[places].to(latents.device)
-        model_input = self._process.add(latents, perturbed, timesteps)
+        model_input = self._process.add(latents, noise, timesteps)
         return NoisyLatents(model_input, timesteps, self._process.target(latents, noise, timesteps))
 
     def _randn(self, like: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:

@@ -58,8 +58,6 @@ class DistillationLoop(TrainingLoop):
         self.noise = NoiseSchedule(
             student.pipeline.scheduler,
             options.loss.snr_gamma,
-            noise.noise_offset,
-            noise.input_perturbation,
             noise.timestep_bias,
         )
         self.loss_weighting = LossWeighting(options.sampling.loss_space, self.noise.scheduler)

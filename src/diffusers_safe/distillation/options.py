@@ -151,10 +151,6 @@ class LossOptions:
 class NoiseOptions:
     """The noise on the images' latents."""
 
-    noise_offset: float = option(0.0, "Of an offset of the noise that is the same all over a channel.", at_least=0)
-    input_perturbation: float = option(
-        0.0, "Noise of the input that the target does not have; 0.1 in the paper.", at_least=0
-    )
     timestep_bias_strategy: str = option(
         "none",
         f"Which timesteps are drawn more often: {', '.join(TIMESTEP_BIASES)}, as in diffusers.",
@@ -164,15 +160,8 @@ class NoiseOptions:
     timestep_bias_portion: float = option(
         0.25, "The first or last share of timesteps that is meant; in (0, 1).", above=0, below=1
     )
-    timestep_bias_begin: int = option(0, "Where the range begins.", at_least=0)
-    timestep_bias_end: int = option(1000, "Where the range ends.", at_least=1)
 
     def __post_init__(self):
-        if self.timestep_bias_begin >= self.timestep_bias_end:
-            raise ValueError(
-                f"timestep_bias_begin {self.timestep_bias_begin}: must be less than timestep_bias_end "
-                f"{self.timestep_bias_end}"
-            )
         if self.timestep_bias_strategy != "none" and self.timestep_bias_multiplier == 1:
             raise ValueError(
                 f"timestep_bias_strategy {self.timestep_bias_strategy}: needs a --timestep_bias_multiplier other than "
@@ -185,8 +174,6 @@ class NoiseOptions:
             self.timestep_bias_strategy,
             self.timestep_bias_multiplier,
             self.timestep_bias_portion,
-            self.timestep_bias_begin,
-            self.timestep_bias_end,
         )
 
 
@@ -226,6 +213,12 @@ class DistillationOptions(TrainingOptions):
         "learning_rate": 5e-5,
         "adam_weight_decay": 1e-2,
     }
+    REMOVED: ClassVar[dict[str, Any]] = {
+        "noise_offset": 0.0,
+        "input_perturbation": 0.0,
+        "timestep_bias_begin": 0,
+        "timestep_bias_end": 1000,
+    }
     KEEPS_FROZEN: ClassVar[bool] = False
     LORA_SAVES: ClassVar[tuple[str, ...]] = ("full",)  # an adapter of a student that nobody has is of no use
 
@@ -246,8 +239,6 @@ class DistillationOptions(TrainingOptions):
         needs = {
             "timestep_bias_multiplier": (biased != "none", "--timestep_bias_strategy"),
             "timestep_bias_portion": (biased in ("earlier", "later"), "--timestep_bias_strategy earlier or later"),
-            "timestep_bias_begin": (biased == "range", "--timestep_bias_strategy range"),
-            "timestep_bias_end": (biased == "range", "--timestep_bias_strategy range"),
             "ema_decay": (self.result.use_ema, "--use_ema"),
             "student_revision": (continued, "--from_student"),
             "student_variant": (continued, "--from_student"),
