@@ -204,11 +204,13 @@ def test_a_killed_build_continues(one_thread, make_cache, data, sd, tmp_path, mo
     process = multiprocessing.get_context("fork").Process(target=built, args=(make_cache(data, sd),))
     process.start()
     folder = tmp_path / "cache"
-    while not (folder / "moments-00001.safetensors").is_file():
+    deadline = time.monotonic() + 60
+    while not (folder / "moments-00001.safetensors").is_file() and time.monotonic() < deadline:
         assert process.is_alive()
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
+    assert time.monotonic() < deadline
     left = files(folder)
     assert len([name for name in left if name.startswith("moments")]) < 4
     calls = []
@@ -222,7 +224,7 @@ def test_a_killed_build_continues(one_thread, make_cache, data, sd, tmp_path, mo
 
 def test_processes_build_it_together(make_cache, data, sd, monkeypatch):
     whole = files(built(make_cache(data, sd, name="whole")).folder)
-    barrier, encoded_by = threading.Barrier(2), []
+    barrier, encoded_by = threading.Barrier(2, timeout=60), []
 
     def state():
         rank = int(threading.current_thread().name)
