@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from closeness import ROUNDING, difference
 from diffusers_safe import export
 from diffusers_safe.attacks import InversionSettings
-from diffusers_safe.attacks.inversion import TOKEN, learn_token
 from diffusers_safe.attacks.token import added_token, read_token
+from diffusers_safe.attacks.token_learning import TOKEN, learn_token
 from diffusers_safe.commands.students import StudentsArguments, check_surroundings
 from diffusers_safe.diffusion.loss_weighting import LossWeighting
 from diffusers_safe.diffusion.noise import NoiseSchedule, TimestepBias

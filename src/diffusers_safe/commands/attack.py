@@ -21,9 +21,10 @@ from accelerate import PartialState
 
 from ..arguments import typed
 from ..attacks import Attack, ConceptInversion, InversionSettings, Paraphrases, SeedSearch, read_paraphrases
-from ..attacks.inversion import TEMPLATE, check_learnable, square_side
+from ..attacks.inversion import TEMPLATE, square_side
 from ..attacks.run import attack as attack_models
 from ..attacks.run import check_attack, check_folder
+from ..attacks.token_learning import check_learnable
 from ..command_line import parse_dataclass
 from ..comparison.models import check_models
 from ..comparison.options import EvaluationOptions

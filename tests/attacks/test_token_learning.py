@@ -9,9 +9,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from closeness import ROUNDING, difference
-from diffusers_safe.attacks import InversionSettings, inversion
-from diffusers_safe.attacks.inversion import TOKEN, learn_token
+from diffusers_safe.attacks import InversionSettings, token_learning
 from diffusers_safe.attacks.token import added_token, read_token, text_parts
+from diffusers_safe.attacks.token_learning import TOKEN, learn_token
 from diffusers_safe.families import make_family
 
 
@@ -61,13 +61,13 @@ def load(pipeline, path):
 def test_only_the_embedding_moves_and_stock_diffusers_loads_it(pipeline, pictures, tmp_path, monkeypatch):
     before, words = weights_of(pipeline), [len(tokenizer) for tokenizer, _ in text_parts(pipeline).values()]
     grads = []
-    add = inversion.added_token
+    add = token_learning.added_token
 
     def watched(pipeline, token, vectors):
         grads.append((pipeline, vectors))
         return add(pipeline, token, vectors)
 
-    monkeypatch.setattr(inversion, "added_token", watched)
+    monkeypatch.setattr(token_learning, "added_token", watched)
     path = learn(pipeline, pictures, tmp_path)
     (_, vectors), *_ = grads
     assert len(vectors) == len(words) and all(vector.grad.abs().sum() > 0 for vector in vectors)
@@ -97,7 +97,7 @@ def test_only_the_embedding_moves_and_stock_diffusers_loads_it(pipeline, picture
 
 def test_what_is_trained_with_is_what_the_saved_file_gives(tiny_pipeline, pictures, tmp_path):
     token, vectors, _ = read_token(learn(tiny_pipeline, pictures, tmp_path))
-    with inversion._learnable(tiny_pipeline, [torch.nn.Parameter(vector) for vector in vectors]):
+    with token_learning._learnable(tiny_pipeline, [torch.nn.Parameter(vector) for vector in vectors]):
         training = make_family(tiny_pipeline).encode_with_gradients(PROMPTS)
     with added_token(tiny_pipeline, token, vectors):
         images = tiny_pipeline(PROMPTS[1], num_inference_steps=1, height=16, width=16, output_type="np").images
@@ -109,8 +109,8 @@ def test_what_is_trained_with_is_what_the_saved_file_gives(tiny_pipeline, pictur
 def test_the_gradient_is_that_of_the_denoising_loss(tiny_pipeline, pictures):
     """Against finite differences of the loss computed through the table of embeddings itself, in float64."""
     vector = torch.nn.Parameter(torch.full((32,), 0.01))
-    examples = inversion._Examples(make_family(tiny_pipeline, 16), pictures, CAPTIONS, SETTINGS)
-    with inversion._learnable(tiny_pipeline, [vector]):
+    examples = token_learning.Examples(make_family(tiny_pipeline, 16), pictures, CAPTIONS, SETTINGS)
+    with token_learning._learnable(tiny_pipeline, [vector]):
         examples.loss(0).backward()
     for module in (tiny_pipeline.unet, tiny_pipeline.text_encoder):
         module.double()
@@ -143,7 +143,7 @@ def _loss_in_float64(examples):
 
 def test_a_stopped_run_goes_on_to_the_same_word(tiny_pipeline, pictures, tmp_path, monkeypatch):
     whole = learn(tiny_pipeline, pictures, tmp_path / "whole")
-    loss, seen = inversion._Examples.loss, []
+    loss, seen = token_learning.Examples.loss, []
 
     def stop(self, step):
         seen.append(step)
@@ -151,7 +151,7 @@ def test_a_stopped_run_goes_on_to_the_same_word(tiny_pipeline, pictures, tmp_pat
             raise KeyboardInterrupt
         return loss(self, step)
 
-    monkeypatch.setattr(inversion._Examples, "loss", stop)
+    monkeypatch.setattr(token_learning.Examples, "loss", stop)
     with pytest.raises(KeyboardInterrupt):
         learn(tiny_pipeline, pictures, tmp_path / "stopped")
     assert [path.name for path in (tmp_path / "stopped").iterdir()] == ["checkpoint.safetensors"]
