@@ -77,7 +77,7 @@ def test_other_errors_are_not_converted():
 def test_a_full_disk_is_reported_in_one_line(tmp_path):
     """/dev/full behaves like a full disk."""
     code = (
-        "import torch, pathlib; from diffusers_safe.arguments import exit_with_error\n"
+        "import torch, pathlib; from diffusers_safe.messages import exit_with_error\n"
         "from diffusers_safe.files import disk_errors\n"
         "with exit_with_error(), disk_errors('/dev/full'):\n    torch.save(torch.zeros(9), '/dev/full')"
     )

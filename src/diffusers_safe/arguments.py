@@ -33,9 +33,14 @@ def required(help: str, **facts: Any) -> Any:
     return field(metadata={"help": help, **facts})
 
 
-def group(title: str) -> Any:
-    """Declares a field that holds a dataclass of options; on command lines and in files their names stand alone."""
-    return field(metadata={"group": title})
+def group(title: str, first: bool = False) -> Any:
+    """Declares a field that holds a dataclass of options; on command lines and in files their names stand alone.
+
+    Args:
+        title (`str`): Of the section in `--help`.
+        first (`bool`, defaults to `False`): Show it before other groups.
+    """
+    return field(metadata={"group": title, "first": first})
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Declared:
         facts (`Mapping[str, Any]`): As in [`option`].
         place (`str`, *optional*): The field of the group that holds it.
         title (`str`, *optional*): The title of that group.
+        first (`bool`): Whether that group comes first in `--help`.
     """
 
     name: str
@@ -57,6 +63,7 @@ class Declared:
     facts: Mapping[str, Any]
     place: str | None = None
     title: str | None = None
+    first: bool = False
 
 
 @cache
@@ -66,7 +73,9 @@ def declared_options(kind: type) -> dict[str, Declared]:
     for item in fields(kind):
         if "group" in item.metadata:
             for inner in declared_options(hints[item.name]).values():
-                found[inner.name] = replace(inner, place=item.name, title=item.metadata["group"])
+                found[inner.name] = replace(
+                    inner, place=item.name, title=item.metadata["group"], first=item.metadata["first"]
+                )
         elif item.init:
             default = item.default_factory() if item.default_factory is not MISSING else item.default
             found[item.name] = Declared(item.name, hints[item.name], default, item.metadata)
@@ -76,8 +85,8 @@ def declared_options(kind: type) -> dict[str, Declared]:
 
 
 def build_options(kind: type[Arguments], values: Mapping[str, Any]) -> Arguments:
-    """Makes a dataclass of options, with its groups, from values by name; a preset's values stand for those that are
-    not given.
+    """Makes a dataclass of options, with its groups, from values by name; values of the preset are used for options
+    that are not given.
 
     Raises:
         `ValueError`: If a name is unknown, a value does not fit, or a required option is missing.

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
-from .arguments import build_options, check_values, declared_options
+from .arguments import Declared, build_options, check_values, declared_options
 from .messages import is_first_process
 from .values import suggested
 from .yaml_files import read_yaml
@@ -59,7 +59,7 @@ def parse_dataclass(
         if unknown:
             raise ValueError(f"unrecognized arguments: {_unrecognized(unknown, names)}")
         config = read_config(given.pop("config", None), kind, fixed)
-        values = {**config, **given}
+        values = {**config, **check_values(kind, given)}
         if presets:
             preset = values.get("preset", declared_options(kind)["preset"].default)
             values = {**presets.get(preset, {}), **values}
@@ -75,16 +75,20 @@ def parse_dataclass(
 def _make_parser(kind: type, description: str | None, prog: str | None) -> tuple[ArgumentParser, dict[str, None]]:
     """The parser, which leaves out what is not given and converts nothing, and the names that it knows."""
     parser = ArgumentParser(
-        prog=prog, description=description, formatter_class=RawDescriptionHelpFormatter, argument_default=SUPPRESS
+        prog=prog,
+        usage="%(prog)s [options]",
+        description=description,
+        formatter_class=RawDescriptionHelpFormatter,
+        argument_default=SUPPRESS,
+        add_help=False,
     )
     tell_errors_in_one_line(parser)
     names, sections = {}, {}
-    essential = lambda item: not (item.default is MISSING or item.facts.get("essential", False))  # noqa: E731
-    for item in sorted(declared_options(kind).values(), key=essential):
-        title = item.title if essential(item) else None
-        if title is not None and title not in sections:
-            sections[title] = parser.add_argument_group(title)
-        section = sections.get(title, parser)
+    declared = list(declared_options(kind).values())
+    for item in sorted(declared, key=lambda item: _section(item)[0]):
+        title = _section(item)[1]
+        section = sections[title] if title in sections else parser.add_argument_group(title)
+        sections[title] = section
         help = item.facts.get("help", "")
         if item.default not in (MISSING, None, "", [], ()):
             text = " ".join(map(str, item.default)) if isinstance(item.default, (list, tuple)) else item.default
@@ -103,13 +107,27 @@ def _make_parser(kind: type, description: str | None, prog: str | None) -> tuple
     removed = getattr(kind, "REMOVED", {})
     for name in removed:
         parser.add_argument(f"--{name}", help=SUPPRESS)
-    parser.add_argument(
+    general = parser.add_argument_group("general options")
+    general.add_argument("-h", "--help", action="help", help="Show this message and exit.")
+    general.add_argument(
         "--config",
         help="YAML file with options, a key for each. What is given on the command line replaces the file's value; a "
         "list option that is given several times on the command line is extended.",
     )
-    parser.add_argument("--version", action="version", version=f"diffusers-safe {package_version()}")
+    general.add_argument("--version", action="version", version=f"diffusers-safe {package_version()}")
     return parser, {**names, **dict.fromkeys(removed), "config": None, "version": None, "help": None}
+
+
+def _section(item: Declared) -> tuple[int, str]:
+    """Place and title of the section of `--help` that shows an option: required ones, those of groups that come
+    first, common ones, and the rest by their groups."""
+    if item.default is MISSING:
+        return 0, "required options"
+    if item.first:
+        return 1, item.title
+    if item.facts.get("essential", False):
+        return 2, "common options"
+    return 3, item.title or "more options"
 
 
 def _with_underscores(word: str, names: Iterable[str]) -> str:

@@ -126,7 +126,7 @@ def test_a_preset_stands_for_options_that_are_not_given(make_tiny_pipeline):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"method": "uce"}, "method 'uce': unknown; allowed are sdd, esd, concept_ablation"),
+        ({"method": "uce"}, "method 'uce': unknown; allowed are concept_ablation, esd, sdd"),
         ({"concepts": 3}, "concepts 3: must be a list of texts"),
         ({"max_train_steps": True}, "max_train_steps True: must be a whole number"),
         ({"learning_rate": "fast"}, "learning_rate 'fast': must be a number"),

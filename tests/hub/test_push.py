@@ -470,7 +470,7 @@ def test_the_result_is_complete_before_and_can_be_pushed_later(hub, tiny_model_f
     assert erase(tiny_model_folder, out, "--push_to_hub", "--hub_model_id", "later") == PUSH_FAILED == 3
     printed = capsys.readouterr()
     (line,) = [line for line in printed.err.splitlines() if line.startswith("error:")]
-    assert told in line and "knife, gun; the result is in" in printed.out
+    assert told in line and "knife, gun: " in printed.out and "the result is in" in printed.out
     for name in ("erasure.json", GRID_NAME, CARD_NAME, *PIPELINE):
         assert (out / name).is_file(), name
     assert picture(StableDiffusionPipeline.from_pretrained(out)).shape == (1, 64, 64, 3)

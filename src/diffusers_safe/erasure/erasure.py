@@ -27,6 +27,8 @@ class Erasure:
         record ([`~diffusers_safe.provenance.Provenance`]): What was done, as in `erasure.json`.
         trained (`TrainedWeights`): Of its denoiser.
         output_dir (`str`, *optional*): Where it was saved.
+        measured (`dict[str, float]`, *optional*): Of a training: `concept_left`, how much of the concepts' effect on
+            the prediction is left (1: all, 0: none), and `drift`, how far unrelated prompts moved.
 
     Attributes:
         weights (`dict[str, torch.Tensor]`): The changed weights by the names of the denoiser's parameters; of a LoRA
@@ -39,8 +41,10 @@ class Erasure:
         record: Provenance,
         trained: TrainedWeights,
         output_dir: str | None = None,
+        measured: dict[str, float] | None = None,
     ):
         self.pipeline, self.record, self.output_dir = pipeline, record, output_dir
+        self.measured = measured or {}
         self._trained = trained
 
     @property
@@ -132,6 +136,7 @@ class Erasure:
             "from": self.record.base_model,
             "method": f"{self.record.method}, {self.record.train_method}",
             "changed parameters": f"{changed:,}",
+            **{name.replace("_", " "): f"{value:.0%}" for name, value in self.measured.items()},
             "saved in": self.output_dir or "not saved",
         }
         cells = (f"<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>" for name, value in rows.items())

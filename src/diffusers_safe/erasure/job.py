@@ -62,7 +62,7 @@ class TrainedErasureOptions(ErasureOptions, TrainingOptions):
         self.pooled_terms()
 
     def pooled_terms(self) -> set[str]:
-        """The terms of the loss whose samples come from a pool: `"erase"` where the frozen model samples them,
+        """The loss terms that use the trajectory pool: `"erase"` where the frozen model samples them,
         `"retain"` where there are retained prompts.
 
         Raises:
@@ -94,17 +94,12 @@ class TrainedErasureOptions(ErasureOptions, TrainingOptions):
 def erasure_options(method: type[Method]) -> type[ErasureOptions]:
     """The dataclass of all options of an erasure by a method."""
     base = TrainedErasureOptions if method.trains else ErasureOptions
-    # What depends on another option of the method is resolved by the method itself.
-    presets = {
-        name: {key: value for key, value in preset.options.items() if key != "negative_guidance_scale"}
-        for name, preset in method.presets.items()
-    }
     return make_dataclass(
         f"{method.__name__}Options",
-        [("method", method, group(f"method {method.name}"))],
+        [("method", method, group(f"{method.name.upper()}: {method.title}", first=True))],
         bases=(base,),
         kw_only=True,
-        namespace={"DEFAULTS": {**base.DEFAULTS, **method.defaults}, "PRESETS": presets},
+        namespace={"DEFAULTS": {**base.DEFAULTS, **method.defaults}, "PRESETS": method.preset_values()},
     )
 
 

@@ -18,8 +18,8 @@ class ConceptOptions:
     )
     prompt_order: str = option(
         "paper",
-        "paper: sample latents with one concept, train on all joined; repository: the other way round; matched: one "
-        "concept for both.",
+        "paper: sample latents with one concept, train on all joined; repository: sample with all joined, train on "
+        "one; matched: one concept for both.",
         PROMPT_ORDERS,
     )
 
@@ -34,8 +34,8 @@ class TrajectoryOptions(SamplingOptions):
 
     trajectory_pool: int = option(
         0,
-        "Where the frozen model samples the latents (always for --retain_prompts), sample this many trajectories in "
-        "advance, once, and take all samples from them; 0, the papers' rule, samples new ones for every step.",
+        "Number of trajectories sampled once, before training, and reused; only for latents of the frozen model "
+        "(always for --retain_prompts). 0 (the papers): new ones for every step.",
         at_least=0,
     )
 
@@ -51,10 +51,12 @@ class RetentionOptions:
     )
     retain_unconditional: bool = option(
         False,
-        "Also keep the unconditional prediction at the latents of the concepts: guidance multiplies the distance to "
-        "it.",
+        "Also keep the unconditional prediction at the latents of the concepts: classifier-free guidance amplifies "
+        "any change of it.",
     )
-    retain_weight: float = option(3.0, "Weight of each of these two terms of the loss.", at_least=0)
+    retain_weight: float = option(
+        3.0, "Weight of the losses of --retain_prompts and --retain_unconditional.", at_least=0
+    )
     watch_prompts: list[str] = option(
         ["a cat", "a tree", "a car", "an apple"],
         "Unrelated prompts that are measured, not trained: a warning is printed when their predictions move. Those "

@@ -31,6 +31,7 @@ from .loop import ErasureLoop
 from .plan import make_plan
 
 
+LEFT_WARNING = 0.5  # of `concept_left`
 MOST_PROMPTS = 4  # of the grid, where no validation prompts are given
 
 
@@ -130,11 +131,25 @@ def run_command(name: str, argv: list[str] | None = None, prog: str | None = Non
     with options.claimed_output():
         accelerator = make_accelerator(options)
         pipeline = load_pipeline(model.pretrained_model_name_or_path, **model.hub_arguments)
-        run_erasure(accelerator, pipeline, options)
+        erasure = run_erasure(accelerator, pipeline, options)
     if accelerator.is_main_process:
-        print(f"erased {', '.join(options.concept.concepts)}; the result is in {output.output_dir}")
+        print(_summary(erasure))
         if hub.push_to_hub:  # the other processes need not wait for the network
             push_or_exit(output.output_dir, hub.hub_model_id, hub.hub_token, hub.hub_private)
+
+
+def _summary(erasure: Erasure) -> str:
+    """What a command prints at its end: how much of the concepts is left, and where the result is."""
+    concepts, measured = ", ".join(erasure.record.concepts), erasure.measured
+    end = f"the result is in {erasure.output_dir}"
+    if "concept_left" not in measured:
+        return f"edited {concepts}; {end}"
+    left = f"{concepts}: {measured['concept_left']:.0%} of their effect on the prediction is left"
+    if "drift" in measured:
+        left += f", unrelated prompts moved by {measured['drift']:.0%}"
+    if measured["concept_left"] > LEFT_WARNING:
+        left += " (not erased: give more steps or a higher learning rate)"
+    return f"{left}; {end}"
 
 
 def run_erasure(
@@ -178,6 +193,7 @@ class MethodRun:
     Attributes:
         weights (`TrainedWeights`, *optional*): What the method changed.
         samples (`Samples`, *optional*): Images before and after.
+        measured (`dict[str, float]`): `concept_left` and `drift` at the end of a training, see [`Watch`].
     """
 
     def __init__(
@@ -195,6 +211,7 @@ class MethodRun:
         self.base_fingerprint = fingerprint(self.family.denoiser)
         self.weights: TrainedWeights | None = None
         self.samples: Samples | None = None
+        self.measured: dict[str, float] = {}
 
     def train(self, objective: Objective) -> None:
         denoiser = self.family.denoiser
@@ -203,6 +220,7 @@ class MethodRun:
             loop = ErasureLoop(self.accelerator, self.family, objective, self.options)
             self.weights, self.samples = loop.weights, make_samples(self.pipeline, loop.weights, self.options)
             loop.run(self.progress_bar, self._after_step(objective))
+            self.measured = loop.last_measured
         finally:
             restore_forward(denoiser, own_forward)
 
@@ -243,7 +261,7 @@ class MethodRun:
             arguments={**options.recorded, **(training if options.method.trains else {})},
             revision=options.model.revision,
         )
-        return Erasure(self.pipeline, record, self.weights, options.output.output_dir)
+        return Erasure(self.pipeline, record, self.weights, options.output.output_dir, self.measured)
 
     def _after_step(self, objective: Objective) -> ProgressCallback | None:
         """The caller's callback, and validation images where there are validation prompts."""

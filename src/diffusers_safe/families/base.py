@@ -1,8 +1,9 @@
-"""What differs between model families, behind one interface: the only place where an architecture is named.
+"""What differs between model families, behind one interface: only files in `families/` name an architecture.
 
 To add a family, write one file with a subclass of [`ModelFamily`] under `@register_family`, and import it in
 `families/__init__.py`; another package names its file in an entry point of the group `diffusers_safe.families`.
-Nothing else has to change. `tests/families/test_toy_family.py` does it for a small transformer with flow matching.
+Nothing else has to change. `tests/toy_family.py` does it for a small transformer with flow matching. Required are
+`check`, `shape`, `blank_inputs`, `_encode` and `predict`; all else has defaults.
 
 **Names** (class attributes)
 
@@ -23,7 +24,7 @@ Nothing else has to change. `tests/families/test_toy_family.py` does it for a sm
 * [`~ModelFamily.shape`]: `(C, H, W)` of a latent. Latents are `(B, C, H, W)` throughout the package; a family whose
   denoiser takes packed sequences (FLUX) packs and unpacks within [`~ModelFamily.predict`].
 * [`~ModelFamily.blank_inputs`]: arguments of a forward on the meta device, from which FLOPs and memory are counted.
-* Defaults: [`~ModelFamily.skeleton`], and [`~ModelFamily.check_components`], for models that are only used.
+* Defaults: [`~ModelFamily.skeleton`], and [`~ModelFamily.check_components`], for models that are loaded, not trained.
 
 **Prompts and images**
 

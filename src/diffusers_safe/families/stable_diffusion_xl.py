@@ -70,8 +70,11 @@ class StableDiffusionXLFamily(UNetFamily):
         return encoded[0], encoded[2]
 
     def _encode_nothing(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-        encoded = self.pipeline.encode_prompt("", device=device, do_classifier_free_guidance=True)
-        return encoded[1], encoded[3]
+        # The negative embeddings of a call without negative prompt: zeros, if the pipeline is set so.
+        _, negative, _, negative_pooled = self.pipeline.encode_prompt(
+            "", device=device, do_classifier_free_guidance=True
+        )
+        return negative, negative_pooled
 
     @property
     def encoding_identity(self) -> dict[str, str]:

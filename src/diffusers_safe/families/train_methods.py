@@ -1,4 +1,4 @@
-"""The names of the train methods: which parameters of a denoiser an erasure changes.
+"""The names of the train methods: selections of a denoiser's parameters. Families have the rules.
 
 A name means the same in every model family; which parameters that are, each family says itself
 ([`ModelFamily.train_methods`]). The rules are those of ESD (arXiv 2303.07345, its repositories of 2023 and 2025) and

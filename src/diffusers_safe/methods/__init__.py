@@ -1,6 +1,6 @@
 """Erasure methods, a file each, and their registry."""
 
-from .method import METHODS, GradientMethod, Method, Preset, Run, find_method, presets_table, register_method
+from .method import METHODS, GradientMethod, Method, Preset, Run, find_method, register_method
 from .objective import Objective, TrainingBatch
 
 
@@ -13,6 +13,5 @@ __all__ = [
     "Run",
     "TrainingBatch",
     "find_method",
-    "presets_table",
     "register_method",
 ]

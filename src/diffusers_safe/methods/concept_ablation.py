@@ -23,9 +23,9 @@ class ConceptAblationObjective(Objective):
 
         || eps(z_t, c) - stopgrad(eps(z_t, a)) ||^2
 
-    In the paper z_t is noise added to images that the base model generates for the anchor. Here it is a latent of the
-    base model's trajectory towards the anchor, stopped at that noise level: the same distribution without decoding and
-    encoding. The paper's optional term, the usual loss on anchor images, is `--retain_prompts` with the anchor.
+    In the paper z_t is noise added to images that the base model generates for the anchor. Here a latent of the base
+    model's guided trajectory towards the anchor, stopped at that noise level, replaces it. `--retain_prompts` with the
+    anchor takes the place of the paper's optional term, the usual loss on anchor images.
 
     Args:
         anchor_prompt (`str`): a.

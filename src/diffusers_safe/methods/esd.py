@@ -29,7 +29,7 @@ class ESDObjective(Objective):
 
     Args:
         negative_guidance_scale (`float`, defaults to 1.0): eta, at least 0, as in the paper. (In the code of 2025 f is
-            c unless given, and its `negative_guidance` is then eta + 1.)
+            c by default, and its `negative_guidance` is then eta + 1.)
         erase_from (`str`, *optional*): f; the paper's rule without it.
         trajectory_weights (`str`, defaults to `"student"`): Whose weights sample the latents: the student's (the
             paper) or the frozen base model's (the code of 2025).
@@ -71,8 +71,8 @@ class ESDObjective(Objective):
 _COMMON = {"train_method": "xattn", "num_inference_steps": 50, "prompt_order": "matched"}
 _ADAM = {"adam_weight_decay": 0.0, "max_grad_norm": 0.0}
 
-# eta is the paper's. The code of 2025 has `negative_guidance`, eta + 1 where nothing else is erased from, else eta.
-# Its weights are bfloat16, in which most updates are lost; ours are float32.
+# eta is the paper's. In the code of 2025 `negative_guidance` is eta + 1 without `erase_from`, and eta with it. Its
+# weights are bfloat16, in which most updates are lost; ours are float32.
 ESD_PRESETS = {
     "paper": Preset(
         "Gandikota et al., arXiv 2303.07345, and its CompVis code of 2023",
@@ -83,13 +83,11 @@ ESD_PRESETS = {
         "github.com/rohitgandikota/erasing, 2025, Stable Diffusion 1.x",
         {"max_train_steps": 200, "learning_rate": 5e-5, "negative_guidance_scale": 1.0, "sampling_model": "frozen",
          "sampling_guidance_scale": 3.0, **_ADAM, **_COMMON},
-        erase_from_scale=2.0,
     ),
     "esd-2025-xl": Preset(
         "the same, SDXL, esd-x",
         {"max_train_steps": 200, "learning_rate": 2e-4, "negative_guidance_scale": 0.0, "sampling_model": "frozen",
          "sampling_guidance_scale": 2.0, **_ADAM, **_COMMON},
-        erase_from_scale=1.0,
     ),
     "safe-diffusion": Preset(
         "github.com/nannullna/safe-diffusion, train_esd.py",
@@ -98,6 +96,7 @@ ESD_PRESETS = {
     ),
 }  # fmt: skip
 _PAPER = ESD_PRESETS["paper"].options
+ERASE_FROM_SCALES = {"esd-2025": 2.0, "esd-2025-xl": 1.0}  # eta of presets that have another with `erase_from`
 
 
 @register_method
@@ -125,8 +124,9 @@ class ESD(GradientMethod):
     )
     negative_guidance_scale: float | None = option(
         None,
-        "eta of the paper, how far beyond the unconditional prediction the concept is moved. (negative_guidance of "
-        "the code of 2025 is eta + 1, with --erase_from eta.) Default: the preset's.",
+        "eta of the paper, how far beyond the unconditional prediction the concept is moved. In the code of 2025, "
+        "negative_guidance is eta + 1 without --erase_from, and eta with it. Default: the preset's; with --erase_from "
+        f"{', '.join(f'{name} has {scale:g}' for name, scale in ERASE_FROM_SCALES.items())}.",
         at_least=0,
         essential=True,
     )
@@ -145,9 +145,18 @@ class ESD(GradientMethod):
         if self.erase_from is not None and not self.erase_from.strip():
             raise ValueError("erase_from: is blank; leave it out, or name a prompt")
         if self.negative_guidance_scale is None:
-            preset = self.presets[self.preset]
-            scale = preset.erase_from_scale if self.erase_from is not None else None
-            self.negative_guidance_scale = preset.options["negative_guidance_scale"] if scale is None else scale
+            scale = self.presets[self.preset].options["negative_guidance_scale"]
+            if self.erase_from is not None:
+                scale = ERASE_FROM_SCALES.get(self.preset, scale)
+            self.negative_guidance_scale = scale
+
+    @classmethod
+    def preset_values(cls) -> dict[str, dict[str, Any]]:
+        """Without the scale, which also depends on `erase_from`."""
+        return {
+            name: {key: value for key, value in values.items() if key != "negative_guidance_scale"}
+            for name, values in super().preset_values().items()
+        }
 
     def check(self, options: Any) -> None:
         retention, train_method = options.retention, options.weights.train_method
@@ -163,3 +172,14 @@ class ESD(GradientMethod):
 
     def objective(self, concepts: list[str]) -> ESDObjective:
         return ESDObjective(self.negative_guidance_scale, self.erase_from, self.sampling_model)
+
+
+def presets_table() -> str:
+    """The presets as a Markdown table, an option per row."""
+    names = list(dict.fromkeys(name for preset in ESD_PRESETS.values() for name in preset.options))
+    rows = [f"| | {' | '.join(f'`{name}`' for name in ESD_PRESETS)} |", "|---" * (len(ESD_PRESETS) + 1) + "|"]
+    for name in names:
+        rows.append(f"| `{name}` | {' | '.join(f'{preset.options[name]}' for preset in ESD_PRESETS.values())} |")
+    scales = {name: preset.options["negative_guidance_scale"] for name, preset in ESD_PRESETS.items()}
+    rows.append(f"| the same with `erase_from` | {' | '.join(map(str, {**scales, **ERASE_FROM_SCALES}.values()))} |")
+    return "\n".join(rows)

@@ -1,7 +1,7 @@
 """What an erasure method is, and the registry of all of them.
 
-A method is one file: a dataclass whose fields are the method's own options, with a description, and one verb,
-[`~Method.erase`]. Registering it is one decorator; other packages name theirs in the entry point group
+A method is one file in this folder: a dataclass whose fields are the method's own options, with a description, and one
+verb, [`~Method.erase`], under the decorator [`register_method`]. Other packages name theirs in the entry point group
 `diffusers_safe.methods`. The command line, `erase(method=...)`, the plan, model cards, the lists in the docs and the
 shared tests read the registry.
 """
@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -21,7 +23,6 @@ from .objective import Objective
 
 
 ENTRY_POINTS = "diffusers_safe.methods"
-_OWN = ("sdd", "esd", "concept_ablation")  # modules here that register a method
 
 
 class Run(Protocol):
@@ -52,7 +53,7 @@ class Method(ABC):
         title, authors (`str`): Of the publication.
         paper (`str`): Its arXiv number.
         summary (`str`): One line.
-        trains (`bool`): Whether it is a training: with steps, an optimizer and checkpoints, and options for these.
+        trains (`bool`): Whether it trains with an optimizer, which adds the options of a training.
         defaults (`dict[str, Any]`): Defaults of other options that differ from the usual ones.
         presets (`dict[str, Preset]`): Published settings; the method then has an option `preset`.
     """
@@ -66,6 +67,11 @@ class Method(ABC):
     defaults: ClassVar[dict[str, Any]] = {}
     presets: ClassVar[dict[str, "Preset"]] = {}
     ema_decay: float | None = None
+
+    @classmethod
+    def preset_values(cls) -> dict[str, dict[str, Any]]:
+        """The values that each preset gives to options."""
+        return {name: preset.options for name, preset in cls.presets.items()}
 
     def check(self, options: Any) -> None:  # noqa: B027, most have nothing to check
         """Checks the method's options against the others of a run, `ErasureOptions`.
@@ -99,12 +105,10 @@ class Preset:
     Attributes:
         source (`str`): Where they are published.
         options (`dict`): Values by name, as on the command line.
-        erase_from_scale (`float`, *optional*): `negative_guidance_scale` with `erase_from`, if that is another.
     """
 
     source: str
     options: dict[str, Any]
-    erase_from_scale: float | None = None
 
     @property
     def summary(self) -> str:
@@ -137,8 +141,8 @@ class _Methods(Mapping[str, type[Method]]):
     def _all(self) -> dict[str, type[Method]]:
         if not self._loaded:
             type(self)._loaded = True
-            for module in _OWN:
-                import_module(f"{__package__}.{module}")
+            for module in iter_modules([str(Path(__file__).parent)]):
+                import_module(f"{__package__}.{module.name}")
             for entry in entry_points(group=ENTRY_POINTS):
                 register_method(entry.load())
         return _registered
@@ -163,14 +167,3 @@ def find_method(name: str) -> type[Method]:
         `ValueError`: If there is none.
     """
     return METHODS[choose("method", name, METHODS)]
-
-
-def presets_table(presets: Mapping[str, Preset]) -> str:
-    """A Markdown table, an option a row."""
-    names = list(dict.fromkeys(name for preset in presets.values() for name in preset.options))
-    rows = [f"| | {' | '.join(f'`{name}`' for name in presets)} |", "|---" * (len(presets) + 1) + "|"]
-    for name in names:
-        rows.append(f"| `{name}` | {' | '.join(f'{preset.options[name]}' for preset in presets.values())} |")
-    scales = [preset.erase_from_scale or preset.options["negative_guidance_scale"] for preset in presets.values()]
-    rows.append(f"| the same with `erase_from` | {' | '.join(map(str, scales))} |")
-    return "\n".join(rows)

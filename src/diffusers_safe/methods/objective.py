@@ -28,8 +28,8 @@ class TrainingBatch:
 class Objective(ABC):
     """The loss of a gradient method.
 
-    An objective with a state of its own (an attack that goes on over steps) returns it from `state_dict`: it becomes a
-    part of every checkpoint.
+    If an objective keeps state between steps (an attack, for example), `state_dict` returns it, and every checkpoint
+    contains it.
 
     Attributes:
         name (`str`): As in `erasure.json`.
@@ -64,8 +64,8 @@ def squared_error(noise_pred: torch.Tensor, target: torch.Tensor) -> torch.Tenso
 
 @torch.no_grad()
 def targets(predictor: Predictor, batch: TrainingBatch, prompts: list[list[str]], weights: str) -> list[torch.Tensor]:
-    """What one model predicts at the latents of a batch, for each of several lists of B prompts, in one forward
-    without gradients; each `(B, C, H, W)`. Equal lists are computed once."""
+    """Predictions without gradients for several lists of B prompts, in one forward: a tensor `(B, C, H, W)` per list.
+    Equal lists are computed once."""
     different = list(dict.fromkeys(map(tuple, prompts)))
     count = len(different)
     texts = [text for own in different for text in own]

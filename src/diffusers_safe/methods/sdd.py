@@ -107,8 +107,8 @@ class SDD(GradientMethod):
     )
     negative_guidance_scale: float = option(
         0.0,
-        "Moves the target away from all concepts joined, by this much of what they say: for models that show the "
-        "concept unasked, too. The paper's is 0.",
+        "Scale eta that moves the target away from the prediction for all concepts joined, as in ESD: for models that "
+        "generate the concept without being asked. The paper's is 0.",
         at_least=0,
     )
 

@@ -16,7 +16,8 @@ _FILES = (RUN_FILE, "*.pkl", "*.bin", "scaler.pt")  # of accelerate, and ours
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, limit: int | None = None) -> Path:
-    """Saves everything the accelerator knows (models, optimizers, random states, registered objects).
+    """Saves what the accelerator knows: optimizers, random states, registered objects (of models only what trains, see
+    `TrainingLoop.make_resumable`).
 
     Call it on every process. A kill at any moment leaves the previous checkpoints untouched.
 

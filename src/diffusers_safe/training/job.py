@@ -91,7 +91,7 @@ class JobOptions(OptionGroups):
             validation.validation_prompts = read_concepts(validation.validation_prompts, "validation_prompts")
 
     def check_surroundings(self) -> None:
-        """Checks the model's configs, the checkpoint, and the output folder, which is created last.
+        """Checks the model's configs, the checkpoint, and the output folder. Nothing is created.
 
         Raises:
             `ValueError`: One line that says what is wrong.
@@ -211,8 +211,8 @@ class TrainingOptions(JobOptions):
         super().check_output()
 
     def _claim(self) -> dict:
-        """With a checkpoint in the folder all that the run wrote until then, else only what is left of the same run
-        that was stopped before the first checkpoint."""
+        """When resuming: everything that the run has written. Otherwise: leftovers of the same run from before its
+        first checkpoint."""
         folder, claim, checkpoint = self.output.output_dir, super()._claim(), self.find_checkpoint()
         if checkpoint is not None and os.path.realpath(checkpoint.parent) == os.path.realpath(folder):
             own = {name: claim[name] for name in ("kind", "run", "overwrite")}

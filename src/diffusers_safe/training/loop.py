@@ -71,6 +71,7 @@ class TrainingLoop(ABC):
         student (`nn.Module`): The denoiser as it is trained, possibly wrapped for several processes.
         last_means (`dict[str, float]`): The terms of the loss, means of the last twentieth of the run, as far as it
             was not an earlier one's.
+        last_measured (`dict[str, float]`): The numbers of `measure` at the last row of the log.
     """
 
     name: str
@@ -104,6 +105,7 @@ class TrainingLoop(ABC):
             num_training_steps=run.max_train_steps,
         )
         self.last_means: dict[str, float] = {}
+        self.last_measured: dict[str, float] = {}
         # The loop accumulates itself; what `accelerate launch` set would divide gradients a second time.
         accelerator.gradient_accumulation_steps = 1
         self.student, self.optimizer = accelerator.prepare(denoiser, self.optimizer)
@@ -210,6 +212,7 @@ class TrainingLoop(ABC):
                 if done % every == 0 or done == last:
                     extra = self.measure(done)
                     shown = {name: value for name, value in extra.items() if isinstance(value, float)}
+                    self.last_measured = shown
                     self.last_means = {name: sum(row[name] for row in recent) / len(recent) for name in measured}
                     log.write(done, {**measured, **extra}, rate, self.forwards)
                 else:

@@ -62,11 +62,12 @@ class WeightOptions:
         "Train a LoRA of this rank instead of the weights themselves: adapters on the linear and convolution layers "
         "that train_method selects.",
         at_least=1,
+        essential=True,
     )
     lora_alpha: float | None = option(
         None,
-        "The LoRA is scaled by alpha / rank. Default: rank, which programs assume that do not read diffusers' "
-        "metadata.",
+        "The LoRA is scaled by alpha / rank. Default: the rank. Programs that ignore diffusers' metadata assume this "
+        "value.",
         above=0,
     )
 
@@ -141,13 +142,16 @@ class OutputOptions:
         None,
         f"full: a stock pipeline folder; {' or '.join(denoiser_names())}: its denoiser only; partial: the erased "
         "weights only; both: full and partial. With --rank: lora, a file for load_lora_weights; full or the denoiser, "
-        "with the LoRA fused in; both: full and lora. Default: full, with --rank lora.",
+        "with the LoRA fused in; both: full and lora. Default: full; lora if --rank is given.",
         may_change=True,
         essential=True,
     )
-    overwrite: bool = option(False, OVERWRITE_HELP, recorded=False, may_change=True)
+    overwrite: bool = option(False, OVERWRITE_HELP, recorded=False, may_change=True, essential=True)
     dry_run: bool = option(
-        False, "Print the plan (weights, forwards, memory) and exit. Nothing is written.", may_change=True
+        False,
+        "Print the plan (weights, forwards, memory) and exit. Nothing is written.",
+        may_change=True,
+        essential=True,
     )
     seed: int = option(0, "Random seed of the run.", at_least=0, below=2**32)
 
@@ -267,11 +271,12 @@ class SamplingOptions:
         above=0,
         at_most=1,
     )
-    sampling_guidance_scale: float = option(3.0, "Classifier-free guidance while latents are sampled.")
+    sampling_guidance_scale: float = option(
+        3.0, "Scale of classifier-free guidance while latents are sampled; at 1 or less it is off."
+    )
     latents_per_trajectory: int = option(
         1,
-        "Latents taken from each trajectory, at as many stops, for as many successive optimizer steps; all are "
-        "sampled at the first of these. The papers' is 1.",
+        "Number of latents kept from one trajectory. They are used in that many successive steps. The papers' is 1.",
         at_least=1,
     )
     loss_space: str = option(
