@@ -73,6 +73,10 @@ def declared_options(kind: type) -> dict[str, Declared]:
     for item in fields(kind):
         if "group" in item.metadata:
             for inner in declared_options(hints[item.name]).values():
+                if inner.name in found:
+                    raise ValueError(
+                        f"option '{inner.name}' of {hints[item.name].__name__}: is declared elsewhere, too"
+                    )
                 found[inner.name] = replace(
                     inner, place=item.name, title=item.metadata["group"], first=item.metadata["first"]
                 )
@@ -96,7 +100,8 @@ def build_options(kind: type[Arguments], values: Mapping[str, Any]) -> Arguments
     if unknown := [suggested(name, declared, "") for name in sorted(values.keys() - declared.keys())]:
         raise ValueError(f"{', '.join(unknown)}: no such option")
     if presets := getattr(kind, "PRESETS", {}):
-        values = {**presets.get(values.get("preset", declared["preset"].default), {}), **values}
+        preset = check_values(kind, {"preset": values.get("preset", declared["preset"].default)})["preset"]
+        values = {**presets[preset], **values}
     if missing := [name for name, item in declared.items() if item.default is MISSING and name not in values]:
         raise ValueError(f"the following arguments are required: {', '.join(f'--{name}' for name in missing)}")
     values = {**getattr(kind, "DEFAULTS", {}), **check_values(kind, values)}

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 
 from .arguments import Declared, build_options, check_values, declared_options
 from .messages import is_first_process
-from .values import suggested
+from .values import plain_word, suggested
 from .yaml_files import read_yaml
 
 
@@ -158,7 +158,8 @@ def read_config(path: str | None, kind: type, fixed: dict[str, str] | None = Non
     if "config" in options:
         raise ValueError(f"config {path}: names another config")
     for name, value in (fixed or {}).items():
-        if (found := options.pop(name, value)) != value:
+        found = options.pop(name, None)
+        if found is not None and plain_word(found) != plain_word(value):
             raise ValueError(f"config {path}: {name} is {found}, here it must be {value}")
     names = [*declared_options(kind), *getattr(kind, "REMOVED", {})]
     if unknown := [name for name in options if name not in names]:

@@ -41,7 +41,7 @@ def read_concepts(values: list[str], name: str = "concepts") -> list[str]:
             brackets, or a file does not exist.
     """
     found = [entry for value in values for entry in _read_entries(value, name)]
-    if not found or not all(map(_is_visible, found)):
+    if not found or not all(map(is_visible, found)):
         raise ValueError(f"{name} {list(values)!r:.200}: give at least one {_entry(name)}, and no blank one")
     entries = _without_duplicates(found, name)
     for entry in entries:
@@ -89,7 +89,7 @@ def _read_lines(path: Path, name: str) -> list[str]:
     return entries
 
 
-def _is_visible(text: str) -> bool:
+def is_visible(text: str) -> bool:
     return any(character.isprintable() and not character.isspace() for character in text)
 
 

@@ -252,6 +252,8 @@ def find_variant(folder: Path, variant: str | None = None) -> str | None:
         taken = variant
     elif None in found:
         taken = None
+        if variant is not None:
+            logger.warning("%s: has no variant %s; the weights without a variant are loaded", folder, variant)
     elif len(names) == 1 and variant is None:
         taken = names[0]
         logger.warning("%s: all weights are of the variant %s, which is loaded", folder, taken)
@@ -279,6 +281,8 @@ def check_header(path: Path, quantized: bool = True) -> None:
         [`ModelError`]: If it is damaged.
     """
     with naming(str(path)):
+        if not path.is_file():
+            raise ModelError(f"{path}: is not a regular file")
         with open(path, "rb") as file:
             if not file.read(1):
                 raise ModelError(f"{path}: is empty")

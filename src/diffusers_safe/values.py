@@ -25,6 +25,7 @@ AT_MOST = {
     "width": 2**14,
     "resize": 2**16,
     "max_train_steps": 10**8,
+    "learning_rate": 10**3,
     "train_batch_size": 2**16,
     "batch_size": 2**16,
     "scoring_batch_size": 2**16,
@@ -78,6 +79,11 @@ def check_value(name: str, value: Any, kind: Any, choices: Iterable[str | None] 
     )
 
 
+def plain_word(value: Any) -> str:
+    """A word as it is compared: without regard to case, `_` and `-`."""
+    return str(value).strip().replace("_", "-").casefold()
+
+
 def choose(name: str, value: str, allowed: Iterable[str | None]) -> str:
     """The one of the allowed values that is meant; `_` and `-` count alike.
 
@@ -88,7 +94,7 @@ def choose(name: str, value: str, allowed: Iterable[str | None]) -> str:
     if value in known:
         return value
     for word in known:
-        if word.replace("_", "-").casefold() == str(value).strip().replace("_", "-").casefold():
+        if plain_word(word) == plain_word(value):
             return word
     raise ValueError(f"{name} '{value}': unknown; allowed are {', '.join(known)}")
 

@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
+import diffusers_safe
 from diffusers_safe import ErasedStableDiffusionPipeline, cli
 from diffusers_safe.formats import LORA_NAME, PARTIAL_NAME, read_erased_weights
 from diffusers_safe.output_folders import RECORD
@@ -147,7 +148,7 @@ def test_what_is_there_already_is_kept(partial, tmp_path, capsys):
     before = sorted(tmp_path.rglob("*"))
     for source, message in (
         (partial, "holds results of another run"),
-        (tmp_path / "out", "is the source; give another"),
+        (tmp_path / "out", "is the source's own folder; give another"),
     ):
         with pytest.raises(SystemExit):
             export(source, "full", tmp_path / "out")
@@ -224,3 +225,12 @@ def test_an_output_folder_that_cannot_be_made_is_told(partial, tmp_path, capsys)
     with pytest.raises(SystemExit) as stop:
         export(partial, "partial", tmp_path / "file" / "out")
     assert stop.value.code == 2 and "cannot be written (Not a directory)" in capsys.readouterr().err
+
+
+def test_in_python_wrong_names_and_empty_sources_are_one_line(tmp_path):
+    for values, message in (
+        ({"source": "x", "nosuch": 1}, "nosuch: no such option"),
+        ({"source": ""}, "source: is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            diffusers_safe.export(output_dir=str(tmp_path / "out"), **values)

@@ -145,6 +145,7 @@ def test_the_state_of_an_objective_is_part_of_a_checkpoint(tiny_model_folder, tm
 
 
 def test_two_methods_cannot_have_one_name():
+    @dataclass(kw_only=True)
     class Other(Shrink):
         pass
 
@@ -156,10 +157,84 @@ def test_an_unknown_method_is_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["erase", "--method", "ufo"])
     assert stop.value.code == 2
-    assert "method 'ufo': unknown; allowed are concept_ablation, esd, sdd" in capsys.readouterr().err
+    assert "method 'ufo': unknown; allowed are concept_ablation, esd, halfway, sdd" in capsys.readouterr().err
 
 
 def test_the_list_of_methods_is_the_help_of_the_command(capsys):
     cli.main(["erase", "--help"])
     help = capsys.readouterr().out
     assert all(name in help and method.summary in help for name, method in METHODS.items())
+
+
+def test_edits_in_several_steps_are_one(make_tiny_pipeline):
+    @register_method
+    @dataclass(kw_only=True)
+    class Steps(Method):
+        name, title, authors, paper, summary = "steps", "", "", "", ""
+        fails: bool = option(False, "Raise after the edits.")
+
+        def erase(self, run):
+            parameters = dict(run.family.denoiser.named_parameters())
+            for name in list(parameters)[:3]:
+                run.edit({name: torch.zeros_like(parameters[name])})
+            if self.fails:
+                raise ValueError("no more")
+
+    pipeline = make_tiny_pipeline()
+    before = fingerprint(pipeline.unet)
+    with pytest.raises(ValueError, match="no more"):
+        erase(pipeline, ["knife"], "steps", fails=True)
+    assert fingerprint(pipeline.unet) == before
+    erasure = erase(pipeline, ["knife"], "steps")
+    assert len(erasure.weights) == 3 and not any(value.any() for value in erasure.weights.values())
+    with erasure.disabled():
+        assert fingerprint(pipeline.unet) == before
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("in place", "was changed in place; give new tensors"), ("list", "no parameter of this shape"),
+    ("nothing", "neither trained nor edited anything"),
+])  # fmt: skip
+def test_edits_that_mean_nothing_are_errors(kind, message, tiny_pipeline):
+    @register_method
+    @dataclass(kw_only=True)
+    class Wrong(Method):
+        name, title, authors, paper, summary = "wrong", "", "", "", ""
+
+        def erase(self, run):
+            name, weight = next(iter(run.family.denoiser.named_parameters()))
+            with torch.no_grad():
+                run.edit({"in place": {name: weight.mul_(0)}, "list": {name: [0.0]}, "nothing": {}}[kind])
+
+    with pytest.raises(ValueError, match=f"method 'wrong': .*{message}"):
+        erase(tiny_pipeline, ["knife"], "wrong")
+
+
+def test_a_closed_form_generates_its_validation_prompts(tiny_model_folder, tmp_path):
+    cli.main(words("shrink", tiny_model_folder, tmp_path / "out", "--validation_prompts", "a knife"))
+    assert (tmp_path / "out" / "validation" / "step-1.png").is_file()
+
+
+def test_an_option_of_a_method_cannot_have_a_common_name(tiny_pipeline):
+    @register_method
+    @dataclass(kw_only=True)
+    class Seeded(Method):
+        name, title, authors, paper, summary = "seeded", "", "", "", ""
+        seed: int = option(7, "Another seed.")
+
+        def erase(self, run):
+            raise AssertionError
+
+    with pytest.raises(ValueError, match="option 'seed' of Seeded: is declared elsewhere, too"):
+        erase(tiny_pipeline, ["knife"], "seeded")
+
+
+def test_a_method_is_a_dataclass():
+    with pytest.raises(TypeError, match="method 'plain': decorate Plain with @dataclass"):
+
+        @register_method
+        class Plain(Method):
+            name = "plain"
+
+            def erase(self, run):
+                raise AssertionError

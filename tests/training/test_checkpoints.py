@@ -2,6 +2,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from diffusers_safe.erasure.run import run_command
 from diffusers_safe.output_folders import RECORD
 from diffusers_safe.training.checkpoints import list_checkpoints, save_checkpoint
 
@@ -40,3 +41,19 @@ def test_files_and_other_names_are_no_checkpoints(tmp_path):
         (tmp_path / name).mkdir()
     assert list_checkpoints(tmp_path) == []
     assert list_checkpoints(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+@pytest.mark.parametrize("name", ["optimizer.bin", "custom_checkpoint_0.pkl"])
+def test_a_damaged_checkpoint_is_reported_before_the_model_is_loaded(
+    name, damage, tiny_model_folder, tmp_path, capsys
+):
+    words = f"--pretrained_model_name_or_path {tiny_model_folder} --concepts knife --num_inference_steps 3".split()
+    words += f"--max_train_steps 2 --checkpointing_steps 1 --watch_prompts a --output_dir {tmp_path}".split()
+    run_command("sdd", words)
+    path = tmp_path / "checkpoint-1" / name
+    path.write_bytes(path.read_bytes()[:10]) if damage == "cut" else path.unlink()
+    with pytest.raises(SystemExit) as stop:
+        run_command("sdd", [*words, "--resume_from_checkpoint", "latest"])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert stop.value.code == 2 and f"{name} is {'damaged' if damage == 'cut' else 'missing'}" in line

@@ -42,7 +42,7 @@ def main(argv: list[str], prog: str) -> None:
             argv = [*_without(argv, "--recipe"), "--config", chosen.config]
         config = read_yaml(chosen.config, "config") if chosen.config else {}
         named = config.get("method") if isinstance(config, dict) else None
-        method = find_method(chosen.method or named or DEFAULT_METHOD).name
+        method = find_method(next(name for name in (chosen.method, named, DEFAULT_METHOD) if name is not None)).name
     except ValueError as error:
         parser.error(str(error))
     run_command(method, _without(argv, "--method"), f"{prog} --method {method}")

@@ -7,7 +7,8 @@ import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
-from ..command_line import parse_dataclass
+from ..arguments import build_options
+from ..command_line import read_config
 from ..comparison.evaluate import evaluate
 from ..comparison.models import ModelSource
 from ..comparison.options import EvaluationOptions
@@ -42,9 +43,12 @@ def read_evaluation(path: str) -> EvaluationOptions:
     """The options of a YAML file: those of `diffusers-safe evaluate` without models and folder.
 
     Raises:
-        `SystemExit`: With code 2 after one line on stderr, if something is wrong with it.
+        `ValueError`: If it cannot be read, or something is wrong with it.
     """
-    return parse_dataclass(EvaluationOptions, argv=[f"--config={path}"], prog=f"evaluation {path}")
+    try:
+        return build_options(EvaluationOptions, read_config(path, EvaluationOptions))
+    except ValueError as error:
+        raise ValueError(f"evaluation {path}: {error}") from None
 
 
 class FinalEvaluation:

@@ -72,8 +72,6 @@ def distill(
         [`~diffusers_safe.hub.PushError`]: If it could not be published; the result is complete on disk.
     """
     known = {"pretrained_model_name_or_path": teacher, "output_dir": output_dir}
-    if doubled := [name for name in known if name in options]:
-        raise ValueError(f"{', '.join(doubled)}: is a parameter of distill()")
     settings = DistillationOptions.of(**known, **options)
     if settings.output.dry_run:
         raise ValueError("dry_run: only for the command line")

@@ -2,21 +2,35 @@
 
 import html
 import tempfile
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 
+from ..arguments import typed
+from ..embedded import locate_model
+from ..families import denoiser_of
 from ..formats import result_names
 from ..hub import push_result
-from ..output_folders import RESULT, check_output_dir, claimed
+from ..output_folders import RESULT, check_apart, check_output_dir, claimed
 from ..provenance import Provenance
 from ..training.output import save_result
 from ..values import choose
 from ..weights.lora import LoRAWeights
 from ..weights.trained import TrainedWeights
+
+
+# The mark of the last erasure of each denoiser.
+_marks: "weakref.WeakKeyDictionary[nn.Module, object]" = weakref.WeakKeyDictionary()
+
+
+def was_erased(pipeline: DiffusionPipeline) -> bool:
+    """Whether concepts were erased from a loaded pipeline in this process."""
+    return denoiser_of(pipeline) in _marks
 
 
 class Erasure:
@@ -45,7 +59,8 @@ class Erasure:
     ):
         self.pipeline, self.record, self.output_dir = pipeline, record, output_dir
         self.measured = measured or {}
-        self._trained = trained
+        self._trained, self._is_disabled, self._mark = trained, False, object()
+        _marks[denoiser_of(pipeline)] = self._mark
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
@@ -59,20 +74,33 @@ class Erasure:
     @contextmanager
     def disabled(self) -> Iterator[DiffusionPipeline]:
         """Gives the pipeline the base model's weights inside the block."""
-        if self.is_lora:
-            with self._trained.use("frozen"):
-                yield self.pipeline
-            return
-        parameters = self._trained.student
+        self._check_enabled()
+        self._is_disabled = True
+        parameters = {} if self.is_lora else self._trained.student
         erased = {name: parameter.data for name, parameter in parameters.items()}
         try:
             for name, parameter in parameters.items():
                 parameter.data = self._trained.frozen[name].to(erased[name])
-            yield self.pipeline
+            with self._trained.use("frozen") if self.is_lora else nullcontext():
+                yield self.pipeline
         finally:
-            for name, parameter in parameters.items():
-                parameter.data = erased[name]
+            self._is_disabled = False
+            for name, parameter in parameters.items():  # which may have moved to another device or dtype
+                parameter.data = erased[name].to(parameter.data)
 
+    def _check_enabled(self) -> None:
+        """
+        Raises:
+            `ValueError`: If the pipeline does not have this erasure's weights.
+        """
+        if self._is_disabled:
+            raise ValueError("the erasure is disabled here; leave the block of disabled() first")
+        if _marks.get(denoiser_of(self.pipeline)) is not self._mark:
+            raise ValueError("the pipeline was erased again since; only its last erasure can be saved")
+        if self.is_lora and not self._trained.is_in_place():
+            raise ValueError("the LoRA of the erasure is not active in the pipeline any more")
+
+    @typed
     def save(self, output_dir: str, form: str | None = None, overwrite: bool = False) -> str:
         """Saves the result with its record, whole or not at all.
 
@@ -87,17 +115,22 @@ class Erasure:
             `str`: The folder.
 
         Raises:
-            `ValueError`: If there is no such form, or the folder holds other results.
+            `ValueError`: If there is no such form, the folder holds other results or the base model, or the pipeline
+                does not have the erasure's weights.
         """
         allowed = ("lora", "full", "both", "denoiser") if self.is_lora else ("full", "partial", "both", "denoiser")
         form = choose("form", form, allowed) if form is not None else allowed[0]
+        self._check_enabled()
         check_output_dir(output_dir)
+        if Path(base := locate_model(self.record.base_model)).is_dir():
+            check_apart(output_dir, base, "the base model")
         claim = {"kind": RESULT, "run": {"erasure": self.record.created}, "replaces": result_names(), "at_once": True}
         with claimed(output_dir, **claim, overwrite=overwrite):
             save_result(self.pipeline, self._trained, self.record, output_dir, form)
         self.output_dir = output_dir
         return output_dir
 
+    @typed
     def push(self, hub_model_id: str | None = None, token: str | None = None, private: bool = False) -> str:
         """Publishes the result on the Hugging Face Hub with a model card; see [`~diffusers_safe.hub.push_result`].
 
@@ -114,6 +147,7 @@ class Erasure:
             `ValueError`: If it has no name, or there is no token.
             [`~diffusers_safe.hub.PushError`]: If the Hub cannot be reached or refuses.
         """
+        self._check_enabled()
         if self.output_dir is not None:
             return push_result(self.output_dir, hub_model_id, token, private)
         if hub_model_id is None:

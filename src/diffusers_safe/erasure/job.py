@@ -16,7 +16,13 @@ from ..methods import Method, find_method
 from ..training.job import JobOptions, TrainingOptions
 from ..weights.lora import layers_to_adapt
 from ..weights.trained import check_plain, select_parameters
-from .options import ConceptOptions, RetentionOptions, TrajectoryOptions
+from .options import (
+    ConceptOptions,
+    RetainedOptions,
+    RetentionOptions,
+    TrainedConceptOptions,
+    TrajectoryOptions,
+)
 
 
 @dataclass(kw_only=True)
@@ -24,7 +30,7 @@ class ErasureOptions(JobOptions):
     """What every erasure takes."""
 
     concept: ConceptOptions = group("concepts")
-    retention: RetentionOptions = group("retention")
+    retention: RetainedOptions = group("retention")
     method: Method = group("method")
 
     SAVES: ClassVar[tuple[str, ...]] = ("full", "partial", "both")
@@ -47,6 +53,8 @@ class ErasureOptions(JobOptions):
 class TrainedErasureOptions(ErasureOptions, TrainingOptions):
     """What an erasure by a gradient method takes."""
 
+    concept: TrainedConceptOptions = group("concepts")
+    retention: RetentionOptions = group("retention")
     sampling: TrajectoryOptions = group("sampling of latents")
 
     @property
@@ -161,7 +169,7 @@ def _check_training(options: ErasureOptions, model: ModelFamily | StoredModel) -
 def encoded_prompts(options: ErasureOptions) -> list[str]:
     """Every prompt that a run encodes; validation prompts may be truncated."""
     concept, retention = options.concept, options.retention
-    kept = [*retention.retain_prompts, *retention.watch_prompts]
+    kept = [*retention.retain_prompts, *retention.watched]
     if not options.method.trains:
         return [*concept.concepts, *kept]
     schedule = ConceptSchedule(concept.concepts, concept.concept_schedule, concept.prompt_order, num_samples=1)

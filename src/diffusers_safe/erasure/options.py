@@ -13,6 +13,16 @@ class ConceptOptions:
     """What is erased."""
 
     concepts: list[str] = required("What to erase: one or more names, or one .txt file with a concept per line.")
+
+    def named_in(self, prompt: str) -> str | None:
+        """The first concept whose words are in a prompt."""
+        return next((concept for concept in self.concepts if names_concept(prompt, concept)), None)
+
+
+@dataclass(kw_only=True)
+class TrainedConceptOptions(ConceptOptions):
+    """What is erased, and in which order several concepts are trained."""
+
     concept_schedule: str = option(
         "iterative", f"How several concepts take turns: {', '.join(CONCEPT_SCHEDULES)}.", CONCEPT_SCHEDULES
     )
@@ -22,10 +32,6 @@ class ConceptOptions:
         "one; matched: one concept for both.",
         PROMPT_ORDERS,
     )
-
-    def named_in(self, prompt: str) -> str | None:
-        """The first concept whose words are in a prompt."""
-        return next((concept for concept in self.concepts if names_concept(prompt, concept)), None)
 
 
 @dataclass(kw_only=True)
@@ -41,7 +47,7 @@ class TrajectoryOptions(SamplingOptions):
 
 
 @dataclass(kw_only=True)
-class RetentionOptions:
+class RetainedOptions:
     """What stays as it is."""
 
     retain_prompts: list[str] = option(
@@ -49,6 +55,31 @@ class RetentionOptions:
         "Prompts whose predictions stay those of the base model (names, or one .txt file).",
         essential=True,
     )
+
+    def resolve(self, concept: ConceptOptions) -> None:
+        """Reads the list, and compares it with the concepts.
+
+        Raises:
+            `ValueError`: If the list cannot be read, or a concept is to be erased and retained.
+        """
+        if self.retain_prompts:
+            self.retain_prompts = read_concepts(self.retain_prompts, "retain_prompts")
+        for prompt in self.retain_prompts:
+            if (named := concept.named_in(prompt)) is not None:
+                raise ValueError(
+                    f"retain_prompts '{prompt}': names the concept '{named}'; a concept cannot be erased and retained"
+                )
+
+    @property
+    def watched(self) -> list[str]:
+        """Unrelated prompts."""
+        return []
+
+
+@dataclass(kw_only=True)
+class RetentionOptions(RetainedOptions):
+    """What a training keeps as it is, and what it watches."""
+
     retain_unconditional: bool = option(
         False,
         "Also keep the unconditional prediction at the latents of the concepts: classifier-free guidance amplifies "
@@ -65,18 +96,8 @@ class RetentionOptions:
     )
 
     def resolve(self, concept: ConceptOptions) -> None:
-        """Reads the lists, and compares them with the concepts.
-
-        Raises:
-            `ValueError`: If a list cannot be read, or a concept is to be erased and retained.
-        """
-        if self.retain_prompts:
-            self.retain_prompts = read_concepts(self.retain_prompts, "retain_prompts")
-        for prompt in self.retain_prompts:
-            if (named := concept.named_in(prompt)) is not None:
-                raise ValueError(
-                    f"retain_prompts '{prompt}': names the concept '{named}'; a concept cannot be erased and retained"
-                )
+        """Reads the lists, and compares them with the concepts; see [`RetainedOptions`]."""
+        super().resolve(concept)
         if not self.watch_prompts:
             return
         chosen = self.watch_prompts != RetentionOptions().watch_prompts
@@ -84,6 +105,10 @@ class RetentionOptions:
         self.watch_prompts = [prompt for prompt in prompts if concept.named_in(prompt) is None]
         for prompt in [prompt for prompt in prompts if chosen and prompt not in self.watch_prompts]:
             note("watch_prompts '%s': left out, it names the concept '%s'", prompt, concept.named_in(prompt))
+
+    @property
+    def watched(self) -> list[str]:
+        return self.watch_prompts
 
     @property
     def trained_prompts(self) -> list[str]:

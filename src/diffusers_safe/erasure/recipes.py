@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from ..values import suggested
+from ..values import plain_word, suggested
 
 
 _PACKAGE = Path(__file__).parents[1]
@@ -28,6 +28,7 @@ def find_recipe(name: str) -> Path:
         `ValueError`: If there is none.
     """
     known = recipes()
+    name = plain_word(name)
     for wanted in (name, f"{name}-{DEFAULT_METHOD}"):
         for recipe, path in known.items():
             if wanted in (recipe, recipe.replace("sd-1.4-", "sd-")):

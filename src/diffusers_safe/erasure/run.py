@@ -11,10 +11,10 @@ from diffusers import DiffusionPipeline
 
 from ..arguments import declared_options, typed
 from ..concepts import names_concept
-from ..families import StoredModel, load_pipeline, make_family
+from ..families import StoredModel, family_around, load_pipeline, make_family
 from ..generation.generate import GenerationSettings
 from ..hub import check_push, push_or_exit, push_result
-from ..messages import exit_with_error, is_first_process
+from ..messages import exit_with_error, is_first_process, note
 from ..methods import Objective, find_method
 from ..output_folders import record_written
 from ..progress import Progress, ProgressCallback
@@ -25,12 +25,13 @@ from ..training.output import save_result
 from ..training.samples import Samples, Validation
 from ..values import suggested
 from ..weights.trained import TrainedWeights
-from .erasure import Erasure
+from .erasure import Erasure, was_erased
 from .job import ErasureOptions, check_run, erasure_options, parse_options
 from .loop import ErasureLoop
 from .plan import make_plan
 
 
+IN_MEMORY = "a pipeline in memory"
 LEFT_WARNING = 0.5  # of `concept_left`
 MOST_PROMPTS = 4  # of the grid, where no validation prompts are given
 
@@ -78,6 +79,8 @@ def erase(
         [`~diffusers_safe.hub.PushError`]: If it could not be published; the result is complete on disk.
     """
     pipeline = os.fspath(pipeline) if isinstance(pipeline, os.PathLike) else pipeline
+    if not isinstance(pipeline, (str, DiffusionPipeline)):
+        raise ValueError(f"pipeline ({type(pipeline).__name__}): must be a DiffusionPipeline, a folder or a Hub id")
     settings = _make_options(pipeline, concepts, method, output_dir, options)
     with random_states_kept():
         accelerator = make_accelerator(settings)
@@ -105,7 +108,10 @@ def _make_options(
     if unknown := [suggested(name, sorted(names), "") for name in sorted(values.keys() - names)]:
         command = f"diffusers-safe erase --method {method} --help"
         raise ValueError(f"{', '.join(unknown)}: no option of method '{method}'; see {command}")
-    name = pipeline if isinstance(pipeline, str) else pipeline.config.get("_name_or_path") or "a pipeline in memory"
+    name = pipeline if isinstance(pipeline, str) else pipeline.config.get("_name_or_path") or IN_MEMORY
+    if not isinstance(pipeline, str) and family_around(pipeline) is not None and was_erased(pipeline):
+        note("the pipeline was erased before, so the record names no model on disk as its base model")
+        name = IN_MEMORY
     known = {"pretrained_model_name_or_path": name, "concepts": concepts, "output_dir": output_dir}
     options = kind.of(**known, **values)
     options.resolve()
@@ -169,6 +175,7 @@ def run_erasure(
         try:
             options.method.erase(run)
             erasure = run.result()
+            run.show_edit()
         except BaseException:
             run.undo()
             raise
@@ -226,16 +233,28 @@ class MethodRun:
 
     @torch.no_grad()
     def edit(self, values: Mapping[str, torch.Tensor]) -> None:
-        parameters = dict(self.family.denoiser.named_parameters())
+        method, parameters = self.options.method.name, dict(self.family.denoiser.named_parameters())
         for name, value in values.items():
-            if name not in parameters or value.shape != parameters[name].shape:
-                raise ValueError(f"method '{self.options.method.name}': edits {name}, which is no such parameter")
+            if name not in parameters or getattr(value, "shape", None) != parameters[name].shape:
+                raise ValueError(f"method '{method}': edits {name}, which is no parameter of this shape")
+            if value.data_ptr() == parameters[name].data_ptr():
+                raise ValueError(f"method '{method}': {name} was changed in place; give new tensors")
             if not value.isfinite().all():
-                raise FloatingPointError(f"method '{self.options.method.name}': {name} is not finite")
-        self.weights = TrainedWeights(self.family.denoiser, list(values))
+                raise FloatingPointError(f"method '{method}': {name} is not finite")
+        # A method may edit in several steps: what all of them started from is kept.
+        base = self.weights.frozen if self.weights is not None else {}
+        names = list(dict.fromkeys([*base, *values]))
+        self.weights = TrainedWeights(self.family.denoiser, names)
+        self.weights.frozen.update(base)
         self.samples = make_samples(self.pipeline, self.weights, self.options)
         for name, value in values.items():
             self.weights.student[name].copy_(value)
+
+    def show_edit(self) -> None:
+        """Generates the validation prompts of a method that does not train; a training has done so at its steps."""
+        options, folder = self.options, self.options.output.output_dir
+        if options.validation.validation_prompts and not options.method.trains:
+            Validation(self.accelerator, self.samples, "student", folder, options.validation, last=1).after_step(1)
 
     def undo(self) -> None:
         """Gives the denoiser its weights back."""
@@ -244,8 +263,8 @@ class MethodRun:
 
     def result(self) -> Erasure:
         """The erased pipeline with its record."""
-        if self.weights is None:
-            raise RuntimeError(f"method '{self.options.method.name}': neither trained nor edited anything")
+        if self.weights is None or not self.weights.student:
+            raise ValueError(f"method '{self.options.method.name}': neither trained nor edited anything")
         options, processes = self.options, self.accelerator
         training = {"num_processes": processes.num_processes, "mixed_precision": processes.mixed_precision}
         if options.method.trains:
@@ -290,7 +309,7 @@ def make_samples(pipeline: DiffusionPipeline, weights: TrainedWeights, options: 
     if not prompts:
         count = min(len(concepts), MOST_PROMPTS)
         erased = [concepts[i * len(concepts) // count] for i in range(count)]
-        kept = [*retention.watch_prompts, *retention.retain_prompts][:MOST_PROMPTS]
+        kept = [*retention.watched, *retention.retain_prompts][:MOST_PROMPTS]
     size = options.model.resolution
     steps = options.sampling.num_inference_steps if options.method.trains else GenerationSettings().num_inference_steps
     settings = GenerationSettings(steps, height=size, width=size)

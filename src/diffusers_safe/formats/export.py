@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 
-from ..arguments import check_values, option, required
+from ..arguments import build_options, option, required
 from ..families import StoredModel, denoiser_names, load_pipeline, make_family
 from ..loading import ModelError
 from ..output_folders import OVERWRITE_HELP, RESULT, check_apart, check_claim, claimed
@@ -67,7 +67,9 @@ class ExportOptions:
         if self.base_model is not None:
             stored = StoredModel(self.base_model, argument="base_model", **_revision(self.base_revision))
             stored.check_files()
-        if os.path.realpath(self.output_dir) == os.path.realpath(self.source):
+        if os.path.isdir(self.source):
+            check_apart(self.output_dir, self.source, "the source")
+        elif os.path.realpath(self.output_dir) == os.path.realpath(self.source):
             raise ValueError(f"output_dir {self.output_dir}: is the source; give another")
         check_claim(self.output_dir, **self.claim)
 
@@ -92,8 +94,7 @@ def export(source: str, output_dir: str, to: str = "full", **options) -> LoRA | 
         `ValueError`: If there is no erasure, its base model is unknown or another one, or a LoRA cannot hold it.
             Nothing is written then.
     """
-    values = check_values(ExportOptions, {"source": source, "output_dir": output_dir, "to": to, **options})
-    settings = ExportOptions(**values)
+    settings = build_options(ExportOptions, {"source": source, "output_dir": output_dir, "to": to, **options})
     settings.check_surroundings()
     return run_export(settings)
 

@@ -35,6 +35,8 @@ def fetch(source: str | Path, weight_name: str | None = None, only_records: bool
     Raises:
         `ValueError`: If there is nothing, or several files of other names.
     """
+    if not str(source).strip():
+        raise ValueError("source: is empty; give a file, a folder or a Hub id")
     path = Path(locate_model(source))
     if os.path.exists(path):
         path = path / weight_name if weight_name else path

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..arguments import option, required
-from ..concepts import names_concept
+from ..concepts import is_visible, names_concept
 from ..values import choose
 from .method import GradientMethod, register_method
 from .objective import Objective, TrainingBatch, squared_error, targets
@@ -80,7 +80,7 @@ class ConceptAblation(GradientMethod):
     )
 
     def __post_init__(self):
-        if not self.anchor_prompt.strip():
+        if not is_visible(self.anchor_prompt):
             raise ValueError("anchor_prompt: is blank; say what the concepts become, such as 'a painting'")
 
     def check(self, options: Any) -> None:

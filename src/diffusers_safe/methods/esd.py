@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 import torch
 
 from ..arguments import option
-from ..values import choose
+from ..concepts import is_visible
+from ..values import choose, plain_word
 from .method import GradientMethod, Preset, register_method
 from .objective import Objective, TrainingBatch, squared_error, targets
 from .predictor import Predictor
@@ -142,7 +143,7 @@ class ESD(GradientMethod):
     )
 
     def __post_init__(self):
-        if self.erase_from is not None and not self.erase_from.strip():
+        if self.erase_from is not None and not is_visible(self.erase_from):
             raise ValueError("erase_from: is blank; leave it out, or name a prompt")
         if self.negative_guidance_scale is None:
             scale = self.presets[self.preset].options["negative_guidance_scale"]
@@ -160,7 +161,7 @@ class ESD(GradientMethod):
 
     def check(self, options: Any) -> None:
         retention, train_method = options.retention, options.weights.train_method
-        if self.erase_from in retention.retain_prompts:
+        if self.erase_from is not None and plain_word(self.erase_from) in map(plain_word, retention.retain_prompts):
             raise ValueError(f"retain_prompts '{self.erase_from}': is what the concepts are erased from")
         retention.watch_prompts = [prompt for prompt in retention.watch_prompts if prompt != self.erase_from]
         learning_rate = options.optimizer.learning_rate

@@ -8,7 +8,7 @@ shared tests read the registry.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -125,7 +125,10 @@ def register_method(method: type[Method]) -> type[Method]:
 
     Raises:
         `ValueError`: If another method has that name.
+        `TypeError`: If the class is no dataclass itself.
     """
+    if not is_dataclass(method) or "__dataclass_fields__" not in vars(method):
+        raise TypeError(f"method '{method.name}': decorate {method.__name__} with @dataclass(kw_only=True), too")
     known = _registered.setdefault(method.name, method)
     if (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
         raise ValueError(f"method '{method.name}': is registered already, by {known.__module__}")
@@ -151,7 +154,7 @@ class _Methods(Mapping[str, type[Method]]):
         return self._all()[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._all())
+        return iter(sorted(self._all()))
 
     def __len__(self) -> int:
         return len(self._all())

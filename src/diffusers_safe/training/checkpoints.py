@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -77,6 +78,20 @@ def check_same_run(checkpoint: str | Path, identity: dict) -> None:
     if different := sorted(name for name in identity if state.get(name) != identity[name]):
         told = ", ".join(f"{name} {state.get(name)} there, {identity[name]} here" for name in different)
         raise ValueError(f"resume_from_checkpoint: the checkpoint is of another run: {told[:400]}")
+
+
+def check_files(checkpoint: str | Path) -> None:
+    """Whether the files of a checkpoint are whole, as far as can be seen without reading them.
+
+    Raises:
+        `ValueError`: If one is missing or damaged.
+    """
+    present = {path.name for pattern in _FILES for path in Path(checkpoint).glob(pattern)}
+    parts = {name for name in present if name.endswith((".pkl", ".bin"))}
+    for name in sorted(parts | {"optimizer.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"}):
+        if not zipfile.is_zipfile(Path(checkpoint) / name):
+            state = "is damaged" if name in present else "is missing"
+            raise ValueError(f"resume_from_checkpoint {checkpoint}: {name} {state}; take an earlier checkpoint")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

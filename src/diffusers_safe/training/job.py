@@ -19,6 +19,7 @@ from ..formats import result_names
 from ..hub import check_push
 from ..output_folders import RESULT, OutputFolderError, check_apart, check_claim, check_output_dir, claimed
 from ..provenance import load_record
+from .checkpoints import check_files as check_checkpoint
 from .checkpoints import check_same_run, checkpoint_step, list_checkpoints
 from .options import (
     LOG_NAME,
@@ -208,6 +209,7 @@ class TrainingOptions(JobOptions):
             if checkpoint_step(checkpoint) > self.run.max_train_steps:
                 raise ValueError(f"max_train_steps {self.run.max_train_steps}: {checkpoint} is further already")
             check_same_run(checkpoint, self.identity)
+            check_checkpoint(checkpoint)
         super().check_output()
 
     def _claim(self) -> dict:

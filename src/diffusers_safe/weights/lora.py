@@ -73,6 +73,10 @@ class LoRAWeights(TrainedWeights):
             weight = layer.lora_A[ADAPTER_NAME].weight
             weight.copy_(nn.init.kaiming_uniform_(torch.empty(weight.shape), a=math.sqrt(5), generator=generator))
 
+    def is_in_place(self) -> bool:
+        """Whether the adapters are in the denoiser."""
+        return ADAPTER_NAME in getattr(self._denoiser, "peft_config", {})
+
     def undo(self) -> None:
         """Takes the adapters off the denoiser."""
         self._denoiser.unload_lora()
@@ -142,7 +146,9 @@ def fused(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     }
     for name, layer in adapted_layers(denoiser).items():
         weight = layer.get_base_layer().weight
-        state[f"{name}.weight"] = weight + layer.get_delta_weight(ADAPTER_NAME).to(weight.dtype)
+        if ADAPTER_NAME not in layer.merged_adapters:  # else it is in the weight already
+            weight = weight + layer.get_delta_weight(ADAPTER_NAME).to(weight.dtype)
+        state[f"{name}.weight"] = weight
     with init_empty_weights(include_buffers=False):
         plain = type(denoiser).from_config(denoiser.config)
     plain.load_state_dict(state, assign=True)

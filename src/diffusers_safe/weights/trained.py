@@ -1,4 +1,4 @@
-"""Student, EMA and frozen values of the selected weights of a denoiser (`families/unet.py` says which are selected).
+"""Student, EMA and frozen values of the selected weights of a denoiser; families say which are selected.
 
 Cross-attention is 5 % of Stable Diffusion's denoiser, so the three models of an erasure share the other 95 %: there is
 one denoiser in memory, and `TrainedWeights` swaps the values of the selected parameters in and out.
