@@ -53,7 +53,7 @@ class Declared:
         default (`Any`): `MISSING` if it is required.
         facts (`Mapping[str, Any]`): As in [`option`].
         place (`str`, *optional*): The field of the group that holds it.
-        title (`str`, *optional*): The title of that group.
+        title (`str`, *optional*): The title of that group, or `TITLE` of the class that declares the option.
         first (`bool`): Whether that group comes first in `--help`.
     """
 
@@ -82,7 +82,9 @@ def declared_options(kind: type) -> dict[str, Declared]:
                 )
         elif item.init:
             default = item.default_factory() if item.default_factory is not MISSING else item.default
-            found[item.name] = Declared(item.name, hints[item.name], default, item.metadata)
+            owner = next(part for part in reversed(kind.__mro__) if item.name in vars(part).get("__annotations__", {}))
+            title = vars(owner).get("TITLE")
+            found[item.name] = Declared(item.name, hints[item.name], default, item.metadata, title=title)
     for name, default in getattr(kind, "DEFAULTS", {}).items():
         found[name] = replace(found[name], default=default)
     return found

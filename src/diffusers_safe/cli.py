@@ -21,7 +21,7 @@ COMMANDS = {
     ),
     "generate": (
         "diffusers_safe.commands.generate",
-        "draw prompts with any pipeline, steered by Safe Latent Diffusion or not",
+        "generate images of prompts with any pipeline, with or without Safe Latent Diffusion",
     ),
     "evaluate": (
         "diffusers_safe.commands.evaluate",
@@ -29,23 +29,23 @@ COMMANDS = {
     ),
     "attack": (
         "diffusers_safe.commands.attack",
-        "attack an erased model and the original beside it: seeds, paraphrases, concept inversion",
+        "attack an erased model and its original: seeds, paraphrases, concept inversion",
     ),
     "prompts": (
         "diffusers_safe.commands.prompts",
-        "count what a list of prompts holds: categories, seeds, sizes",
+        "count the rows of a list of prompts: categories, seeds, sizes",
     ),
     "prepare-data": (
         "diffusers_safe.commands.prepare_data",
-        "make training data of captions and web addresses, or of a folder of pictures",
+        "make training data from captions and web addresses, or from a folder of images",
     ),
     "export": (
         "diffusers_safe.commands.export",
-        "save an erased model as something else: pipeline, denoiser, erased weights alone, LoRA",
+        "save an erased model in another form: pipeline, denoiser, erased weights, LoRA",
     ),
     "students": (
         "diffusers_safe.commands.students",
-        "compare smaller denoisers with their teacher, or build one: what distillation begins with",
+        "list smaller denoisers of a model, or build one, to be trained by train_distill.py",
     ),
     "push": (
         "diffusers_safe.commands.push",

@@ -125,9 +125,9 @@ def _section(item: Declared) -> tuple[int, str]:
         return 0, "required options"
     if item.first:
         return 1, item.title
-    if item.facts.get("essential", False):
+    if item.title is None or item.facts.get("essential", False):
         return 2, "common options"
-    return 3, item.title or "more options"
+    return 3, item.title
 
 
 def _with_underscores(word: str, names: Iterable[str]) -> str:

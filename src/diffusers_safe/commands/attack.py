@@ -31,11 +31,12 @@ from ..comparison.options import EvaluationOptions
 from ..comparison.used_folder import report_claim
 from ..diffusion.loss_weighting import LOSS_WEIGHTINGS
 from ..emoji import MODEL_NAME
+from ..emoji.evaluation import SETTINGS as EMOJI_SETTINGS
 from ..emoji.evaluation import Erased
 from ..families import StoredModel
 from ..generation.folders import ImageFolder
 from ..generation.models import DTYPES, SteeredModel
-from ..generation.rows import PromptRow
+from ..generation.rows import GenerationSettings, PromptRow
 from ..messages import exit_with_error
 from ..metrics import METRICS, make_metrics
 from ..metrics.base import check_once
@@ -119,8 +120,15 @@ class AttackArguments(EvaluationOptions):
     )
 
     overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
+    guidance_scale: float | None = field(
+        default=None,
+        metadata={"help": "Scale of classifier-free guidance; at 1 or less it is off. Default: 7.5; with --emoji 6."},
+    )
 
     def __post_init__(self):
+        if self.guidance_scale is None:
+            settings = GenerationSettings() if self.emoji is None else EMOJI_SETTINGS
+            self.guidance_scale = settings.guidance_scale
         super().__post_init__()
         if not self.attacks:
             raise ValueError(f"attacks: none given; known are {', '.join(ATTACKS)}")

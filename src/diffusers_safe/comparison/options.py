@@ -1,6 +1,7 @@
 """The options of evaluations and attacks, whatever models they compare."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..arguments import typed
 from ..generation.prompts import PromptOptions
@@ -15,6 +16,8 @@ from .models import without_folder
 @dataclass(kw_only=True)
 class EvaluationOptions(PromptOptions, MetricOptions):
     """Prompts, sampling, metrics and page: the base of a command's options, or the contents of a YAML file."""
+
+    TITLE: ClassVar[str] = "images and report"
 
     metrics: list[str] = field(
         metadata={

@@ -150,6 +150,8 @@ def check_run(options: ErasureOptions, model: ModelFamily | StoredModel) -> None
     try:
         model.check_prompts(encoded_prompts(options))
     except ValueError as error:
+        if len(options.concept.concepts) == 1 or not options.method.trains:
+            raise
         joined = "concepts are not joined with --prompt_order matched and no --negative_guidance_scale"
         raise ValueError(f"{error}; {joined}") from None
     model.warn_of_unknown_words(options.concept.concepts)

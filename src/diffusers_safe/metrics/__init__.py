@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
+from typing import ClassVar
 
 from ..arguments import typed
 from ..values import choose
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 @dataclass
 class MetricOptions:
     """Options of the metrics. A metric that lacks one says which, what to get, and where."""
+
+    TITLE: ClassVar[str] = "metrics"
 
     nudenet_preset: str | None = field(
         default=None,

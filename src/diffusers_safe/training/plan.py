@@ -56,7 +56,7 @@ class Plan:
             "from": options.model.pretrained_model_name_or_path,
             "train": f"{weights.train_method} ({method}): {self.selected[0]} of {self.total[0]} tensors, "
             f"{self.selected[1] / 1e6:,.2f} of {self.total[1] / 1e6:,.2f} M parameters",
-            "steps": f"{run.max_train_steps:,} of {_counted(self.num_samples // run.max_train_steps, 'sample')} "
+            "steps": f"{run.max_train_steps:,}, {_counted(self.num_samples // run.max_train_steps, 'sample')} each "
             f"({_counted(self.num_processes, 'process', 'es')} x batch {run.train_batch_size} x accumulation "
             f"{run.gradient_accumulation_steps}), learning rate {learning_rate:g}, {options.optimizer.lr_scheduler}",
             "forwards": f"{per_sample:.1f} a sample ({_parts(self.forwards, '{:.1f}')}), "

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ...arguments import typed
 from ..generate import PromptRow
@@ -16,6 +17,8 @@ _LAYOUTS = "; ".join(f"{name}, {layout.description}" for name, layout in LAYOUTS
 @dataclass(kw_only=True)
 class PromptOptions:
     """The arguments of [`read_prompts`], as the base of a command's options."""
+
+    TITLE: ClassVar[str] = "prompts"
 
     prompts: list[str] = field(
         metadata={
