@@ -281,7 +281,7 @@ def check_header(path: Path, quantized: bool = True) -> None:
         [`ModelError`]: If it is damaged.
     """
     with naming(str(path)):
-        if not path.is_file():
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe or a device, which may never end
             raise ModelError(f"{path}: is not a regular file")
         with open(path, "rb") as file:
             if not file.read(1):
