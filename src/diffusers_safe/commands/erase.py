@@ -31,7 +31,7 @@ def main(argv: list[str], prog: str) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file with options, `method` among them")
     parser.add_argument("-h", "--help", action="store_true", help="show this help message and exit")
     chosen, _ = parser.parse_known_args(argv)
-    if chosen.help and chosen.method is None:
+    if chosen.help and (chosen.method, chosen.recipe, chosen.config) == (None, None, None):
         parser.print_help()
         return
     try:
