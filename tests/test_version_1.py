@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_tiny_pipeline
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from diffusers_safe import ErasedStableDiffusionPipeline
 from diffusers_safe.distillation.options import DistillationOptions
@@ -36,19 +37,26 @@ COMMANDS = [
 
 @pytest.fixture(scope="module")
 def base_model(tmp_path_factory):
+    """The folder of the tiny model and its fingerprint: random weights are not the same on every CPU."""
     folder = tmp_path_factory.mktemp("base")
-    build_tiny_pipeline(layers_per_block=1).save_pretrained(folder)
-    return str(folder)
+    pipeline = build_tiny_pipeline(layers_per_block=1)
+    pipeline.save_pretrained(folder)
+    return str(folder), fingerprint(pipeline.unet)
 
 
 @pytest.fixture
 def result(base_model, tmp_path):
-    """The function `(name) -> Path` that copies a result, whose record then names the tiny model's folder."""
+    """The function `(name) -> Path` that copies a result and makes it one of the tiny model as it is here."""
 
     def copy(name):
-        folder = Path(shutil.copytree(DATA / name, tmp_path / name))
+        folder, (base, own) = Path(shutil.copytree(DATA / name, tmp_path / name)), base_model
         record = json.loads((folder / "erasure.json").read_text())
-        (folder / "erasure.json").write_text(json.dumps({**record, "base_model": base_model}))
+        written = record["base_fingerprint"]
+        (folder / "erasure.json").write_text(json.dumps({**record, "base_model": base, "base_fingerprint": own}))
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                metadata = {key: value.replace(written, own) for key, value in file.metadata().items()}
+            save_file(load_file(path), path, metadata)
         return folder
 
     return copy
