@@ -153,6 +153,8 @@ def read_index(
     name_or_path = locate_model(name_or_path)
     if (file := single_file(name_or_path)) is not None:
         raise ModelError(f"{what}: {how_to_convert(file)}")
+    for path in (*Path(name_or_path).glob("*"), *Path(name_or_path).glob("*/*")):
+        check_regular(path)
     try:
         index = kind.load_config(str(name_or_path), **hub_arguments)
     except Exception as error:  # see `naming`
@@ -274,6 +276,15 @@ def find_variant(folder: Path, variant: str | None = None) -> str | None:
     return taken
 
 
+def check_regular(path: Path) -> None:
+    """
+    Raises:
+        [`ModelError`]: If it is a pipe or a device, of which reading may never end.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ModelError(f"{path}: is not a regular file")
+
+
 def check_header(path: Path, quantized: bool = True) -> None:
     """Opens a file of weights, whose values may be integers where it is quantized; no values are read.
 
@@ -281,8 +292,7 @@ def check_header(path: Path, quantized: bool = True) -> None:
         [`ModelError`]: If it is damaged.
     """
     with naming(str(path)):
-        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe or a device, which may never end
-            raise ModelError(f"{path}: is not a regular file")
+        check_regular(path)
         with open(path, "rb") as file:
             if not file.read(1):
                 raise ModelError(f"{path}: is empty")

@@ -250,6 +250,11 @@ def check_apart(output_dir: str | Path, source: str | Path, what: str) -> None:
 # --- what was written ------------------------------------------------------------------------------------------------
 
 
+def recorded_names(folder: str | Path) -> list[str]:
+    """The files that this program wrote into a folder, by their paths inside."""
+    return list(_Written(Path(folder)).files)
+
+
 class _Written:
     """What is known of the files that this program wrote into a folder.
 

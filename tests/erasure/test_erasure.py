@@ -1,5 +1,6 @@
 """What `erase()` returns: saved, disabled, published, and what it refuses."""
 
+import os
 import shutil
 
 import pytest
@@ -104,3 +105,26 @@ def test_a_preset_is_known_in_any_spelling(make_tiny_pipeline):
 def test_no_pipeline(tmp_path):
     with pytest.raises(ValueError, match=r"pipeline \(object\): must be a DiffusionPipeline"):
         erase(object(), ["knife"])
+
+
+def test_one_erasure_of_a_pipeline_at_a_time(model):
+    pipeline = load_pipeline(str(model))
+
+    def again(progress):
+        erase(pipeline, ["a dog"], **QUICK)
+
+    with pytest.raises(ValueError, match="is being erased, or its erasure is disabled"):
+        erase(pipeline, ["a cat"], callback=again, **QUICK)
+    erasure = erase(pipeline, ["a cat"], **QUICK)
+    with erasure.disabled(), pytest.raises(ValueError, match="is being erased, or its erasure is disabled"):
+        erase(pipeline, ["a dog"], **QUICK)
+    assert erase(pipeline, ["a dog"], **QUICK).record.concepts == ["a dog"]
+
+
+@pytest.mark.parametrize("place", ["tokenizer/tokenizer_config.json", "unet/config.json", "notes"])
+def test_a_pipe_in_a_models_folder_is_an_error(place, model):
+    path = model / place
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="is not a regular file"):
+        erase(str(model), ["knife"], **QUICK)

@@ -238,3 +238,42 @@ def test_a_method_is_a_dataclass():
 
             def erase(self, run):
                 raise AssertionError
+
+
+@pytest.mark.parametrize("name", ["config", "check", "defaults"])
+def test_names_that_a_method_cannot_give_its_options(name):
+    kind = dataclass(kw_only=True)(
+        type("Named", (Shrink,), {"name": "named", "__annotations__": {name: int}, name: 1})
+    )
+    with pytest.raises(ValueError, match=f"method 'named': its options cannot be named {name}"):
+        register_method(kind)
+
+
+@pytest.mark.parametrize("value", [1e300, True])
+def test_values_that_a_parameter_cannot_hold(value, tiny_pipeline):
+    @register_method
+    @dataclass(kw_only=True)
+    class Odd(Method):
+        name, title, authors, paper, summary = "odd", "", "", "", ""
+
+        def erase(self, run):
+            name, weight = next(iter(run.family.denoiser.named_parameters()))
+            run.edit({name: torch.full(weight.shape, value, dtype=torch.bool if value is True else torch.float64)})
+
+    with pytest.raises(FloatingPointError, match="method 'odd': .* is not finite"):
+        erase(tiny_pipeline, ["knife"], "odd")
+
+
+def test_other_parameters_that_a_closed_form_changes_in_place_are_found(tiny_pipeline):
+    @register_method
+    @dataclass(kw_only=True)
+    class Sly(Method):
+        name, title, authors, paper, summary = "sly", "", "", "", ""
+
+        def erase(self, run):
+            (first, weight), (_, other), *_ = run.family.denoiser.named_parameters()
+            other.data.mul_(2)
+            run.edit({first: weight * 2})
+
+    with pytest.raises(ValueError, match="method 'sly': changed parameters in place"):
+        erase(tiny_pipeline, ["knife"], "sly")

@@ -43,8 +43,9 @@ def test_files_and_other_names_are_no_checkpoints(tmp_path):
     assert list_checkpoints(tmp_path / "nowhere") == []
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing"])
-@pytest.mark.parametrize("name", ["optimizer.bin", "custom_checkpoint_0.pkl"])
+@pytest.mark.parametrize("name, damage", [
+    ("optimizer.bin", "cut"), ("custom_checkpoint_0.pkl", "flipped"), ("custom_checkpoint_3.pkl", "missing"),
+])  # fmt: skip
 def test_a_damaged_checkpoint_is_reported_before_the_model_is_loaded(
     name, damage, tiny_model_folder, tmp_path, capsys
 ):
@@ -52,8 +53,13 @@ def test_a_damaged_checkpoint_is_reported_before_the_model_is_loaded(
     words += f"--max_train_steps 2 --checkpointing_steps 1 --watch_prompts a --output_dir {tmp_path}".split()
     run_command("sdd", words)
     path = tmp_path / "checkpoint-1" / name
-    path.write_bytes(path.read_bytes()[:10]) if damage == "cut" else path.unlink()
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle] ^= 255
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content[:10] if damage == "cut" else content)
     with pytest.raises(SystemExit) as stop:
         run_command("sdd", [*words, "--resume_from_checkpoint", "latest"])
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert stop.value.code == 2 and f"{name} is {'damaged' if damage == 'cut' else 'missing'}" in line
+    assert stop.value.code == 2 and f"{name} is {'missing' if damage == 'missing' else 'damaged'}" in line

@@ -115,6 +115,8 @@ class DataOptions:
     def __post_init__(self):
         if (self.dataset_name is None) == (self.train_data_dir is None):
             raise ValueError("dataset_name: give either --dataset_name or --train_data_dir")
+        if not (self.dataset_name or self.train_data_dir or "").strip():
+            raise ValueError("train_data_dir: is empty; give a folder, or the id of a dataset")
         if self.cache_folder is not None and not self.cache_latents:
             raise ValueError(f"cache_folder {self.cache_folder}: needs --cache_latents")
         if self.cache_latents and self.streaming:

@@ -28,6 +28,27 @@ from ..weights.trained import TrainedWeights
 _marks: "weakref.WeakKeyDictionary[nn.Module, object]" = weakref.WeakKeyDictionary()
 
 
+_busy: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+@contextmanager
+def alone_with(denoiser: nn.Module) -> Iterator[None]:
+    """Refuses a second erasure of a denoiser inside the block.
+
+    Raises:
+        `ValueError`: If it is inside such a block already.
+    """
+    if denoiser in _busy:
+        raise ValueError(
+            "the pipeline is being erased, or its erasure is disabled at the moment; wait until that ends"
+        )
+    _busy.add(denoiser)
+    try:
+        yield
+    finally:
+        _busy.discard(denoiser)
+
+
 def was_erased(pipeline: DiffusionPipeline) -> bool:
     """Whether concepts were erased from a loaded pipeline in this process."""
     return denoiser_of(pipeline) in _marks
@@ -81,7 +102,8 @@ class Erasure:
         try:
             for name, parameter in parameters.items():
                 parameter.data = self._trained.frozen[name].to(erased[name])
-            with self._trained.use("frozen") if self.is_lora else nullcontext():
+            frozen = self._trained.use("frozen") if self.is_lora else nullcontext()
+            with alone_with(denoiser_of(self.pipeline)), frozen:
                 yield self.pipeline
         finally:
             self._is_disabled = False

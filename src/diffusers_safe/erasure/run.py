@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 
 from ..arguments import declared_options, typed
 from ..concepts import names_concept
-from ..families import StoredModel, family_around, load_pipeline, make_family
+from ..families import StoredModel, denoiser_of, family_around, load_pipeline, make_family
 from ..generation.generate import GenerationSettings
 from ..hub import check_push, push_or_exit, push_result
 from ..messages import exit_with_error, is_first_process, note
@@ -25,7 +25,7 @@ from ..training.output import save_result
 from ..training.samples import Samples, Validation
 from ..values import suggested
 from ..weights.trained import TrainedWeights
-from .erasure import Erasure, was_erased
+from .erasure import Erasure, alone_with, was_erased
 from .job import ErasureOptions, check_run, erasure_options, parse_options
 from .loop import ErasureLoop
 from .plan import make_plan
@@ -170,7 +170,7 @@ def run_erasure(
     If the run is stopped or fails, the pipeline keeps its weights.
     """
     set_seed(options.output.seed)
-    with in_float32(pipeline):
+    with alone_with(denoiser_of(pipeline)), in_float32(pipeline):
         run = MethodRun(accelerator, pipeline, options, progress_bar, callback)
         try:
             options.method.erase(run)
@@ -239,7 +239,7 @@ class MethodRun:
                 raise ValueError(f"method '{method}': edits {name}, which is no parameter of this shape")
             if value.data_ptr() == parameters[name].data_ptr():
                 raise ValueError(f"method '{method}': {name} was changed in place; give new tensors")
-            if not value.isfinite().all():
+            if not value.is_floating_point() or not value.to(parameters[name].dtype).isfinite().all():
                 raise FloatingPointError(f"method '{method}': {name} is not finite")
         # A method may edit in several steps: what all of them started from is kept.
         base = self.weights.frozen if self.weights is not None else {}
@@ -265,6 +265,13 @@ class MethodRun:
         """The erased pipeline with its record."""
         if self.weights is None or not self.weights.student:
             raise ValueError(f"method '{self.options.method.name}': neither trained nor edited anything")
+        if not self.options.method.trains:
+            with self.weights.use("frozen"):
+                if fingerprint(self.family.denoiser) != self.base_fingerprint:
+                    raise ValueError(
+                        f"method '{self.options.method.name}': changed parameters in place, which cannot be undone; "
+                        "change them by run.edit only, and load the pipeline anew"
+                    )
         options, processes = self.options, self.accelerator
         training = {"num_processes": processes.num_processes, "mixed_precision": processes.mixed_precision}
         if options.method.trains:

@@ -19,7 +19,16 @@ from ..families import (
     family_of_denoiser,
     resolve_train_method,
 )
-from ..loading import ModelError, describe_weights, load_model, load_pickle, naming, read_json_object, shown
+from ..loading import (
+    ModelError,
+    check_regular,
+    describe_weights,
+    load_model,
+    load_pickle,
+    naming,
+    read_json_object,
+    shown,
+)
 from ..provenance import FILE_NAME, UNKNOWN, Provenance, fingerprint, located, stored_path
 from .folders import INDEX
 from .lora import by_module_names, is_lora, plain_names, read_differences
@@ -292,6 +301,7 @@ def read_lora(path: Path) -> tuple[dict[str, torch.Tensor], bool]:
     Raises:
         `ValueError`: If it cannot be read, or is no LoRA.
     """
+    check_regular(path)
     if path.suffix == ".safetensors":
         tensors, _ = _open_safetensors(path)
     else:

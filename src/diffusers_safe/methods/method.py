@@ -8,7 +8,7 @@ shared tests read the registry.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -124,11 +124,14 @@ def register_method(method: type[Method]) -> type[Method]:
     """Class decorator: makes a method known by its name.
 
     Raises:
-        `ValueError`: If another method has that name.
+        `ValueError`: If another method has that name, or an option's name is taken.
         `TypeError`: If the class is no dataclass itself.
     """
     if not is_dataclass(method) or "__dataclass_fields__" not in vars(method):
         raise TypeError(f"method '{method.name}': decorate {method.__name__} with @dataclass(kw_only=True), too")
+    own = {item.name for item in fields(method)} - {"ema_decay"}
+    if taken := sorted(name for name in own if hasattr(Method, name) or name in ("config", "help", "version")):
+        raise ValueError(f"method '{method.name}': its options cannot be named {', '.join(taken)}")
     known = _registered.setdefault(method.name, method)
     if (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
         raise ValueError(f"method '{method.name}': is registered already, by {known.__module__}")

@@ -4,12 +4,13 @@ import json
 import re
 import shutil
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from ..files import disk_errors, follow_umask
-from ..output_folders import make_way, record_written, remove_leftover, states_of
+from ..output_folders import make_way, record_written, recorded_names, remove_leftover, states_of
 
 
 RUN_FILE = "run.json"  # in a checkpoint of a training: what a run that continues must share
@@ -86,12 +87,25 @@ def check_files(checkpoint: str | Path) -> None:
     Raises:
         `ValueError`: If one is missing or damaged.
     """
-    present = {path.name for pattern in _FILES for path in Path(checkpoint).glob(pattern)}
-    parts = {name for name in present if name.endswith((".pkl", ".bin"))}
-    for name in sorted(parts | {"optimizer.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"}):
-        if not zipfile.is_zipfile(Path(checkpoint) / name):
+    checkpoint = Path(checkpoint)
+    present = {path.name for pattern in _FILES for path in checkpoint.glob(pattern)}
+    recorded = {
+        Path(name).name for name in recorded_names(checkpoint.parent) if Path(name).parent.name == checkpoint.name
+    }
+    needed = {"optimizer.bin", "custom_checkpoint_0.pkl", "custom_checkpoint_1.pkl"}
+    for name in sorted(needed | {name for name in present | recorded if name.endswith((".pkl", ".bin"))}):
+        if not _is_whole(checkpoint / name):
             state = "is damaged" if name in present else "is missing"
             raise ValueError(f"resume_from_checkpoint {checkpoint}: {name} {state}; take an earlier checkpoint")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file of torch.save has the check sums that it was written with."""
+    try:
+        with zipfile.ZipFile(path) if path.is_file() else nullcontext() as archive:
+            return archive is not None and archive.testzip() is None
+    except (zipfile.BadZipFile, OSError, EOFError):
+        return False
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
