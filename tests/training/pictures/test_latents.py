@@ -236,6 +236,13 @@ def test_processes_build_it_together(make_cache, data, sd, monkeypatch):
         encoded_by.append((threading.current_thread().name, path.name))
         write(self, path, *args)
 
+    one_at_a_time = threading.Lock()
+
+    def encode(*args, encode=sd.encode, **options):
+        with one_at_a_time:  # processes have a tokenizer each; that of two threads keeps one setting of padding
+            return encode(*args, **options)
+
+    monkeypatch.setattr(sd, "encode", encode)
     monkeypatch.setattr(latent_cache, "PartialState", state)
     monkeypatch.setattr(LatentCache, "_write", write)
     caches = [make_cache(data, sd) for _ in range(2)]
