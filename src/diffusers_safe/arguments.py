@@ -1,4 +1,4 @@
-"""Options: declared beside their limits, in groups, and checked by one function for Python, YAML and command lines."""
+"""Options: declared with their limits, in groups, and checked by one function for Python, YAML and command lines."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +20,8 @@ def option(default: Any, help: str, choices: Iterable[str | None] | None = None,
         help (`str`): One line.
         choices (`Iterable[str]`, *optional*): The allowed texts.
         facts: Limits of a number (`at_least`, `above`, `at_most`, `below`); `essential=True` shows the option first in
-            `--help`; `recorded=False` keeps it out of records; `may_change=True` lets a resumed run change it.
+            `--help`; `recorded=False` keeps it out of records; `may_change=True` lets a resumed run change it;
+            `secret=True` keeps it out of `repr`.
     """
     metadata = {"help": help, "choices": choices, **facts}
     if isinstance(default, list):
@@ -103,7 +104,7 @@ def build_options(kind: type[Arguments], values: Mapping[str, Any]) -> Arguments
         raise ValueError(f"{', '.join(unknown)}: no such option")
     if presets := getattr(kind, "PRESETS", {}):
         preset = check_values(kind, {"preset": values.get("preset", declared["preset"].default)})["preset"]
-        values = {**presets[preset], **values}
+        values = {**presets.get(preset, {}), **values}
     if missing := [name for name, item in declared.items() if item.default is MISSING and name not in values]:
         raise ValueError(f"the following arguments are required: {', '.join(f'--{name}' for name in missing)}")
     values = {**getattr(kind, "DEFAULTS", {}), **check_values(kind, values)}
@@ -113,7 +114,7 @@ def build_options(kind: type[Arguments], values: Mapping[str, Any]) -> Arguments
         place = declared[name].place
         (own if place is None else groups[place])[name] = value
     hints = _type_hints(kind)
-    return kind(**own, **{name: build_options(hints[name], inner) for name, inner in groups.items()})
+    return kind(**own, **{name: hints[name](**inner) for name, inner in groups.items()})
 
 
 def _without_removed(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:

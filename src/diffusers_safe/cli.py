@@ -4,7 +4,7 @@ import argparse
 import importlib
 import sys
 
-from .command_line import package_version, tell_errors_in_one_line
+from .command_line import package_version, report_errors_in_one_line
 from .messages import exit_with_error
 from .values import suggested
 
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="diffusers-safe COMMAND [options]   (diffusers-safe COMMAND --help)",
     )
-    tell_errors_in_one_line(parser)
+    report_errors_in_one_line(parser)
     parser.add_argument("--version", action="version", version=f"diffusers-safe {package_version()}")
     parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
     known, unknown = parser.parse_known_args(argv[:1])

@@ -25,13 +25,13 @@ def parse_dataclass(
     argv: list[str] | None = None,
     prog: str | None = None,
     check: Callable[[Arguments], None] | None = None,
-    presets: dict[str, dict[str, Any]] | None = None,
     positional: str | None = None,
     fixed: dict[str, str] | None = None,
 ) -> Arguments:
     """Reads a command line into a dataclass; its types are checked by [`check_values`], its values by `__post_init__`.
 
-    `--config FILE` reads options from a YAML file, a key for each, which the command line replaces. A list option that
+    `--config FILE` reads options from a YAML file, a key for each, which the command line replaces. A dataclass with
+    `PRESETS` has an option `preset`, see [`OptionGroups`]. A list option that
     is given several times on the command line is extended. In names `_` and `-` count alike.
 
     Args:
@@ -40,8 +40,6 @@ def parse_dataclass(
         argv (`list[str]`, *optional*): The words; those of the process by default.
         prog (`str`, *optional*): Name of the program in messages.
         check (`Callable`, *optional*): Checks what lies outside the arguments: files, folders, models.
-        presets (`dict[str, dict]`, *optional*): Values that `--preset NAME` puts in place of the defaults; the
-            dataclass then has a field `preset`.
         positional (`str`, *optional*): Name of the option that may be given without its name.
         fixed (`dict[str, str]`, *optional*): More keys that a config file may have, with the values they must have.
 
@@ -59,11 +57,7 @@ def parse_dataclass(
         if unknown:
             raise ValueError(f"unrecognized arguments: {_unrecognized(unknown, names)}")
         config = read_config(given.pop("config", None), kind, fixed)
-        values = {**config, **check_values(kind, given)}
-        if presets:
-            preset = values.get("preset", declared_options(kind)["preset"].default)
-            values = {**presets.get(preset, {}), **values}
-        arguments = build_options(kind, values)
+        arguments = build_options(kind, {**config, **check_values(kind, given)})
         if check is not None:
             check(arguments)
     except (ValueError, OSError, RecursionError) as error:
@@ -82,7 +76,7 @@ def _make_parser(kind: type, description: str | None, prog: str | None) -> tuple
         argument_default=SUPPRESS,
         add_help=False,
     )
-    tell_errors_in_one_line(parser)
+    report_errors_in_one_line(parser)
     names, sections = {}, {}
     declared = list(declared_options(kind).values())
     for item in sorted(declared, key=lambda item: _section(item)[0]):
@@ -163,8 +157,8 @@ def read_config(path: str | None, kind: type, fixed: dict[str, str] | None = Non
             raise ValueError(f"config {path}: {name} is {found}, here it must be {value}")
     names = [*declared_options(kind), *getattr(kind, "REMOVED", {})]
     if unknown := [name for name in options if name not in names]:
-        told = " ".join(suggested(f"--{name}", names) for name in unknown)
-        raise ValueError(f"config {path}: unrecognized arguments: {told}")
+        listed = " ".join(suggested(f"--{name}", names) for name in unknown)
+        raise ValueError(f"config {path}: unrecognized arguments: {listed}")
     try:
         return check_values(kind, {name: value for name, value in options.items() if value is not None})
     except ValueError as error:
@@ -178,7 +172,7 @@ def package_version() -> str:
         return "(not installed)"
 
 
-def tell_errors_in_one_line(parser: ArgumentParser) -> None:
+def report_errors_in_one_line(parser: ArgumentParser) -> None:
     """One line from one process, instead of argparse's page of usage from each; and options by their full names."""
 
     def error(message: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from diffusers_safe import cli
 from diffusers_safe.command_line import parse_dataclass
-from diffusers_safe.commands.generate import PRESETS, GenerateArguments
+from diffusers_safe.commands.generate import GenerateArguments
 from diffusers_safe.generation.manifest import load_images, read_manifest
 from diffusers_safe.pipelines.guidance import SafetyConfig
 from scripts import environment, in_two_processes, succeed, words_of
@@ -90,10 +90,10 @@ def test_five_rows_of_a_prompt_are_five_different_images(tiny_model_folder, tmp_
 def test_presets_are_defaults(tmp_path, preset, steps, images):
     table = tmp_path / "prompts.txt"
     table.write_text("".join(f"a cat {i}\n" for i in range(12)))
-    arguments = parse_dataclass(GenerateArguments, argv=["--prompts", str(table), "--preset", preset], presets=PRESETS)
+    arguments = parse_dataclass(GenerateArguments, argv=["--prompts", str(table), "--preset", preset])
     assert arguments.settings.num_inference_steps == steps and len(arguments.rows) == images
     words = ["--prompts", str(table), "--preset", preset, "--num_inference_steps", "7"]
-    assert parse_dataclass(GenerateArguments, argv=words, presets=PRESETS).settings.num_inference_steps == 7
+    assert parse_dataclass(GenerateArguments, argv=words).settings.num_inference_steps == 7
 
 
 KILLED = {"model": None, "num_inference_steps": 2, "batch_size": 2, "images_per_prompt": 10, "prompts": ["a cat", "b"]}

@@ -61,7 +61,7 @@ def test_forwards_of_a_step_in_exact_mode_are_those_of_the_rule(make_loop):
     scheduler.set_timesteps(STOPS)
     for step in range(4):
         (t,) = loop.erasing.batch(step, range(1)).timesteps
-        loop.erasing._drawn.clear()
+        loop.erasing._batches.clear()
         before = loop.predictor.forwards
         loop.train_step(step)
         assert loop.predictor.forwards - before == 2 * scheduler.timesteps.tolist().index(t) + 2

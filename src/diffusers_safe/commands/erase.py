@@ -9,7 +9,7 @@ With several devices: `accelerate launch -m diffusers_safe.cli erase ...`. The s
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
-from ..command_line import tell_errors_in_one_line
+from ..command_line import report_errors_in_one_line
 from ..erasure.recipes import DEFAULT_METHOD, find_recipe, recipes
 from ..erasure.run import run_command
 from ..methods import METHODS, find_method
@@ -25,7 +25,7 @@ def main(argv: list[str], prog: str) -> None:
         formatter_class=RawDescriptionHelpFormatter,
         add_help=False,
     )
-    tell_errors_in_one_line(parser)
+    report_errors_in_one_line(parser)
     parser.add_argument("--method", metavar="NAME", help=f"one of {', '.join(METHODS)} (default: {DEFAULT_METHOD})")
     parser.add_argument("--recipe", metavar="NAME", help=f"options that ship with the package: {', '.join(recipes())}")
     parser.add_argument("--config", metavar="FILE", help="YAML file with options, `method` among them")

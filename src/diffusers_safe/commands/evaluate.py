@@ -23,6 +23,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from typing import Any, ClassVar
 
 from ..arguments import check_values, typed
 from ..command_line import parse_dataclass
@@ -70,6 +71,8 @@ _OF_A_SOURCE = tuple(
 @typed
 @dataclass(kw_only=True)
 class EvaluateArguments(EvaluationOptions):
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = PRESETS
+
     models: list[str] = field(
         metadata={
             "help": "name=MODEL ..., MODEL a folder, Hub id or folder of images; or one .yaml file. The first is the"
@@ -258,7 +261,7 @@ def check_surroundings(args: EvaluateArguments) -> None:
 
 @exit_with_error()
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
-    args = parse_dataclass(EvaluateArguments, __doc__, argv, prog, check_surroundings, PRESETS)
+    args = parse_dataclass(EvaluateArguments, __doc__, argv, prog, check_surroundings)
     with exit_with_error():
         results = evaluate(
             args.made_models,

@@ -12,6 +12,7 @@ with any number of processes.
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, ClassVar
 
 from ..arguments import typed
 from ..command_line import parse_dataclass
@@ -41,6 +42,8 @@ PRESETS = {
 @typed
 @dataclass(kw_only=True)
 class GenerateArguments(PromptOptions):
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = PRESETS
+
     preset: str | None = field(
         default=None,
         metadata={"help": PRESET_HELP, "choices": PRESETS},
@@ -110,7 +113,7 @@ def check_surroundings(args: GenerateArguments) -> None:
 
 @exit_with_error()
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
-    args = parse_dataclass(GenerateArguments, __doc__, argv, prog, check_surroundings, PRESETS)
+    args = parse_dataclass(GenerateArguments, __doc__, argv, prog, check_surroundings)
     with exit_with_error():
         with claimed(args.output_dir):  # a second run stops before it loads its model
             pipeline, settings = args.made_model.load(args.settings)

@@ -1,4 +1,4 @@
-"""What a training reports at its end: its models beside each other, as `diffusers-safe evaluate` compares them."""
+"""The evaluation at the end of a training: its models compared, as by `diffusers-safe evaluate`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

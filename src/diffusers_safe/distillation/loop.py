@@ -142,9 +142,9 @@ class DistillationLoop(TrainingLoop):
             losses[name] = self.loss_weighting.weigh(losses[name], noisy.timesteps)
         terms = {name: values.mean() for name, values in losses.items()}
         if self.options.loss.sdd_weight:
-            drawn = self.erasing.batch(step, slots)
-            losses = self.sdd.loss(self.predictor, drawn)
-            terms["sdd"] = self.loss_weighting.weigh(losses, drawn.timesteps).mean()
+            sampled = self.erasing.batch(step, slots)
+            losses = self.sdd.loss(self.predictor, sampled)
+            terms["sdd"] = self.loss_weighting.weigh(losses, sampled.timesteps).mean()
         return terms
 
     def _predict(

@@ -81,17 +81,17 @@ class DataOptions:
     )
     caption_column: str | None = option(
         None,
-        "The column of the captions: a text, or several of which one is drawn; default text, txt or caption, whichever"
-        " it has.",
+        "The column of the captions: a text, or several of which one is chosen at random. Default: text, txt or "
+        "caption, whichever there is.",
     )
     max_train_samples: int | None = option(
-        None, "Only so many samples, drawn at random; of a stream the first ones.", at_least=1
+        None, "Number of samples to use, chosen at random; of a stream the first ones. Default: all.", at_least=1
     )
     streaming: bool = option(False, "Read the samples as they come instead of all before; shuffled in part only.")
     forbidden_concepts: list[str] = option(
         [], "Samples whose captions name one of these are left out (names, or one .txt file).", essential=True
     )
-    center_crop: bool = option(False, "Cut the middle out of a picture; else a part drawn at random.")
+    center_crop: bool = option(False, "Crop the center of an image; otherwise a random crop.")
     random_flip: bool = option(False, "Mirror pictures, left to right, half of the time.")
     image_interpolation_mode: str = option(
         "lanczos", f"Of resizing: {', '.join(INTERPOLATION_MODES)}.", INTERPOLATION_MODES
@@ -155,7 +155,7 @@ class NoiseOptions:
 
     timestep_bias_strategy: str = option(
         "none",
-        f"Which timesteps are drawn more often: {', '.join(TIMESTEP_BIASES)}, as in diffusers.",
+        f"Which timesteps are sampled more often: {', '.join(TIMESTEP_BIASES)}, as in diffusers.",
         TIMESTEP_BIASES,
     )
     timestep_bias_multiplier: float = option(1.0, "How many times as often.", at_least=0)
@@ -222,7 +222,7 @@ class DistillationOptions(TrainingOptions):
         "timestep_bias_end": 1000,
     }
     KEEPS_FROZEN: ClassVar[bool] = False
-    LORA_SAVES: ClassVar[tuple[str, ...]] = ("full",)  # an adapter of a student that nobody has is of no use
+    LORA_SAVES: ClassVar[tuple[str, ...]] = ("full",)  # an adapter is useless without the student
 
     def __post_init__(self):
         super().__post_init__()

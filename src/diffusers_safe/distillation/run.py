@@ -20,15 +20,13 @@ from ..families.students import build_student
 from ..generation.generate import GenerationSettings
 from ..hub import push_or_exit, push_result
 from ..messages import exit_with_error, is_first_process
-from ..output_folders import record_written
-from ..progress import Progress, ProgressCallback
+from ..progress import ProgressCallback
 from ..provenance import Distillation, erasure_of, stored_path
-from ..report.grid import GRID_NAME, save_grid
 from ..training.environment import make_accelerator, random_states_kept, restore_forward
 from ..training.options import ModelOptions
 from ..training.output import save_student
 from ..training.pictures import CaptionedImages
-from ..training.samples import Samples, Validation
+from ..training.samples import Samples, Validation, save_card_image, with_validation
 from .data import make_latents, open_rows
 from .evaluation import FinalEvaluation, StoredPipeline
 from .loop import DistillationLoop
@@ -140,7 +138,7 @@ def train_student(
     data = make_latents(accelerator, family, rows, options)
     loop = DistillationLoop(accelerator, family, own, data, options)
     samples = _samples(pipeline, teacher, loop, options)
-    loop.run(progress_bar, _after_step(loop, samples, callback))
+    loop.run(progress_bar, with_validation(_validation(loop, samples), callback))
     loop.close()
     restore_forward(own.denoiser, own_forward)
     skipped = data.skipped()
@@ -155,7 +153,10 @@ def train_student(
             logger.warning("data: %s", summary)
         save_student(pipeline, record, options.output.output_dir, options.output.save)
         if options.hub.push_to_hub:
-            _save_grid(samples, loop)
+            if samples.last is None:  # of captions of the data
+                count = min(MOST_PROMPTS, options.run.train_batch_size)
+                samples.kept = data.batch(0, range(count)).captions
+            save_card_image(samples, accelerator.device, options.output.output_dir)
     accelerator.wait_for_everyone()
     return pipeline
 
@@ -183,33 +184,13 @@ def _make_record(
     )
 
 
-def _after_step(
-    loop: DistillationLoop, samples: Samples, callback: ProgressCallback | None
-) -> ProgressCallback | None:
-    """The caller's callback, and validation images where there are validation prompts."""
+def _validation(loop: DistillationLoop, samples: Samples) -> Validation | None:
+    """Images of the validation prompts during the training, if there are any."""
     options = loop.options
     if not options.validation.validation_prompts:
-        return callback
+        return None
     last, folder = options.run.max_train_steps, options.output.output_dir
-    validation = Validation(loop.accelerator, samples, loop.output_weights, folder, options.validation, last)
-
-    def after_step(progress: Progress) -> None:
-        validation.after_step(progress.done)
-        if callback is not None:
-            callback(progress)
-
-    return after_step
-
-
-def _save_grid(samples: Samples, loop: DistillationLoop) -> None:
-    """The images of the card: those of validation after the last step, else new ones of captions of the data."""
-    if samples.last is None:
-        samples.pipeline.to(loop.accelerator.device)
-        samples.kept = loop.data.batch(0, range(min(MOST_PROMPTS, loop.options.run.train_batch_size))).captions
-        samples.draw()
-    folder = loop.options.output.output_dir
-    save_grid(samples.last, folder)
-    record_written(folder, GRID_NAME)
+    return Validation(loop.accelerator, samples, loop.output_weights, folder, options.validation, last)
 
 
 def compared(pipeline: DiffusionPipeline, model: ModelOptions) -> list[ModelSource]:

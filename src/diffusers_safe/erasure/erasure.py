@@ -4,7 +4,7 @@ import html
 import tempfile
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,8 +26,7 @@ from ..weights.trained import TrainedWeights
 
 # The mark of the last erasure of each denoiser.
 _marks: "weakref.WeakKeyDictionary[nn.Module, object]" = weakref.WeakKeyDictionary()
-
-
+# Denoisers whose weights are being changed, or are the base model's for a while.
 _busy: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
@@ -96,17 +95,26 @@ class Erasure:
     def disabled(self) -> Iterator[DiffusionPipeline]:
         """Gives the pipeline the base model's weights inside the block."""
         self._check_enabled()
-        self._is_disabled = True
-        parameters = {} if self.is_lora else self._trained.student
+        with alone_with(denoiser_of(self.pipeline)), self._base_weights():
+            self._is_disabled = True
+            try:
+                yield self.pipeline
+            finally:
+                self._is_disabled = False
+
+    @contextmanager
+    def _base_weights(self) -> Iterator[None]:
+        if self.is_lora:
+            with self._trained.use("frozen"):
+                yield
+            return
+        parameters = self._trained.student
         erased = {name: parameter.data for name, parameter in parameters.items()}
         try:
             for name, parameter in parameters.items():
                 parameter.data = self._trained.frozen[name].to(erased[name])
-            frozen = self._trained.use("frozen") if self.is_lora else nullcontext()
-            with alone_with(denoiser_of(self.pipeline)), frozen:
-                yield self.pipeline
+            yield
         finally:
-            self._is_disabled = False
             for name, parameter in parameters.items():  # which may have moved to another device or dtype
                 parameter.data = erased[name].to(parameter.data)
 
@@ -169,11 +177,11 @@ class Erasure:
             `ValueError`: If it has no name, or there is no token.
             [`~diffusers_safe.hub.PushError`]: If the Hub cannot be reached or refuses.
         """
-        self._check_enabled()
         if self.output_dir is not None:
             return push_result(self.output_dir, hub_model_id, token, private)
         if hub_model_id is None:
             raise ValueError("hub_model_id: is missing; the result was not saved, so no folder has a name for it")
+        self._check_enabled()
         with tempfile.TemporaryDirectory() as folder:
             save_result(self.pipeline, self._trained, self.record, folder)
             return push_result(Path(folder), hub_model_id, token, private)

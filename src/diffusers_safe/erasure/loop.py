@@ -1,4 +1,4 @@
-"""The loop of every erasure: draw latents, ask the objective, keep what must stay, watch."""
+"""The loop of every erasure: sample latents, compute the losses of objective and retention, watch for collapse."""
 
 import logging
 import math
@@ -120,8 +120,8 @@ class ErasureLoop(TrainingLoop):
         if watched.get("drift", 0) > DRIFT_WARNING and not self._warned and self.accelerator.is_main_process:
             self._warned = True
             logger.warning(
-                "step %d: prompts that should stay have moved %.0f %% of what they say; the model may be collapsing: "
-                "lower --learning_rate, or give --retain_prompts",
+                "step %d: predictions for unrelated prompts have moved by %.0f %% of their effect; the model may be "
+                "collapsing: lower --learning_rate, or give --retain_prompts",
                 step,
                 100 * watched["drift"],
             )

@@ -16,13 +16,11 @@ from ..generation.generate import GenerationSettings
 from ..hub import check_push, push_or_exit, push_result
 from ..messages import exit_with_error, is_first_process, note
 from ..methods import Objective, find_method
-from ..output_folders import record_written
-from ..progress import Progress, ProgressCallback
+from ..progress import ProgressCallback
 from ..provenance import Provenance, fingerprint, stored_path
-from ..report.grid import GRID_NAME, save_grid
 from ..training.environment import in_float32, make_accelerator, random_states_kept, restore_forward
 from ..training.output import save_result
-from ..training.samples import Samples, Validation
+from ..training.samples import Samples, Validation, save_card_image, with_validation
 from ..values import suggested
 from ..weights.trained import TrainedWeights
 from .erasure import Erasure, alone_with, was_erased
@@ -182,7 +180,7 @@ def run_erasure(
         if options.output.output_dir is not None and accelerator.is_main_process:
             save_result(pipeline, run.weights, erasure.record, options.output.output_dir, options.output.save)
             if options.hub.push_to_hub:
-                _save_grid(run)
+                save_card_image(run.samples, accelerator.device, options.output.output_dir)
         accelerator.wait_for_everyone()
     return erasure
 
@@ -226,7 +224,7 @@ class MethodRun:
         try:
             loop = ErasureLoop(self.accelerator, self.family, objective, self.options)
             self.weights, self.samples = loop.weights, make_samples(self.pipeline, loop.weights, self.options)
-            loop.run(self.progress_bar, self._after_step(objective))
+            loop.run(self.progress_bar, with_validation(self._validation(objective), self.callback))
             self.measured = loop.last_measured
         finally:
             restore_forward(denoiser, own_forward)
@@ -289,22 +287,14 @@ class MethodRun:
         )
         return Erasure(self.pipeline, record, self.weights, options.output.output_dir, self.measured)
 
-    def _after_step(self, objective: Objective) -> ProgressCallback | None:
-        """The caller's callback, and validation images where there are validation prompts."""
-        options, callback = self.options, self.callback
+    def _validation(self, objective: Objective) -> Validation | None:
+        """Images of the validation prompts during the training, if there are any."""
+        options = self.options
         if not options.validation.validation_prompts:
-            return callback
+            return None
         last, folder = options.run.max_train_steps, options.output.output_dir
-        validation = Validation(
-            self.accelerator, self.samples, objective.output_weights, folder, options.validation, last
-        )
-
-        def after_step(progress: Progress) -> None:
-            validation.after_step(progress.done)
-            if callback is not None:
-                callback(progress)
-
-        return after_step
+        weights = objective.output_weights
+        return Validation(self.accelerator, self.samples, weights, folder, options.validation, last)
 
 
 def make_samples(pipeline: DiffusionPipeline, weights: TrainedWeights, options: ErasureOptions) -> Samples:
@@ -322,13 +312,3 @@ def make_samples(pipeline: DiffusionPipeline, weights: TrainedWeights, options: 
     settings = GenerationSettings(steps, height=size, width=size)
     count, seed = options.validation.num_validation_images, options.output.seed
     return Samples(pipeline, weights, erased, kept, count, seed, settings)
-
-
-def _save_grid(run: MethodRun) -> None:
-    """The images of the card: those of validation after the last step, else new ones."""
-    if run.samples.last is None:
-        run.pipeline.to(run.accelerator.device)
-        run.samples.draw()
-    folder = run.options.output.output_dir
-    save_grid(run.samples.last, folder)
-    record_written(folder, GRID_NAME)

@@ -46,7 +46,7 @@ class Run(Protocol):
 
 
 class Method(ABC):
-    """An erasure method; its instances are dataclasses of its own options.
+    """An erasure method; its instances hold the method's options.
 
     Attributes:
         name (`str`): In commands and in `erasure.json`.

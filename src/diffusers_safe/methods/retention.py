@@ -1,4 +1,4 @@
-"""Keeps named concepts where they were, beside any erasure objective."""
+"""Retention: a loss that keeps the predictions for other prompts, added to any erasure objective."""
 
 import torch
 

@@ -27,7 +27,7 @@ class SDDObjective(Objective):
     erasure towards that cannot be complete. Two variants go further:
 
     * `target_prompt` a: the concept becomes this one instead of nothing (a weapon, a plant), as in Concept Ablation
-      (Kumari et al., arXiv 2303.13516), which is a method of its own here ([`ConceptAblation`]).
+      (Kumari et al., arXiv 2303.13516), which is a separate method here ([`ConceptAblation`]).
     * `negative_guidance_scale` eta > 0: the target moves away from `negative_prompt` n, as ESD's does (Gandikota et
       al., arXiv 2303.07345), with the base model eps*:
 

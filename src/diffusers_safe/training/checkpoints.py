@@ -77,8 +77,8 @@ def check_same_run(checkpoint: str | Path, identity: dict) -> None:
         raise ValueError(f"resume_from_checkpoint {path}: cannot be read ({error})") from None
     identity = json.loads(json.dumps(identity))
     if different := sorted(name for name in identity if state.get(name) != identity[name]):
-        told = ", ".join(f"{name} {state.get(name)} there, {identity[name]} here" for name in different)
-        raise ValueError(f"resume_from_checkpoint: the checkpoint is of another run: {told[:400]}")
+        shown = ", ".join(f"{name} {state.get(name)} there, {identity[name]} here" for name in different)
+        raise ValueError(f"resume_from_checkpoint: the checkpoint is of another run: {shown[:400]}")
 
 
 def check_files(checkpoint: str | Path) -> None:

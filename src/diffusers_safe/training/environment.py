@@ -40,7 +40,7 @@ def make_accelerator(options: JobOptions) -> Accelerator:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ValueError(
-            f"{launched} processes were launched, but each would train by itself: set ACCELERATE_USE_CPU=true where "
+            f"{launched} processes were launched, but each would train alone: set ACCELERATE_USE_CPU=true where "
             "there is no GPU for each"
         )
     return accelerator

@@ -130,7 +130,7 @@ class TrainingLoop(ABC):
         return 1.0
 
     def measure(self, step: int) -> dict:
-        """What the log tells beside the loss, 20 times a run, after so many steps; called on every process."""
+        """Measures what the log reports in addition to the loss, 20 times per run; called on every process."""
         return {}
 
     # --- one step ----------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ class TrainingLoop(ABC):
     def make_resumable(self, *parts, **facts: str) -> None:
         """Makes these, which have a `state_dict`, a part of every checkpoint, with all that the loop itself knows.
 
-        `facts` are what a run that continues must share, beside its arguments and what it starts from.
+        `facts` are what a run that continues must share, in addition to its options and the base model.
         """
         identity = RunIdentity(self.options.identity, self.weights, self.samples_a_step, facts)
 

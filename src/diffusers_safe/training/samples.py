@@ -1,4 +1,4 @@
-"""Pictures of a model that forgets, beside what its base model draws from the same seeds."""
+"""Images before and after, from the same prompts and seeds, while a model trains and for its card."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,16 +11,17 @@ from PIL import Image
 
 from ..families import denoiser_of
 from ..generation.generate import GenerationSettings, sample_images
-from ..output_folders import prepare_files
-from ..report.grid import SampleGroup, draw_grid
+from ..output_folders import prepare_files, record_written
+from ..progress import Progress, ProgressCallback
+from ..report.grid import GRID_NAME, SampleGroup, draw_grid, save_grid
 from ..weights.trained import TrainedWeights
 from .options import VALIDATION, ValidationOptions
 
 
 class Samples:
-    """The same prompts and seeds again and again, before and after, as one labelled picture.
+    """The same prompts and seeds again and again, before and after, as one labelled image.
 
-    The pipeline's safety checker stays on: what it hides, a picture that is published does not show either.
+    The pipeline's safety checker stays on: a published image does not show what it hides.
 
     Args:
         pipeline (`DiffusionPipeline`): Around the denoiser.
@@ -30,10 +31,10 @@ class Samples:
         num_images (`int`, defaults to 1): Images of each prompt, with the seeds `seed`, `seed + 1`, ...
         seed (`int`, defaults to 0): Of the first image of every prompt.
         settings (`GenerationSettings`, *optional*): How to sample.
-        teacher (`DiffusionPipeline`, *optional*): Draws what stands beside; the frozen weights by default.
+        teacher (`DiffusionPipeline`, *optional*): Generates the images before; the frozen weights by default.
 
     Attributes:
-        last (`Image.Image`, *optional*): The picture that was drawn last.
+        last (`Image.Image`, *optional*): The image that was made last.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Samples:
         self.last: Image.Image | None = None
 
     def draw(self, which: str = "student") -> Image.Image:
-        """The picture; after is `"student"` or `"ema"`."""
+        """The image; `which` are the weights after: `"student"` or `"ema"`."""
         if self._before is None:
             self._before = (
                 self._sample(self.pipeline, "frozen") if self.teacher is None else self._sample(self.teacher)
@@ -101,10 +102,10 @@ class Samples:
 
 
 class Validation:
-    """Draws [`Samples`] while a run goes on: `validation/step-<N>.png` in the output folder, and the tracker.
+    """Generates [`Samples`] during a run: `validation/step-<N>.png` in the output folder, and the tracker.
 
     Args:
-        accelerator (`Accelerator`): The main process draws; the others wait.
+        accelerator (`Accelerator`): The main process generates; the others wait.
         samples (`Samples`): The images.
         output_weights (`str`): Whose weights are the result: `"student"` or `"ema"`.
         output_dir (`str`): Where the folder `validation` is.
@@ -139,3 +140,25 @@ class Validation:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"validation": np.asarray(picture)[None]}, step=step, **layout)
         self.accelerator.wait_for_everyone()
+
+
+def with_validation(validation: Validation | None, callback: ProgressCallback | None) -> ProgressCallback | None:
+    """A callback for each step: validation images, if there are any, then the caller's own."""
+    if validation is None:
+        return callback
+
+    def after_step(progress: Progress) -> None:
+        validation.after_step(progress.done)
+        if callback is not None:
+            callback(progress)
+
+    return after_step
+
+
+def save_card_image(samples: Samples, device: torch.device, folder: str | Path) -> None:
+    """Saves the image of the model card: that of validation after the last step, else a new one."""
+    if samples.last is None:
+        samples.pipeline.to(device)
+        samples.draw()
+    save_grid(samples.last, folder)
+    record_written(folder, GRID_NAME)

@@ -1,12 +1,12 @@
-"""Where the samples of each optimizer step come from: trajectories drawn as training goes, or a pool drawn ahead.
+"""Sources of the samples of each optimizer step: new trajectories during training, or a pool sampled in advance.
 
-Sampling is 93 % of the arithmetic of ESD and SDD when every sample has a trajectory of its own, as in the papers. Two
-options reuse trajectories: `--latents_per_trajectory K` takes K latents from each, and `--trajectory_pool N` draws N
-of them once, which only the frozen model's latents allow: those of a model that moves would grow old.
+Sampling is 93 % of the arithmetic of ESD and SDD when every sample has its own trajectory, as in the papers. Two
+options reuse trajectories: `--latents_per_trajectory K` takes K latents from each, and `--trajectory_pool N` samples N
+of them once. A pool is possible only for latents of the frozen model, which do not change during training.
 
-A trajectory is a function of (seed, purpose, number), and what a sample takes of which trajectory is one of its step
-and its slot, its place among the samples of that step over all processes. So processes, batch size, accumulation and
-resuming change no draw.
+A trajectory is a function of (seed, purpose, number). Which latent a sample takes is a function of its step and its
+slot, its place among the samples of that step over all processes. So the number of processes, the batch size,
+accumulation and resuming change no latent.
 """
 
 from abc import ABC, abstractmethod
@@ -24,7 +24,7 @@ from ..methods.predictor import Predictor
 from .options import SamplingOptions
 
 
-DRAWN_AT_ONCE = 4  # of a pool: with guidance 8 rows, about what a step of training has room for
+SAMPLED_AT_ONCE = 4  # of a pool: with guidance 8 rows, about what a step of training has room for
 # A trajectory number and its generator to the prompt that guides it and the prompt to train on.
 Prompts = Callable[[int, torch.Generator], tuple[str, str]]
 
@@ -33,8 +33,8 @@ class SampleSource(ABC):
     """Gives the samples of each optimizer step for one term of the loss; a part of every checkpoint.
 
     Args:
-        purpose (`str`): `"erase"` or `"retain"`: each has draws of its own.
-        weights (`str`): Whose weights draw: `"student"`, `"ema"` or `"frozen"`.
+        purpose (`str`): `"erase"` or `"retain"`: each has its own random numbers.
+        weights (`str`): Whose weights sample the latents: `"student"`, `"ema"` or `"frozen"`.
         prompts (`Prompts`): As [`ConceptSchedule.prompts`].
         predictor (`Predictor`): Knows the prompts.
         trajectories (`Trajectories`): The sampler.
@@ -64,7 +64,7 @@ class SampleSource(ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Draws what is drawn ahead of all steps."""
+        """Samples what is needed before the first step."""
 
     @abstractmethod
     def state_dict(self) -> dict:
@@ -74,7 +74,7 @@ class SampleSource(ABC):
     def load_state_dict(self, state: dict) -> None:
         """Continues from a `state_dict`."""
 
-    def _draw(self, numbers: list[int]) -> list[TrainingBatch]:
+    def _sample(self, numbers: list[int]) -> list[TrainingBatch]:
         """Trajectories by number, each as the batch of its K latents."""
         count, fraction = self.sampling.latents_per_trajectory, self.sampling.sampling_fraction
         generators = [sample_generator(self.seed, self.purpose, number) for number in numbers]
@@ -105,40 +105,40 @@ class SampleSource(ABC):
 
 
 class LiveSamples(SampleSource):
-    """Draws as training goes: every K steps each slot gets a new trajectory, and takes one of its K latents a step.
+    """Samples during training: every K steps each slot gets a new trajectory, and takes one of its K latents per step.
 
-    With K = 1 every sample has its own trajectory, as in the papers. With more, all K are drawn with the weights as
-    they are at the first of these steps: at the last one they are K - 1 steps old. Those still to come are therefore
-    part of a checkpoint; a resumed run could not draw them again.
+    With K = 1 every sample has its own trajectory, as in the papers. With more, all K are sampled with the weights of
+    the first of these steps: at the last one they are K - 1 steps old. The remaining ones are therefore part of a
+    checkpoint; a resumed run could not sample them again.
     """
 
     def __init__(self, *source):
         super().__init__(*source)
-        self._drawn: dict[int, TrainingBatch] = {}
+        self._batches: dict[int, TrainingBatch] = {}
 
     def batch(self, step: int, slots: range) -> TrainingBatch:
         period, row = divmod(step, self.sampling.latents_per_trajectory)
         numbers = [period * self.samples_a_step + slot for slot in slots]
-        if missing := [number for number in numbers if number not in self._drawn]:
-            current = {n: drawn for n, drawn in self._drawn.items() if n >= period * self.samples_a_step}
-            self._drawn = current | dict(zip(missing, self._draw(missing)))
-        return self._pick([(self._drawn[number], row) for number in numbers])
+        if missing := [number for number in numbers if number not in self._batches]:
+            current = {n: batch for n, batch in self._batches.items() if n >= period * self.samples_a_step}
+            self._batches = current | dict(zip(missing, self._sample(missing)))
+        return self._pick([(self._batches[number], row) for number in numbers])
 
     def prepare(self) -> None:
-        """Nothing is drawn ahead."""
+        """Nothing is sampled in advance."""
 
     def state_dict(self) -> dict:
         if self.sampling.latents_per_trajectory == 1:
             return {}
-        own = [(n, *_on_cpu(drawn)) for n, drawn in self._drawn.items()]
-        return {"drawn": gather_object(own)}  # every process has drawn those of its own slots
+        own = [(n, *_on_cpu(batch)) for n, batch in self._batches.items()]
+        return {"drawn": gather_object(own)}  # every process has sampled those of its own slots
 
     def load_state_dict(self, state: dict) -> None:
-        self._drawn = {number: TrainingBatch(*drawn) for number, *drawn in state.get("drawn", [])}
+        self._batches = {number: TrainingBatch(*batch) for number, *batch in state.get("drawn", [])}
 
 
 class PooledSamples(SampleSource):
-    """Draws N trajectories once and takes all samples from them: one latent of each in turn, then the next latent of
+    """Samples N trajectories once and takes all samples from them: one latent of each in turn, then the next latent of
     each, and after K rounds the first again.
 
     Trajectory n of the pool is trajectory n of a run without one, so as long as N lasts and K = 1 nothing changes.
@@ -160,22 +160,22 @@ class PooledSamples(SampleSource):
         return self._pick([(self._pool[n], turn % self.sampling.latents_per_trajectory) for turn, n in turns])
 
     def prepare(self) -> None:
-        """Draws the pool, once; it is kept on the CPU. Every process draws a part of it."""
+        """Samples the pool, once; it is kept on the CPU. Every process samples a part of it."""
         if self._pool is not None:
             return
         processes = PartialState()
         numbers = list(range(processes.process_index, self.size, processes.num_processes))
-        drawn = []
+        sampled = []
         name = f"trajectories to {self.purpose}"
         with tqdm(total=len(numbers), desc=name, disable=not processes.is_main_process) as bar:
-            for start in range(0, len(numbers), DRAWN_AT_ONCE):
-                chosen = numbers[start : start + DRAWN_AT_ONCE]
-                drawn += [(n, *_on_cpu(batch)) for n, batch in zip(chosen, self._draw(chosen))]
+            for start in range(0, len(numbers), SAMPLED_AT_ONCE):
+                chosen = numbers[start : start + SAMPLED_AT_ONCE]
+                sampled += [(n, *_on_cpu(batch)) for n, batch in zip(chosen, self._sample(chosen))]
                 bar.update(len(chosen))
-        self._pool = {number: TrainingBatch(*batch) for number, *batch in gather_object(drawn)}
+        self._pool = {number: TrainingBatch(*batch) for number, *batch in gather_object(sampled)}
 
     def state_dict(self) -> dict:
-        """Nothing: the frozen model draws the same pool again."""
+        """Nothing: the frozen model samples the same pool again."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
