@@ -1,5 +1,6 @@
 """README and docs: links lead somewhere, commands have the options that they are given, the README stays short."""
 
+import json
 import re
 import shlex
 
@@ -7,6 +8,7 @@ import pytest
 
 from diffusers_safe import cli
 from diffusers_safe.distillation import run as distillation
+from diffusers_safe.methods import method as registry
 from diffusers_safe.training import esd, sdd
 from scripts import ROOT
 
@@ -89,3 +91,15 @@ def test_benchmarks_have_the_options_that_they_are_given():
         script, *words = shlex.split(command)
         fields = set(re.findall(r"^    (\w+): ", (ROOT / script).read_text(), re.M))
         assert {word[2:] for word in words if word.startswith("--")} <= fields, command
+
+
+def test_the_method_of_the_docs_runs(on_cpu, tiny_model_folder, tmp_path, monkeypatch):
+    section = (ROOT / "docs" / "methods.md").read_text().split("## Your own method")[1]
+    code = section.split("```python\n")[1].split("```")[0]
+    assert code.count('"emoji"') == code.count('"runs/shrunk"') == 1
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    code = code.replace('"emoji"', repr(tiny_model_folder)).replace('"runs/shrunk"', repr(str(tmp_path / "out")))
+    names = {"__name__": "docs"}
+    exec(code, names)
+    record = json.loads((tmp_path / "out" / "erasure.json").read_text())
+    assert (record["method"], record["train_method"]) == ("shrink", "xattn-strict") and names["erasure"].weights

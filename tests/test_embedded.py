@@ -9,7 +9,8 @@ from diffusers_safe.embedded import EMBEDDED_MODELS, embedded_name, locate_model
 from diffusers_safe.families import StoredModel, check_files
 from diffusers_safe.formats.source import fetch
 from diffusers_safe.hub.base import find_base
-from diffusers_safe.loading import load_pipeline, read_index
+from diffusers_safe.loading import load_pipeline
+from diffusers_safe.model_files import read_index
 from diffusers_safe.provenance import erasure_of, located, stored_path
 
 

@@ -16,6 +16,7 @@ SOURCE = Path(diffusers_safe.__file__).parent
 LAYERS = [
     {
         *("arguments", "command_line", "concepts", "embedded", "files", "images", "loading", "messages"),
+        *("model_errors", "model_files"),
         *("output_folders", "progress", "provenance", "values", "yaml_files"),
     },
     {"families"},

@@ -21,7 +21,9 @@ from diffusers_safe.commands import attack, evaluate, export, generate, students
 from diffusers_safe.distillation import run as distillation
 from diffusers_safe.erasure.run import erase, run_command
 from diffusers_safe.families import check_files
-from diffusers_safe.loading import ModelError, describe_weights, load_model, load_pipeline
+from diffusers_safe.loading import load_model, load_pipeline
+from diffusers_safe.model_errors import ModelError
+from diffusers_safe.model_files import describe_weights
 
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -16,7 +16,8 @@ from torch import nn
 
 from .embedded import embedded_name, locate_model
 from .files import write_text
-from .loading import ModelError, read_json_object
+from .model_errors import ModelError
+from .model_files import read_json_object
 
 
 FILE_NAME = "erasure.json"

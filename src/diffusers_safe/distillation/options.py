@@ -14,7 +14,7 @@ from ..diffusion.noise import TARGETS, TIMESTEP_BIASES, NoiseSchedule, TimestepB
 from ..diffusion.trajectories import Trajectories
 from ..families import StoredModel, denoiser_names, stored_denoiser
 from ..families.students import STUDENTS, empty_student, resolve_student
-from ..loading import find_variant
+from ..model_files import find_variant
 from ..output_folders import OutputFolderError, check_output_dir
 from ..report.results import RESULTS_NAME
 from ..training.job import TrainingOptions

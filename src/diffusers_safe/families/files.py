@@ -10,15 +10,14 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from ..embedded import locate_model
-from ..loading import (
-    ModelError,
+from ..loading import check_component
+from ..model_errors import ModelError, naming
+from ..model_files import (
     check_complete,
-    check_component,
     class_of,
     components,
     find_variant,
     folder_of,
-    naming,
     read_index,
     read_json_object,
     weight_files,

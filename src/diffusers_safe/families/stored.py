@@ -10,7 +10,9 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..embedded import locate_model
-from ..loading import ModelError, check_component, naming, read_config, read_index
+from ..loading import check_component
+from ..model_errors import ModelError, naming
+from ..model_files import read_config, read_index
 from .files import check_files
 from .prompts import check_lengths, warn_of_unknown_words
 from .registry import denoiser_names, families, family_of_class, find_family

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from ..arguments import build_options, option, required
 from ..families import StoredModel, denoiser_names, load_pipeline, make_family
-from ..loading import ModelError
+from ..model_errors import ModelError
 from ..output_folders import OVERWRITE_HELP, RESULT, check_apart, check_claim, claimed
 from ..provenance import fingerprint
 from ..values import choose

@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..families import ModelFamily, denoiser_names, families, family_of_denoiser, family_of_names
-from ..loading import describe_weights, read_json_object
+from ..model_files import describe_weights, read_json_object
 
 
 logger = logging.getLogger(__name__)

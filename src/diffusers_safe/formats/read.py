@@ -19,16 +19,9 @@ from ..families import (
     family_of_denoiser,
     resolve_train_method,
 )
-from ..loading import (
-    ModelError,
-    check_regular,
-    describe_weights,
-    load_model,
-    load_pickle,
-    naming,
-    read_json_object,
-    shown,
-)
+from ..loading import load_model
+from ..model_errors import ModelError, naming, shown
+from ..model_files import check_regular, describe_weights, load_pickle, read_json_object
 from ..provenance import FILE_NAME, UNKNOWN, Provenance, fingerprint, located, stored_path
 from .folders import INDEX
 from .lora import by_module_names, is_lora, plain_names, read_differences

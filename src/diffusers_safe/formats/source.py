@@ -8,7 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ..embedded import locate_model
 from ..families import denoiser_names
-from ..loading import reason
+from ..model_errors import reason
 from ..provenance import FILE_NAME
 from .folders import INDEX
 from .read import only_weight_file

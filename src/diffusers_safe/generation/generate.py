@@ -22,7 +22,7 @@ from torch import nn
 
 from ..arguments import typed
 from ..images import to_rgb
-from ..loading import naming
+from ..model_errors import naming
 from ..output_folders import OutputFolderError, check_output_dir, claimed
 from ..progress import ProgressBar, ProgressCallback
 from ..provenance import fingerprint

@@ -24,7 +24,9 @@ from ..concepts import read_concepts
 from ..families import check_files, family_around, own_pipelines
 from ..formats import LORA_NAME, fetch
 from ..formats.read import only_weight_file, read_lora
-from ..loading import ModelError, load_pipeline, read_index, reason
+from ..loading import load_pipeline
+from ..model_errors import ModelError, reason
+from ..model_files import read_index
 from ..pipelines.guidance import SAFETY_CONCEPT, SAFETY_CONFIGS, SafetyConfig
 from ..pipelines.safe_latent_diffusion import SafeLatentDiffusionMixin, check_concept
 from ..values import choose

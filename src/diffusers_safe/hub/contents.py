@@ -18,7 +18,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..families import check_files, denoiser_names
 from ..formats import INDEX, LORA_NAME, PARTIAL_NAME, copy_with_facts, model_folders
-from ..loading import check_header, read_json_object, reason
+from ..model_errors import reason
+from ..model_files import check_header, read_json_object
 from ..provenance import FILE_NAME, STUDENT_FILE, Distillation, Provenance, load_record, write_text
 from ..report.grid import GRID_NAME
 from .base import Base

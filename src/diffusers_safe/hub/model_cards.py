@@ -11,8 +11,8 @@ from safetensors import safe_open
 from ..families import TRAIN_METHODS, families, family_of_names
 from ..families.students import STUDENTS
 from ..formats import INDEX, LORA_NAME, PARTIAL_NAME, denoiser_folder
-from ..loading import read_json_object
 from ..methods import METHODS
+from ..model_files import read_json_object
 from ..provenance import Distillation, Provenance
 from ..report.grid import GRID_NAME
 from ..report.results import headline_table

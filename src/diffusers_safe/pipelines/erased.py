@@ -27,7 +27,8 @@ from ..formats import (
 )
 from ..hub import erasure_card, find_base, published_record
 from ..hub.cards import write_card
-from ..loading import HUB_ARGUMENTS, load_pipeline, read_index
+from ..loading import HUB_ARGUMENTS, load_pipeline
+from ..model_files import read_index
 from ..provenance import FILE_NAME, UNKNOWN, Provenance, fingerprint, stored_path
 from .repository import RepositoryMixin
 

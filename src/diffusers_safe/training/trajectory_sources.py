@@ -9,7 +9,7 @@ slot, its place among the samples of that step over all processes. So the number
 accumulation and resuming change no latent.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -22,6 +22,7 @@ from ..diffusion.trajectories import Trajectories
 from ..methods import TrainingBatch
 from ..methods.predictor import Predictor
 from .options import SamplingOptions
+from .resumable import Resumable
 
 
 SAMPLED_AT_ONCE = 4  # of a pool: with guidance 8 rows, about what a step of training has room for
@@ -29,7 +30,7 @@ SAMPLED_AT_ONCE = 4  # of a pool: with guidance 8 rows, about what a step of tra
 Prompts = Callable[[int, torch.Generator], tuple[str, str]]
 
 
-class SampleSource(ABC):
+class SampleSource(Resumable):
     """Gives the samples of each optimizer step for one term of the loss; a part of every checkpoint.
 
     Args:
@@ -61,18 +62,6 @@ class SampleSource(ABC):
     @abstractmethod
     def batch(self, step: int, slots: range) -> TrainingBatch:
         """The samples of a step, counted from 0, at these places among `samples_a_step`."""
-
-    @abstractmethod
-    def prepare(self) -> None:
-        """Samples what is needed before the first step."""
-
-    @abstractmethod
-    def state_dict(self) -> dict:
-        """What a resumed run could not draw again."""
-
-    @abstractmethod
-    def load_state_dict(self, state: dict) -> None:
-        """Continues from a `state_dict`."""
 
     def _sample(self, numbers: list[int]) -> list[TrainingBatch]:
         """Trajectories by number, each as the batch of its K latents."""

@@ -4,7 +4,7 @@
 the same captions, flips and noise for a sample, so a run is the same with either, up to the rounding of the cache.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from ...diffusion.generators import sample_generator
 from ...diffusion.sample_order import CANDIDATES, EpochOrder, choose_caption, picture_generator
 from ...families import Conditioning, ModelFamily
+from ..resumable import Resumable
 from .latent_cache import LatentCache
 from .sources import PictureSource, Skipped
 
@@ -31,7 +32,7 @@ class LatentBatch:
     captions: list[str]
 
 
-class LatentSource(ABC):
+class LatentSource(Resumable):
     """The latents of each optimizer step. The state is part of every checkpoint.
 
     Args:
@@ -54,18 +55,6 @@ class LatentSource(ABC):
     def batch(self, step: int, slots: range) -> LatentBatch:
         """The latents of a step, counted from 0, for these positions among `samples_a_step`. Each time a picture is
         used, its latents are sampled again."""
-
-    @abstractmethod
-    def prepare(self) -> None:
-        """Prepares the first step. Called once, after a state was loaded."""
-
-    @abstractmethod
-    def state_dict(self) -> dict:
-        """The state that a resumed run needs. Must be called on every process."""
-
-    @abstractmethod
-    def load_state_dict(self, state: dict) -> None:
-        """Restores the state of `state_dict`."""
 
     @abstractmethod
     def skipped(self) -> Skipped:

@@ -5,7 +5,7 @@ processes, the batch size, accumulation, resuming or the number of workers. A st
 its samples depend on the number of processes. A resumed run continues a stream at the exact sample.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -21,6 +21,7 @@ from datasets.distributed import split_dataset_by_node
 
 from ...diffusion.generators import sample_generator
 from ...diffusion.sample_order import CANDIDATES, EpochOrder, choose_caption, picture_generator
+from ..resumable import Resumable
 from .dataset import CaptionedImages, describe_dropped
 from .images import Picture, Preprocessing, UnreadableImage, decode_image
 
@@ -64,7 +65,7 @@ class Skipped:
         return "; ".join(parts)
 
 
-class PictureSource(ABC):
+class PictureSource(Resumable):
     """The pictures of each optimizer step. The state is part of every checkpoint.
 
     Pictures are prefetched in threads, because PIL releases Python's global interpreter lock while it decodes.
@@ -104,18 +105,6 @@ class PictureSource(ABC):
         Raises:
             `ValueError`: If no picture can be read.
         """
-
-    @abstractmethod
-    def prepare(self) -> None:
-        """Starts to read a stream."""
-
-    @abstractmethod
-    def state_dict(self) -> dict:
-        """The state that a resumed run needs. Must be called on every process."""
-
-    @abstractmethod
-    def load_state_dict(self, state: dict) -> None:
-        """Restores the state of `state_dict`."""
 
     @abstractmethod
     def skipped(self) -> Skipped:
