@@ -14,7 +14,7 @@ for _name, _value in (
     ("HF_HUB_DISABLE_TELEMETRY", "1"),
 ):
     os.environ.setdefault(_name, _value)
-# transformers tells of every image processor that it takes pillow in torchvision's place, which nothing here needs.
+# transformers warns for every image processor that it uses pillow instead of torchvision, which nothing here needs.
 logging.getLogger("transformers.utils.import_utils").addFilter(
     lambda record: "requires torchvision (not installed); falling back" not in record.getMessage()
 )

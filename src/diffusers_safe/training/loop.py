@@ -174,7 +174,7 @@ class TrainingLoop(ABC):
             if self.accelerator.is_main_process:
                 identity.save(folder)
 
-        # An optimizer of other weights would be refused, too, but without a word that helps.
+        # An optimizer of other weights would be refused, too, but with a message that does not help.
         def before_loading(models, folder):
             models.clear()
             identity.check(folder)

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: log.jsonl in the output folder, and a tracker such as TensorBoard."""
+"""What a run reports while it goes on: log.jsonl in the output folder, and a tracker such as TensorBoard."""
 
 import json
 import time
