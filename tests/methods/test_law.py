@@ -157,7 +157,7 @@ def test_an_unknown_method_is_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["erase", "--method", "ufo"])
     assert stop.value.code == 2
-    assert "method 'ufo': unknown; allowed are concept_ablation, esd, halfway, sdd" in capsys.readouterr().err
+    assert f"method 'ufo': unknown; allowed are {', '.join(METHODS)}" in capsys.readouterr().err
 
 
 def test_the_list_of_methods_is_the_help_of_the_command(capsys):

@@ -145,6 +145,7 @@ def check_run(options: ErasureOptions, model: ModelFamily | StoredModel) -> None
     check_plain(model.denoiser)
     if (save := options.output.save) in denoiser_names() and save != model.denoiser_name:
         raise ValueError(f"save '{save}': this model's denoiser is its {model.denoiser_name}; give that name")
+    options.method.check_denoiser(model.denoiser)
     if options.method.trains:
         _check_training(options, model)
     try:
@@ -172,7 +173,8 @@ def encoded_prompts(options: ErasureOptions) -> list[str]:
     """Every prompt that a run encodes; validation prompts may be truncated."""
     concept, retention = options.concept, options.retention
     kept = [*retention.retain_prompts, *retention.watched]
+    others = [*options.method.prompts(concept.concepts), *kept]
     if not options.method.trains:
-        return [*concept.concepts, *kept]
+        return [*concept.concepts, *others]
     schedule = ConceptSchedule(concept.concepts, concept.concept_schedule, concept.prompt_order, num_samples=1)
-    return [*schedule.all_prompts(), *options.method.objective(concept.concepts).prompts, *kept]
+    return [*schedule.all_prompts(), *others]

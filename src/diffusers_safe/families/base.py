@@ -31,6 +31,8 @@ Nothing else has to change. `tests/toy_family.py` does it for a small transforme
 * `_encode`: prompts to a `Conditioning`, named tensors that [`~ModelFamily.predict`] takes; `""` must give what the
   pipeline itself uses as unconditional prompt.
 * [`~ModelFamily.with_sizes`]: for models that take the image's size.
+* Defaults for one sequence of tokens, `encoder_hidden_states`, between a start and an end of text, which
+  cross-attention reads: `token_states`, `last_tokens`, and [`~ModelFamily.text_projections`], what closed forms edit.
 * Defaults for an autoencoder `vae` with a Gaussian, `scaling_factor`, `shift_factor`, `latents_mean`, `latents_std`:
   `picture_size`, `encode_pictures`, `draw_latents`.
 
@@ -69,10 +71,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..loading import load_model
 from ..provenance import fingerprint
-from .prompts import check_lengths, warn_of_unknown_words
+from .prompts import check_lengths, token_ids, warn_of_unknown_words
 from .train_methods import TRAIN_METHODS, resolve_train_method
 
 
+PROMPTS_AT_ONCE = 64  # where only their states are wanted
 # What a denoiser needs to know of a prompt besides latents and timesteps: named tensors, the batch first.
 Conditioning = dict[str, torch.Tensor]
 # A component's config, with its class as `_class_name`, by the component's name; None where the pipeline has none.
@@ -183,6 +186,16 @@ class ModelFamily(ABC):
         if not names:
             raise ValueError(f"{described}: selects no parameter of {type(denoiser).__name__}")
         return names
+
+    @classmethod
+    def text_projections(cls, denoiser: nn.Module) -> list[str]:
+        """The weights `(out, width)` of the linear layers that read the token states of a prompt, as
+        [`~ModelFamily.token_states`] has them: what closed forms edit. By default keys and values of cross-attention.
+
+        Raises:
+            `ValueError`: If the denoiser has none.
+        """
+        return [name for name in cls.select_parameters(denoiser, "xattn-strict") if name.endswith(".weight")]
 
     @classmethod
     def find_train_method(cls, denoiser: nn.Module, names: Collection[str]) -> str | None:
@@ -306,6 +319,18 @@ class ModelFamily(ABC):
         for encoder, home in zip(encoders, homes):
             encoder.to(home)
         return encoded
+
+    def token_states(self, prompts: list[str], device: torch.device | str = "cpu") -> torch.Tensor:
+        """The states of all tokens of prompts, as the denoiser reads them; `(B, length, width)`. `" "` is the encoded
+        empty text, which the unconditional prompt `""` need not be."""
+        batches = [prompts[i : i + PROMPTS_AT_ONCE] for i in range(0, len(prompts), PROMPTS_AT_ONCE)]
+        return torch.cat([self.encode(batch, device)["encoder_hidden_states"] for batch in batches])
+
+    def last_tokens(self, prompts: list[str]) -> list[int]:
+        """The place of each prompt's last token of text in [`~ModelFamily.token_states`], before the end of text;
+        that of the start of text for an empty one."""
+        tokenizer = getattr(self.pipeline, self.tokenizers[0])
+        return [len(token_ids(prompt, tokenizer)) - 2 for prompt in prompts]
 
     def encode_with_gradients(self, prompts: list[str], device: torch.device | str = "cpu") -> Conditioning:
         """The same through text encoders that are on the device already, for what is learned inside of them.

@@ -14,14 +14,18 @@ def check_lengths(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> Non
         `ValueError`: If a prompt has more tokens than the model takes.
     """
     for prompt in prompts:
-        # As the pipelines do it, for embeddings of several vectors.
-        converted = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
-        count = len(tokenizer(converted).input_ids)
+        count = len(token_ids(prompt, tokenizer))
         if count > tokenizer.model_max_length:
             raise ValueError(
                 f"prompt '{prompt[:60]}...' has {count} tokens; this model takes {tokenizer.model_max_length}, "
                 "and what is cut would not be trained"
             )
+
+
+def token_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a prompt, with those of start and end of text. As in the pipelines, a learned word may stand for
+    several."""
+    return tokenizer(TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)).input_ids
 
 
 def unknown_words(text: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:

@@ -157,6 +157,11 @@ class UNetFamily(ModelFamily):
         return {name: rule for name, rule in cls.train_methods.items() if numbered_as_sd or name not in cls.by_number}
 
     @classmethod
+    def text_projections(cls, denoiser: nn.Module) -> list[str]:
+        # Where the UNet projects the states first, keys and values read the projection.
+        return ["encoder_hid_proj.weight"] if denoiser.encoder_hid_proj else super().text_projections(denoiser)
+
+    @classmethod
     def from_original(cls, weights: dict[str, torch.Tensor], denoiser: nn.Module) -> dict[str, torch.Tensor]:
         return convert_ldm_unet_checkpoint(weights, denoiser.config)
 

@@ -16,6 +16,7 @@ from pkgutil import iter_modules
 from typing import Any, ClassVar, Protocol
 
 import torch
+from torch import nn
 
 from ..families import ModelFamily
 from ..values import choose
@@ -80,6 +81,17 @@ class Method(ABC):
             `ValueError`: If they contradict each other.
         """
 
+    def check_denoiser(self, denoiser: nn.Module) -> None:  # noqa: B027
+        """Checks a denoiser, which may be on the meta device.
+
+        Raises:
+            `ValueError`: If the method cannot erase from it.
+        """
+
+    def prompts(self, concepts: list[str]) -> list[str]:
+        """The prompts that it encodes besides the concepts and the retained ones."""
+        return []
+
     @abstractmethod
     def erase(self, run: Run) -> None:
         """Erases the concepts of a run from its model."""
@@ -93,6 +105,9 @@ class GradientMethod(Method):
     @abstractmethod
     def objective(self, concepts: list[str]) -> Objective:
         """What is minimised."""
+
+    def prompts(self, concepts: list[str]) -> list[str]:
+        return list(self.objective(concepts).prompts)
 
     def erase(self, run: Run) -> None:
         run.train(self.objective(run.concepts))

@@ -1,0 +1,141 @@
+"""What closed forms share: prompts as vectors, and new weights for the layers that read them.
+
+A layer W `(out, d)` reads the state c `(d,)` of a token as W c. The solution of the least-squares problems that
+closed forms pose is W (I + E) with the same E `(d, d)` for every such layer, so a whole edit is one small matrix.
+All of it is computed in float64 on the CPU; in a batch of vectors `(n, d)` each row is one.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..arguments import option
+from ..concepts import is_visible, names_concept
+from ..families import family_of_denoiser
+from .method import Method, Run
+
+
+NO_TEXT = " "  # encoded as the empty text; "" is what a pipeline guides away from, which for SDXL is zeros
+
+
+@dataclass(kw_only=True)
+class ClosedForm(Method):
+    """A method that computes new weights for the layers that read prompts, without training."""
+
+    anchor_prompts: list[str] = option(
+        [],
+        "What the concepts become: one prompt for all of them or one for each, in the same order. Default: no text.",
+        essential=True,
+    )
+
+    def check(self, options: Any) -> None:
+        concepts = options.concept.concepts
+        if len(self.anchor_prompts) not in (0, 1, len(concepts)):
+            raise ValueError(
+                f"anchor_prompts {self.anchor_prompts}: {len(self.anchor_prompts)} for {len(concepts)} concepts; give "
+                "one for all of them or one for each"
+            )
+        for anchor in self.anchor_prompts:
+            if named := [concept for concept in concepts if names_concept(anchor, concept)]:
+                raise ValueError(f"anchor_prompts '{anchor}': names {', '.join(named)}, which is to be erased")
+
+    def check_denoiser(self, denoiser: nn.Module) -> None:
+        family_of_denoiser(denoiser).text_projections(denoiser)
+
+    def anchors(self, concepts: list[str]) -> list[str]:
+        """The anchor of each concept."""
+        given = [anchor if is_visible(anchor) else NO_TEXT for anchor in self.anchor_prompts] or [NO_TEXT]
+        return given * len(concepts) if len(given) == 1 else given
+
+    def prompts(self, concepts: list[str]) -> list[str]:
+        return [NO_TEXT, *self.anchors(concepts)]
+
+
+class EncodedPrompts:
+    """Encoded prompts of a run, as batches of vectors.
+
+    Args:
+        run (`Run`): Its family encodes them.
+        prompts (`list[str]`): All that will be asked for.
+    """
+
+    def __init__(self, run: Run, prompts: list[str]):
+        different = list(dict.fromkeys(prompts))
+        device = next(run.family.denoiser.parameters()).device
+        states = run.family.token_states(different, device).cpu().double()
+        self._states = dict(zip(different, states))
+        self._last = dict(zip(different, run.family.last_tokens(different)))
+
+    def last(self, prompts: list[str]) -> torch.Tensor:
+        """The last token of text of each prompt, `(len(prompts), d)`."""
+        return torch.stack([self._states[prompt][self._last[prompt]] for prompt in prompts])
+
+    def all(self, prompts: list[str]) -> torch.Tensor:
+        """All tokens of all prompts, `(len(prompts) * length, d)`."""
+        return torch.cat([self._states[prompt] for prompt in prompts])
+
+    def tails(self, prompts: list[str], others: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens from the last one of text to the end, paired with those of another prompt; twice `(n, d)`. The
+        longer tail is cut."""
+        pairs = [(self._states[a][self._last[a] :], self._states[b][self._last[b] :])
+                 for a, b in zip(prompts, others, strict=True)]  # fmt: skip
+        lengths = [min(len(tail), len(other)) for tail, other in pairs]
+        return tuple(torch.cat([pair[side][:length] for pair, length in zip(pairs, lengths)]) for side in (0, 1))
+
+
+def least_squares_edit(
+    erased: torch.Tensor,
+    anchors: torch.Tensor,
+    kept: torch.Tensor,
+    erase_scale: float,
+    retain_scale: float,
+    identity_scale: float,
+) -> torch.Tensor:
+    """The E for which W' = W (I + E) minimises, for every W, equation 7 of UCE (Gandikota et al., arXiv 2308.14761):
+
+        erase_scale sum ||W' c - W a||^2 + retain_scale sum ||W' k - W k||^2 + identity_scale ||W' - W||^2
+
+    Args:
+        erased (`torch.Tensor`): The c, `(n, d)`, float64.
+        anchors (`torch.Tensor`): The a, one for each c.
+        kept (`torch.Tensor`): The k, `(m, d)`.
+        erase_scale, retain_scale (`float`): At least 0.
+        identity_scale (`float`): Above 0, or the solution need not be unique.
+
+    Returns:
+        `torch.Tensor`: `(d, d)`.
+
+    Raises:
+        `ValueError`: If the system is singular.
+    """
+    identity = torch.eye(erased.shape[1], dtype=erased.dtype)
+    system = identity_scale * identity + erase_scale * erased.T @ erased + retain_scale * kept.T @ kept
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if failed:
+        raise ValueError(f"identity_scale {identity_scale:g}: the system to solve is singular; give a larger one")
+    return torch.cholesky_solve(erase_scale * erased.T @ (anchors - erased), factor).T
+
+
+def edit_text_projections(run: Run, change: torch.Tensor) -> None:
+    """Gives every layer W that reads prompts the weights W (I + `change`), in its own dtype."""
+    denoiser = run.family.denoiser
+    parameters = dict(denoiser.named_parameters())
+    weights = {name: parameters[name].detach() for name in run.family.text_projections(denoiser)}
+    run.edit({name: (wide + wide @ change).to(weight)
+              for name, weight in weights.items() for wide in [weight.cpu().double()]})  # fmt: skip
+
+
+def check_distinct(erased: torch.Tensor, anchors: torch.Tensor, concepts: list[str], names: list[str]) -> None:
+    """Checks the vectors `(n, d)` of concepts and of their anchors, a row for each.
+
+    Raises:
+        `ValueError`: If a concept encodes as its anchor does, or there are more concepts than dimensions.
+    """
+    for vector, anchor, concept, name in zip(erased, anchors, concepts, names, strict=True):
+        if torch.equal(vector, anchor):
+            becomes = f"the anchor '{name}'" if is_visible(name) else "the empty prompt"
+            raise ValueError(f"concepts '{concept}': encodes as {becomes} does; give another of anchor_prompts")
+    if len(erased) > (width := erased.shape[1]):
+        raise ValueError(f"concepts: {len(erased)} at once are more than the {width} dimensions of encoded prompts")
