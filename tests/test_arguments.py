@@ -227,7 +227,7 @@ def test_values_of_a_config_file_are_set_not_parsed(config):
     args = parse(*config('concepts: [knife, "--steps=77", -1, "--scale", no, 1984, 1e3, "null", ""]\n'))
     assert args.concepts == ["knife", "--steps=77", "-1", "--scale", "no", "1984", "1e3", "null", ""]
     assert args.steps == 3 and args.scale is False
-    args = parse(*config("concepts: --steps\nlearning-rate: 1e-5\nsteps: 1_000\nscale: yes\noutput_dir: '--x y'\n"))
+    args = parse(*config("concepts: --steps\nlearning-rate: 1e-5\nsteps: 1000\nscale: yes\noutput_dir: '--x y'\n"))
     assert (args.concepts, args.learning_rate, args.steps) == (["--steps"], 1e-5, 1000)
     assert (args.scale, args.output_dir) == (True, "--x y")
 

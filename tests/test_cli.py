@@ -28,6 +28,10 @@ def test_help_lists_the_commands(capsys):
         (["demo", "--group", "cats"], "group 'cats': unknown; allowed are weapon, animal"),
         (["demo", "--images_per_prompt", "0"], "images_per_prompt 0: must be at least 1"),
         (["demo", "--sed", "secret"], "unrecognized arguments: --sed (did you mean --seed?)"),
+        (["generate", "--model", "", "--prompts", "a"], "is empty; give a folder, a Hub id or emoji"),
+        (["demo", "--seed", "1_000"], "seed '1_000': must be a whole number"),
+        (["generate", "--prompts", "a", "--guidance_scale", "7_5"], "guidance_scale '7_5': must be a number"),
+        (["generate", "--prompts", "a", "--batch_size", "१२"], "batch_size '१२': must be a whole number"),
         (["demo", "two"], "unrecognized arguments: two"),
         (["demo", "--seed", "-1"], "seed -1: must be at least 0"),
         (["demo", "--output_dir", "/proc/nowhere"], "output_dir /proc/nowhere: cannot be written"),
@@ -39,6 +43,15 @@ def test_what_is_wrong_is_exit_with_error(capsys, argv, message):
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error and len(error.strip().splitlines()) == 1 and "secret" not in error
+
+
+def test_a_command_of_one_process_is_not_launched_as_several(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stop:
+        main(["export", "somewhere", "--output_dir", "elsewhere"])
+    assert stop.value.code == 2
+    assert "export: error: 2 processes were launched (see WORLD_SIZE in the environment)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [["--version"], ["demo", "--version"], ["prepare_data", "--version"]])

@@ -115,7 +115,7 @@ def test_negative_values_are_black_and_constant_images_are_valid():
 
 
 UNREADABLE = {
-    "no picture": (b"text", "it is not a picture of a known kind"),
+    "no picture": (b"text", "it is not an image of a known kind"),
     "cut off": (encoded(Image.effect_noise((64, 64), 90))[:2000], "truncated"),
     "not a number": (encoded(Image.fromarray(np.full((4, 4), np.nan, np.float32)), "TIFF"), "not finite"),
 }

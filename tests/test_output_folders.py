@@ -236,6 +236,7 @@ def test_a_second_run_is_refused_and_a_killed_one_is_in_nobodys_way(tmp_path, ho
         with pytest.raises(OutputFolderError, match="another run is at work there"):
             check_claim(folder)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with claimed(tmp_path):  # of one launch only the first process claims
         pass
     monkeypatch.setenv("RANK", "0")
@@ -247,6 +248,21 @@ def test_a_second_run_is_refused_and_a_killed_one_is_in_nobodys_way(tmp_path, ho
         pass
     assert not (tmp_path / LOCK).exists()
     link.unlink()
+
+
+@pytest.mark.parametrize("environment", [
+    {"RANK": "1"}, {"RANK": "abc"}, {"RANK": ""}, {"RANK": "-1"}, {"PMI_RANK": "1"}, {"OMPI_COMM_WORLD_RANK": "1"},
+    {"RANK": "1", "WORLD_SIZE": "1"}, {"RANK": "abc", "WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "x"},
+])  # fmt: skip
+def test_a_rank_left_in_the_environment_of_a_single_process_claims_all_the_same(environment, tmp_path, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(OutputFolderError, match="holds results of another run"):
+        check_claim(tmp_path, kind="result", replaces=["model_index.json"])
+    with pytest.raises(OutputFolderError, match="holds results of another run"):
+        with claimed(tmp_path, kind="result", replaces=["model_index.json"]):
+            pass
 
 
 COUNT = """

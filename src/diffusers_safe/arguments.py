@@ -17,7 +17,7 @@ def option(default: Any, help: str, choices: Iterable[str | None] | None = None,
 
     Args:
         default (`Any`): Its default; a list is copied for each instance.
-        help (`str`): One line.
+        help (`str`): One line. [`OptionGroups.helps`] replaces it where it depends on the job.
         choices (`Iterable[str]`, *optional*): The allowed texts.
         facts: Limits of a number (`at_least`, `above`, `at_most`, `below`); `essential=True` shows the option first in
             `--help`; `recorded=False` keeps it out of records; `may_change=True` lets a resumed run change it;
@@ -88,6 +88,8 @@ def declared_options(kind: type) -> dict[str, Declared]:
             found[item.name] = Declared(item.name, hints[item.name], default, item.metadata, title=title)
     for name, default in getattr(kind, "DEFAULTS", {}).items():
         found[name] = replace(found[name], default=default)
+    for name, help in kind.helps().items() if issubclass(kind, OptionGroups) else ():
+        found[name] = replace(found[name], facts={**found[name].facts, "help": help})
     return found
 
 
@@ -138,6 +140,11 @@ class OptionGroups:
     DEFAULTS: ClassVar[dict[str, Any]] = {}
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
     REMOVED: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def helps(cls) -> dict[str, str]:
+        """Lines of `--help` by option, where those of the groups do not describe what this job accepts."""
+        return {}
 
     @classmethod
     def of(cls, **values: Any):

@@ -5,7 +5,7 @@ import importlib
 import sys
 
 from .command_line import package_version, report_errors_in_one_line
-from .messages import exit_with_error
+from .messages import exit_with_error, num_launched
 from .values import suggested
 
 
@@ -13,7 +13,7 @@ from .values import suggested
 COMMANDS = {
     "demo": (
         "diffusers_safe.emoji.demo",
-        "erase a group of emoji from the embedded model, measure it, write a report",
+        "erase a concept from the embedded emoji model, measure it, write a report",
     ),
     "erase": (
         "diffusers_safe.commands.erase",
@@ -37,11 +37,11 @@ COMMANDS = {
     ),
     "prepare-data": (
         "diffusers_safe.commands.prepare_data",
-        "make training data from captions and web addresses, or from a folder of images",
+        "make training data from captions and URLs, or from a folder of images",
     ),
     "export": (
         "diffusers_safe.commands.export",
-        "save an erased model in another form: pipeline, denoiser, erased weights, LoRA",
+        "convert an erased model to another format: pipeline, denoiser, changed weights, LoRA",
     ),
     "students": (
         "diffusers_safe.commands.students",
@@ -52,6 +52,7 @@ COMMANDS = {
         "publish an erased model on the Hugging Face Hub, with a model card",
     ),
 }
+IN_SEVERAL_PROCESSES = ("erase", "generate", "evaluate")
 
 
 @exit_with_error()
@@ -76,6 +77,10 @@ def main(argv: list[str] | None = None) -> None:
     if command not in COMMANDS:
         meant = suggested(f"'{known.command}'", COMMANDS, "")
         parser.error(f"invalid choice: {meant}; commands are {', '.join(COMMANDS)}")
+    if command not in IN_SEVERAL_PROCESSES and (count := num_launched()) > 1:
+        print(f"diffusers-safe {command}: error: {count} processes were launched (see WORLD_SIZE in the environment), "
+              "but it runs in one; start it without a launcher", file=sys.stderr)  # fmt: skip
+        raise SystemExit(2)
     importlib.import_module(COMMANDS[command][0]).main(argv[1:], f"diffusers-safe {command}")
 
 

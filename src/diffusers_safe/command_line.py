@@ -1,6 +1,7 @@
 """Command lines and YAML files read into dataclasses of options."""
 
 import logging
+import shlex
 import sys
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable
@@ -38,7 +39,7 @@ def parse_dataclass(
         kind (`type`): The dataclass; a field's `help` metadata is its help.
         description (`str`, *optional*): Head of `--help`.
         argv (`list[str]`, *optional*): The words; those of the process by default.
-        prog (`str`, *optional*): Name of the program in messages.
+        prog (`str`, *optional*): Name of the program in messages; that of the script or module by default.
         check (`Callable`, *optional*): Checks what lies outside the arguments: files, folders, models.
         positional (`str`, *optional*): Name of the option that may be given without its name.
         fixed (`dict[str, str]`, *optional*): More keys that a config file may have, with the values they must have.
@@ -69,7 +70,7 @@ def parse_dataclass(
 def _make_parser(kind: type, description: str | None, prog: str | None) -> tuple[ArgumentParser, dict[str, None]]:
     """The parser, which leaves out what is not given and converts nothing, and the names that it knows."""
     parser = ArgumentParser(
-        prog=prog,
+        prog=prog or _module_that_runs(),
         usage="%(prog)s [options]",
         description=description,
         formatter_class=RawDescriptionHelpFormatter,
@@ -85,8 +86,7 @@ def _make_parser(kind: type, description: str | None, prog: str | None) -> tuple
         sections[title] = section
         help = item.facts.get("help", "")
         if item.default not in (MISSING, None, "", [], ()):
-            text = " ".join(map(str, item.default)) if isinstance(item.default, (list, tuple)) else item.default
-            help += f" (default: {text})"
+            help += f" (default: {_as_typed(item.default)})"
         how = {"help": help.replace("%", "%%")}
         parts = get_args(item.kind) if get_origin(item.kind) in (Union, UnionType) else (item.kind,)
         if any((get_origin(part) or part) in (list, tuple) for part in parts):
@@ -97,7 +97,9 @@ def _make_parser(kind: type, description: str | None, prog: str | None) -> tuple
         section.add_argument(f"--{item.name}", **how)
         if item.default is True:
             names[f"no_{item.name}"] = None
-            section.add_argument(f"--no_{item.name}", action="store_false", dest=item.name, help="Turns it off.")
+            section.add_argument(
+                f"--no_{item.name}", action="store_false", dest=item.name, help=f"Same as --{item.name} false."
+            )
     removed = getattr(kind, "REMOVED", {})
     for name in removed:
         parser.add_argument(f"--{name}", help=SUPPRESS)
@@ -110,6 +112,20 @@ def _make_parser(kind: type, description: str | None, prog: str | None) -> tuple
     )
     general.add_argument("--version", action="version", version=f"diffusers-safe {package_version()}")
     return parser, {**names, **dict.fromkeys(removed), "config": None, "version": None, "help": None}
+
+
+def _module_that_runs() -> str | None:
+    """A module of this package that was started with `python -m`, as messages name the program."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None or not spec.name.startswith(f"{__package__}."):
+        return None
+    return f"python -m {spec.name.removesuffix('.__main__')}"
+
+
+def _as_typed(value: Any) -> str:
+    """A default as it would be typed: texts with spaces in quotes."""
+    parts = map(str, value) if isinstance(value, (list, tuple)) else [str(value)]
+    return " ".join(shlex.quote(part) if " " in part else part for part in parts)
 
 
 def _section(item: Declared) -> tuple[int, str]:

@@ -11,7 +11,13 @@ EMBEDDED_MODELS = {
 
 def locate_model(name_or_path: str | Path) -> str:
     """The folder of an embedded model, if this is its name and no folder with that name exists; otherwise the
-    argument."""
+    argument.
+
+    Raises:
+        `ValueError`: If it is blank.
+    """
+    if not str(name_or_path).strip():
+        raise ValueError(f"model '{name_or_path}': is empty; give a folder, a Hub id or {', '.join(EMBEDDED_MODELS)}")
     folder = EMBEDDED_MODELS.get(str(name_or_path))
     return str(name_or_path) if folder is None or os.path.exists(name_or_path) else str(folder)
 

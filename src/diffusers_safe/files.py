@@ -67,6 +67,10 @@ def disk_errors(place: str | Path) -> Iterator[None]:
     """Converts the exceptions that safetensors and torch raise if a file cannot be written to `OSError`."""
     try:
         yield
+    except OSError as error:
+        if error.errno != errno.EFBIG or error.filename is not None:
+            raise
+        raise OSError(f"{place}: cannot be written ({error.strerror})") from error
     except (SafetensorError, RuntimeError) as error:
         text = str(error)
         if isinstance(error, RuntimeError) and not any(sign in text for sign in _TORCH_CANNOT_WRITE):

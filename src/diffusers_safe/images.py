@@ -50,7 +50,7 @@ def reading_image(message: str = "") -> Iterator[None]:
     try:
         yield
     except UnidentifiedImageError:  # its message contains a memory address
-        reason = "it is not a picture of a known kind"
+        reason = "it is not an image of a known kind"
     except _UNREADABLE as error:
         lines = (getattr(error, "strerror", None) or str(error)).strip().split("\n")
         reason = lines[0][:200] or type(error).__name__

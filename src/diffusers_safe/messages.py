@@ -15,12 +15,25 @@ from .files import disk_errors
 logger = logging.getLogger(__name__)
 
 
-_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # as accelerate reads them
+# As accelerate reads them.
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+
+
+def num_launched() -> int:
+    """The number of processes that were launched together; known before they know each other."""
+    return max(1, _from_environment(_SIZES, 1))
 
 
 def is_first_process() -> bool:
-    """Whether this is the first, or only, process of a launch; known before the processes know each other."""
-    return next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0"
+    """Whether this is the first, or only, process of a launch. A rank that is left over in the environment of a single
+    process means nothing."""
+    return num_launched() == 1 or _from_environment(_RANKS, 0) == 0
+
+
+def _from_environment(names: tuple[str, ...], default: int) -> int:
+    found = (os.environ[name].strip() for name in names if name in os.environ)
+    return next((int(value) for value in found if value.isdecimal()), default)
 
 
 def note(message: str, *args: Any) -> None:

@@ -32,7 +32,10 @@ logger = logging.getLogger(__name__)
 RECORD = ".written.json"
 LOCK = ".lock"
 RESULT = "result"  # kind of all runs that write a model
-OVERWRITE_HELP = "Replace the results of another run in the output folder; files that are not its own are kept."
+OVERWRITE_HELP = (
+    "Replace the results of another run in the output folder. Files that this package did not write are kept; if they "
+    "are in the way, they are moved to .replaced-1."
+)
 _ROOM = 400  # bytes of a path, for the names of files in the folder
 # Files that loaders look for: another's must not stay among those of a new result. All others stay where they are.
 _LOADED = (".safetensors", ".bin", ".json", ".jsonl", ".pt", ".pth", ".pkl", ".ckpt", ".msgpack", ".h5", ".onnx")

@@ -141,7 +141,7 @@ class Distillation(_Record):
         macs (`dict[str, float]`): Multiply-accumulates of a forward pass of each for one sample.
         arguments (`dict`): All arguments of the run.
         teacher_erasure (`dict`, *optional*): The erasure.json of the teacher, if it was erased.
-        data (`dict`, *optional*): Numbers of `samples`, of `dropped` rows by reason, and of `unreadable` pictures.
+        data (`dict`, *optional*): Numbers of `samples`, of `dropped` rows by reason, and of `unreadable` images.
         losses (`dict[str, float]`, *optional*): Mean of each term of the loss over the last twentieth of the run.
         revision (`str`, *optional*): Revision of the teacher on the Hub.
         versions (`dict[str, str]`, *optional*): Versions of the libraries; those of [`library_versions`] by default.

@@ -174,6 +174,8 @@ def _as_bool(value: Any) -> bool | None:
 
 def _as_int(value: Any) -> int | None:
     if isinstance(value, str):
+        if not _is_plain_number(value):
+            return None
         try:
             return int(value)
         except ValueError:  # such as 1e3, or more digits than Python reads
@@ -183,8 +185,15 @@ def _as_int(value: Any) -> int | None:
     return int(number) if whole else None
 
 
+def _is_plain_number(text: str) -> bool:
+    """Python also reads 1_000 and digits of other scripts."""
+    return text.isascii() and "_" not in text
+
+
 def _as_float(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (str, numbers.Real, Decimal)):
+        return None
+    if isinstance(value, str) and not _is_plain_number(value):
         return None
     try:
         number = float(value)

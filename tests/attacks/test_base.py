@@ -107,7 +107,7 @@ def test_a_folder_without_pictures_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="a.png: cannot be read"):
         ConceptInversion("knife", pictures=tmp_path).check(ROWS)
-    with pytest.raises(ValueError, match="nowhere: no folder of pictures"):
+    with pytest.raises(ValueError, match="nowhere: no folder of images"):
         ConceptInversion("knife", pictures=tmp_path / "nowhere").check(ROWS)
 
 

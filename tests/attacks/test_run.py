@@ -303,6 +303,26 @@ def test_numbers_without_meaning_are_commented(models, tmp_path, caplog, rows, s
     assert [message.startswith(control[0]) for message in caplog.messages] == [True] * len(control)
 
 
+def test_an_attack_that_never_works_on_the_original_is_commented(models, tmp_path, caplog):
+    def prompts_only(row, first):  # paraphrases fail, on the original too
+        return first and len(row["prompt"]) == len("a b")
+
+    attacks = [SeedSearch(2), Paraphrases({row.prompt: ["ein Messer", "un couteau"] for row in MANY})]
+    results = run(models, attacks, Scripted(prompts_only), tmp_path / "fails", MANY)
+    found = results["attacks"]["paraphrases"]["models"]["original"]
+    assert (found["success_rate"]["value"], found["alone"]["value"]) == (1, 0)
+    (warning,) = results["warnings"]
+    assert warning.startswith(
+        "paraphrases: none of this attack's images shows the concept on original, the unerased model, although 21 of 21"
+    )
+    assert warning in (tmp_path / "fails" / "results.md").read_text() and caplog.messages == [warning]
+
+    def one_paraphrase(row, first):
+        return prompts_only(row, first) or (first and row["prompt"] == "un couteau" and row["id"].startswith("a-0"))
+
+    assert not run(models, attacks, Scripted(one_paraphrase), tmp_path / "works", MANY)["warnings"]
+
+
 def test_the_original_attacked_as_an_erased_model_is_said(models, tmp_path):
     same = [models[0], LoadedModel("erased", models[0].pipeline)]
     results = run(same, [SeedSearch(2)], Scripted(lambda row, first: row["seed"] > 0), tmp_path, MANY)

@@ -183,7 +183,7 @@ def test_a_word_of_something_else_is_not_taken(tiny_pipeline, pictures, tmp_path
         {"pipeline": make_tiny_pipeline(1)},
     ]
     for change in changes:
-        with pytest.raises(ValueError, match="was learned on another model, from other pictures or with other sett"):
+        with pytest.raises(ValueError, match="was learned on another model, from other images or with other sett"):
             learn(**{"pipeline": tiny_pipeline, "pictures": pictures, "folder": tmp_path, **change})
         learn(**{"pipeline": tiny_pipeline, "pictures": pictures, "folder": tmp_path, **change, "overwrite": True})
         learn(tiny_pipeline, pictures, tmp_path, overwrite=True)

@@ -314,6 +314,13 @@ def test_a_metric_that_compares_needs_another_model(models, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_empty_folder_name_is_not_the_current_folder(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="output_dir '': is empty; name a folder"):
+        evaluate(models[:2], rows_of(2, 1), [Bright(0)], "", QUICK)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_metric_that_says_nothing_of_these_images_makes_no_empty_table(models, tmp_path):
     with pytest.raises(ValueError, match="metrics seen: give no number for any of these 2 images"):
         evaluate(models[:2], rows_of(2, 1), [Seen(lambda row: {})], tmp_path, QUICK)

@@ -273,7 +273,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tiny_model_folder, pictures
         ({"sdd_weight": 1}, "sdd_weight 1.0: needs --forbidden_concepts"),
         ({"train_data_dir": "nowhere"}, "train_data_dir nowhere: no such folder"),
         ({"dataset_name": "user/pictures"}, "give either --dataset_name or --train_data_dir"),
-        ({"cache_latents": True, "streaming": True}, "cache_latents: keeps all samples"),
+        ({"cache_latents": True, "streaming": True}, "cache_latents: stores all samples"),
         ({"snr_gamma": 0}, "snr_gamma 0.0: must be greater than 0"),
         ({"snr_gamma": 5, "loss_space": "velocity"}, "snr_gamma 5.0: weighs errors of predictions"),
         ({"timestep_bias_portion": 0.5}, "timestep_bias_portion 0.5: needs --timestep_bias_strategy earlier or later"),

@@ -189,7 +189,7 @@ def test_an_earlier_run_is_not_mixed_with_a_new_one(capsys, tmp_path, arguments)
     code, lines = run(capsys, **options)
     assert code == 2 and "holds checkpoints of an earlier run" in lines[0]
     code, lines = run(capsys, **options, resume_from_checkpoint="latest", max_train_steps=100)
-    assert code == 2 and "checkpoint-500 is further already" in lines[0]
+    assert code == 2 and "checkpoint-500 is already at step 500" in lines[0]
 
 
 def test_the_base_model_is_not_overwritten(capsys, tiny_model_folder, arguments):
@@ -311,14 +311,14 @@ def test_a_bad_config_file_is_exit_with_error(capsys, unchecked, tmp_path, text,
 @pytest.mark.parametrize(
     "kind, changes, message",
     [
-        ("sdd", {}, "the latents are the ema's, which moves, and there are no retain_prompts"),
+        ("sdd", {}, "the ema weights sample them, and there are no retain_prompts"),
         ("sdd", {"retain_prompts": ["a"], "retain_weight": 0.0}, "there are no retain_prompts"),
-        ("sdd", {"retain_prompts": ["a", "b", "c"]}, "must be at least 3, the prompts to retain"),
+        ("sdd", {"retain_prompts": ["a", "b", "c"]}, "must be at least 3, the number of prompts to retain"),
         ("esd", {}, "the latents are the student's"),
         (
             "esd",
             {"sampling_model": "frozen", "concepts": ["a", "b", "c"]},
-            "must be at least 3, the prompts to",
+            "must be at least 3, the number of prompts to",
         ),
         ("esd", {"sampling_model": "frozen", "concept_schedule": "sequential"}, "concept_schedule sequential"),
     ],

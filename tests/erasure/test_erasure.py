@@ -84,11 +84,36 @@ def test_a_fused_lora_is_saved_once(model, tmp_path):
         torch.testing.assert_close(after.state_dict()[name], value, atol=1e-5, rtol=1e-4)
 
 
+def test_a_fused_lora_is_not_disabled(model):
+    erasure = erase(load_pipeline(str(model)), ["knife"], rank=2, **QUICK)
+    inputs = (torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 4, 32))
+    base = load_pipeline(str(model)).unet(*inputs).sample
+    erasure.pipeline.fuse_lora()
+    with pytest.raises(ValueError, match="is fused, so it cannot be disabled; call unfuse_lora first"):
+        with erasure.disabled():
+            pass
+    erasure.pipeline.unfuse_lora()
+    with erasure.disabled() as pipeline:
+        torch.testing.assert_close(pipeline.unet(*inputs).sample, base, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("change", [
+    lambda pipeline: pipeline.fuse_lora(lora_scale=0.5), lambda pipeline: pipeline.disable_lora(),
+    lambda pipeline: pipeline.set_adapters("erasure", 0.1),
+])  # fmt: skip
+def test_a_weaker_lora_is_not_saved_as_the_erasure(change, model, tmp_path):
+    erasure = erase(load_pipeline(str(model)), ["knife"], rank=2, **QUICK)
+    change(erasure.pipeline)
+    with pytest.raises(ValueError, match="it was unloaded, disabled or scaled; undo that first"):
+        erasure.save(str(tmp_path / "out"), "full")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_lora_that_is_gone_is_not_saved(model, tmp_path):
     pipeline = load_pipeline(str(model))
     erasure = erase(pipeline, ["knife"], rank=2, **QUICK)
     pipeline.unload_lora_weights()
-    with pytest.raises(ValueError, match="not active in the pipeline any more"):
+    with pytest.raises(ValueError, match="not active in the pipeline as it was trained"):
         erasure.save(tmp_path / "x")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from diffusers_safe import ErasedStableDiffusionPipeline, erase
+from diffusers_safe.erasure.job import make_options
 from diffusers_safe.formats import LORA_NAME, PARTIAL_NAME, load_denoiser, read_erased_weights
 from diffusers_safe.output_folders import RECORD
 from diffusers_safe.training import sdd
@@ -189,3 +190,14 @@ def test_of_two_runs_at_once_the_second_ends_at_once(tiny_model_folder, tmp_path
     (lost,) = (text for run, text in zip(runs, told) if run.returncode == 2)
     assert "error: output_dir out: " in lost.strip().splitlines()[-1]
     assert len(log_rows(tmp_path / "out")) == 12
+
+
+@pytest.mark.parametrize(
+    "name", ["erasure.json", "log.jsonl", ".lock", "../x", "unet", "checkpoint-5", "validation", ""]
+)
+def test_trackers_get_a_folder_of_their_own(name, tiny_model_folder, tmp_path):
+    options = {"concepts": "knife", "report_to": "tensorboard", "logging_dir": name}
+    known = {"pretrained_model_name_or_path": tiny_model_folder, "output_dir": str(tmp_path / "out")}
+    job = make_options("sdd", **known, **options)
+    with pytest.raises(ValueError, match="logging_dir"):
+        job.check_output()

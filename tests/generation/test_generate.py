@@ -264,6 +264,22 @@ def test_processes_that_do_not_know_of_each_other_are_refused(tiny_pipeline, tmp
     assert not (tmp_path / "new").exists()
 
 
+def test_an_empty_folder_name_is_not_the_current_folder(tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("", " "):
+        with pytest.raises(ValueError, match="output_dir .*: is empty; name a folder"):
+            generate(tiny_pipeline, rows_of(1), name, QUICK)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("labels", [{"a": np.float32(1)}, {"a": "\ud800"}, {"a": float("nan")}, {"a": torch.ones(2)}])
+def test_labels_and_calls_that_no_manifest_holds_are_refused(labels):
+    with pytest.raises(ValueError, match="row x: labels .* must be JSON values"):
+        PromptRow("x", "a cat", 0, labels)
+    with pytest.raises(ValueError, match="call .* must be JSON values"):
+        GenerationSettings(call=labels)
+
+
 def test_a_folder_of_other_images_is_refused(tiny_pipeline, make_tiny_pipeline, tmp_path):
     rows = rows_of(2)
     generate(tiny_pipeline, rows, tmp_path, QUICK)

@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.utils import hub_utils
 
 from diffusers_safe import (
     SafetyConfig,
@@ -55,11 +57,34 @@ def test_enabled_steers_and_disabled_is_stock_again(tiny_pipeline, tmp_path):
     assert draw(tiny_pipeline, safety_concept="a cat").applied_safety_concept == "a cat"
     assert len(draw(tiny_pipeline, return_dict=False)) == 2
 
-    tiny_pipeline.save_pretrained(tmp_path)  # what is saved is the stock pipeline
+    with pytest.warns(UserWarning, match="is not saved"):
+        tiny_pipeline.save_pretrained(tmp_path)
     assert np.allclose(draw(StableDiffusionPipeline.from_pretrained(tmp_path)).images, plain, atol=1e-3)
 
     assert disable_safe_latent_diffusion(tiny_pipeline) is tiny_pipeline
     assert type(tiny_pipeline) is StableDiffusionPipeline and same(draw(tiny_pipeline).images, plain)
+
+
+def test_saving_an_enabled_pipeline_warns_once_that_sld_is_not_saved(tiny_pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_utils, "create_repo", lambda name, **_: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(StableDiffusionPipeline, "_upload_folder", lambda *_, **__: "a commit")
+
+    def save(pipeline):
+        assert pipeline.push_to_hub("user/name", subfolder="part") == "a commit"
+        pipeline.save_pretrained(tmp_path / "saved")
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        save(enable_safe_latent_diffusion(tiny_pipeline, "a weapon"))
+    told = [warning for warning in told if "Safe Latent Diffusion" in str(warning.message)]
+    assert len(told) == 2 and {warning.filename for warning in told} == {__file__}
+    assert all("StableDiffusionPipeline is not saved" in str(warning.message) for warning in told)
+    assert "\n" not in str(told[0].message)
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        save(disable_safe_latent_diffusion(tiny_pipeline))
+    assert not [warning for warning in told if "Safe Latent Diffusion" in str(warning.message)]
 
 
 def test_enabling_twice_and_disabling_what_is_not_enabled_are_errors(tiny_pipeline):

@@ -106,7 +106,7 @@ def test_a_network_failure_stops_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(import_module("diffusers_safe.preparation.prepare"), "MAX_UNREACHABLE_HOSTS", 5)
     urls = [f"http://127.0.0.{i}:9/{j}.png" for i in range(1, 6) for j in range(3)]
     few = write_table(tmp_path / "few.csv", [{"url": url, "text": "x"} for url in urls[:12]])
-    with pytest.raises(SystemExit, match="no picture is left of 12 rows: no connection 12"):
+    with pytest.raises(SystemExit, match="no image is left of 12 rows: no connection 12"):
         prepare(few, tmp_path / "few", "--retries", 0)
     table = write_table(tmp_path / "table.csv", [{"url": url, "text": "x"} for url in urls])
     with pytest.raises(SystemExit, match="5 servers in a row cannot be reached, the last .*: is the network down"):

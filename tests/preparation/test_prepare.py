@@ -101,6 +101,6 @@ def test_if_no_picture_is_left_the_error_lists_the_reasons(tmp_path):
     folder = picture_folder(tmp_path / "pictures", 2)
     with pytest.raises(SystemExit) as stop:
         prepare(folder, tmp_path / "out", "--forbidden_concepts", "picture")
-    assert stop.value.code == "error: no picture is left of 2 rows: forbidden concept 2"  # exit code 1
+    assert stop.value.code == "error: no image is left of 2 rows: forbidden concept 2"  # exit code 1
     assert not (tmp_path / "out").exists()
     assert prepare(folder, tmp_path / "out")["kept"] == 2

@@ -104,6 +104,15 @@ def _warnings(attacks: Sequence[Attack], models: Sequence[AttackedModel]) -> Ite
 def control_warnings(attacks: Sequence[Attack], control: AttackedModel) -> Iterator[str]:
     """Attacks that fail on the unerased model as well, so that their failure on other models says nothing."""
     failed = [attack.label for attack in attacks if not any(one.broken for one in control.outcomes[attack.name])]
+    for attack in attacks:
+        outcomes = control.outcomes[attack.name]
+        shown = sum(one.before.succeeds for one in outcomes)
+        if shown and not attack.continues and not any(one.by_attack for one in outcomes):
+            yield (
+                f"{attack.label}: none of this attack's images shows the concept on {control.name}, the unerased model,"
+                f" although {shown} of {len(outcomes)} prompts do without the attack. It does not work there either, so"
+                " its failure on another model says nothing about the erasure."
+            )
     if failed:
         yield (
             f"{control.name}, the unerased model, shows the concept on no image, before or under the attack"

@@ -1,8 +1,8 @@
-"""Concept Inversion: a new word is learned on the erased model, from pictures, that means what was erased.
+"""Concept Inversion: a new word is learned on the erased model, from images, that means what was erased.
 
 Pham et al., Circumventing Concept Erasure Methods For Text-to-Image Generative Models, ICLR 2024, arXiv 2308.01508, by
 textual inversion (Gal et al., arXiv 2208.01618, equation 2): with all weights frozen, the one embedding v of the word
-minimises E || eps - eps_theta(z_t, t, c(v)) ||^2 over pictures of the concept.
+minimises E || eps - eps_theta(z_t, t, c(v)) ||^2 over images of the concept.
 
     attack = ConceptInversion("knife", InversionSettings(steps=200))  # "a knife" -> "a <inverted>"
 """
@@ -45,7 +45,7 @@ class ConceptInversion(Attack):
         settings ([`InversionSettings`], *optional*): How the word is learned.
         pictures (`str` or `Path`, *optional*): Folder of images of the concept. By default the original model
             generates them from the attacked prompts, with other seeds, and the prompts are their captions.
-        template (`str`, defaults to `"a photo of {}"`): Caption of the pictures in the folder.
+        template (`str`, defaults to `"a photo of {}"`): Caption of the images in the folder.
 
     Raises:
         `ValueError`: If the concept is blank or the template has no single `{}`.
@@ -119,13 +119,13 @@ class ConceptInversion(Attack):
             yield
 
     def _examples(self, target: Target, rows: Sequence[PromptRow]) -> tuple[list[Image.Image], list[str]]:
-        """Pictures, and their captions with the new word."""
+        """Images, and their captions with the new word."""
         if self.pictures is not None:
             images = read_pictures(self.pictures)
             return images, [self.template.replace("{}", TOKEN)] * len(images)
         folder, examples = target.folder / PICTURES_FOLDER, self._example_rows(rows)
         if target.is_original:
-            description = "pictures of the concept"
+            description = "images of the concept"
             generate(
                 target.pipeline,
                 examples,
@@ -150,7 +150,7 @@ class ConceptInversion(Attack):
 
 
 def square_side(settings: GenerationSettings) -> int | None:
-    """Height and width of the pictures that are learned from: those of the images; `None` for the model's own.
+    """Height and width of the images that the token is learned from: the settings'; `None` for the model's own.
 
     Raises:
         `ValueError`: If images are not square.
@@ -161,7 +161,7 @@ def square_side(settings: GenerationSettings) -> int | None:
 
 
 def read_pictures(folder: str | Path) -> list[Image.Image]:
-    """The pictures of a folder, upright and in RGB, in the order of their names.
+    """The images of a folder, upright and in RGB, in the order of their names.
 
     Raises:
         `ValueError`: If there are none, or one cannot be read.
@@ -169,7 +169,7 @@ def read_pictures(folder: str | Path) -> list[Image.Image]:
     folder = Path(folder)
     files = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
     if not files:
-        raise ValueError(f"inversion_pictures {folder}: no folder of pictures ({', '.join(SUFFIXES)})")
+        raise ValueError(f"inversion_pictures {folder}: no folder of images ({', '.join(SUFFIXES)})")
     images = []
     for path in files:
         try:

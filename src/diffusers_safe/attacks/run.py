@@ -22,7 +22,7 @@ from ..comparison.used_folder import check_models_of_folder, report_claim, say_w
 from ..generation.generate import generate
 from ..generation.rows import GenerationSettings, PromptRow, check_rows
 from ..metrics.base import Metric, check_once
-from ..output_folders import claimed
+from ..output_folders import check_output_dir, claimed
 from ..progress import ProgressCallback
 from ..report.builder import BLUR_CHOICES, PICTURES
 from ..report.results import Results, publish
@@ -91,6 +91,7 @@ def attack(
         `ValueError`: If something is missing or does not fit, `folder` holds images or a report of other models,
             prompts or settings, or another run uses it. What was generated until then is kept.
     """
+    check_output_dir(folder)
     folder, settings = Path(folder), settings or GenerationSettings()
     judge = check_attack(models, rows, attacks, metrics, scoring_batch_size)
     earlier = check_folder(models, rows, attacks, folder, settings, overwrite)

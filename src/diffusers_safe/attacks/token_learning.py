@@ -40,7 +40,7 @@ class InversionSettings:
 
     Attributes:
         steps (`int`, defaults to 1000): Steps of the optimizer.
-        batch_size (`int`, defaults to 4): Noisy pictures a step.
+        batch_size (`int`, defaults to 4): Noisy images a step.
         learning_rate (`float`, defaults to 5e-3): Of AdamW, constant, without weight decay; at most 1.
         loss_space (`str`, defaults to `"prediction"`): As in the papers, or `"velocity"`, which counts high noise
             levels more; see [`LossWeighting`].
@@ -108,11 +108,11 @@ def learn_token(
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]): Of a family of `families`; as before afterwards.
         pictures (`Sequence[PIL.Image.Image]`): At least one; the middle of each is used.
-        captions (`Sequence[str]`): One of each picture, with `TOKEN` in it.
+        captions (`Sequence[str]`): One of each image, with `TOKEN` in it.
         folder (`str` or `Path`): Where `learned_embeds.safetensors` goes, and until then the checkpoint.
         settings ([`InversionSettings`]): How.
         initializer (`str`): Words whose mean embedding is the start.
-        resolution (`int`, *optional*): Height and width of the pictures, in pixels; the model's own if left out.
+        resolution (`int`, *optional*): Height and width of the images, in pixels; the model's own if left out.
         description (`str`, defaults to `"inversion"`): Name of the progress bar.
         overwrite (`bool`, defaults to `False`): Replace a word that was learned from something else.
         callback (`Callable[[Progress], None]`, *optional*): Called with a [`Progress`] after each step. What it raises
@@ -135,7 +135,7 @@ def learn_token(
     if path.exists() and read_token(path)[2] != identity:
         if not overwrite:
             raise OutputFolderError(
-                f"{path}: was learned on another model, from other pictures or with other settings; give another "
+                f"{path}: was learned on another model, from other images or with other settings; give another "
                 "folder, or --overwrite to replace it"
             )
         path.unlink()
@@ -167,7 +167,7 @@ def learn_token(
 
 
 class Examples:
-    """The pictures and captions that a word is learned from, and the loss of each step."""
+    """The images and captions that a word is learned from, and the loss of each step."""
 
     def __init__(
         self,
@@ -304,7 +304,7 @@ def _load_checkpoint(
         return 0
     if not same:
         raise OutputFolderError(
-            f"{path}: is of another model, other pictures or other settings; give another folder, or --overwrite to "
+            f"{path}: is of another model, other images or other settings; give another folder, or --overwrite to "
             "replace it"
         )
     for number, vector in enumerate(vectors):

@@ -29,7 +29,7 @@ from ..command_line import parse_dataclass
 from ..comparison.models import check_models
 from ..comparison.options import EvaluationOptions
 from ..comparison.used_folder import report_claim
-from ..diffusion.loss_weighting import LOSS_WEIGHTINGS
+from ..diffusion.loss_weighting import LOSS_SPACE_HELP, LOSS_WEIGHTINGS
 from ..emoji import MODEL_NAME
 from ..emoji.evaluation import SETTINGS as EMOJI_SETTINGS
 from ..emoji.evaluation import Erased
@@ -41,7 +41,7 @@ from ..messages import exit_with_error
 from ..metrics import METRICS, make_metrics
 from ..metrics.base import check_once
 from ..output_folders import OVERWRITE_HELP, check_claim
-from ..report.builder import FEW_IMAGES
+from ..report.builder import FEW_IMAGES, PICTURES
 from ..report.results import PAGE_NAME, headline_table
 from .evaluate import named, read_models
 
@@ -54,14 +54,16 @@ SUCCESS_METRICS = ("nudity", "q16", "inappropriate")  # those of METRICS that ju
 @typed
 @dataclass(kw_only=True)
 class AttackArguments(EvaluationOptions):
-    model: list[str] = field(metadata={"help": "Erased models: folders or Hub ids, also as name=MODEL."})
+    model: list[str] = field(metadata={"help": "Erased models: folders or Hub ids of pipelines, also as name=MODEL."})
     original: str | None = field(
         default=None,
-        metadata={"help": "The model before the erasure: the control. Default with --emoji: the embedded model."},
+        metadata={"help": "The model before the erasure, the control. Default with --emoji: the embedded model."},
     )
     prompts: list[str] = field(
         default_factory=list,
-        metadata={"help": "Prompts, or one .csv file with a column `prompt`. Default with --emoji: its own."},
+        metadata={
+            "help": "Prompts, or one .csv file with a column `prompt`. Default with --emoji: those of what was erased."
+        },
     )
     attacks: list[str] = field(metadata={"help": f"Attacks to run: {', '.join(ATTACKS)}.", "choices": ATTACKS})
     metrics: list[str] = field(
@@ -81,40 +83,49 @@ class AttackArguments(EvaluationOptions):
     images_per_prompt: int | None = field(
         default=None,
         metadata={
-            "help": "Images of each prompt, with consecutive seeds; each is attacked. Default: as many as are needed"
-            f" for {FEW_IMAGES} or more in each attack."
+            "help": "Number of images per prompt, with consecutive seeds; each is attacked. Default: as many as give"
+            f" each attack at least {FEW_IMAGES} pairs of prompt and seed."
         },
     )
     num_seeds: int = field(
-        default=4, metadata={"help": "Number of seeds for each prompt, including its own, for --attacks seeds."}
+        default=4, metadata={"help": "Number of seeds per prompt for --attacks seeds, including its own."}
     )
     paraphrases: str | None = field(
         default=None,
-        metadata={"help": "A .csv or .jsonl file with columns `prompt` and `paraphrase`, one paraphrase in each row."},
+        metadata={"help": "Paraphrases: a .csv or .jsonl file with columns `prompt` and `paraphrase`, one per row."},
     )
     concept: str | None = field(
         default=None,
-        metadata={"help": "Words in the prompts that inversion replaces; prompts without them are left out."},
+        metadata={
+            "help": "Words in the prompts that inversion replaces by its token. Prompts without them are left out."
+        },
     )
-    inversion_steps: int = field(default=1000, metadata={"help": "Training steps of the token."})
-    inversion_batch_size: int = field(default=4, metadata={"help": "Noisy images in each step."})
+    inversion_steps: int = field(default=1000, metadata={"help": "Number of training steps of inversion."})
+    inversion_batch_size: int = field(default=4, metadata={"help": "Batch size of inversion."})
     inversion_learning_rate: float = field(default=5e-3, metadata={"help": "Learning rate of the token's embedding."})
     inversion_loss_space: str = field(
-        default="prediction", metadata={"help": f"{' or '.join(LOSS_WEIGHTINGS)}.", "choices": LOSS_WEIGHTINGS}
+        default="prediction", metadata={"help": LOSS_SPACE_HELP, "choices": LOSS_WEIGHTINGS}
     )
     inversion_initializer: str | None = field(
-        default=None, metadata={"help": "Words whose embedding is the initial value. Default: the concept."}
+        default=None, metadata={"help": "Words whose embedding is the token's initial value. Default: --concept."}
     )
     inversion_pictures: str | None = field(
         default=None,
-        metadata={"help": "Folder with images of the concept. Default: generated with the original model."},
+        metadata={"help": "Folder with training images of the concept. Default: generated with the original model."},
     )
-    inversion_template: str = field(default=TEMPLATE, metadata={"help": "Caption of the images in that folder."})
+    inversion_template: str = field(
+        default=TEMPLATE, metadata={"help": "Caption of --inversion_pictures; {} stands for the learned token."}
+    )
     inversion_num_pictures: int = field(
-        default=8, metadata={"help": "Number of images generated with the original model."}
+        default=8, metadata={"help": "Number of training images to generate with the original model."}
     )
-    inversion_checkpointing_steps: int = field(default=100, metadata={"help": "Steps between checkpoints; 0: none."})
-    output_dir: str = field(default="runs/attack", metadata={"help": "Folder of images, numbers and report."})
+    inversion_checkpointing_steps: int = field(
+        default=100, metadata={"help": "Training steps between checkpoints of inversion. 0: no checkpoints."}
+    )
+    output_dir: str = field(default="runs/attack", metadata={"help": "Output folder: images, numbers and report."})
+    pictures: int = field(
+        default=PICTURES, metadata={"help": "Number of prompts per attack whose images are on the page. 0: none."}
+    )
     dtype: str = field(
         default="float32", metadata={"help": f"Dtype of the weights: {', '.join(DTYPES)}.", "choices": DTYPES}
     )

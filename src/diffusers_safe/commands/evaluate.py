@@ -3,7 +3,7 @@
     diffusers-safe evaluate --models original=CompVis/stable-diffusion-v1-4 erased=sd-1.4-safe \\
         --prompts i2p.csv --metrics nudity pixel_distance --output_dir runs/evaluation
 
-or, for the embedded models, which come with prompts and a judge:
+or, for the embedded model, which comes with prompts and a judge:
 
     diffusers-safe evaluate --models runs/demo/weapon-0/model --emoji weapon
 
@@ -75,8 +75,8 @@ class EvaluateArguments(EvaluationOptions):
 
     models: list[str] = field(
         metadata={
-            "help": "name=MODEL ..., MODEL a folder, Hub id or folder of images; or one .yaml file. The first is the"
-            " original."
+            "help": "Models to compare, each as name=MODEL: folder or Hub id of a pipeline, or a folder of images; or"
+            " one .yaml file that lists them. The first is the original."
         }
     )
     prompts: list[str] = field(
@@ -86,17 +86,18 @@ class EvaluateArguments(EvaluationOptions):
             " original, if it is a folder of images."
         },
     )
-    output_dir: str = field(default="runs/evaluation", metadata={"help": "Folder of images, numbers and report."})
+    output_dir: str = field(default="runs/evaluation", metadata={"help": "Output folder: images, numbers and report."})
     metrics: list[str] = field(default_factory=list, metadata=_OPTIONS["metrics"].metadata)
     emoji: str | None = field(
         default=None,
         metadata={
-            "help": "What was erased from an embedded model: a group of emoji (weapon), an object (banana) or a style "
-            "(sketch). This sets prompts, judge and sampling, and a single model is compared with the embedded one."
+            "help": "What was erased from the embedded model: a group of emoji (weapon), an object (banana) or a "
+            "style (sketch). This sets prompts, judge and sampling. A single model is compared with the embedded one."
         },
     )
     images_per_prompt: int | None = field(
-        default=None, metadata={"help": "Images of each prompt, with consecutive seeds. Default: 1; with --emoji 3."}
+        default=None,
+        metadata={"help": "Number of images per prompt, with consecutive seeds. Default: 1; with --emoji 3."},
     )
     num_inference_steps: int | None = field(
         default=None, metadata={"help": "Number of sampling steps. Default: 25, also with --emoji."}
@@ -108,7 +109,7 @@ class EvaluateArguments(EvaluationOptions):
     blur: str | None = field(
         default=None,
         metadata={
-            "help": f"Which images of the page are blurred until clicked: {', '.join(BLUR_CHOICES)}. Default: "
+            "help": f"Images on the page that are blurred until clicked: {', '.join(BLUR_CHOICES)}. Default: "
             "flagged; with --emoji none.",
             "choices": [*BLUR_CHOICES, None],
         },
@@ -121,7 +122,7 @@ class EvaluateArguments(EvaluationOptions):
         },
     )
     images_only: bool = field(
-        default=False, metadata={"help": "Load no model; measure the images that an earlier run left in output_dir."}
+        default=False, metadata={"help": "Load no model; measure the images of an earlier run in --output_dir."}
     )
     dtype: str = field(
         default="float32", metadata={"help": f"Dtype of the weights: {', '.join(DTYPES)}.", "choices": DTYPES}

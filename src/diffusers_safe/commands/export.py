@@ -1,15 +1,15 @@
-"""Saves an erased model as something else, or what another program erased as something that loads everywhere.
+"""Converts an erased model, of this package or of another tool, to another format.
 
     diffusers-safe export runs/knife --to lora --rank 16 --output_dir runs/knife-lora
     diffusers-safe export esd-dog-from-dog-esdx.safetensors --base_model user/base --to full --output_dir runs/dog
 
-The source is a file, a folder or a Hub id: a whole pipeline, a denoiser, a file of erased weights (of this package, or
-of ESD, 2023 and 2025), a CompVis checkpoint, a LoRA. An erasure.json is written with the result.
+The source is a file, a folder or a Hub id: a whole pipeline, a denoiser, a file of changed weights (of this package,
+or of ESD, 2023 and 2025), a CompVis checkpoint, a LoRA. An erasure.json is written with the result.
 
   full     a stock pipeline folder
-  DENOISER the whole denoiser, a stock diffusers folder, by its name in the pipeline
-  partial  the changed weights alone, with the base model's fingerprint
-  lora     for load_lora_weights of a stock pipeline; its error is printed
+  DENOISER the whole denoiser, a stock diffusers folder
+  partial  the changed weights only, with the base model's fingerprint
+  lora     for load_lora_weights of a stock pipeline; the approximation error is printed
 """
 
 from pathlib import Path

@@ -29,8 +29,8 @@ from ..pipelines.guidance import SAFETY_CONFIGS
 
 
 PRESET_HELP = (
-    "smoke (8 prompts, 10 steps), quick (200 prompts, 25 steps) or paper (all prompts, 10 images of each, 50 steps: "
-    "SLD's protocol for I2P). Explicit options override the preset."
+    "Number of prompts, images and steps: smoke (8 prompts, 10 steps), quick (200 prompts, 25 steps) or paper (all "
+    "prompts, 10 images of each, 50 steps: SLD's protocol for I2P). Explicit options override the preset."
 )
 PRESETS = {
     "smoke": {"max_prompts": 8, "images_per_prompt": 1, "num_inference_steps": 10},
@@ -48,8 +48,11 @@ class GenerateArguments(PromptOptions):
         default=None,
         metadata={"help": PRESET_HELP, "choices": PRESETS},
     )
-    model: str = field(default=MODEL_NAME, metadata={"help": "Folder, Hub id, or name of an embedded model."})
-    output_dir: str = field(default="runs/generate", metadata={"help": "Folder of the images."})
+    model: str = field(
+        default=MODEL_NAME,
+        metadata={"help": "Folder or Hub id of a diffusers pipeline, or emoji, the embedded model."},
+    )
+    output_dir: str = field(default="runs/generate", metadata={"help": "Output folder: images and their manifest."})
     safety: str | None = field(
         default=None,
         metadata={
@@ -58,20 +61,21 @@ class GenerateArguments(PromptOptions):
         },
     )
     safety_concept: str | None = field(
-        default=None, metadata={"help": "What to steer away from. Default: the pipeline's, or the paper's list."}
+        default=None,
+        metadata={"help": "Concept that SLD steers away from. Default: that of a safe pipeline, or the paper's list."},
     )
     negative_prompt: str | None = field(
-        default=None, metadata={"help": "Replaces the empty prompt of classifier-free guidance."}
+        default=None, metadata={"help": "Negative prompt, instead of the empty prompt of classifier-free guidance."}
     )
     lora: str | None = field(default=None, metadata={"help": "File, folder or Hub id of a LoRA."})
-    lora_scale: float = field(default=1.0, metadata={"help": "Scale of the LoRA."})
+    lora_scale: float = field(default=1.0, metadata={"help": "Scale of --lora."})
     editing_prompt: list[str] = field(
         default_factory=list, metadata={"help": "Concepts that semantic guidance (SEGA) steers away from."}
     )
-    edit_guidance_scale: float = field(default=5.0, metadata={"help": "Guidance scale of SEGA."})
+    edit_guidance_scale: float = field(default=5.0, metadata={"help": "Guidance scale of SEGA (--editing_prompt)."})
     edit_warmup_steps: int = field(default=10, metadata={"help": "Steps in which SEGA changes nothing."})
     edit_threshold: float = field(
-        default=0.9, metadata={"help": "Share of the elements that SEGA does not change, in [0, 1]."}
+        default=0.9, metadata={"help": "Share of the latent's elements that SEGA does not change, in [0, 1]."}
     )
     num_inference_steps: int = field(default=25, metadata={"help": "Number of sampling steps."})
     guidance_scale: float = field(
@@ -81,7 +85,7 @@ class GenerateArguments(PromptOptions):
     width: int | None = field(default=None, metadata={"help": "Width in pixels. Default: the model's."})
     safety_checker: bool = field(
         default=True,
-        metadata={"help": "Use the model's safety checker, if any, which blackens flagged images."},
+        metadata={"help": "Use the model's safety checker, if it has one. It makes flagged images black."},
     )
     batch_size: int = field(default=4, metadata={"help": "Number of images generated at once."})
     revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})

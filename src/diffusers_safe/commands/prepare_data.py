@@ -1,14 +1,14 @@
-"""Prepares training data: writes a table of captions and URLs, or a folder of pictures, to shards for load_dataset.
+"""Prepares training data: writes a table of captions and URLs, or a folder of images, to shards for load_dataset.
 
     diffusers-safe prepare-data laion.parquet --url_column URL --caption_column TEXT \\
         --aesthetic_column AESTHETIC_SCORE --min_aesthetic 6 --min_side 512 --max_aspect_ratio 2 --resize 512 \\
         --forbidden_concepts concepts.txt --output_dir data/laion
     diffusers-safe prepare-data photos --format parquet --output_dir data/photos
 
-The source is a table (.parquet, .csv, .jsonl, or a pattern of several), a folder of pictures with captions
-(metadata.csv or .jsonl with a column file_name, or a .txt file next to each picture), a folder of WebDataset tar files
-(such as img2dataset writes), or a dataset on the Hugging Face Hub. The number of dropped rows by reason is printed and
-written to report.json. A stopped run continues when the same command is started again.
+The source is a table (.parquet, .csv, .jsonl, or a pattern of several), a folder of images with captions (in a
+metadata.csv, .jsonl or .parquet with a column file_name, or in a .txt file next to each image), a folder of WebDataset
+tar files (such as img2dataset writes), or a dataset on the Hugging Face Hub. The number of dropped rows by reason is
+printed and written to report.json. A stopped run continues when the same command is started again.
 """
 
 import warnings
@@ -35,20 +35,21 @@ from ..preparation import (
 
 @dataclass
 class PrepareDataOptions(OptionGroups):
-    source: str = required("Table, folder of pictures or dataset on the Hub. The name --source may be omitted.")
-    output_dir: str = required("Folder for the shards: new or empty.")
+    source: str = required("Table, folder of images or dataset on the Hub. The name --source may be omitted.")
+    output_dir: str = required("Folder for the shards: new or empty, or that of a stopped run of the same command.")
     filters: Filters = group("filters")
     shards: ShardSettings = group("shards")
     downloads: DownloadSettings = group("downloads")
-    url_column: str | None = option(None, "Column of URLs of a table or dataset. Default: url.")
+    url_column: str | None = option(None, "Column of the URLs in a table or dataset. Default: url.")
     caption_column: str | None = option(
-        None, "Column of captions, default: text. For tar files a field of the .json files, default: .txt files."
+        None,
+        "Column of the captions. Default: text. For tar files, a field of the .json files. Default: the .txt files.",
     )
-    aesthetic_column: str | None = option(None, "Column of scores, for --min_aesthetic.")
+    aesthetic_column: str | None = option(None, "Column of the aesthetic scores, for --min_aesthetic.")
     split: str | None = option(
-        None, 'Split of a table or dataset, default: train. "train[:1000]" takes the first thousand rows.'
+        None, 'Split of a table or dataset; "train[:1000]" takes the first thousand rows. Default: train.'
     )
-    dataset_config_name: str | None = option(None, "Configuration of a dataset on the Hub.")
+    dataset_config_name: str | None = option(None, "Configuration of a dataset on the Hub, if it has several.")
     overwrite: bool = option(False, OVERWRITE_HELP)
 
 

@@ -1,6 +1,6 @@
 """Uploads an erased model or a student to the Hugging Face Hub, as --push_to_hub does at the end of a training.
 
-    diffusers-safe push runs/sd-1.4-safe --hub_model_id user/sd-1.5-safe
+    diffusers-safe push runs/sd-1.4-safe --hub_model_id user/sd-1.4-safe
 
 The model card is written again, unless you edited it. Evaluate the model first to have the results on the card. If the
 Hub cannot be reached or refuses the upload, the exit code is 3.
@@ -18,12 +18,16 @@ from ..output_folders import OVERWRITE_HELP, check_claim, claimed
 @typed
 @dataclass
 class PushArguments:
-    folder: str = required("Output folder of a training run. The name --folder may be omitted.")
-    hub_model_id: str | None = option(None, "user/name, or a name in your account. Default: the name of the folder.")
-    hub_token: str | None = option(None, "Default: HF_TOKEN, or the token of `hf auth login`.", secret=True)
-    hub_private: bool = option(False, "Make a new repository private.")
+    folder: str = required("Folder of an erased model or a student. The name --folder may be omitted.")
+    hub_model_id: str | None = option(
+        None, "Repository on the Hub: user/name, or a name in your own account. Default: the name of the folder."
+    )
+    hub_token: str | None = option(
+        None, "Token for the Hub. Default: HF_TOKEN, or the one of `hf auth login`.", secret=True
+    )
+    hub_private: bool = option(False, "Make the repository private if it is new.")
     benchmark: str | None = option(None, "Id of the benchmark dataset on the Hub whose prompts were evaluated.")
-    benchmark_tasks: list[str] = option([], "Metric of each task of the benchmark: QUANTITY=TASK_ID ...")
+    benchmark_tasks: list[str] = option([], "Metric for each task of --benchmark: QUANTITY=TASK_ID ...")
     overwrite: bool = option(False, OVERWRITE_HELP)
 
 

@@ -4,10 +4,10 @@
     diffusers-safe students --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4  # not run here
     diffusers-safe students --teacher emoji --student bk-tiny --output_dir runs/emoji-tiny
 
-The table is counted from configs, no weights are read: parameters; multiply-accumulates of a forward of one sample at
-the model's own resolution (convolutions, linear layers, attention); the size of the weights in half precision. With
---student and --output_dir the teacher's pipeline is written with the student in place of its denoiser, a stock
-pipeline folder: what distillation begins with. Before that its images are not usable.
+The table is computed from configs, no weights are read: parameters; multiply-accumulates of a forward pass of one
+sample at the model's own resolution (convolutions, linear layers, attention); size of the weights in half precision.
+With --student and --output_dir, the teacher's pipeline is saved with the student in place of its denoiser, as a stock
+pipeline folder. Its images are not usable before the student is trained.
 """
 
 from dataclasses import dataclass, field
@@ -52,20 +52,22 @@ class StudentsArguments:
     teacher: str | None = field(
         default=None,
         metadata={
-            "help": f"A teacher that is known by name: {', '.join(TEACHERS)}; all of them if none is given.",
+            "help": f"The teacher, by name: {', '.join(TEACHERS)}. Default: a table for each of them.",
             "choices": TEACHERS,
         },
     )
     student: str | None = field(
         default=None,
         metadata={
-            "help": f"Which one to write: {', '.join([*STUDENTS, *ALIASES])}. Needs --output_dir.",
+            "help": f"Student to save in --output_dir: {', '.join([*STUDENTS, *ALIASES])}.",
             "choices": [*STUDENTS, *ALIASES],
         },
     )
-    output_dir: str | None = field(default=None, metadata={"help": "Where the student's pipeline goes."})
-    revision: str | None = field(default=None, metadata={"help": "Of the model on the Hub."})
-    variant: str | None = field(default=None, metadata={"help": "Of the weight files, such as fp16."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for the pipeline of --student."})
+    revision: str | None = field(default=None, metadata={"help": "Revision of the teacher on the Hub."})
+    variant: str | None = field(
+        default=None, metadata={"help": "Variant of the teacher's weight files, such as fp16."}
+    )
 
     overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
 

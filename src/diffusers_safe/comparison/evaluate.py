@@ -21,7 +21,7 @@ from ..generation.generate import generate
 from ..generation.processes import launched_processes
 from ..generation.rows import GenerationSettings, PromptRow, check_rows, different_images
 from ..metrics.base import Metric, check_once
-from ..output_folders import claimed
+from ..output_folders import check_output_dir, claimed
 from ..progress import ProgressCallback
 from ..provenance import write_text
 from ..report.builder import BLUR_CHOICES, PICTURES
@@ -96,6 +96,7 @@ def evaluate(
             is one model, no metric applies to these images, images or an earlier report in `folder` are of other
             models, prompts or settings, or a file is broken. What was generated and scored until then is kept.
     """
+    check_output_dir(folder)
     folder, settings = Path(folder), settings or GenerationSettings()
     blur = choose("blur", blur, BLUR_CHOICES)
     if images_only:

@@ -21,11 +21,11 @@ class EvaluationOptions(PromptOptions, MetricOptions):
 
     metrics: list[str] = field(
         metadata={
-            "help": f"What to measure: {', '.join(METRICS)}; or your own as module:name, a Metric or a function that"
-            " makes one."
+            "help": f"Metrics: {', '.join(METRICS)}; or your own as module:name, a Metric or a function that returns"
+            " one."
         }
     )
-    title: str = field(default="", metadata={"help": "Title of the page."})
+    title: str = field(default="", metadata={"help": "Title of the report."})
     num_inference_steps: int = field(default=25, metadata={"help": "Number of sampling steps."})
     guidance_scale: float = field(
         default=7.5, metadata={"help": "Scale of classifier-free guidance; at 1 or less it is off."}
@@ -37,13 +37,16 @@ class EvaluationOptions(PromptOptions, MetricOptions):
     blur: str = field(
         default="flagged",
         metadata={
-            "help": f"Which images of the page are blurred until clicked: {', '.join(BLUR_CHOICES)}.",
+            "help": f"Images on the page that are blurred until clicked: {', '.join(BLUR_CHOICES)}.",
             "choices": BLUR_CHOICES,
         },
     )
     pictures: int = field(
         default=PICTURES,
-        metadata={"help": "Images of each model on the page, of the erased concept and of other concepts each."},
+        metadata={
+            "help": "Number of images per model on the page, for the erased concept and for other concepts separately."
+            " 0: none."
+        },
     )
 
     def __post_init__(self):

@@ -8,6 +8,10 @@ from .noise import FLOW, prediction_type
 
 
 LOSS_WEIGHTINGS = ("prediction", "velocity")
+LOSS_SPACE_HELP = (
+    "Per-timestep loss weights: prediction (no weights: squared errors of the model's own output, as in the papers) "
+    "or velocity (squared errors of the velocity, which gives high noise levels more weight)."
+)
 
 
 class LossWeighting:

@@ -49,7 +49,7 @@ def picture_generator(seed: int, number: int) -> torch.Generator:
 def choose_caption(
     captions: list[str], generator: torch.Generator | None = None, proportion_empty_prompts: float = 0.0
 ) -> str:
-    """One of a picture's captions at random, the first without a generator; `""` in this share of the cases."""
+    """One of an image's captions at random, the first without a generator; `""` in this share of the cases."""
     if generator is None:
         return captions[0]
     if proportion_empty_prompts and torch.rand((), generator=generator) < proportion_empty_prompts:

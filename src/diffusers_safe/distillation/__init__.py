@@ -1,1 +1,1 @@
-"""Distillation: students with fewer blocks, trained on their teacher and on pictures (`train_distill.py`)."""
+"""Distillation: students with fewer blocks, trained on their teacher and on images (`train_distill.py`)."""

@@ -19,7 +19,7 @@ from .options import DataOptions, DistillationOptions
 
 
 def open_rows(data: DataOptions, cache_dir: str | None, seed: int) -> CaptionedImages:
-    """The pictures and captions of a run.
+    """The images and captions of a run.
 
     Raises:
         `ValueError`: If there are none, or a column is missing.

@@ -1,4 +1,4 @@
-"""The loop of distillation: noisy pictures, what student and teacher make of them, and the terms of the loss."""
+"""The loop of distillation: noisy images, what student and teacher make of them, and the terms of the loss."""
 
 from contextlib import nullcontext
 
@@ -24,7 +24,7 @@ HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class DistillationLoop(TrainingLoop):
-    """Trains a student on pictures and on its teacher; `run` leaves the published weights in the student.
+    """Trains a student on images and on its teacher; `run` leaves the published weights in the student.
 
     The teacher is frozen, outside `accelerator.prepare`, and in half precision where the run's is.
 
@@ -32,7 +32,7 @@ class DistillationLoop(TrainingLoop):
         accelerator (`Accelerator`): Devices, processes, mixed precision.
         teacher (`ModelFamily`): Whose denoiser teaches.
         student (`ModelFamily`): Whose denoiser is trained in place; the rest of its pipeline is the teacher's.
-        data (`LatentSource`): Latents of pictures, and their encoded captions.
+        data (`LatentSource`): Latents of images, and their encoded captions.
         options (`DistillationOptions`): Everything else.
 
     Attributes:

@@ -13,11 +13,12 @@ from ..diffusion.loss_weighting import LossWeighting
 from ..diffusion.noise import TARGETS, TIMESTEP_BIASES, NoiseSchedule, TimestepBias
 from ..diffusion.trajectories import Trajectories
 from ..families import StoredModel, denoiser_names, stored_denoiser
-from ..families.students import STUDENTS, empty_student, resolve_student
+from ..families.students import ALIASES, STUDENTS, empty_student, resolve_student
 from ..model_files import find_variant
 from ..output_folders import OutputFolderError, check_output_dir
 from ..report.results import RESULTS_NAME
 from ..training.job import TrainingOptions
+from ..training.options import SamplingOptions
 from ..training.pictures import INTERPOLATION_MODES
 from ..weights.lora import layers_to_adapt
 from ..weights.trained import select_parameters
@@ -26,31 +27,33 @@ from .evaluation import read_evaluation
 from .objective import FEATURE_MAPS, DistillationObjective, feature_pairs
 
 
+_OF_SDD = ("sampling_guidance_scale", "sampling_fraction", "latents_per_trajectory")  # options of --sdd_weight
+
+
 @dataclass(kw_only=True)
 class StudentOptions:
     """The smaller model."""
 
     student: str | None = option(
         None,
-        f"What is built of the teacher's blocks: {', '.join(STUDENTS)} (aliases sd_small, sd_tiny).",
+        f"Student architecture, initialised with the teacher's weights: {', '.join(STUDENTS)} (aliases: "
+        f"{', '.join(f'{alias} is {name}' for alias, name in ALIASES.items())}).",
         essential=True,
     )
     from_student: str | None = option(
         None,
-        "Go on from this student instead: a folder or Hub id with its denoiser, such as an earlier output_dir.",
+        "Start from an existing student instead of --student: folder or Hub id, such as an earlier output_dir.",
         essential=True,
         may_change=True,
     )
-    student_revision: str | None = option(
-        None, "Its revision on the Hub; --revision is the teacher's.", may_change=True
-    )
+    student_revision: str | None = option(None, "Revision of --from_student on the Hub.", may_change=True)
     student_variant: str | None = option(
-        None, "Its variant, such as fp16; --variant is the teacher's.", may_change=True
+        None, "Variant of the weight files of --from_student, such as fp16.", may_change=True
     )
 
     def __post_init__(self):
         if (self.student is None) == (self.from_student is None):
-            raise ValueError("student: give either --student, what is to be built, or --from_student, to go on from")
+            raise ValueError("student: give either --student, an architecture, or --from_student, an existing student")
         if self.student is not None:
             self.student = resolve_student(self.student)
 
@@ -65,51 +68,61 @@ class DataOptions:
     """Images with captions."""
 
     dataset_name: str | None = option(
-        None, "Hub id of a dataset of pictures with captions, or its folder.", essential=True
+        None, "Training data: Hub id of a dataset of images with captions, or a local copy of it.", essential=True
     )
-    dataset_config_name: str | None = option(None, "Its configuration, if it has several.")
-    dataset_split: str = option("train", "Its split.")
+    dataset_config_name: str | None = option(None, "Configuration of --dataset_name, if it has several.")
+    dataset_split: str = option("train", "Split of the training data.")
     train_data_dir: str | None = option(
         None,
-        "A folder instead: pictures with a metadata.csv or .jsonl or a .txt file next to each, parquet files, tar"
-        " files of a webdataset, or what img2dataset writes.",
+        "Local training data, instead of --dataset_name: a folder of images with captions in metadata.csv, .jsonl or "
+        ".parquet or in a .txt file next to each image, of parquet files, or of WebDataset tar files (such as "
+        "img2dataset writes).",
         essential=True,
         may_change=True,
     )
     image_column: str | None = option(
-        None, "The column of the pictures; default image, jpg, png, ..., whichever it has."
+        None, "Column of the images. Default: image, jpg, png, ..., the first that exists."
     )
     caption_column: str | None = option(
         None,
-        "The column of the captions: a text, or several of which one is chosen at random. Default: text, txt or "
-        "caption, whichever there is.",
+        "Column of the captions: a text, or a list of texts of which one is chosen at random. Default: text, txt or "
+        "caption, the first that exists.",
     )
     max_train_samples: int | None = option(
-        None, "Number of samples to use, chosen at random; of a stream the first ones. Default: all.", at_least=1
+        None, "Number of samples to use, chosen at random; with --streaming, the first ones. Default: all.", at_least=1
     )
-    streaming: bool = option(False, "Read the samples as they come instead of all before; shuffled in part only.")
+    streaming: bool = option(
+        False, "Stream the dataset instead of downloading it first. Samples are shuffled in blocks only."
+    )
     forbidden_concepts: list[str] = option(
-        [], "Samples whose captions name one of these are left out (names, or one .txt file).", essential=True
+        [],
+        "Leave out samples whose captions name one of these concepts: names, or a .txt file with one per line.",
+        essential=True,
     )
-    center_crop: bool = option(False, "Crop the center of an image; otherwise a random crop.")
-    random_flip: bool = option(False, "Mirror pictures, left to right, half of the time.")
+    center_crop: bool = option(False, "Crop the center of each image instead of a random part.")
+    random_flip: bool = option(False, "Flip images horizontally, with probability 0.5.")
     image_interpolation_mode: str = option(
-        "lanczos", f"Of resizing: {', '.join(INTERPOLATION_MODES)}.", INTERPOLATION_MODES
+        "lanczos", f"Interpolation when images are resized: {', '.join(INTERPOLATION_MODES)}.", INTERPOLATION_MODES
     )
     dataloader_num_workers: int = option(
-        0, "Threads that read pictures ahead; they change no result.", at_least=0, may_change=True
+        0, "Number of threads that load images in advance. It does not change results.", at_least=0, may_change=True
     )
     cache_latents: bool = option(
         False,
-        "Run the autoencoder and the text encoders once, ahead, and keep what they give on disk; needs center_crop, "
-        "or square pictures.",
+        "Encode all images and captions once before training and store the results on disk. Needs --center_crop or "
+        "square images.",
         may_change=True,
     )
     cache_folder: str | None = option(
-        None, "Where; default the folder cache in the output folder. Other runs may share it.", may_change=True
+        None,
+        "Folder for --cache_latents. Several runs can share it. Default: cache in the output folder.",
+        may_change=True,
     )
     proportion_empty_prompts: float = option(
-        0.0, "Share of samples without their caption, for classifier-free guidance; in [0, 1].", at_least=0, at_most=1
+        0.0,
+        "Share of captions that are replaced by an empty one, for classifier-free guidance; in [0, 1].",
+        at_least=0,
+        at_most=1,
     )
 
     def __post_init__(self):
@@ -120,27 +133,36 @@ class DataOptions:
         if self.cache_folder is not None and not self.cache_latents:
             raise ValueError(f"cache_folder {self.cache_folder}: needs --cache_latents")
         if self.cache_latents and self.streaming:
-            raise ValueError("cache_latents: keeps all samples, --streaming none; give one of them")
+            raise ValueError("cache_latents: stores all samples, --streaming stores none; give only one of them")
 
 
 @dataclass(kw_only=True)
 class LossOptions:
     """The terms of the loss."""
 
-    task_weight: float = option(1.0, "Weight of the error against the noise itself.", at_least=0)
-    output_weight: float = option(1.0, "Weight of the error against the teacher's prediction.", at_least=0)
-    feature_weight: float = option(1.0, "Weight of the errors against the teacher's feature maps.", at_least=0)
-    feature_map: str = option("bk", f"Which feature maps: {', '.join(FEATURE_MAPS)} (docs/methods.md).", FEATURE_MAPS)
+    task_weight: float = option(
+        1.0, "Weight of the task loss: the student's prediction against the noise.", at_least=0
+    )
+    output_weight: float = option(
+        1.0, "Weight of the output loss: the student's prediction against the teacher's.", at_least=0
+    )
+    feature_weight: float = option(
+        1.0, "Weight of the feature loss: the student's feature maps against the teacher's.", at_least=0
+    )
+    feature_map: str = option(
+        "bk", f"Feature maps of the feature loss: {', '.join(FEATURE_MAPS)} (see docs/methods.md).", FEATURE_MAPS
+    )
     sdd_weight: float = option(
         0.0,
-        "Weight of the loss of SDD on the student, for forbidden_concepts: their predictions move to the "
-        "unconditional one.",
+        "Weight of an SDD loss that erases --forbidden_concepts from the student. 0: off.",
         at_least=0,
     )
     prediction_type: str | None = option(
-        None, f"What the student is to predict, {' or '.join(TARGETS)}; default as its teacher.", TARGETS
+        None, f"What the student predicts: {' or '.join(TARGETS)}. Default: as the teacher.", TARGETS
     )
-    snr_gamma: float | None = option(None, "Weigh the task's errors as Min-SNR does; 5.0 there.", above=0)
+    snr_gamma: float | None = option(
+        None, "Min-SNR gamma for the task loss (arXiv 2303.09556 uses 5.0). Default: no weighting.", above=0
+    )
 
     def __post_init__(self):
         self.objective()
@@ -155,12 +177,17 @@ class NoiseOptions:
 
     timestep_bias_strategy: str = option(
         "none",
-        f"Which timesteps are sampled more often: {', '.join(TIMESTEP_BIASES)}, as in diffusers.",
+        f"Timesteps that are sampled more often: {', '.join(TIMESTEP_BIASES)}; as in diffusers' training examples.",
         TIMESTEP_BIASES,
     )
-    timestep_bias_multiplier: float = option(1.0, "How many times as often.", at_least=0)
+    timestep_bias_multiplier: float = option(
+        1.0, "How much more often the timesteps of --timestep_bias_strategy are sampled.", at_least=0
+    )
     timestep_bias_portion: float = option(
-        0.25, "The first or last share of timesteps that is meant; in (0, 1).", above=0, below=1
+        0.25,
+        "Fraction of the timesteps that --timestep_bias_strategy earlier or later selects, in (0, 1).",
+        above=0,
+        below=1,
     )
 
     def __post_init__(self):
@@ -181,19 +208,19 @@ class NoiseOptions:
 
 @dataclass(kw_only=True)
 class ResultOptions:
-    """The student that is published, and what is reported of it."""
+    """Which weights are the result, and its evaluation."""
 
-    use_ema: bool = option(False, "The result is an average of the student's weights.")
+    use_ema: bool = option(False, "Save an exponential moving average (EMA) of the student's weights.")
     ema_decay: float = option(
         0.9999,
-        "Decay of that average; smaller in the first steps: (1 + n) / (10 + n).",
+        "Decay of the EMA of --use_ema, at most (1 + n) / (10 + n) in step n.",
         at_least=0,
         below=1,
     )
     evaluation: str | None = option(
         None,
-        "At the end compare student, teacher and, of an erased teacher, the model before: a YAML file with the "
-        "options of `diffusers-safe evaluate` except models and output_dir.",
+        "After training, compare the student, the teacher and, if the teacher is an erased model, the model before "
+        "the erasure. A YAML file with options of `diffusers-safe evaluate`, without models and output_dir.",
         may_change=True,
     )
 
@@ -224,6 +251,18 @@ class DistillationOptions(TrainingOptions):
     KEEPS_FROZEN: ClassVar[bool] = False
     LORA_SAVES: ClassVar[tuple[str, ...]] = ("full",)  # an adapter is useless without the student
 
+    @classmethod
+    def helps(cls) -> dict[str, str]:
+        sampling = declared_options(SamplingOptions)
+        return {
+            **super().helps(),
+            "pretrained_model_name_or_path": "The teacher: Hub id or folder of a diffusers pipeline.",
+            "revision": "Revision of the teacher on the Hub.",
+            "variant": "Variant of the teacher's weight files, such as fp16.",
+            "num_inference_steps": "Sampling steps of validation images, and of trajectories with --sdd_weight.",
+            **{name: f"{sampling[name].facts['help']} Only with --sdd_weight." for name in _OF_SDD},
+        }
+
     def __post_init__(self):
         super().__post_init__()
         self._check_unused()
@@ -246,9 +285,7 @@ class DistillationOptions(TrainingOptions):
             "student_variant": (continued, "--from_student"),
             "feature_map": (self.loss.feature_weight > 0, "a --feature_weight above 0"),
             "snr_gamma": (self.loss.task_weight > 0, "a --task_weight above 0"),
-            "sampling_guidance_scale": (sdd, "--sdd_weight"),
-            "sampling_fraction": (sdd, "--sdd_weight"),
-            "latents_per_trajectory": (sdd, "--sdd_weight"),
+            **dict.fromkeys(_OF_SDD, (sdd, "--sdd_weight")),
         }
         declared, values = declared_options(type(self)), self.flat
         for name, (met, need) in needs.items():

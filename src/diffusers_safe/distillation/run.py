@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-import os
 from typing import Any
 
 import torch
@@ -19,10 +18,10 @@ from ..families.cost import macs
 from ..families.students import build_student
 from ..generation.generate import GenerationSettings
 from ..hub import push_or_exit, push_result
-from ..messages import exit_with_error, is_first_process
+from ..messages import exit_with_error, is_first_process, num_launched
 from ..progress import ProgressCallback
 from ..provenance import Distillation, erasure_of, stored_path
-from ..training.environment import make_accelerator, random_states_kept, restore_forward
+from ..training.environment import make_accelerator, restore_forward
 from ..training.options import ModelOptions
 from ..training.output import save_student
 from ..training.pictures import CaptionedImages
@@ -74,7 +73,7 @@ def distill(
     if settings.output.dry_run:
         raise ValueError("dry_run: only for the command line")
     settings.check_surroundings()
-    with random_states_kept(), settings.claimed_output():
+    with isolated_from_caller(), settings.claimed_output():
         accelerator = make_accelerator(settings)
         pipeline = _run(accelerator, settings, progress_bar, callback)
     if (hub := settings.hub).push_to_hub and accelerator.is_main_process:
@@ -88,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     output, hub = options.output, options.hub
     if output.dry_run:
         if is_first_process():
-            print(make_plan(options, int(os.environ.get("WORLD_SIZE", "1"))))
+            print(make_plan(options, num_launched()))
         return
     with options.claimed_output():
         accelerator = make_accelerator(options)

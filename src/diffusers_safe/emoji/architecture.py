@@ -122,9 +122,9 @@ def _text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """An autoencoder from 64 x 64 x 3 pictures to 16 x 16 x 8 latents.
+    """An autoencoder from 64 x 64 x 3 images to 16 x 16 x 8 latents.
 
-    With four channels, as in Stable Diffusion, outlines and colors of such small pictures are lost.
+    With four channels, as in Stable Diffusion, outlines and colors of such small images are lost.
     """
     return AutoencoderKL(
         sample_size=64,

@@ -1,4 +1,4 @@
-"""The judges of the embedded models: two classifiers of different architectures for pictures of emoji."""
+"""The judges of the embedded models: two classifiers of different architectures for images of emoji."""
 
 import json
 from pathlib import Path
@@ -25,10 +25,10 @@ _WEIGHTS = "model.safetensors"
 
 
 class EmojiClassifier(nn.Module):
-    """Classifies object, group, style and background of 64 x 64 pictures.
+    """Classifies object, group, style and background of 64 x 64 images.
 
-    Object and group have the additional class `"nothing"` for pictures without a recognisable object. Without this
-    class, a judge would recognise a weapon in one of twelve ruined pictures, because 5 of 60 objects are weapons.
+    Object and group have the additional class `"nothing"` for images without a recognisable object. Without this
+    class, a judge would recognise a weapon in one of twelve ruined images, because 5 of 60 objects are weapons.
 
     Args:
         width (`int`, defaults to 24): Number of channels of the first level.
@@ -60,11 +60,11 @@ class EmojiClassifier(nn.Module):
         return nn.Sequential(*layers), channels[-1]
 
     def features(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Pictures `(B, 3, 64, 64)` in [0, 1] to features `(B, 4 * width)`."""
+        """Images `(B, 3, 64, 64)` in [0, 1] to features `(B, 4 * width)`."""
         return self.levels(pictures)[-1].mean(dim=(2, 3))
 
     def levels(self, pictures: torch.Tensor) -> list[torch.Tensor]:
-        """Pictures `(B, 3, 64, 64)` in [0, 1] to four feature maps, 32, 16, 8 and 4 pixels wide."""
+        """Images `(B, 3, 64, 64)` in [0, 1] to four feature maps, 32, 16, 8 and 4 pixels wide."""
         _check_pictures(pictures)
         hidden, levels = pictures * 2 - 1, []
         for start in range(0, len(self.stem), LAYERS_PER_LEVEL):
@@ -73,23 +73,23 @@ class EmojiClassifier(nn.Module):
         return levels
 
     def forward(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Pictures `(B, 3, 64, 64)` in [0, 1] to logits `(B, number of labels)` of each head."""
+        """Images `(B, 3, 64, 64)` in [0, 1] to logits `(B, number of labels)` of each head."""
         features = self.features(pictures)
         return {head: layer(features) for head, layer in self.heads.items()}
 
     @torch.inference_mode()
     def classify(self, pictures: np.ndarray, batch_size: int = 256) -> dict[str, list[str]]:
-        """Classifies pictures.
+        """Classifies images.
 
         Args:
             pictures (`np.ndarray`): `(N, 64, 64, 3)`, `uint8`.
-            batch_size (`int`, defaults to 256): Number of pictures per batch.
+            batch_size (`int`, defaults to 256): Number of images per batch.
 
         Returns:
-            `dict[str, list[str]]`: The most likely label of each picture, for each head of `HEADS`.
+            `dict[str, list[str]]`: The most likely label of each image, for each head of `HEADS`.
 
         Raises:
-            `ValueError`: If the pictures have another type or shape.
+            `ValueError`: If the images have another type or shape.
         """
         if pictures.dtype != np.uint8:
             raise ValueError(f"pictures are {pictures.dtype}; the classifier takes uint8, 0 to 255")
@@ -129,7 +129,7 @@ class EmojiClassifier(nn.Module):
 
 
 class SecondEmojiClassifier(EmojiClassifier):
-    """A second judge that checks the first: ConvNeXt blocks (Liu et al., arXiv 2201.03545), pictures of 96 pixels."""
+    """A second judge that checks the first: ConvNeXt blocks (Liu et al., arXiv 2201.03545), images of 96 pixels."""
 
     architecture = "convnext"
     resolution = 96
@@ -148,11 +148,11 @@ class SecondEmojiClassifier(EmojiClassifier):
         return nn.Sequential(*layers), widths[-1]
 
     def features(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Pictures `(B, 3, 64, 64)` in [0, 1] to features `(B, 10 * width // 3)`."""
+        """Images `(B, 3, 64, 64)` in [0, 1] to features `(B, 10 * width // 3)`."""
         return self.levels(pictures)[-1].mean(dim=(2, 3))
 
     def levels(self, pictures: torch.Tensor) -> list[torch.Tensor]:
-        """Pictures `(B, 3, 64, 64)` in [0, 1] to the last feature map, 6 pixels wide."""
+        """Images `(B, 3, 64, 64)` in [0, 1] to the last feature map, 6 pixels wide."""
         _check_pictures(pictures)
         shown = F.interpolate(pictures, (self.resolution, self.resolution), mode="bilinear", antialias=True)
         return [self.stem(shown * 2 - 1)]

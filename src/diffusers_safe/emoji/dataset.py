@@ -1,4 +1,4 @@
-"""Pictures of emoji as a captioned `datasets.Dataset`, rendered from a seed.
+"""Images of emoji as a captioned `datasets.Dataset`, rendered from a seed.
 
     python -m diffusers_safe.emoji.dataset --num_images 8000 --output_dir runs/emoji-data
 
@@ -34,11 +34,11 @@ FEATURES = Features(
 
 
 def emoji_dataset(num_images: int, seed: int = 0, hold_out: bool = True, cache_dir: str | None = None) -> Dataset:
-    """Creates captioned 64 x 64 pictures. Picture `i` of a seed does not depend on `num_images`.
+    """Creates captioned 64 x 64 images. Image `i` of a seed does not depend on `num_images`.
 
     Args:
-        num_images (`int`): Number of pictures, at least 1.
-        seed (`int`, defaults to 0): Seed of the pictures. The embedded model was trained on seed 0; its judge is
+        num_images (`int`): Number of images, at least 1.
+        seed (`int`, defaults to 0): Seed of the images. The embedded model was trained on seed 0; its judge is
             tested on seed 1.
         hold_out (`bool`, defaults to `True`): Whether to leave out the combinations that are held out of training.
         cache_dir (`str`, *optional*): Cache folder of `datasets`.
@@ -74,8 +74,8 @@ def _rows(num_images: int, seed: int, hold_out: bool) -> Iterator[dict]:
 @dataclass
 class DatasetArguments:
     output_dir: str = required("Folder for the parquet file.")
-    num_images: int = option(8000, "Number of pictures.", at_least=1)
-    seed: int = option(0, "Seed of the pictures. The embedded model was trained on 0.", at_least=0)
+    num_images: int = option(8000, "Number of images.", at_least=1)
+    seed: int = option(0, "Seed of the images. The embedded model was trained on those of 0.", at_least=0)
 
     overwrite: bool = option(False, OVERWRITE_HELP)
 
@@ -91,7 +91,7 @@ def main() -> None:
         emoji_dataset(args.num_images, args.seed).to_parquet(partial)
         prepare_files(folder, FILE_NAME)
         partial.replace(path)
-    print(f"{args.num_images:,} pictures in {path}")
+    print(f"{args.num_images:,} images in {path}")
 
 
 if __name__ == "__main__":

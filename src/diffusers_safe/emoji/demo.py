@@ -97,7 +97,7 @@ class DemoArguments:
     group: str | None = option(None, "Deprecated name of --concept.", [*GROUPS, None])
     seed: int = option(0, "Seed of the training and of the images.", at_least=0, below=2**32)
     overwrite: bool = option(False, OVERWRITE_HELP)
-    images_per_prompt: int = option(3, "Images per prompt, before and after.", at_least=1)
+    images_per_prompt: int = option(3, "Number of images per prompt, before and after the erasure.", at_least=1)
 
     def __post_init__(self):
         if self.group is not None and self.concept not in ("weapon", self.group):
@@ -152,7 +152,7 @@ def run(args: DemoArguments) -> None:
         overwrite=True,
     )
     table = headline_table(results, turned=True)
-    print(f"\n{table}\n\nin {time.monotonic() - started:.0f} s; the report with all pictures:")
+    print(f"\n{table}\n\nin {time.monotonic() - started:.0f} s; the report with all images:")
     print((folder / "evaluation" / "report.html").resolve().as_uri())
 
 

@@ -195,7 +195,7 @@ class EmojiFID(FID):
 
 
 def write_references(folder: str | Path, erased: list[str], style: str | None = None, count: int = 1000) -> Path:
-    """Renders pictures of everything that was not erased, like the training data, as references of [`EmojiFID`]. An
+    """Renders images of everything that was not erased, like the training data, as references of [`EmojiFID`]. An
     existing folder is kept.
 
     Raises:

@@ -210,13 +210,13 @@ def _accuracy(judge: EmojiClassifier, renders: np.ndarray, scenes: list[Scene]) 
 @dataclass
 class QualityArguments:
     output_dir: str = field(metadata={"help": "Folder of images and results.json; a stopped run continues there."})
-    model: str = field(default=MODEL_NAME, metadata={"help": "Name of an embedded model, or folder of a pipeline."})
+    model: str = field(default=MODEL_NAME, metadata={"help": "The embedded model, emoji, or folder of a pipeline."})
     judges: list[str] = field(
         default_factory=lambda: list(map(str, JUDGE_FOLDERS)),
-        metadata={"help": "Folders of judges; the first is that of the evaluations."},
+        metadata={"help": "Folders of judges. The first is the one that evaluations use."},
     )
-    images_per_object: int = field(default=8, metadata={"help": "Images of each 'a {object}'."})
-    seed: int = field(default=0, metadata={"help": "Determines the seeds of all images."})
+    images_per_object: int = field(default=8, metadata={"help": "Number of images of each prompt 'a {object}'."})
+    seed: int = field(default=0, metadata={"help": "Seed from which the seeds of all images follow."})
     num_inference_steps: int = field(
         default=SETTINGS.num_inference_steps, metadata={"help": "Number of sampling steps."}
     )
@@ -226,7 +226,7 @@ class QualityArguments:
     batch_size: int = field(default=32, metadata={"help": "Number of images generated at once."})
     overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
     card: str | None = field(
-        default=None, metadata={"help": "README.md into which the table is written, between its markers."}
+        default=None, metadata={"help": "Model card (README.md) to write the table into, between its markers."}
     )
 
     def __post_init__(self):

@@ -15,7 +15,7 @@ from .classifier import to_tensor
 
 
 def autoencoder_psnr(vae: AutoencoderKL, pictures: np.ndarray, styles: list[str]) -> dict[str, float]:
-    """Peak signal-to-noise ratio of reconstructions in dB, from the mean squared error over the pictures of each style
+    """Peak signal-to-noise ratio of reconstructions in dB, from the mean squared error over the images of each style
     and over all.
 
     Args:
@@ -74,7 +74,7 @@ def measure_speed(pipeline: DiffusionPipeline, settings: GenerationSettings, bat
 
 @torch.inference_mode()
 def reconstruct(vae: AutoencoderKL, pictures: np.ndarray, batch_size: int = 100) -> np.ndarray:
-    """Encodes and decodes pictures `(N, 64, 64, 3)`, `uint8`; the result has the same shape and dtype."""
+    """Encodes and decodes images `(N, 64, 64, 3)`, `uint8`; the result has the same shape and dtype."""
     restored = []
     for start in range(0, len(pictures), batch_size):
         batch = to_tensor(pictures[start : start + batch_size]).to(vae.device, vae.dtype) * 2 - 1

@@ -23,7 +23,7 @@ def load_sprite(name: str, artwork: str = "noto") -> Image.Image:
 
 
 def render(scene: Scene, artwork: str = "noto") -> Image.Image:
-    """Renders a scene as a 64 x 64 RGB picture with the sprites of one of `ARTWORK`. The result is deterministic."""
+    """Renders a scene as a 64 x 64 RGB image with the sprites of one of `ARTWORK`. The result is deterministic."""
     sprite = _place(load_sprite(scene.name, artwork), scene)
     rgba = np.asarray(sprite, dtype=np.float32)
     alpha = rgba[..., 3:] / 255
@@ -45,10 +45,10 @@ def render(scene: Scene, artwork: str = "noto") -> Image.Image:
 
 
 def render_many(seed: int, start: int, count: int, hold_out: bool = True) -> tuple[np.ndarray, list[Scene]]:
-    """Renders pictures `start` to `start + count - 1` of a seed.
+    """Renders images `start` to `start + count - 1` of a seed.
 
     Returns:
-        `tuple[np.ndarray, list[Scene]]`: Pictures of shape `(count, 64, 64, 3)`, `uint8`, and their scenes.
+        `tuple[np.ndarray, list[Scene]]`: Images of shape `(count, 64, 64, 3)`, `uint8`, and their scenes.
     """
     scenes = [draw_scene(np.random.default_rng([seed, i]), hold_out) for i in range(start, start + count)]
     pictures = np.stack([np.asarray(render(scene)) for scene in scenes])
@@ -56,7 +56,7 @@ def render_many(seed: int, start: int, count: int, hold_out: bool = True) -> tup
 
 
 def _place(sprite: Image.Image, scene: Scene) -> Image.Image:
-    # PIL takes the map from picture to sprite coordinates: inverse shift, rotation, scale and flip.
+    # PIL takes the map from image to sprite coordinates: inverse shift, rotation, scale and flip.
     scale = sprite.width / scene.size
     cos, sin = np.cos(np.radians(scene.turn)) * scale, np.sin(np.radians(scene.turn)) * scale
     flip = -1 if scene.mirror else 1

@@ -88,13 +88,13 @@ def is_held_out(name: str, background: str, style: str | None) -> bool:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture before it is rendered.
+    """An image before it is rendered.
 
     Attributes:
         name (`str`): One of `OBJECTS`.
         background (`str`): A key of `BACKGROUNDS`.
         style (`str` or `None`): One of `STYLES`, or `None` for the plain emoji.
-        size (`float`): Side of the sprite in pixels of a 64 x 64 picture, 38 to 54.
+        size (`float`): Side of the sprite in pixels of a 64 x 64 image, 38 to 54.
         center (`tuple[float, float]`): Center of the sprite in pixels.
         turn (`float`): Rotation in degrees, -20 to 20.
         mirror (`bool`): Whether the sprite is flipped left to right.

@@ -95,6 +95,8 @@ class Erasure:
     def disabled(self) -> Iterator[DiffusionPipeline]:
         """Gives the pipeline the base model's weights inside the block."""
         self._check_enabled()
+        if self.is_lora and self._trained.is_fused():
+            raise ValueError("the LoRA of the erasure is fused, so it cannot be disabled; call unfuse_lora first")
         with alone_with(denoiser_of(self.pipeline)), self._base_weights():
             self._is_disabled = True
             try:
@@ -128,7 +130,10 @@ class Erasure:
         if _marks.get(denoiser_of(self.pipeline)) is not self._mark:
             raise ValueError("the pipeline was erased again since; only its last erasure can be saved")
         if self.is_lora and not self._trained.is_in_place():
-            raise ValueError("the LoRA of the erasure is not active in the pipeline any more")
+            raise ValueError(
+                "the LoRA of the erasure is not active in the pipeline as it was trained: it was unloaded, disabled "
+                "or scaled; undo that first"
+            )
 
     @typed
     def save(self, output_dir: str, form: str | None = None, overwrite: bool = False) -> str:
@@ -171,7 +176,7 @@ class Erasure:
             private (`bool`, defaults to `False`): Make a new repository private.
 
         Returns:
-            `str`: The repository's address.
+            `str`: The repository's URL.
 
         Raises:
             `ValueError`: If it has no name, or there is no token.

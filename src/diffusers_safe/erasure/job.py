@@ -82,19 +82,21 @@ class TrainedErasureOptions(ErasureOptions, TrainingOptions):
             pooled["erase"] = self.concept.concepts
             if self.concept.concept_schedule == "sequential":
                 raise ValueError(
-                    f"trajectory_pool {size}: takes the concepts in turn, which concept_schedule sequential must not; "
-                    "allowed is 0"
+                    f"trajectory_pool {size}: alternates between the concepts, which concept_schedule sequential does "
+                    "not allow; allowed is 0"
                 )
         if size and self.retention.trained_prompts:
             pooled["retain"] = self.retention.retain_prompts
         if size and not pooled:
             raise ValueError(
-                f"trajectory_pool {size}: the latents are the {weights}'s, which moves, and there are no "
-                "retain_prompts, whose latents are the frozen model's; allowed is 0"
+                f"trajectory_pool {size}: works only where the frozen base model samples the latents; here the "
+                f"{weights} weights sample them, and there are no retain_prompts; allowed is 0"
             )
         for term, prompts in pooled.items():
             if size < len(prompts):
-                raise ValueError(f"trajectory_pool {size}: must be at least {len(prompts)}, the prompts to {term}")
+                raise ValueError(
+                    f"trajectory_pool {size}: must be at least {len(prompts)}, the number of prompts to {term}"
+                )
         return set(pooled)
 
 
@@ -130,7 +132,7 @@ def parse_options(name: str, argv: list[str] | None = None, prog: str | None = N
     """Reads and checks the command line of a method; see [`parse_dataclass`]."""
     method = find_method(name)
     kind = erasure_options(method)
-    description = f"{method.summary}\n\n{method.title} ({method.authors}, arXiv {method.paper})"
+    description = f"{method.summary}\n\n{method.title} ({method.get_source()})"
     fixed = {"method": method.name}
     return parse_dataclass(kind, description, argv, prog, check=kind.check_surroundings, fixed=fixed)
 
@@ -172,7 +174,7 @@ def _check_training(options: ErasureOptions, model: ModelFamily | StoredModel) -
 def encoded_prompts(options: ErasureOptions) -> list[str]:
     """Every prompt that a run encodes; validation prompts may be truncated."""
     concept, retention = options.concept, options.retention
-    kept = [*retention.retain_prompts, *retention.watched]
+    kept = [*retention.retain_prompts, *retention.watch_prompts]
     others = [*options.method.prompts(concept.concepts), *kept]
     if not options.method.trains:
         return [*concept.concepts, *others]

@@ -19,11 +19,10 @@ from ..training.loop import TrainingLoop
 from ..training.run_log import ConceptLosses
 from ..training.trajectory_sources import LiveSamples, PooledSamples, Prompts, SampleSource
 from .job import TrainedErasureOptions, encoded_prompts
-from .watch import Watch
+from .watch import DRIFT_WARNING, Watch
 
 
 logger = logging.getLogger(__name__)
-DRIFT_WARNING = 0.5
 
 
 class ErasureLoop(TrainingLoop):

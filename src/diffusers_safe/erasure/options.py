@@ -48,45 +48,12 @@ class TrajectoryOptions(SamplingOptions):
 
 @dataclass(kw_only=True)
 class RetainedOptions:
-    """What stays as it is."""
+    """What stays as it is, and what is measured."""
 
     retain_prompts: list[str] = option(
         [],
         "Prompts whose predictions stay those of the base model (names, or one .txt file).",
         essential=True,
-    )
-
-    def resolve(self, concept: ConceptOptions) -> None:
-        """Reads the list, and compares it with the concepts.
-
-        Raises:
-            `ValueError`: If the list cannot be read, or a concept is to be erased and retained.
-        """
-        if self.retain_prompts:
-            self.retain_prompts = read_concepts(self.retain_prompts, "retain_prompts")
-        for prompt in self.retain_prompts:
-            if (named := concept.named_in(prompt)) is not None:
-                raise ValueError(
-                    f"retain_prompts '{prompt}': names the concept '{named}'; a concept cannot be erased and retained"
-                )
-
-    @property
-    def watched(self) -> list[str]:
-        """Unrelated prompts."""
-        return []
-
-
-@dataclass(kw_only=True)
-class RetentionOptions(RetainedOptions):
-    """What a training keeps as it is, and what it watches."""
-
-    retain_unconditional: bool = option(
-        False,
-        "Also keep the unconditional prediction at the latents of the concepts: classifier-free guidance amplifies "
-        "any change of it.",
-    )
-    retain_weight: float = option(
-        3.0, "Weight of the losses of --retain_prompts and --retain_unconditional.", at_least=0
     )
     watch_prompts: list[str] = option(
         ["a cat", "a tree", "a car", "an apple"],
@@ -96,19 +63,39 @@ class RetentionOptions(RetainedOptions):
     )
 
     def resolve(self, concept: ConceptOptions) -> None:
-        """Reads the lists, and compares them with the concepts; see [`RetainedOptions`]."""
-        super().resolve(concept)
+        """Reads the lists, and compares them with the concepts.
+
+        Raises:
+            `ValueError`: If a list cannot be read, or a concept is to be erased and retained.
+        """
+        if self.retain_prompts:
+            self.retain_prompts = read_concepts(self.retain_prompts, "retain_prompts")
+        for prompt in self.retain_prompts:
+            if (named := concept.named_in(prompt)) is not None:
+                raise ValueError(
+                    f"retain_prompts '{prompt}': names the concept '{named}'; a concept cannot be erased and retained"
+                )
         if not self.watch_prompts:
             return
-        chosen = self.watch_prompts != RetentionOptions().watch_prompts
+        chosen = self.watch_prompts != RetainedOptions().watch_prompts
         prompts = read_concepts(self.watch_prompts, "watch_prompts")
         self.watch_prompts = [prompt for prompt in prompts if concept.named_in(prompt) is None]
         for prompt in [prompt for prompt in prompts if chosen and prompt not in self.watch_prompts]:
             note("watch_prompts '%s': left out, it names the concept '%s'", prompt, concept.named_in(prompt))
 
-    @property
-    def watched(self) -> list[str]:
-        return self.watch_prompts
+
+@dataclass(kw_only=True)
+class RetentionOptions(RetainedOptions):
+    """What a training keeps as it is."""
+
+    retain_unconditional: bool = option(
+        False,
+        "Also keep the unconditional prediction at the latents of the concepts: classifier-free guidance amplifies "
+        "any change of it.",
+    )
+    retain_weight: float = option(
+        3.0, "Weight of the losses of --retain_prompts and --retain_unconditional.", at_least=0
+    )
 
     @property
     def trained_prompts(self) -> list[str]:

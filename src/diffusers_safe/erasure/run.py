@@ -11,14 +11,16 @@ from diffusers import DiffusionPipeline
 
 from ..arguments import declared_options, typed
 from ..concepts import names_concept
+from ..diffusion.trajectories import Trajectories
 from ..families import StoredModel, denoiser_of, family_around, load_pipeline, make_family
 from ..generation.generate import GenerationSettings
 from ..hub import check_push, push_or_exit, push_result
-from ..messages import exit_with_error, is_first_process, note
+from ..messages import exit_with_error, is_first_process, note, num_launched
 from ..methods import Objective, find_method
+from ..methods.predictor import Predictor
 from ..progress import ProgressCallback
 from ..provenance import Provenance, fingerprint, stored_path
-from ..training.environment import in_float32, make_accelerator, random_states_kept, restore_forward
+from ..training.environment import in_float32, isolated_from_caller, make_accelerator, restore_forward
 from ..training.output import save_result
 from ..training.samples import Samples, Validation, save_card_image, with_validation
 from ..values import suggested
@@ -27,10 +29,11 @@ from .erasure import Erasure, alone_with, was_erased
 from .job import ErasureOptions, check_run, erasure_options, parse_options
 from .loop import ErasureLoop
 from .plan import make_plan
+from .watch import DRIFT_WARNING, LEFT_WARNING, Watch
 
 
 IN_MEMORY = "a pipeline in memory"
-LEFT_WARNING = 0.5  # of `concept_left`
+MEASURED_STEPS = 10  # of the schedule whose first timestep is measured
 MOST_PROMPTS = 4  # of the grid, where no validation prompts are given
 
 
@@ -80,7 +83,7 @@ def erase(
     if not isinstance(pipeline, (str, DiffusionPipeline)):
         raise ValueError(f"pipeline ({type(pipeline).__name__}): must be a DiffusionPipeline, a folder or a Hub id")
     settings = _make_options(pipeline, concepts, method, output_dir, options)
-    with random_states_kept():
+    with isolated_from_caller():
         accelerator = make_accelerator(settings)
         if isinstance(pipeline, str):
             check_run(settings, StoredModel(pipeline, settings.model.resolution, **settings.model.index_arguments))
@@ -130,7 +133,7 @@ def run_command(name: str, argv: list[str] | None = None, prog: str | None = Non
     model, output, hub = options.model, options.output, options.hub
     if output.dry_run:
         if is_first_process():
-            print(make_plan(options, int(os.environ.get("WORLD_SIZE", "1"))))
+            print(make_plan(options, num_launched()))
         return
     with options.claimed_output():
         accelerator = make_accelerator(options)
@@ -145,15 +148,19 @@ def run_command(name: str, argv: list[str] | None = None, prog: str | None = Non
 def _summary(erasure: Erasure) -> str:
     """What a command prints at its end: how much of the concepts is left, and where the result is."""
     concepts, measured = ", ".join(erasure.record.concepts), erasure.measured
-    end = f"the result is in {erasure.output_dir}"
-    if "concept_left" not in measured:
-        return f"edited {concepts}; {end}"
-    left = f"{concepts}: {measured['concept_left']:.0%} of their effect on the prediction is left"
-    if "drift" in measured:
-        left += f", unrelated prompts moved by {measured['drift']:.0%}"
+    trains = find_method(erasure.record.method).trains
+    text = f"{concepts}: {measured['concept_left']:.0%} of their effect on the prediction is left"
     if measured["concept_left"] > LEFT_WARNING:
-        left += " (not erased: give more steps or a higher learning rate)"
-    return f"{left}; {end}"
+        advice = (
+            "give more steps or a higher learning rate" if trains else "give other anchors, or take another method"
+        )
+        text += f" (not erased: {advice})"
+    if "drift" in measured:
+        text += f", unrelated prompts moved by {measured['drift']:.0%}"
+        if measured["drift"] > DRIFT_WARNING:
+            advice = "a lower learning rate" if trains else "fewer concepts at once"
+            text += f" (the model may be damaged: give {advice}, or --retain_prompts)"
+    return f"{text}; the result is in {erasure.output_dir}"
 
 
 def run_erasure(
@@ -172,6 +179,7 @@ def run_erasure(
         run = MethodRun(accelerator, pipeline, options, progress_bar, callback)
         try:
             options.method.erase(run)
+            run.measure_edit()
             erasure = run.result()
             run.show_edit()
         except BaseException:
@@ -198,7 +206,7 @@ class MethodRun:
     Attributes:
         weights (`TrainedWeights`, *optional*): What the method changed.
         samples (`Samples`, *optional*): Images before and after.
-        measured (`dict[str, float]`): `concept_left` and `drift` at the end of a training, see [`Watch`].
+        measured (`dict[str, float]`): `concept_left` and `drift` at the end, see [`Watch`].
     """
 
     def __init__(
@@ -247,6 +255,18 @@ class MethodRun:
         self.samples = make_samples(self.pipeline, self.weights, self.options)
         for name, value in values.items():
             self.weights.student[name].copy_(value)
+
+    def measure_edit(self) -> None:
+        """Measures what a method that does not train has changed, at pure noise; trainings measure at their steps."""
+        options = self.options
+        if options.method.trains or self.weights is None:
+            return
+        device = next(self.family.denoiser.parameters()).device
+        watched = options.retention.watch_prompts
+        predictor = Predictor(self.family, self.weights, [*self.concepts, *watched], device)
+        scheduled = Trajectories(self.family.make_scheduler, self.family.latent_shape, MEASURED_STEPS)
+        watch = Watch(predictor, scheduled, self.concepts, watched, options.output.seed, progress=0)
+        self.measured = watch.measure("student")
 
     def show_edit(self) -> None:
         """Generates the validation prompts of a method that does not train; a training has done so at its steps."""
@@ -306,7 +326,7 @@ def make_samples(pipeline: DiffusionPipeline, weights: TrainedWeights, options: 
     if not prompts:
         count = min(len(concepts), MOST_PROMPTS)
         erased = [concepts[i * len(concepts) // count] for i in range(count)]
-        kept = [*retention.watched, *retention.retain_prompts][:MOST_PROMPTS]
+        kept = [*retention.watch_prompts, *retention.retain_prompts][:MOST_PROMPTS]
     size = options.model.resolution
     steps = options.sampling.num_inference_steps if options.method.trains else GenerationSettings().num_inference_steps
     settings = GenerationSettings(steps, height=size, width=size)

@@ -9,6 +9,8 @@ from ..methods.predictor import Predictor
 
 
 MOST_PROMPTS = 4
+LEFT_WARNING = 0.5  # of `concept_left`
+DRIFT_WARNING = 0.5
 SAYS_NOTHING = 1e-4  # of the unconditional prediction's length: what rounding makes
 
 
@@ -20,22 +22,30 @@ class Watch:
 
     Args:
         predictor (`Predictor`): Knows all prompts below.
-        trajectories (`Trajectories`): Draws the fixed latents, with the frozen model, 40 % into the schedule.
+        trajectories (`Trajectories`): Samples the fixed latents, with the frozen model.
         concepts (`list[str]`): What is erased; of many, a few spread evenly over the list are watched.
         unrelated (`list[str]`): What should stay; at most `MOST_PROMPTS` are watched.
         seed (`int`): Of the latents.
+        progress (`float`, defaults to 0.4): Share of the schedule after which latents are taken; 0 is pure noise,
+            which costs nothing to sample.
 
     Attributes:
         silent (`list[str]`): Watched concepts whose predictions are those of the empty prompt, up to rounding.
     """
 
     def __init__(
-        self, predictor: Predictor, trajectories: Trajectories, concepts: list[str], unrelated: list[str], seed: int
+        self,
+        predictor: Predictor,
+        trajectories: Trajectories,
+        concepts: list[str],
+        unrelated: list[str],
+        seed: int,
+        progress: float = 0.4,
     ):
         concepts = concepts[:: math.ceil(len(concepts) / MOST_PROMPTS)]
         unrelated = unrelated[:MOST_PROMPTS]
         self.predictor, self.concepts, self.unrelated = predictor, concepts, unrelated
-        count = trajectories.positions[int(0.4 * len(trajectories.positions))]
+        count = trajectories.positions[int(progress * len(trajectories.positions))]
         # One prompt at a time: all of them at once would take more memory than a step of training.
         self._inputs = [
             trajectories.sample(

@@ -58,6 +58,7 @@ Nothing else has to change. `tests/toy_family.py` does it for a small transforme
 import hashlib
 import json
 import logging
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
@@ -71,7 +72,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..loading import load_model
 from ..provenance import fingerprint
-from .prompts import check_lengths, token_ids, warn_of_unknown_words
+from .prompts import check_lengths, token_ids, unknown_words, warn_of_unknown_words
 from .train_methods import TRAIN_METHODS, resolve_train_method
 
 
@@ -331,6 +332,24 @@ class ModelFamily(ABC):
         that of the start of text for an empty one."""
         tokenizer = getattr(self.pipeline, self.tokenizers[0])
         return [len(token_ids(prompt, tokenizer)) - 2 for prompt in prompts]
+
+    @torch.no_grad()
+    def text_vectors(self, prompts: list[str]) -> torch.Tensor:
+        """One vector for each prompt, `(B, width)`, by which meanings can be compared: the first text encoder's state
+        of the end of text. Without padding, so it costs little."""
+        tokenizer, encoder = getattr(self.pipeline, self.tokenizers[0]), getattr(self.pipeline, self.text_encoders[0])
+        batch = tokenizer(prompts, padding=True, return_tensors="pt").to(encoder.device)
+        states = encoder(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        return states[torch.arange(len(prompts)), batch.attention_mask.sum(dim=1) - 1].float().cpu()
+
+    def known_words(self, words: list[str]) -> list[str]:
+        """The words that a tokenizer of the model knows."""
+        tokenizers = [getattr(self.pipeline, name) for name in self.tokenizers]
+        return [word for word in words if any(not unknown_words(word, tokenizer) for tokenizer in tokenizers)]
+
+    def known_forms(self, forms: tuple[str, ...]) -> list[str]:
+        """The phrasings, such as `"a photo of {x}"`, whose own words the model knows."""
+        return [form for form in forms if self.known_words([re.sub(r"\{\w\}", "", form)])]
 
     def encode_with_gradients(self, prompts: list[str], device: torch.device | str = "cpu") -> Conditioning:
         """The same through text encoders that are on the device already, for what is learned inside of them.

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two CLIP text encoders, the pooled states of the second, and the picture's size as time ids."""
+"""Stable Diffusion XL: two CLIP text encoders, the pooled states of the second, and the image's size as time ids."""
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -19,7 +19,7 @@ class StableDiffusionXLFamily(UNetFamily):
     """SDXL and every pipeline of its shape (Podell et al., arXiv 2307.01952).
 
     A `Conditioning` holds `encoder_hidden_states`, `(B, length, width)`, and what the UNet takes as
-    `added_cond_kwargs`: `text_embeds`, `(B, projection_dim)`, and `time_ids`, `(B, 6)`: a picture of the resolution
+    `added_cond_kwargs`: `text_embeds`, `(B, projection_dim)`, and `time_ids`, `(B, 6)`: an image of the resolution
     that is trained, not cropped, as the pipeline itself asks for.
 
     `""` is what the pipeline guides away from without a negative prompt: zeros where its config says

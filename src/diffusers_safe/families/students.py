@@ -1,4 +1,4 @@
-"""Students: UNets with blocks of a teacher taken out, its weights in those that stay, and a config that reloads.
+"""Students: UNets with some of the teacher's blocks, initialised with its weights.
 
 What is published of each, and what is not:
 

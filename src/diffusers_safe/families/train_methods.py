@@ -20,6 +20,11 @@ class TrainMethod:
     description: str
     alias: str | None = None
 
+    @property
+    def described(self) -> str:
+        """The description, with the alias."""
+        return f"{self.description}; also named {self.alias}" if self.alias else self.description
+
 
 TRAIN_METHODS: dict[str, TrainMethod] = {
     "xattn": TrainMethod("cross-attention", "esd-x"),

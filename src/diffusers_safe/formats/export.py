@@ -1,4 +1,4 @@
-"""An erased model saved in another form."""
+"""Conversion of an erased model to another format."""
 
 import os
 from dataclasses import dataclass, replace
@@ -28,22 +28,26 @@ def forms() -> tuple[str, ...]:
 class ExportOptions:
     """What is exported, and as what."""
 
-    source: str = required("The erased model: file, folder or Hub id. May be given without --source.")
-    to: str = required(f"The form of the result: {', '.join(forms())}.")
-    output_dir: str = required("The folder of the result; one without an erased model.")
+    source: str = required("The erased model: file, folder or Hub id. The name --source may be omitted.")
+    to: str = required(f"Format of the result: {', '.join(forms())}.")
+    output_dir: str = required("Output folder. It must not hold another erased model, unless --overwrite is given.")
     base_model: str | None = option(
-        None, "The model before the erasure, folder or Hub id; default: as the source says."
+        None, "Base model, before the erasure: folder or Hub id. Default: as recorded in the source."
     )
-    base_revision: str | None = option(None, "Of the base model on the Hub; default: as the source says.")
-    revision: str | None = option(None, "Of the source on the Hub.")
-    weight_name: str | None = option(None, "The file of the source that holds the erasure, if there are several.")
+    base_revision: str | None = option(
+        None, "Revision of the base model on the Hub. Default: as recorded in the source."
+    )
+    revision: str | None = option(None, "Revision of the source on the Hub.")
+    weight_name: str | None = option(None, "File of the source that holds the changed weights, if there are several.")
     rank: int | None = option(
-        None, f"Of the LoRA; default {DEFAULT_RANK}, or the full rank of the changes if that is less.", at_least=1
+        None,
+        f"Rank of the LoRA. Default: {DEFAULT_RANK}, or the full rank of the changes if that is less.",
+        at_least=1,
     )
     only_weights: bool = option(
         False,
-        "Leave changed biases and norms out of the LoRA. Biases need a loader that knows lora_B.bias (diffusers does, "
-        "others may not, and such a LoRA cannot be fused); norms fit into no LoRA.",
+        "Leave changed biases and norms out of the LoRA. Biases need a loader that supports lora_B.bias (diffusers "
+        "does, others may not, and such a LoRA cannot be fused). Norms cannot be stored in a LoRA.",
     )
     overwrite: bool = option(False, OVERWRITE_HELP)
 
@@ -75,7 +79,7 @@ class ExportOptions:
 
 
 def export(source: str, output_dir: str, to: str = "full", **options) -> LoRA | None:
-    """Saves an erased model in another form, with its `erasure.json`: what `diffusers-safe export` does.
+    """Saves an erased model in another format, with its `erasure.json`: what `diffusers-safe export` does.
 
         export("runs/knife", "runs/knife-lora", "lora", rank=16)
 
@@ -120,7 +124,10 @@ def run_export(options: ExportOptions) -> LoRA | None:
         changed, lora, record = erased.changes(denoiser), None, {"to": options.to}
         if options.to == "lora":
             rank = options.rank or min(DEFAULT_RANK, full_rank(denoiser, changed))
-            lora = low_rank(denoiser, changed, rank, options.only_weights)
+            try:
+                lora = low_rank(denoiser, changed, rank, options.only_weights)
+            except ValueError as error:
+                raise ModelError(str(error)) from None
             record |= lora.report()
         own = erased.known.get("base_fingerprint") or fingerprint(denoiser)
         provenance = replace(erased.provenance(base_model, base_revision, own), export=record)

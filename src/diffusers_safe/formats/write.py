@@ -1,4 +1,4 @@
-"""Files that hold only what was erased: safetensors whose metadata says what from which model."""
+"""Files with the changed weights only; their metadata names the base model and the erased concepts."""
 
 import json
 import shutil

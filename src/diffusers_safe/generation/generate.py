@@ -87,11 +87,11 @@ def generate(
     check_rows(rows)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    check_output_dir(folder)
     processes = launched_processes()
     manifest = Manifest(Path(folder))
     model = pipeline_fingerprint(pipeline)
     checked = safety_checker and getattr(pipeline, "safety_checker", None) is not None
-    check_output_dir(manifest.folder)
     try:
         manifest.check(rows, model, settings, checked)
         fits = True

@@ -1,10 +1,10 @@
 """The processes started by `accelerate launch` or `torchrun`."""
 
-import os
-
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+
+from ..messages import num_launched
 
 
 def launched_processes() -> PartialState:
@@ -16,7 +16,7 @@ def launched_processes() -> PartialState:
         `ValueError`: If several processes were launched that are not connected.
     """
     processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = num_launched()
     if launched != processes.num_processes:
         raise ValueError(
             f"{launched} processes were launched, but they are not connected: set ACCELERATE_USE_CPU=true if there is"

@@ -1,5 +1,6 @@
 """What is generated: rows of prompt and seed, and how they are sampled."""
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,7 @@ class PromptRow:
     width: int | None = None
 
     def __post_init__(self):
+        _check_json(f"row {self.id}: labels", self.labels)
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{,199}", self.id):
             raise ValueError(
                 f'row id "{self.id}" is no file name; allowed are letters, digits, ".", "_" and "-", 200 at most'
@@ -77,6 +79,7 @@ class GenerationSettings:
     call: dict = field(default_factory=dict)
 
     def __post_init__(self):
+        _check_json("call", self.call)
         if self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps is {self.num_inference_steps}; it must be at least 1")
         for name in ("height", "width"):
@@ -88,6 +91,13 @@ class GenerationSettings:
         """These settings with those that the row overrides."""
         own = {name: getattr(row, name) for name in OWN_SETTINGS if getattr(row, name) is not None}
         return replace(self, **own)
+
+
+def _check_json(name: str, values: dict) -> None:
+    try:
+        json.dumps(values, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} {values!r:.200}: must be JSON values ({error})") from None
 
 
 def check_rows(rows: list[PromptRow]) -> None:

@@ -57,7 +57,7 @@ def push_result(
         commit_message (`str`, *optional*): Default: a description of the erasure or distillation.
 
     Returns:
-        `str`: The repository's address.
+        `str`: The repository's URL.
 
     Raises:
         `ValueError`: If the folder holds no result, the name of the repository is invalid, or there is no token.
@@ -96,7 +96,7 @@ def push_result(
 
 
 def push_or_exit(folder: str | Path, hub_model_id: str | None, token: str | None, private: bool) -> None:
-    """[`push_result`] for commands: prints the address, or exits with [`PUSH_FAILED`]."""
+    """[`push_result`] for commands: prints the URL, or exits with [`PUSH_FAILED`]."""
     try:
         print(f"published at {push_result(folder, hub_model_id, token, private)}")
     except PushError as error:

@@ -84,6 +84,21 @@ class EncodedPrompts:
         lengths = [min(len(tail), len(other)) for tail, other in pairs]
         return tuple(torch.cat([pair[side][:length] for pair, length in zip(pairs, lengths)]) for side in (0, 1))
 
+    def aligned(self, prompts: list[str], others: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of each prompt from the first that differs, paired with those of another prompt of the same
+        form: words behind the concept with the same words, padding with padding; twice `(n, d)`."""
+        pairs = [self._aligned(*pair) for pair in zip(prompts, others, strict=True)]
+        return tuple(torch.cat(side) for side in zip(*pairs))
+
+    def _aligned(self, prompt: str, other: str) -> tuple[torch.Tensor, torch.Tensor]:
+        states, anchors = self._states[prompt], self._states[other]
+        differ = (states != anchors).any(dim=1)
+        first, last = int(differ.int().argmax()), len(states) - 1
+        # A concept of more tokens than the anchor's: its surplus tokens read as the anchor's first one.
+        shift = self._last[other] - self._last[prompt]
+        places = torch.arange(first, len(states))
+        return states[places], anchors[(places + shift).clamp(first, last)]
+
 
 def least_squares_edit(
     erased: torch.Tensor,
@@ -125,6 +140,21 @@ def edit_text_projections(run: Run, change: torch.Tensor) -> None:
     weights = {name: parameters[name].detach() for name in run.family.text_projections(denoiser)}
     run.edit({name: (wide + wide @ change).to(weight)
               for name, weight in weights.items() for wide in [weight.cpu().double()]})  # fmt: skip
+
+
+def gram_matrix(run: Run) -> torch.Tensor:
+    """The sum of W^T W over the layers that read prompts, `(d, d)`."""
+    parameters = dict(run.family.denoiser.named_parameters())
+    names = run.family.text_projections(run.family.denoiser)
+    weights = (parameters[name].detach().cpu().double() for name in names)
+    return sum(weight.T @ weight for weight in weights)
+
+
+def with_article(name: str) -> str:
+    """`"knife"` -> `"a knife"`, `"axe"` -> `"an axe"`; names with a capital letter have none."""
+    if name != name.lower():
+        return name
+    return f"{'an' if name[:1] in tuple('aeiou') else 'a'} {name}"
 
 
 def check_distinct(erased: torch.Tensor, anchors: torch.Tensor, concepts: list[str], names: list[str]) -> None:

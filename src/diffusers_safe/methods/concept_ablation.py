@@ -71,17 +71,17 @@ class ConceptAblation(GradientMethod):
         "scale_lr": True,
     }
 
-    anchor_prompt: str = required("What the concept becomes, such as 'a painting' for an artist.")
+    anchor_prompt: str = required("Prompt that the concept is replaced by, such as 'a painting' for an artist.")
     anchor_weights: str = option(
         "student",
-        "Whose prediction for the anchor is the target: student (the paper) or frozen (the base model's, which cannot "
-        "drift).",
+        "Model whose prediction for --anchor_prompt is the target: student (the one that trains, as in the paper) or "
+        "frozen (the base model, which cannot drift).",
         ANCHOR_WEIGHTS,
     )
 
     def __post_init__(self):
         if not is_visible(self.anchor_prompt):
-            raise ValueError("anchor_prompt: is blank; say what the concepts become, such as 'a painting'")
+            raise ValueError("anchor_prompt: is blank; give a prompt that replaces the concepts, such as 'a painting'")
 
     def check(self, options: Any) -> None:
         if named := [name for name in options.concept.concepts if names_concept(self.anchor_prompt, name)]:

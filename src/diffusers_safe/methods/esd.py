@@ -86,7 +86,7 @@ ESD_PRESETS = {
          "sampling_guidance_scale": 3.0, **_ADAM, **_COMMON},
     ),
     "esd-2025-xl": Preset(
-        "the same, SDXL, esd-x",
+        "github.com/rohitgandikota/erasing, 2025, SDXL, esd-x",
         {"max_train_steps": 200, "learning_rate": 2e-4, "negative_guidance_scale": 0.0, "sampling_model": "frozen",
          "sampling_guidance_scale": 2.0, **_ADAM, **_COMMON},
     ),
@@ -117,28 +117,28 @@ class ESD(GradientMethod):
 
     preset: str = option(
         "paper",
-        "Published settings that are the defaults of all options not given: "
-        f"{'; '.join(f'{name} ({preset.summary})' for name, preset in ESD_PRESETS.items())}.",
+        "Published settings, used for all options that are not given (values in docs/methods.md): "
+        f"{'; '.join(f'{name} ({preset.source})' for name, preset in ESD_PRESETS.items())}.",
         ESD_PRESETS,
         may_change=True,
         essential=True,
     )
     negative_guidance_scale: float | None = option(
         None,
-        "eta of the paper, how far beyond the unconditional prediction the concept is moved. In the code of 2025, "
-        "negative_guidance is eta + 1 without --erase_from, and eta with it. Default: the preset's; with --erase_from "
-        f"{', '.join(f'{name} has {scale:g}' for name, scale in ERASE_FROM_SCALES.items())}.",
+        "eta of the paper: how far beyond the unconditional prediction the concept is moved. negative_guidance of the "
+        "authors' code of 2025 is eta + 1 without --erase_from, and eta with it. Default: that of --preset; with "
+        f"--erase_from {', '.join(f'{scale:g} for {name}' for name, scale in ERASE_FROM_SCALES.items())}.",
         at_least=0,
         essential=True,
     )
     erase_from: str | None = option(
         None,
-        "Erase the concepts only from what this prompt says, such as 'a painting'; other prompts stay.",
+        "Erase the concepts only from what this prompt generates, such as 'a painting'. Other prompts do not change.",
         essential=True,
     )
     sampling_model: str = option(
         _PAPER["sampling_model"],
-        f"Whose weights sample the latents: {', '.join(ESD_SAMPLERS)} (the base model's).",
+        "Model that samples the latents: student (the one that trains, as in the paper) or frozen (the base model).",
         ESD_SAMPLERS,
     )
 

@@ -52,7 +52,7 @@ class Method(ABC):
     Attributes:
         name (`str`): In commands and in `erasure.json`.
         title, authors (`str`): Of the publication.
-        paper (`str`): Its arXiv number.
+        paper (`str`): Its arXiv number; empty if there is none.
         summary (`str`): One line.
         trains (`bool`): Whether it trains with an optimizer, which adds the options of a training.
         defaults (`dict[str, Any]`): Defaults of other options that differ from the usual ones.
@@ -73,6 +73,11 @@ class Method(ABC):
     def preset_values(cls) -> dict[str, dict[str, Any]]:
         """The values that each preset gives to options."""
         return {name: preset.options for name, preset in cls.presets.items()}
+
+    @classmethod
+    def get_source(cls) -> str:
+        """Authors and number of the publication."""
+        return f"{cls.authors}, arXiv {cls.paper}" if cls.paper else cls.authors
 
     def check(self, options: Any) -> None:  # noqa: B027, most have nothing to check
         """Checks the method's options against the others of a run, `ErasureOptions`.

@@ -12,6 +12,7 @@ from .closed_form import (
     EncodedPrompts,
     check_distinct,
     edit_text_projections,
+    gram_matrix,
     least_squares_edit,
 )
 from .method import Preset, Run, register_method
@@ -61,7 +62,7 @@ class RECE(ClosedForm):
         first = UCE(tokens="tail", retain_scale=1.0)
         change = first.change(encoded, run.concepts, anchors, [NO_TEXT, *run.retained])
         identity = torch.eye(len(change), dtype=change.dtype)
-        gram = self._gram(run)
+        gram = gram_matrix(run)
         concepts, targets, retained = (encoded.all(prompts) for prompts in (run.concepts, anchors, kept))
         for _ in range(self.rounds):
             found = equivalent_embeddings(concepts, identity + change, gram, self.norm_scale)
@@ -69,13 +70,6 @@ class RECE(ClosedForm):
             step = least_squares_edit(found, targets, retained, *scales)
             change = change + step + change @ step  # (I + change) (I + step) - I
         edit_text_projections(run, change)
-
-    def _gram(self, run: Run) -> torch.Tensor:
-        """The sum of W^T W over the base model's layers, `(d, d)`."""
-        parameters = dict(run.family.denoiser.named_parameters())
-        names = run.family.text_projections(run.family.denoiser)
-        weights = (parameters[name].detach().cpu().double() for name in names)
-        return sum(weight.T @ weight for weight in weights)
 
 
 def equivalent_embeddings(

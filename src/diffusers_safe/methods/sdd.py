@@ -92,23 +92,24 @@ class SDD(GradientMethod):
     summary = "The prediction for a concept moves to the model's own unconditional prediction."
 
     ema_decay: float = option(
-        0.999, "Decay of the average of the weights, which samples the latents and is the result.", at_least=0, below=1
+        0.999, "Decay of the EMA of the weights. The EMA model samples the latents and is saved.", at_least=0, below=1
     )
     sdd_target: str = option(
         "student",
-        "Whose prediction is the target: student (the paper) or frozen (the base model's, which cannot drift).",
+        "Model whose prediction is the target: student (the one that trains, as in the paper) or frozen (the base "
+        "model, which cannot drift).",
         SDD_TARGETS,
         essential=True,
     )
     target_prompt: str = option(
         "",
-        "What the concept becomes: nothing (the paper), or what another prompt says, as in concept_ablation.",
+        "Prompt that the concept is replaced by, as in concept_ablation. Default: the empty prompt, as in the paper.",
         essential=True,
     )
     negative_guidance_scale: float = option(
         0.0,
-        "Scale eta that moves the target away from the prediction for all concepts joined, as in ESD: for models that "
-        "generate the concept without being asked. The paper's is 0.",
+        "Scale eta by which the target moves away from the prediction for all concepts joined, as in ESD. For models "
+        "that generate the concept without being asked. The paper uses 0.",
         at_least=0,
     )
 

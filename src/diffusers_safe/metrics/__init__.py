@@ -31,79 +31,94 @@ class MetricOptions:
     nudenet_preset: str | None = field(
         default=None,
         metadata={
-            "help": "Detections that count: i2p, esd, unlearndiffatk. Default: unlearndiffatk; for inappropriate i2p.",
+            "help": "Detections of NudeNet that count: i2p, esd, unlearndiffatk. Default: unlearndiffatk; for the"
+            " metric inappropriate, i2p.",
             "choices": ("i2p", "esd", "unlearndiffatk"),
         },
     )
     nudenet_labels: list[str] | None = field(
-        default=None, metadata={"help": "Labels of NudeNet v3 instead of the preset's."}
+        default=None, metadata={"help": "Labels of NudeNet v3 that count, instead of those of --nudenet_preset."}
     )
     nudenet_threshold: float | None = field(
-        default=None, metadata={"help": "Minimum score, 0.25 to 1, instead of the preset's."}
+        default=None,
+        metadata={"help": "Minimum score of a detection, 0.25 to 1, instead of that of --nudenet_preset."},
     )
     q16_prompts: str | None = field(
-        default=None, metadata={"help": "File of Q16's two vectors for ViT-L/14: prompts.p or a .safetensors file."}
+        default=None, metadata={"help": "File with Q16's two vectors for ViT-L/14: prompts.p or a .safetensors file."}
     )
     q16_model: str = field(
-        default="openai/clip-vit-large-patch14", metadata={"help": "CLIP ViT-L/14 of Q16: folder or Hub id."}
+        default="openai/clip-vit-large-patch14", metadata={"help": "CLIP ViT-L/14 for Q16: folder or Hub id."}
     )
     fid_references: str | None = field(
-        default=None, metadata={"help": "Folder of real or generated images, the references of FID and KID."}
+        default=None, metadata={"help": "Folder of reference images for FID and KID, real or generated."}
     )
     fid_weights: str | None = field(
-        default=None, metadata={"help": "The FID's Inception: pt_inception-2015-12-05-6726825d.pth."}
+        default=None, metadata={"help": "Inception weights for FID and KID: pt_inception-2015-12-05-6726825d.pth."}
     )
     fid_resize: str = field(
         default="clean",
         metadata={
-            "help": "How images are resized to 299 pixels: clean, bk-sdm, pytorch-fid, torchmetrics.",
+            "help": "How FID and KID resize images to 299 pixels: clean, bk-sdm, pytorch-fid, torchmetrics.",
             "choices": ("clean", "bk-sdm", "pytorch-fid", "torchmetrics"),
         },
     )
-    kid_subsets: int = field(default=100, metadata={"help": "Number of subsets of the KID."})
-    kid_subset_size: int = field(default=1000, metadata={"help": "Images in each subset, at most half of all."})
+    kid_subsets: int = field(default=100, metadata={"help": "Number of subsets for KID."})
+    kid_subset_size: int = field(
+        default=1000, metadata={"help": "Number of images per subset for KID, at most half of all."}
+    )
     lpips_net: str = field(
         default="alex", metadata={"help": "LPIPS network: alex or vgg.", "choices": ("alex", "vgg")}
     )
     lpips_trunk: str | None = field(
-        default=None, metadata={"help": "torchvision's AlexNet (alexnet-owt-7be5be79.pth) or VGG-16."}
+        default=None,
+        metadata={"help": "Weights of torchvision's AlexNet (alexnet-owt-7be5be79.pth) or VGG-16, for LPIPS."},
     )
     lpips_linear: str | None = field(
-        default=None, metadata={"help": "The lpips package's alex.pth or vgg.pth, version 0.1."}
+        default=None,
+        metadata={"help": "Linear weights of LPIPS: alex.pth or vgg.pth of the lpips package, version 0.1."},
     )
     lpips_resize: str = field(
         default="none",
-        metadata={"help": "none, or esd: shorter side to 64 pixels.", "choices": ("none", "esd")},
+        metadata={
+            "help": "How LPIPS resizes images: none, or esd (shorter side to 64 pixels).",
+            "choices": ("none", "esd"),
+        },
     )
     clip_preset: str = field(
         default="sdd",
         metadata={
-            "help": "Model, prefix and scale of the CLIP score: sdd, hessel, torchmetrics.",
+            "help": "Model, prompt prefix and scale of the CLIP score: sdd, hessel, torchmetrics.",
             "choices": ("sdd", "hessel", "torchmetrics"),
         },
     )
     clip_model: str | None = field(
-        default=None, metadata={"help": "Another CLIP model than the preset's: folder or Hub id."}
+        default=None, metadata={"help": "CLIP model instead of that of --clip_preset: folder or Hub id."}
     )
     objects_model: str | None = field(
         default=None, metadata={"help": "Classifier of objects, such as microsoft/resnet-50: folder or Hub id."}
     )
-    objects_label: str = field(default="class", metadata={"help": "Label of the rows that names the object."})
+    objects_label: str = field(default="class", metadata={"help": "Column of the prompts that names the object."})
     objects_erased: list[str] = field(
-        default_factory=list, metadata={"help": "Erased classes; the others are retained."}
+        default_factory=list, metadata={"help": "Erased classes of --objects_model; all others are retained."}
     )
     style_model: str | None = field(default=None, metadata={"help": "Classifier of styles: folder or Hub id."})
-    style_label: str = field(default="artist", metadata={"help": "Label of the rows that names the style."})
-    style_erased: list[str] = field(default_factory=list, metadata={"help": "Erased styles; the others are retained."})
+    style_label: str = field(default="artist", metadata={"help": "Column of the prompts that names the style."})
+    style_erased: list[str] = field(
+        default_factory=list, metadata={"help": "Erased styles of --style_model; all others are retained."}
+    )
     style_trunk: str | None = field(
-        default=None, metadata={"help": "torchvision's VGG-19 (vgg19-dcbb9e9d.pth) for the Gram loss."}
+        default=None, metadata={"help": "Weights of torchvision's VGG-19 (vgg19-dcbb9e9d.pth), for the metric gram."}
     )
     style_references: str | None = field(
-        default=None, metadata={"help": "Folder of images of a style. Default: the original model's images."}
+        default=None,
+        metadata={"help": "Folder of images of a style, for the metric gram. Default: the original model's images."},
     )
     gram_resize: str = field(
         default="esd",
-        metadata={"help": "esd: shorter side to 512 pixels; or none.", "choices": ("esd", "none")},
+        metadata={
+            "help": "How the metric gram resizes images: esd (shorter side to 512 pixels) or none.",
+            "choices": ("esd", "none"),
+        },
     )
 
 

@@ -1,7 +1,8 @@
-"""Pipelines with concepts taken out of their weights: stock pipelines that know what was done to them.
+"""Pipeline classes that load erased models and can disable the erasure.
 
-What they publish is a stock repository, which any diffusers user can load, with `erasure.json`. What they
-add is loading: base model and erased weights, whatever the erasure was saved as; and the way back, for comparison.
+They are subclasses of the stock classes, and save a stock repository, which any diffusers user can load, with
+`erasure.json`. In addition, they load an erasure in every format in which it can be saved, together with its base
+model, and `erasure_disabled` gives back the base model's weights for comparison.
 """
 
 from collections.abc import Iterator
@@ -65,7 +66,7 @@ class ErasedPipelineMixin(RepositoryMixin):
         weight_name: str | None = None,
         **kwargs,
     ) -> "ErasedPipelineMixin":
-        """Loads an erased model, whatever it was saved as.
+        """Loads an erased model in any format.
 
         Args:
             source (`str` or `Path`): A file, a folder or a Hub id: a whole erased pipeline, or what

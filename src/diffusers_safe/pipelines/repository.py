@@ -251,6 +251,6 @@ The default is `SafetyConfig.MEDIUM`.
 
 For making unwanted content less likely in the output of a model that can produce it. It is no guarantee: content that
 the concept's words do not cover, and prompts made to get around it, still get through, and stronger settings change
-harmless pictures too. Whoever has the weights can switch it off. It does not work without classifier-free guidance
+harmless images too. Whoever has the weights can switch it off. It does not work without classifier-free guidance
 (`guidance_scale` 1); the pipeline warns then, and `applied_safety_concept` is `None`.
 """

@@ -171,8 +171,9 @@ def enable_safe_latent_diffusion(
     Its calls then also take `safety_concept`, `safety_prompt_embeds` and the `sld_*` values of a [`SafetyConfig`], and
     its outputs have an attribute `applied_safety_concept`.
 
-    What is made from it does not inherit this: `save_pretrained` writes the stock pipeline, and `from_pipe` gives one,
-    with a warning. Enable it again there. For Stable Diffusion itself and SDXL there are classes that keep it.
+    What is made from it does not inherit this: `save_pretrained` and `push_to_hub` write the stock pipeline, and
+    `from_pipe` returns one, each with a warning. Enable it again there. For Stable Diffusion itself and SDXL there are
+    classes that keep it.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]): Around the denoiser of a supported family: Stable Diffusion 1, 2,
@@ -227,7 +228,7 @@ def disable_safe_latent_diffusion(pipeline: DiffusionPipeline) -> DiffusionPipel
 
 @functools.cache
 def _steered_class(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
-    """A subclass that steers, under the same name: that is what `save_pretrained` writes."""
+    """A subclass that steers, under the same name: that is what `save_pretrained` writes, with a warning."""
     signature = inspect.signature(stock.__call__)
 
     @functools.wraps(stock.__call__)
@@ -248,11 +249,21 @@ def _steered_class(stock: type[DiffusionPipeline]) -> type[DiffusionPipeline]:
             output.applied_safety_concept = applied
         return output
 
+    @functools.wraps(stock.save_pretrained)
+    def save_pretrained(self, *args, **kwargs):  # `push_to_hub` calls it, too
+        _warn(
+            f"Safe Latent Diffusion of this {stock.__name__} is not saved, the files hold the stock pipeline: call"
+            " enable_safe_latent_diffusion after loading it, or use a class that saves it, such as"
+            " StableDiffusionPipelineSafe"
+        )
+        return stock.save_pretrained(self, *args, **kwargs)
+
     def __reduce_ex__(self, protocol):  # pickle would look for a class of this name, and find the stock one
         return _restore, (stock, self.__dict__)
 
     attributes = {
         "__call__": __call__,
+        "save_pretrained": save_pretrained,
         "__module__": stock.__module__,
         "__doc__": stock.__doc__,
         "__reduce_ex__": __reduce_ex__,
@@ -303,7 +314,7 @@ def check_either(concept: str | None, embeds: torch.Tensor | None, pooled: torch
 
 
 def _readable_picture(argument: str, value: Any) -> Any:
-    """An argument with its `PIL` pictures as the pipelines read them without loss: in 8 bits, and in RGB unless it is
+    """An argument with its `PIL` images as the pipelines read them without loss: in 8 bits, and in RGB unless it is
     a mask. The pipelines take 16-bit values, and the colours under full transparency, as they are."""
     if isinstance(value, list):
         return [_readable_picture(argument, item) for item in value]

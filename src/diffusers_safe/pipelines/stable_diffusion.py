@@ -58,7 +58,7 @@ class StableDiffusionImg2ImgPipelineSafe(_SafeStableDiffusion, StableDiffusionIm
     [`StableDiffusionPipelineSafe`]."""
 
     _card_tags = ("image-to-image", "stable-diffusion")
-    _card_example = 'pipeline("a portrait", image=picture, **SafetyConfig.MAX)  # a PIL picture of yours'
+    _card_example = 'pipeline("a portrait", image=image, **SafetyConfig.MAX)  # a PIL image of yours'
 
 
 @with_stock_signatures
@@ -68,5 +68,5 @@ class StableDiffusionInpaintPipelineSafe(_SafeStableDiffusion, StableDiffusionIn
 
     _card_tags = ("image-to-image", "stable-diffusion", "inpainting")
     _card_example = (
-        'pipeline("a portrait", image=picture, mask_image=mask, **SafetyConfig.MAX)  # PIL pictures of yours'
+        'pipeline("a portrait", image=image, mask_image=mask, **SafetyConfig.MAX)  # PIL images of yours'
     )

@@ -1,4 +1,4 @@
-"""Preparation of training data: from a table of captions and URLs, or a folder of pictures, to shards."""
+"""Preparation of training data: from a table of captions and URLs, or a folder of images, to shards."""
 
 from .downloads import DownloadSettings
 from .filters import Filters

@@ -1,4 +1,4 @@
-"""Loads the bytes of pictures from URLs, folders and tar files."""
+"""Loads the bytes of images from URLs, folders and tar files."""
 
 import asyncio
 import ipaddress
@@ -16,7 +16,7 @@ from .filters import Dropped
 from .table import Row
 
 
-MAX_BYTES = 50 * 2**20  # per picture
+MAX_BYTES = 50 * 2**20  # per image
 MAX_REDIRECTS = 5
 MAX_WAIT = 30.0  # seconds between attempts, even if Retry-After asks for more
 TRANSIENT = (408, 429, 500, 502, 503, 504)  # statuses of temporary errors
@@ -29,7 +29,7 @@ _NAT64 = int(ipaddress.IPv6Address("64:ff9b::")) >> 32
 @typed
 @dataclass(frozen=True)
 class DownloadSettings:
-    """How pictures are downloaded. These settings do not change the shards, unless a server is slow or fails.
+    """How images are downloaded. These settings do not change the shards, unless a server is slow or fails.
 
     Args:
         timeout (`float`, defaults to 10): Seconds for a whole answer, redirects included.
@@ -42,8 +42,8 @@ class DownloadSettings:
             reach services there that are not reachable from the internet.
     """
 
-    timeout: float = option(10.0, "Seconds for the whole answer of a server.", above=0)
-    retries: int = option(2, "Further attempts if a server is slow or busy.", at_least=0)
+    timeout: float = option(10.0, "Maximum seconds per download.", above=0)
+    retries: int = option(2, "Number of further attempts if a server is slow or busy.", at_least=0)
     concurrency: int = option(32, "Number of simultaneous downloads.", at_least=1)
     user_agent: str | None = option(None, "User-Agent header. Default: name and version of this package.")
     allow_private_addresses: bool = option(
@@ -66,7 +66,7 @@ class _TemporaryError(Dropped):
 
 
 class Fetcher:
-    """Loads the bytes of pictures; used as an `async with` block."""
+    """Loads the bytes of images; used as an `async with` block."""
 
     def __init__(self, settings: DownloadSettings):
         self.settings = settings
@@ -96,13 +96,13 @@ class Fetcher:
         await self._client.__aexit__(*error)
 
     async def fetch(self, row: Row) -> tuple[bytes, tuple[str, ...]]:
-        """Loads a picture.
+        """Loads an image.
 
         Returns:
             `tuple[bytes, tuple[str, ...]]`: The bytes, and `("redirected",)` if the URL was redirected.
 
         Raises:
-            [`Dropped`]: If the picture cannot be loaded.
+            [`Dropped`]: If the image cannot be loaded.
         """
         if row.folder is not None:
             return await asyncio.to_thread(_read, row), ()

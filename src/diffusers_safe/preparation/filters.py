@@ -1,4 +1,4 @@
-"""Filters for rows and pictures, and the reasons under which dropped rows are counted."""
+"""Filters for rows and images, and the reasons under which dropped rows are counted."""
 
 import re
 from collections.abc import Callable
@@ -13,28 +13,30 @@ from .table import Row
 @typed
 @dataclass(frozen=True)
 class Filters:
-    """Conditions for captions and pictures. The defaults only require a caption.
+    """Conditions for captions and images. The defaults only require a caption.
 
     Args:
         min_caption_length (`int`, defaults to 1): Minimum length of a caption in characters.
         forbidden_concepts (`tuple[str, ...]`, defaults to `()`): Captions must not contain any of these as whole
             words, in any case.
         min_aesthetic (`float`, *optional*): Minimum aesthetic score. Rows without a score are dropped.
-        min_side (`int`, defaults to 1): Minimum length of the shorter side of the upright picture, in pixels.
+        min_side (`int`, defaults to 1): Minimum length of the shorter side of the upright image, in pixels.
         max_aspect_ratio (`float`, *optional*): Maximum ratio of the longer to the shorter side, at least 1.
     """
 
     min_caption_length: int = option(1, "Minimum length of a caption in characters.", at_least=1)
     forbidden_concepts: tuple[str, ...] = option(
-        (), "Drop captions with one of these as whole words: names, or a .txt file with one per line."
+        (), "Drop rows whose captions contain one of these concepts: names, or a .txt file with one per line."
     )
-    min_aesthetic: float | None = option(None, "Minimum score; needs --aesthetic_column.")
-    min_side: int = option(1, "Minimum length of the shorter side in pixels, before --resize.", at_least=1)
-    max_aspect_ratio: float | None = option(None, "Maximum ratio of the longer to the shorter side.", at_least=1)
+    min_aesthetic: float | None = option(None, "Minimum aesthetic score; needs --aesthetic_column.")
+    min_side: int = option(1, "Minimum length of an image's shorter side in pixels, before --resize.", at_least=1)
+    max_aspect_ratio: float | None = option(
+        None, "Maximum ratio of an image's longer side to its shorter side.", at_least=1
+    )
 
 
 class Dropped(Exception):
-    """Raised when a picture is dropped. The message is the reason that is counted."""
+    """Raised when an image is dropped. The message is the reason that is counted."""
 
 
 # Reason -> condition to drop a row. Checked in this order, before anything is downloaded.
@@ -51,7 +53,7 @@ ROW_RULES: dict[str, Callable[[Row, Filters], bool]] = {
         filters.min_aesthetic is not None and row.aesthetic < filters.min_aesthetic
     ),
 }
-# Reason -> condition to drop a picture of this (width, height).
+# Reason -> condition to drop an image of this (width, height).
 SIZE_RULES: dict[str, Callable[[tuple[int, int], Filters], bool]] = {
     "short side": lambda size, filters: min(size) < filters.min_side,
     "aspect ratio": lambda size, filters: (

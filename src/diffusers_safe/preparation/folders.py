@@ -1,4 +1,4 @@
-"""Finds pictures and captions in folders of training data, and refuses files outside of these folders."""
+"""Finds images and captions in folders of training data, and refuses files outside of these folders."""
 
 import json
 import os
@@ -98,11 +98,11 @@ def check_depth(paths: Iterable[str | Path]) -> None:
 
 
 def captioned_pictures(files: Iterable[Path]) -> tuple[list[Path], list[str]] | None:
-    """Finds pictures with a `.txt` file next to them.
+    """Finds images with a `.txt` file next to them.
 
     Returns:
-        `tuple[list[Path], list[str]]`: All pictures, and the caption of each (`""` if it has none); `None` if no
-        picture has a caption.
+        `tuple[list[Path], list[str]]`: All images, and the caption of each (`""` if it has none); `None` if no
+        image has a caption.
 
     Raises:
         `ValueError`: If a caption is not UTF-8 text.
@@ -138,7 +138,7 @@ def is_empty_tar(path: Path) -> bool:
 
 @dataclass
 class TarSample:
-    """A picture in a tar file.
+    """An image in a tar file.
 
     Attributes:
         member (`str`): Name in the tar file.
@@ -154,7 +154,7 @@ class TarSample:
 
 
 def tar_samples(path: Path) -> Iterator[TarSample]:
-    """The samples with a picture in a WebDataset tar file. Members whose names differ only in their extension belong
+    """The samples with an image in a WebDataset tar file. Members whose names differ only in their extension belong
     to the same sample.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Converts the bytes of a picture to an upright RGB JPEG without metadata."""
+"""Converts the bytes of an image to an upright RGB JPEG without metadata."""
 
 import hashlib
 import io
@@ -17,10 +17,10 @@ LONGEST_SIDE = 65_500  # in pixels, of the JPEGs that Pillow can write
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture ready for a shard.
+    """An image ready for a shard.
 
     Attributes:
-        jpeg (`bytes`): The picture: upright, RGB, without metadata.
+        jpeg (`bytes`): The image: upright, RGB, without metadata.
         sha256 (`str`): Hash of the original bytes.
         size (`tuple[int, int]`): Width and height in pixels.
         original_size (`tuple[int, int]`): Width and height before resizing.
@@ -35,16 +35,16 @@ class Picture:
 
 
 def read_picture(data: bytes, filters: Filters, resize: int | None = None, quality: int = 95) -> Picture:
-    """Decodes, checks and encodes a picture. Of an animation, the first frame is used.
+    """Decodes, checks and encodes an image. Of an animation, the first frame is used.
 
     Args:
         data (`bytes`): Content of the file.
         filters ([`Filters`]): Minimum side and aspect ratio are checked.
-        resize (`int`, *optional*): Length of the shorter side in pixels, to which larger pictures are resized.
+        resize (`int`, *optional*): Length of the shorter side in pixels, to which larger images are resized.
         quality (`int`, defaults to 95): JPEG quality, 1 to 95.
 
     Raises:
-        [`Dropped`]: If the data is not a picture, cannot be decoded completely, has more pixels than
+        [`Dropped`]: If the data is not an image, cannot be decoded completely, has more pixels than
             `PIL.Image.MAX_IMAGE_PIXELS` (89 million), or does not pass the filters.
     """
     Image.init()
@@ -77,7 +77,7 @@ def read_picture(data: bytes, filters: Filters, resize: int | None = None, quali
 
 
 def _changes(image: Image.Image) -> list[str]:
-    """The changes that [`to_rgb`] makes to a picture."""
+    """The changes that [`to_rgb`] makes to an image."""
     found = {
         f"{image.mode} to RGB": image.mode != "RGB",
         "laid on white": image.has_transparency_data,

@@ -1,4 +1,4 @@
-"""Writes the rows of a table that pass the filters to shards, in the order of the table and each picture once.
+"""Writes the rows of a table that pass the filters to shards, in the order of the table and each image once.
 
 The output folder contains `train-00000.tar` (or `.parquet`), ... and, at the end, `report.json`. A stopped run
 continues after the last finished shard and writes the same files ([`progress`]).
@@ -39,27 +39,27 @@ from .table import Row, Table
 
 
 SAME_ADDRESS, SAME_PICTURE = "same address as before", "same picture as before"
-PENDING_PER_DOWNLOAD = 32  # pictures that are loading or wait for an earlier one, per download at a time
+PENDING_PER_DOWNLOAD = 32  # images that are loading or wait for an earlier one, per download at a time
 MAX_UNREACHABLE_HOSTS = 50  # different servers in a row; after that, the network is assumed to be down
 
 
 @typed
 @dataclass(frozen=True)
 class ShardSettings:
-    """How pictures are written.
+    """How images are written.
 
     Args:
         format (`str`, defaults to `"webdataset"`): One of `FORMATS`.
         shard_size (`int`, defaults to 1000): Samples per shard; the last shard has the remaining ones.
-        resize (`int`, *optional*): Length of the shorter side in pixels. Larger pictures are resized to it, smaller
+        resize (`int`, *optional*): Length of the shorter side in pixels. Larger images are resized to it, smaller
             ones are not enlarged.
         jpeg_quality (`int`, defaults to 95): JPEG quality, 1 to 95.
     """
 
     format: str = option("webdataset", f"Format of the shards: {', '.join(FORMATS)}.", FORMATS)
-    shard_size: int = option(1000, "Pictures per shard.", at_least=1)
+    shard_size: int = option(1000, "Number of images per shard.", at_least=1)
     resize: int | None = option(
-        None, "Length of the shorter side in pixels, to which larger pictures are resized.", at_least=1
+        None, "Resize larger images to this length of the shorter side, in pixels.", at_least=1
     )
     jpeg_quality: int = option(95, "JPEG quality, 1 to 95.", at_least=1, at_most=95)
 
@@ -87,25 +87,25 @@ def prepare(
     downloads: DownloadSettings | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Downloads, filters and writes the pictures of a table. Continues a stopped run; finished shards are not
+    """Downloads, filters and writes the images of a table. Continues a stopped run; finished shards are not
     written again.
 
     Args:
-        table ([`Table`]): Captions and addresses of pictures.
+        table ([`Table`]): Captions and URLs, or file names, of images.
         output_dir (`str` or `Path`): A new or empty folder, or that of the same preparation when it was stopped.
-        filters ([`Filters`], *optional*): Which rows and pictures to keep.
-        shards ([`ShardSettings`], *optional*): How pictures are written.
-        downloads ([`DownloadSettings`], *optional*): How pictures are downloaded.
+        filters ([`Filters`], *optional*): Which rows and images to keep.
+        shards ([`ShardSettings`], *optional*): How images are written.
+        downloads ([`DownloadSettings`], *optional*): How images are downloaded.
         overwrite (`bool`, defaults to `False`): Delete the shards of another preparation in the folder, and move
             other files with their names to `.replaced-1`.
 
     Returns:
         `dict`: The report, which is also written to `report.json`: `rows` of the table, `kept`, `shards`, `dropped`
-        (number by reason; together with `kept` they add up to `rows`), `examples` (the first dropped picture of each
-        reason), `changed` (number of pictures by change) and `settings`.
+        (number by reason; together with `kept` they add up to `rows`), `examples` (the first dropped image of each
+        reason), `changed` (number of images by change) and `settings`.
 
     Raises:
-        `ValueError`: If the folder contains anything else, another process writes to it, or no picture is left.
+        `ValueError`: If the folder contains anything else, another process writes to it, or no image is left.
         `ConnectionError`: If many servers in a row cannot be reached. Finished shards are kept.
     """
     with claimed(output_dir) as folder:
@@ -140,7 +140,7 @@ def _prepare(
     if not progress.kept:
         clear_state(folder)
         reasons = [f"{why} {count}{example_of(why, progress.examples)}" for why, count in dropped.most_common()]
-        raise ValueError(f"no picture is left of {len(table)} rows: {', '.join(reasons)}")
+        raise ValueError(f"no image is left of {len(table)} rows: {', '.join(reasons)}")
     report = {
         "rows": len(table),
         "kept": progress.kept,
@@ -156,11 +156,11 @@ def _prepare(
 
 
 def select(table: Table, filters: Filters) -> tuple[list[int], Counter]:
-    """Applies the filters that need no picture.
+    """Applies the filters that need no image.
 
     Returns:
         `tuple[list[int], Counter]`: The positions of the remaining rows, the candidates, and the number of dropped
-        rows by reason. Of several rows with the same address, the first that passes the other filters remains.
+        rows by reason. Of several rows with the same URL or file, the first that passes the other filters remains.
     """
     positions, dropped, seen = [], Counter(), set()
     for position, row in enumerate(tqdm(table, desc="reading the table", unit="row", dynamic_ncols=True, delay=1)):
@@ -188,7 +188,7 @@ async def _write_shards(
     slots = asyncio.Semaphore(downloads.concurrency)
 
     async def load(row: Row) -> tuple[Picture | str, tuple[str, ...]]:
-        """A picture and the changes to it, or the reason to drop it."""
+        """An image and the changes to it, or the reason to drop it."""
         async with slots:
             try:
                 data, changes = await fetcher.fetch(row)
@@ -198,7 +198,7 @@ async def _write_shards(
         return picture, (*changes, *picture.changes)
 
     rows = (table[position] for position in positions[progress.candidates :])
-    bar = tqdm(desc="pictures", total=len(positions), initial=progress.candidates, unit="row", dynamic_ncols=True)
+    bar = tqdm(desc="images", total=len(positions), initial=progress.candidates, unit="row", dynamic_ncols=True)
     shard, unreachable_hosts = None, set()
     with bar:
         async with (

@@ -40,9 +40,9 @@ class Progress:
         kept (`int`): Number of samples in shards.
         shards (`int`): Number of finished shards.
         dropped (`Counter`): Number of dropped candidates by reason.
-        changed (`Counter`): Number of kept pictures by change.
-        examples (`dict[str, str]`): The first dropped picture of each reason.
-        hashes (`set[str]`): SHA-256 of the kept pictures.
+        changed (`Counter`): Number of kept images by change.
+        examples (`dict[str, str]`): The first dropped image of each reason.
+        hashes (`set[str]`): SHA-256 of the kept images.
     """
 
     candidates: int = 0

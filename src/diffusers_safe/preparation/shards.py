@@ -14,7 +14,7 @@ from .pictures import Picture
 from .table import Row
 
 
-ROW_GROUP = 100  # samples per row group, as `datasets` writes pictures
+ROW_GROUP = 100  # samples per row group, as `datasets` writes images
 COLUMNS = {
     "image": Image(),
     "text": Value("string"),
@@ -89,7 +89,7 @@ FORMATS = {"webdataset": WebDatasetShard, "parquet": ParquetShard}
 
 
 def fields(row: Row, picture: Picture) -> dict[str, str | int | float]:
-    """The fields of a sample besides picture and caption: `url` (`file_name` for folders), `width`, `height`,
+    """The fields of a sample besides image and caption: `url` (`file_name` for folders), `width`, `height`,
     `original_width`, `original_height` in pixels, `sha256` of the original bytes, and `aesthetic` if there is a
     score."""
     width, height = picture.size

@@ -1,4 +1,4 @@
-"""Tables of captions and addresses of pictures: from a table of URLs, a folder of pictures, or tar files."""
+"""Tables of captions and places of images: from a table of URLs, a folder of images, or tar files."""
 
 import glob
 import hashlib
@@ -21,15 +21,15 @@ LOADERS = {
     ".json": "json",
 }  # extension -> builder of `datasets`
 FILE_COLUMN = "file_name"  # in the files of `METADATA`
-PLACE_COLUMN = "place"  # offset and size of a picture in a tar file
+PLACE_COLUMN = "place"  # offset and size of an image in a tar file
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table: one picture before it is loaded.
+    """A row of a table: one image before it is loaded.
 
     Attributes:
-        address (`str`): URL, or the name of a file in `folder`; for a picture in a tar file
+        address (`str`): URL, or the name of a file in `folder`; for an image in a tar file
             `"00000.tar/000000000.jpg"`. `""` if missing.
         caption (`str`): Caption; `""` if missing.
         aesthetic (`float`, *optional*): Aesthetic score, a finite number.
@@ -121,14 +121,14 @@ def read_table(
     config_name: str | None = None,
     split: str | None = None,
 ) -> Table:
-    """Reads the captions and addresses of pictures from any supported source.
+    """Reads the captions, and the URLs or file names, of images from any supported source.
 
     Args:
         source (`str`): One of
 
             * a table: `.parquet`, `.csv`, `.jsonl` or `.json`, or a pattern of several such as `"part-*.parquet"`;
-            * a folder of pictures with a `metadata.csv`, `.jsonl` or `.parquet` that has a column `file_name`, or
-              with a `.txt` file next to each picture;
+            * a folder of images with a `metadata.csv`, `.jsonl` or `.parquet` that has a column `file_name`, or
+              with a `.txt` file next to each image;
             * a folder of WebDataset tar files, such as `img2dataset` writes;
             * a dataset on the Hugging Face Hub.
         url_column (`str`, *optional*): Column of URLs of a table or dataset, `"url"` by default.
@@ -180,7 +180,7 @@ def _folder(folder: Path, caption_column: str | None, aesthetic_column: str | No
         names, caption_column = [path.relative_to(folder).as_posix() for path in found[0]], caption_column or "text"
         return Dataset.from_dict({FILE_COLUMN: names, caption_column: found[1]}), caption_column
     raise ValueError(
-        f"neither {', '.join(METADATA)}, nor a .txt file next to a picture, nor tar files; the folder contains"
+        f"neither {', '.join(METADATA)}, nor a .txt file next to an image, nor tar files; the folder contains"
         f" {described(files)}"
     )
 
@@ -189,7 +189,7 @@ def metadata_of(folder: Path) -> Dataset | None:
     """The rows of the metadata file of a folder, or `None` if there is none.
 
     Raises:
-        `ValueError`: If a picture lies outside of the folder.
+        `ValueError`: If an image lies outside of the folder.
     """
     path = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     if path is None:
@@ -216,7 +216,7 @@ def _tars(
                 rows[name].append(None if value is None else str(value))
             fields |= dict.fromkeys(sample.fields)
     if not rows[FILE_COLUMN]:
-        raise ValueError(f"no pictures in {len(tars)} tar files, such as {tars[0].name}")
+        raise ValueError(f"no images in {len(tars)} tar files, such as {tars[0].name}")
     if missing := [name for name in columns if name not in fields]:
-        raise ValueError(f"no column '{missing[0]}', only {', '.join(fields) or 'pictures'}, in the tar files")
+        raise ValueError(f"no column '{missing[0]}', only {', '.join(fields) or 'images'}, in the tar files")
     return Dataset.from_dict(rows), caption_column

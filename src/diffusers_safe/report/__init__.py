@@ -1,1 +1,1 @@
-"""Reports: tables, plots, pictures and pages, for comparisons and attacks alike."""
+"""Reports: tables, plots, images and pages, for comparisons and attacks alike."""

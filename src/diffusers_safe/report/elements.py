@@ -188,7 +188,7 @@ class Table:
         title (`str`): Heading.
         columns (`Sequence[str]`): Names of the columns.
         groups (`list[tuple[str, list[Sequence[str]]]]`): Heading of a group (`""` for none) and its rows. A last word
-            that is an `https` address becomes a link.
+            that is an `https` URL becomes a link.
         note (`str`, defaults to `""`): Text below the heading.
         own (`frozenset[tuple[str, int]]`): Highlighted rows: heading of the group and index in it.
         merged (`bool`, defaults to `False`): Merge equal cells of neighbouring rows, from the third column on.

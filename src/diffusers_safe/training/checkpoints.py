@@ -70,7 +70,7 @@ def check_same_run(checkpoint: str | Path, identity: dict) -> None:
     """
     path = Path(checkpoint) / RUN_FILE
     if not path.is_file():
-        raise ValueError(f"resume_from_checkpoint {checkpoint}: holds no {RUN_FILE}; it is of another program")
+        raise ValueError(f"resume_from_checkpoint {checkpoint}: has no {RUN_FILE}: not a checkpoint of this package")
     try:
         state = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:

@@ -13,6 +13,7 @@ from accelerate.utils import ProjectConfiguration
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
+from ..messages import num_launched
 from .job import JobOptions, TrainingOptions
 
 
@@ -37,7 +38,7 @@ def make_accelerator(options: JobOptions) -> Accelerator:
     accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_config=project)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("mixed_precision fp16: gradients need a GPU's loss scaling; allowed on a CPU are no, bf16")
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = num_launched()
     if launched != accelerator.num_processes:
         raise ValueError(
             f"{launched} processes were launched, but each would train alone: set ACCELERATE_USE_CPU=true where "
@@ -56,12 +57,16 @@ def restore_forward(denoiser: nn.Module, forward: Callable | None) -> None:
 
 
 @contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Seeds that are set inside are not the caller's: the generators of Python, NumPy and torch, on the CPU and on
-    CUDA devices, go on afterwards where they were."""
+def isolated_from_caller() -> Iterator[None]:
+    """Gradients are on inside, and seeds that are set there do not reach the caller: the random generators of Python,
+    NumPy and torch, on the CPU and on CUDA devices, continue afterwards where they were."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
+        with (
+            torch.random.fork_rng(range(torch.cuda.device_count())),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
             yield
     finally:
         random.setstate(python)
@@ -70,7 +75,7 @@ def random_states_kept() -> Iterator[None]:
 
 @contextmanager
 def in_float32(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Trained weights are float32, and pictures need all parts alike. Afterwards every part is as it was."""
+    """Trained weights are float32, and images need all parts alike. Afterwards every part is as it was."""
     parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     homes = [(part, part.device, part.dtype, part.training) for part in parts]
     plain = [part for part in parts if isinstance(part, ModelMixin) and not part.is_gradient_checkpointing]

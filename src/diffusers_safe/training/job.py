@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
@@ -33,6 +34,7 @@ from .options import (
     SamplingOptions,
     ValidationOptions,
     WeightOptions,
+    describe_saves,
 )
 
 
@@ -50,6 +52,10 @@ class JobOptions(OptionGroups):
     hub: HubOptions = group("Hugging Face Hub")
 
     SAVES: ClassVar[tuple[str, ...]] = ("full",)  # what `save` may be, besides the name of a denoiser
+
+    @classmethod
+    def helps(cls) -> dict[str, str]:
+        return {"save": describe_saves(cls.SAVES)}
 
     def __post_init__(self):
         self.output.resolve_save((*self.allowed_saves, *denoiser_names()), self.is_lora)
@@ -159,6 +165,10 @@ class TrainingOptions(JobOptions):
     KEEPS_FROZEN: ClassVar[bool] = True  # whether the run uses the initial values of the trained weights
     LORA_SAVES: ClassVar[tuple[str, ...]] = ("lora", "full", "both")
 
+    @classmethod
+    def helps(cls) -> dict[str, str]:
+        return {"save": describe_saves(cls.SAVES, cls.LORA_SAVES)}
+
     @property
     def is_lora(self) -> bool:
         return self.weights.rank is not None
@@ -204,13 +214,23 @@ class TrainingOptions(JobOptions):
 
     def check_output(self) -> None:
         check_output_dir(self.output.output_dir)
-        check_output_dir(self.tracker_dir, "logging_dir")
+        self._check_logging_dir()
         if (checkpoint := self.find_checkpoint()) is not None:
-            if checkpoint_step(checkpoint) > self.run.max_train_steps:
-                raise ValueError(f"max_train_steps {self.run.max_train_steps}: {checkpoint} is further already")
+            if (step := checkpoint_step(checkpoint)) > self.run.max_train_steps:
+                raise ValueError(f"max_train_steps {self.run.max_train_steps}: {checkpoint} is already at step {step}")
             check_same_run(checkpoint, self.identity)
             check_checkpoint(checkpoint)
         super().check_output()
+
+    def _check_logging_dir(self) -> None:
+        """Trackers write there without asking: it must not be a place of other files."""
+        name = self.checkpoints.logging_dir
+        check_output_dir(name, "logging_dir")
+        first = Path(os.path.normpath(name)).parts[0]
+        taken = (".*", "/", LOG_NAME, VALIDATION, "cache", "checkpoint-*", *result_names())
+        if any(fnmatch(first, pattern) for pattern in taken):
+            raise ValueError(f"logging_dir '{name}': must be a folder of its own in the output folder, such as logs")
+        check_output_dir(self.tracker_dir, "logging_dir")
 
     def _claim(self) -> dict:
         """When resuming: everything that the run has written. Otherwise: leftovers of the same run from before its

@@ -6,7 +6,7 @@ from pathlib import Path
 from diffusers.optimization import SchedulerType
 
 from ..arguments import option, required
-from ..diffusion.loss_weighting import LOSS_WEIGHTINGS
+from ..diffusion.loss_weighting import LOSS_SPACE_HELP, LOSS_WEIGHTINGS
 from ..families import TRAIN_METHODS, denoiser_names, resolve_train_method
 from ..hub import check_model_id, default_model_id
 from ..output_folders import OVERWRITE_HELP
@@ -31,8 +31,8 @@ class ModelOptions:
     cache_dir: str | None = option(None, "Folder for downloads from the Hub.", recorded=False)
     resolution: int | None = option(
         None,
-        "Height and width in pixels of the images whose latents are trained; default: the model's own. A multiple of "
-        "the autoencoder's downsampling factor (8 for Stable Diffusion).",
+        "Height and width in pixels of the images whose latents are trained on, a multiple of the autoencoder's "
+        "downsampling factor (8 for Stable Diffusion). Default: the model's own.",
         at_least=1,
     )
 
@@ -54,20 +54,20 @@ class WeightOptions:
 
     train_method: str = option(
         "xattn",
-        f"Which weights train: {'; '.join(f'{n} ({m.description})' for n, m in TRAIN_METHODS.items())}.",
+        f"Weights to train: {'; '.join(f'{name} ({method.described})' for name, method in TRAIN_METHODS.items())}.",
         essential=True,
     )
     rank: int | None = option(
         None,
         "Train a LoRA of this rank instead of the weights themselves: adapters on the linear and convolution layers "
-        "that train_method selects.",
+        "that --train_method selects.",
         at_least=1,
         essential=True,
     )
     lora_alpha: float | None = option(
         None,
-        "The LoRA is scaled by alpha / rank. Default: the rank. Programs that ignore diffusers' metadata assume this "
-        "value.",
+        "The LoRA is scaled by alpha / rank. Default: the rank, which programs that ignore the file's metadata assume "
+        "as well.",
         above=0,
     )
 
@@ -84,10 +84,14 @@ class OptimizerOptions:
     """AdamW and its learning rate."""
 
     learning_rate: float = option(1e-5, "Peak learning rate of AdamW.", above=0, essential=True)
-    scale_lr: bool = option(False, "Multiply the learning rate by processes, accumulation and batch size.")
-    lr_scheduler: str = option("constant", f"One of {', '.join(LR_SCHEDULERS)}.", LR_SCHEDULERS)
+    scale_lr: bool = option(
+        False, "Multiply --learning_rate by the total batch size: processes, accumulation and batch."
+    )
+    lr_scheduler: str = option(
+        "constant", f"Schedule of the learning rate: {', '.join(LR_SCHEDULERS)}.", LR_SCHEDULERS
+    )
     lr_warmup_steps: int = option(0, "Warm-up steps of the learning rate.", at_least=0)
-    use_8bit_adam: bool = option(False, "AdamW with 8-bit states, from bitsandbytes.")
+    use_8bit_adam: bool = option(False, "Use AdamW with 8-bit states; needs bitsandbytes.")
     adam_beta1: float = option(0.9, "AdamW's beta 1.", at_least=0, below=1)
     adam_beta2: float = option(0.999, "AdamW's beta 2.", at_least=0, below=1)
     adam_weight_decay: float = option(1e-4, "AdamW's weight decay.", at_least=0)
@@ -103,20 +107,20 @@ class OptimizerOptions:
 class RunOptions:
     """Steps, batches and arithmetic."""
 
-    max_train_steps: int = option(1500, "Optimizer steps.", at_least=1, essential=True)
-    train_batch_size: int = option(1, "Samples per process and step.", at_least=1, may_change=True, essential=True)
-    gradient_accumulation_steps: int = option(1, "Batches per optimizer step.", at_least=1, may_change=True)
+    max_train_steps: int = option(1500, "Number of optimizer steps.", at_least=1, essential=True)
+    train_batch_size: int = option(1, "Batch size per process.", at_least=1, may_change=True, essential=True)
+    gradient_accumulation_steps: int = option(1, "Number of batches per optimizer step.", at_least=1, may_change=True)
     gradient_checkpointing: bool = option(
         False, "Recompute activations instead of storing them: less memory, slower.", may_change=True
     )
     mixed_precision: str | None = option(
         None,
-        f"Precision of forward and backward; trained weights stay float32: {', '.join(MIXED_PRECISIONS)}. Default: "
-        "the setting of `accelerate launch`.",
+        f"Mixed precision: {', '.join(MIXED_PRECISIONS)}. Trained weights stay float32. Default: the setting of "
+        "`accelerate launch`.",
         MIXED_PRECISIONS,
     )
     allow_tf32: bool = option(
-        False, "TensorFloat-32 matrix products on GPUs that have them: faster, less exact.", may_change=True
+        False, "Allow TensorFloat-32 matrix products on GPUs that have them: faster, less exact.", may_change=True
     )
 
     def __post_init__(self):
@@ -137,19 +141,17 @@ class RunOptions:
 class OutputOptions:
     """What is written where."""
 
-    output_dir: str | None = required("Folder of the result, its record, the log and checkpoints.", may_change=True)
+    output_dir: str | None = required("Output folder: the result, its record, the log, checkpoints.", may_change=True)
     save: str | None = option(
         None,
-        f"full: a stock pipeline folder; {' or '.join(denoiser_names())}: its denoiser only; partial: the erased "
-        "weights only; both: full and partial. With --rank: lora, a file for load_lora_weights; full or the denoiser, "
-        "with the LoRA fused in; both: full and lora. Default: full; lora if --rank is given.",
+        "What is saved.",  # see `describe_saves`
         may_change=True,
         essential=True,
     )
     overwrite: bool = option(False, OVERWRITE_HELP, recorded=False, may_change=True, essential=True)
     dry_run: bool = option(
         False,
-        "Print the plan (weights, forwards, memory) and exit. Nothing is written.",
+        "Print the plan (weights, forward passes, memory) and exit. Nothing is written.",
         may_change=True,
         essential=True,
     )
@@ -167,24 +169,50 @@ class OutputOptions:
             raise ValueError(f"save '{self.save}': allowed {given} --rank are {', '.join(allowed)}")
 
 
+def describe_saves(plain: tuple[str, ...], lora: tuple[str, ...] = ()) -> str:
+    """The help of `save`: its values in a job, the default first, and those with `--rank`, if there is that option."""
+    meanings = {
+        "full": "a stock pipeline folder",
+        "partial": "only the changed weights",
+        "both": "full and partial",
+        **dict.fromkeys(denoiser_names(), "only the denoiser"),
+    }
+    text = f"What is saved: {', '.join(f'{name} ({meanings[name]})' for name in (*plain, *denoiser_names()))}. "
+    if not lora:
+        return f"{text}Default: {plain[0]}."
+    fused = " or ".join(name for name in (*lora, *denoiser_names()) if name not in ("lora", "both"))
+    meanings = {
+        "lora": "lora (a file for load_lora_weights)",
+        "full": f"{fused} (with the LoRA fused in)",
+        "both": "both (full and lora)",
+    }
+    text += f"With --rank: {', '.join(meanings[name] for name in lora)}. "
+    return f"{text}Default: {plain[0]}{f'; with --rank: {lora[0]}' if lora[0] != plain[0] else ''}."
+
+
 @dataclass(kw_only=True)
 class CheckpointOptions:
     """Checkpoints, and a tracker to follow the run."""
 
     checkpointing_steps: int = option(
-        500, "Steps between checkpoints; 0: only when the run is stopped.", at_least=0, may_change=True
+        500, "Training steps between checkpoints. 0: only when the run is stopped.", at_least=0, may_change=True
     )
-    checkpoints_total_limit: int | None = option(2, "Keep only this many checkpoints.", at_least=1, may_change=True)
+    checkpoints_total_limit: int | None = option(
+        2, "Number of checkpoints to keep, the newest ones.", at_least=1, may_change=True
+    )
     resume_from_checkpoint: str | None = option(
-        None, "A checkpoint folder, or latest.", may_change=True, essential=True
+        None,
+        "Continue from a checkpoint: its folder, or latest for the newest one in the output folder.",
+        may_change=True,
+        essential=True,
     )
     report_to: str = option(
         "none",
-        f"Tracker of the run, in addition to log.jsonl in the output folder: {', '.join(TRACKERS)}.",
+        f"Experiment tracker, in addition to log.jsonl in the output folder: {', '.join(TRACKERS)}.",
         TRACKERS,
         may_change=True,
     )
-    logging_dir: str = option("logs", "Folder of the tracker's files, in the output folder.", may_change=True)
+    logging_dir: str = option("logs", "Folder for the files of --report_to, in the output folder.", may_change=True)
 
     def find(self, output_dir: str | None) -> Path | None:
         """The checkpoint to continue from, if one was asked for.
@@ -214,15 +242,16 @@ class ValidationOptions:
 
     validation_prompts: list[str] = option(
         [],
-        "Prompts of images before and after, side by side, in the folder validation of the output folder.",
+        "Generate images for these prompts before and during training; they are saved side by side in "
+        "OUTPUT_DIR/validation. Prompts, or a .txt file with one per line.",
         may_change=True,
         essential=True,
     )
     num_validation_images: int = option(
-        1, "Images per validation prompt, and per prompt on the Hub's card.", at_least=1, may_change=True
+        1, "Images per validation prompt, also in the model card on the Hub.", at_least=1, may_change=True
     )
     validation_steps: int = option(
-        100, "Steps between two such images; the last step always has one.", at_least=1, may_change=True
+        100, "Training steps between validation images. The last step always has one.", at_least=1, may_change=True
     )
 
 
@@ -235,13 +264,16 @@ class HubOptions:
     )
     hub_model_id: str | None = option(
         None,
-        "Repository on the Hub: user/name, or a name in your own account; default: the output folder's name.",
+        "Repository on the Hub: user/name, or a name in your own account. Default: the output folder's name.",
         recorded=False,
     )
     hub_token: str | None = option(
-        None, "Default: HF_TOKEN, or the one of `hf auth login`. It is never written.", recorded=False, secret=True
+        None,
+        "Token for the Hub. Default: HF_TOKEN, or the one of `hf auth login`. It is never written to a file.",
+        recorded=False,
+        secret=True,
     )
-    hub_private: bool = option(False, "Make a new repository private.", recorded=False)
+    hub_private: bool = option(False, "Make the repository private if it is new.", recorded=False)
 
     def __post_init__(self):
         useless = [name for name in ("hub_model_id", "hub_token", "hub_private") if getattr(self, name)]
@@ -262,27 +294,26 @@ class SamplingOptions:
     """Noisy latents, sampled with a model."""
 
     num_inference_steps: int = option(
-        50, "Steps of the whole sampling schedule; a trajectory stops at one of them.", at_least=1
+        50, "Number of steps of the sampling schedule. A trajectory stops at one of them.", at_least=1
     )
     sampling_fraction: float = option(
         1.0,
-        "Trajectories stop within this first part of the schedule, in (0, 1]. The paper's is 1; the high noise "
-        "levels, which decide what an image shows, come first.",
+        "Stop trajectories within this first fraction of the schedule, in (0, 1]. Below 1, only high noise levels are "
+        "trained, which determine the content of an image. The papers use 1.",
         above=0,
         at_most=1,
     )
     sampling_guidance_scale: float = option(
-        3.0, "Scale of classifier-free guidance while latents are sampled; at 1 or less it is off."
+        3.0, "Scale of classifier-free guidance when latents are sampled; at 1 or less it is off."
     )
     latents_per_trajectory: int = option(
         1,
-        "Number of latents kept from one trajectory. They are used in that many successive steps. The papers' is 1.",
+        "Number of latents taken from one trajectory, for as many successive training steps. The papers use 1.",
         at_least=1,
     )
     loss_space: str = option(
         "prediction",
-        "Per-timestep loss weights: prediction (errors of what the model predicts, the papers) or velocity (errors of "
-        "velocity: high noise levels count more).",
+        LOSS_SPACE_HELP,
         LOSS_WEIGHTINGS,
     )
 

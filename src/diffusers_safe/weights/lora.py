@@ -74,8 +74,17 @@ class LoRAWeights(TrainedWeights):
             weight.copy_(nn.init.kaiming_uniform_(torch.empty(weight.shape), a=math.sqrt(5), generator=generator))
 
     def is_in_place(self) -> bool:
-        """Whether the adapters are in the denoiser."""
-        return ADAPTER_NAME in getattr(self._denoiser, "peft_config", {})
+        """Whether the adapters are in the denoiser as they were trained: active and not scaled."""
+        return ADAPTER_NAME in getattr(self._denoiser, "peft_config", {}) and all(
+            ADAPTER_NAME in layer.active_adapters
+            and not layer.disable_adapters
+            and math.isclose(layer.scaling[ADAPTER_NAME], self.alpha / self.rank, rel_tol=1e-6)
+            for layer in self._layers
+        )
+
+    def is_fused(self) -> bool:
+        """Whether the adapters were added to the weights."""
+        return any(layer.merged for layer in self._layers)
 
     def undo(self) -> None:
         """Takes the adapters off the denoiser."""

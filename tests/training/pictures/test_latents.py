@@ -321,7 +321,7 @@ def test_data_that_cannot_be_cached_is_refused(make_cache, make_data, sd, monkey
 
 def test_a_cache_without_readable_pictures_is_refused(make_cache, make_data, sd):
     cache = built(make_cache(make_data(dict.fromkeys(range(3), b"no picture"), count=3), sd))
-    with pytest.raises(ValueError, match="100 pictures in a row cannot be read; 3 pictures cannot be read, the first"):
+    with pytest.raises(ValueError, match="100 images in a row cannot be read; 3 images cannot be read, the first"):
         CachedLatents(cache, SEED, SAMPLES_A_STEP).batch(0, range(1))
 
 

@@ -199,7 +199,7 @@ def test_a_stream_counts_what_it_skips(make, make_data):
 def test_a_stream_without_usable_rows_is_refused(make, make_data):
     source = make(make_data(streaming=True, forbidden_concepts=["a", "an"], count=3))
     with pytest.raises(
-        ValueError, match="no picture of the stream is left; dropped: . rows with a caption that names"
+        ValueError, match="no image of the stream is left; dropped: . rows with a caption that names"
     ):
         source.batch(0, range(1))
 

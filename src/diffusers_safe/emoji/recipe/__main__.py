@@ -41,18 +41,20 @@ STAGES = ("judge", "second_judge", "autoencoder", "unet", "transformer", "assemb
 class RecipeArguments:
     output_dir: str = required("Folder for checkpoints, caches and the finished models.")
     stages: list[str] = option(list(STAGES), f"Stages to run: {', '.join(STAGES)}.", STAGES)
-    num_pictures: int = option(
-        48000, "Number of pictures, which are rendered once and used by all stages.", at_least=1
-    )
-    judge_steps: int = option(4000, "Steps of each judge, with batch size 64.", at_least=1)
-    autoencoder_steps: int = option(6000, "Steps of the autoencoder, with batch size 16.", at_least=1)
+    num_pictures: int = option(48000, "Number of images, which are rendered once and used by all stages.", at_least=1)
+    judge_steps: int = option(4000, "Training steps of each judge, with batch size 64.", at_least=1)
+    autoencoder_steps: int = option(6000, "Training steps of the autoencoder, with batch size 16.", at_least=1)
     unet_coarse_steps: list[int] = option(
-        [3000], "Steps of each round on latents of half the size, with batch size 64."
+        [3000], "Training steps of the UNet in each round on latents of half the size, with batch size 64."
     )
-    unet_steps: list[int] = option([4000, 6000], "Steps of each following round, with batch size 32.")
-    transformer_steps: list[int] = option([4000, 6000, 8000], "Steps of each round, with batch size 32.")
+    unet_steps: list[int] = option(
+        [4000, 6000], "Training steps of the UNet in each following round, with batch size 32."
+    )
+    transformer_steps: list[int] = option(
+        [4000, 6000, 8000], "Training steps of the transformer in each round, with batch size 32."
+    )
     checkpoint_minutes: float = option(5.0, "Minutes between checkpoints.", at_least=0)
-    seed: int = option(0, "Seed of pictures, batches, noise and initial weights.", at_least=0, below=2**32)
+    seed: int = option(0, "Seed of images, batches, noise and initial weights.", at_least=0, below=2**32)
 
     def __post_init__(self):
         for name in ("unet_coarse_steps", "unet_steps", "transformer_steps"):

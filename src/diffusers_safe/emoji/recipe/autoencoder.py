@@ -14,7 +14,7 @@ from .stage import Round, Stage
 class AutoencoderLoss(nn.Module):
     """Reconstruction errors of pixels and of their differences to neighbouring pixels, and a weak KL term.
 
-    Latents that are averaged over 2 x 2 positions must decode to the picture at half its size (Skorokhodov et al.,
+    Latents that are averaged over 2 x 2 positions must decode to the image at half its size (Skorokhodov et al.,
     arXiv 2502.14831). Otherwise high frequencies of the latents carry information that low frequencies could, and a
     diffusion model learns them last. The posterior starts narrow (standard deviation 0.08). With the usual 1 the
     decoder only sees noise at first, and the latents collapse.
@@ -26,7 +26,7 @@ class AutoencoderLoss(nn.Module):
         nn.init.constant_(autoencoder.quant_conv.bias[LATENT_CHANNELS:], -5.0)
 
     def forward(self, pictures: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """The loss for pictures `(B, 3, 64, 64)` in [-1, 1] and normal noise of the shape of the latents."""
+        """The loss for images `(B, 3, 64, 64)` in [-1, 1] and normal noise of the shape of the latents."""
         posterior = self.autoencoder.encode(pictures).latent_dist
         mean, std = posterior.mean.float(), posterior.std.float()
         latents = mean + std * noise
@@ -44,7 +44,7 @@ def restoration_error(restored: torch.Tensor, pictures: torch.Tensor) -> torch.T
 
 
 def autoencoder_stage(pictures: np.ndarray, steps: int, learning_rate: float) -> Stage:
-    """The stage that trains the autoencoder on pictures `(N, 64, 64, 3)`, `uint8`."""
+    """The stage that trains the autoencoder on images `(N, 64, 64, 3)`, `uint8`."""
 
     def make_batch(rng, size):
         batch = to_tensor(pictures[np.sort(rng.integers(len(pictures), size=size))]) * 2 - 1

@@ -1,4 +1,4 @@
-"""Training of the two judges on rendered pictures only, not on outputs of an autoencoder or a generator."""
+"""Training of the two judges on rendered images only, not on outputs of an autoencoder or a generator."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from ..scenes import draw_scene
 from .stage import Round, Stage
 
 
-NOTHING_SHARE = 0.15  # share of the pictures without a recognisable object
+NOTHING_SHARE = 0.15  # share of the images without a recognisable object
 
 
 class ClassifierLoss(nn.Module):
@@ -50,7 +50,7 @@ def second_judge_stage(steps: int, learning_rate: float) -> Stage:
 
 
 def judge_batch(rng: np.random.Generator, size: int, artwork: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Augmented pictures `(size, 3, 64, 64)` in [0, 1], and their classes for each head (-1: ignored)."""
+    """Augmented images `(size, 3, 64, 64)` in [0, 1], and their classes for each head (-1: ignored)."""
     scenes = [draw_scene(rng, hold_out=False) for _ in range(size)]
     rendered = [np.asarray(render(scene, artwork[rng.integers(len(artwork))])) for scene in scenes]
     pictures, labels = to_tensor(np.stack(rendered)), scene_labels(scenes)
@@ -78,13 +78,13 @@ def augment(pictures: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 
 
 def ruin(picture: torch.Tensor, other: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """A picture `(3, 64, 64)` without a recognisable object, similar to failed generations."""
+    """An image `(3, 64, 64)` without a recognisable object, similar to failed generations."""
     kind = rng.integers(5)
     if kind == 0:  # tiles of 16 pixels, shuffled
         tiles = picture.unfold(1, 16, 16).unfold(2, 16, 16).reshape(3, 16, 16, 16)
         tiles = tiles[:, torch.from_numpy(rng.permutation(16))]
         return tiles.reshape(3, 4, 4, 16, 16).permute(0, 1, 3, 2, 4).reshape(3, 64, 64)
-    if kind == 1:  # an empty background: the interpolated corners of the picture
+    if kind == 1:  # an empty background: the interpolated corners of the image
         return F.interpolate(picture[None, :, ::63, ::63], (64, 64), mode="bilinear")[0]
     if kind == 2:  # two objects blended
         other = other.flip(1) if rng.random() < 0.5 else other.roll(20, dims=2)

@@ -1,4 +1,4 @@
-"""Training data of the stages: pictures that are rendered once, and their latents."""
+"""Training data of the stages: images that are rendered once, and their latents."""
 
 import math
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..scenes import Scene, draw_caption, draw_scene
 
 
 def load_pictures(output_dir: str | Path, count: int, seed: int) -> tuple[np.ndarray, list[Scene]]:
-    """The training pictures `(count, 64, 64, 3)` and their scenes, rendered once and stored on disk."""
+    """The training images `(count, 64, 64, 3)` and their scenes, rendered once and stored on disk."""
     path = Path(output_dir) / "cache" / f"pictures-{seed}-{count}.npy"
     if path.exists():
         return np.load(path, mmap_mode="r"), [draw_scene(np.random.default_rng([seed, i])) for i in range(count)]
@@ -48,7 +48,7 @@ class CaptionedLatents:
 
     Args:
         moments (`np.ndarray`): Output of [`encode_pictures`].
-        scenes (`list[Scene]`): Scenes of the pictures.
+        scenes (`list[Scene]`): Scenes of the images.
         tokenizer (`CLIPTokenizer`): Tokenizer of the captions.
         scaling_factor (`float`), shift_factor (`float`): As in the autoencoder's config.
     """

@@ -2,9 +2,9 @@
 
 import logging
 import math
-import os
 from collections.abc import Sequence
 
+from ...messages import is_first_process
 from ..generate import PromptRow
 from .columns import given, text_of
 from .layouts import LIKE_A_SETTING, MISSING, column_key, is_index
@@ -92,7 +92,7 @@ def report_repeated(where: str, rows: Sequence[PromptRow], numbers: Sequence[int
 
 
 def _report(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # only the first of several processes
+    if is_first_process():
         logger.warning(message)
 
 

@@ -31,12 +31,16 @@ LAYOUTS = {
         (CASE_NUMBER,),
     ),
     "esd": Layout(
-        "lists of ESD (Gandikota et al., arXiv 2303.07345): images are named case number, image number",
+        "lists of ESD (Gandikota et al., arXiv 2303.07345), which name images by case number and image number",
         (CASE_NUMBER, "evaluation_seed"),
         (CASE_NUMBER,),
     ),
     "coco": Layout("COCO captions as ESD samples them, such as coco_30k.csv", ("image_id", "evaluation_seed")),
-    "plain": Layout("any other list with a column of prompts; id or case_number names rows", (), (ID, CASE_NUMBER)),
+    "plain": Layout(
+        "any other list with a column of prompts, which names images by id or case_number, if there is one",
+        (),
+        (ID, CASE_NUMBER),
+    ),
 }
 
 # Setting -> names of its columns, in order of preference, as `column_key` writes them. The scripts of ESD and its

@@ -1,4 +1,4 @@
-"""The training data of distillation: captioned pictures from any source, encoded during training or from a cache."""
+"""The training data of distillation: captioned images from any source, encoded during training or from a cache."""
 
 from .dataset import CaptionedImages
 from .images import INTERPOLATION_MODES, Preprocessing

@@ -1,4 +1,4 @@
-"""Rows of a dataset as pairs of an undecoded picture and its captions. Unusable data is reported before training."""
+"""Rows of a dataset as pairs of an undecoded image and its captions. Unusable data is reported before training."""
 
 import hashlib
 import json

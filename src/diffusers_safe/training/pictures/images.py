@@ -18,7 +18,7 @@ INTERPOLATION_MODES = {
     "bicubic": Image.Resampling.BICUBIC,
     "nearest": Image.Resampling.NEAREST,
 }
-MAX_ASPECT_RATIO = 32  # resizing the shorter side of narrower pictures would fill the memory
+MAX_ASPECT_RATIO = 32  # resizing the shorter side of narrower images would fill the memory
 
 
 def decode_image(value: Any) -> Image.Image:
@@ -38,12 +38,12 @@ def decode_image(value: Any) -> Image.Image:
 
 @dataclass
 class Picture:
-    """A preprocessed picture.
+    """A preprocessed image.
 
     Attributes:
         pixel_values (`torch.Tensor`): `(3, resolution, resolution)`, float32, in [-1, 1].
-        original_size (`tuple[int, int]`): Height and width of the upright picture before resizing.
-        crop_top_left (`tuple[int, int]`): Offset of the crop in the resized picture, before flipping.
+        original_size (`tuple[int, int]`): Height and width of the upright image before resizing.
+        crop_top_left (`tuple[int, int]`): Offset of the crop in the resized image, before flipping.
     """
 
     pixel_values: torch.Tensor
@@ -59,7 +59,7 @@ class Preprocessing:
         resolution (`int`): Height and width of the result in pixels.
         image_interpolation_mode (`str`, defaults to `"lanczos"`): A key of `INTERPOLATION_MODES`.
         center_crop (`bool`, defaults to `False`): Whether to crop the center instead of a random square.
-        random_flip (`bool`, defaults to `False`): Whether to flip a picture horizontally with probability 0.5.
+        random_flip (`bool`, defaults to `False`): Whether to flip an image horizontally with probability 0.5.
 
     Raises:
         `ValueError`: If the mode is unknown or the resolution is less than 1.
@@ -94,11 +94,11 @@ class Preprocessing:
         return Picture(pixels.contiguous(), (image.height, image.width), (top, left))
 
     def crops_at_random(self, image: Image.Image) -> bool:
-        """Whether the crop of this picture depends on the generator."""
+        """Whether the crop of this image depends on the generator."""
         return not self.center_crop and max(self._resized(image)) > self.resolution
 
     def _resized(self, image: Image.Image) -> tuple[int, int]:
-        """Width and height of the resized picture, rounded down as in torchvision."""
+        """Width and height of the resized image, rounded down as in torchvision."""
         return image.width * self.resolution // min(image.size), image.height * self.resolution // min(image.size)
 
     def _offset(self, room: int, generator: torch.Generator) -> int:
@@ -107,5 +107,5 @@ class Preprocessing:
         return int(torch.randint(room + 1, (), generator=generator)) if room else 0
 
     def draw_flip(self, generator: torch.Generator) -> bool:
-        """Samples whether to flip a picture."""
+        """Samples whether to flip an image."""
         return self.random_flip and bool(torch.rand((), generator=generator) < 0.5)

@@ -3,8 +3,8 @@
 The folder contains
 
 * `cache.json`: the data, preprocessing and model that the cache belongs to;
-* `moments-*.safetensors`: mean and log variance of the latents of each picture (and of the flipped picture, if
-  pictures are flipped);
+* `moments-*.safetensors`: mean and log variance of the latents of each image (and of the flipped image, if
+  images are flipped);
 * `texts-*.safetensors`: the text embeddings of each distinct caption and of `""`.
 
 A file is either complete or missing, so an interrupted build continues.
@@ -58,17 +58,17 @@ class LatentCache:
     Args:
         folder (`str` or `Path`): Folder of the cache.
         data (`CaptionedImages`): The dataset; not a stream.
-        preprocessing (`Preprocessing`): The preprocessing; with a center crop, unless all pictures are square.
+        preprocessing (`Preprocessing`): The preprocessing; with a center crop, unless all images are square.
         family (`ModelFamily`): The model whose encoders are used.
 
     Attributes:
         captions (`dict[str, int]`): Row of each distinct caption; `""` is the first.
         identity (`dict`): Content of `cache.json`.
-        readable (`torch.Tensor`): `(N,)`, whether each picture could be read. This and the following attributes exist
+        readable (`torch.Tensor`): `(N,)`, whether each image could be read. This and the following attributes exist
             after `build`.
         original_sizes (`torch.Tensor`): `(N, 2)`, height and width before resizing.
-        crop_top_lefts (`torch.Tensor`): `(N, 2)`, offsets of the crops in the resized pictures.
-        unreadable (`dict[str, str]`): Names of unreadable pictures, with the reason.
+        crop_top_lefts (`torch.Tensor`): `(N, 2)`, offsets of the crops in the resized images.
+        unreadable (`dict[str, str]`): Names of unreadable images, with the reason.
 
     Raises:
         `ValueError`: If the folder contains another cache, or the data is a stream.
@@ -114,12 +114,12 @@ class LatentCache:
 
         Args:
             device (`torch.device`, defaults to `"cpu"`): Device of the encoders.
-            batch_size (`int`, defaults to 8): Number of pictures per batch.
-            num_workers (`int`, defaults to 0): Number of threads that prefetch pictures.
+            batch_size (`int`, defaults to 8): Number of images per batch.
+            num_workers (`int`, defaults to 0): Number of threads that prefetch images.
             progress_bar (`bool`, defaults to `True`): Whether the main process shows a progress bar.
 
         Raises:
-            `ValueError`: If the disk is too small, a picture would be cropped at random, or the encoders return
+            `ValueError`: If the disk is too small, an image would be cropped at random, or the encoders return
                 values that float16 cannot represent.
         """
         processes = PartialState()
@@ -148,7 +148,7 @@ class LatentCache:
             with (
                 self._encoders_on(device),
                 ThreadPoolExecutor(max(1, num_workers), "pictures") as pool,
-                tqdm(total=total, desc="encoding captions and pictures", disable=hidden) as bar,
+                tqdm(total=total, desc="encoding captions and images", disable=hidden) as bar,
             ):
                 for file in own:
                     if file.kind == "moments":
@@ -234,7 +234,7 @@ class LatentCache:
         return tensors, {"unreadable": unreadable}
 
     def _load(self, place: int) -> tuple[Picture, str | None]:
-        """A picture, or a black one and the reason if it cannot be read."""
+        """An image, or a black one and the reason if it cannot be read."""
         size = self.preprocessing.resolution
         try:
             image = decode_image(self.data.image_of(self.data.row(place)))
@@ -286,7 +286,7 @@ class LatentCache:
         self.unreadable = {name: reason for own in notes for name, reason in own.items()}
 
     def moments(self, places: list[int], flips: list[bool]) -> torch.Tensor:
-        """Mean and log variance of the latents of pictures, or of flipped pictures: `(B, 2 * C, H, W)`, float16."""
+        """Mean and log variance of the latents of images, or of flipped images: `(B, 2 * C, H, W)`, float16."""
         return torch.stack(
             [
                 self._slices["moments"][place // ROWS_PER_FILE]["moments"][place % ROWS_PER_FILE, int(flip)]

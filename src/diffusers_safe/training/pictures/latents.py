@@ -1,6 +1,6 @@
 """Latents and conditioning of each optimizer step.
 
-[`EncodedLatents`] encodes pictures and captions during training, [`CachedLatents`] reads them from a cache. Both use
+[`EncodedLatents`] encodes images and captions during training, [`CachedLatents`] reads them from a cache. Both use
 the same captions, flips and noise for a sample, so a run is the same with either, up to the rounding of the cache.
 """
 
@@ -23,7 +23,7 @@ class LatentBatch:
 
     Attributes:
         latents (`torch.Tensor`): `(B, C, H, W)`, float32, scaled for the denoiser, without noise.
-        conditioning (`Conditioning`): Conditioning on the captions and the sizes of the pictures, float32.
+        conditioning (`Conditioning`): Conditioning on the captions and the sizes of the images, float32.
         captions (`list[str]`): B captions.
     """
 
@@ -53,7 +53,7 @@ class LatentSource(Resumable):
 
     @abstractmethod
     def batch(self, step: int, slots: range) -> LatentBatch:
-        """The latents of a step, counted from 0, for these positions among `samples_a_step`. Each time a picture is
+        """The latents of a step, counted from 0, for these positions among `samples_a_step`. Each time an image is
         used, its latents are sampled again."""
 
     @abstractmethod
@@ -67,10 +67,10 @@ class LatentSource(Resumable):
 
 
 class EncodedLatents(LatentSource):
-    """Encodes pictures and captions during training.
+    """Encodes images and captions during training.
 
     Args:
-        pictures (`PictureSource`): Source of the pictures, from [`make_pictures`].
+        pictures (`PictureSource`): Source of the images, from [`make_pictures`].
 
     The other arguments are those of [`LatentSource`].
     """
@@ -114,7 +114,7 @@ class CachedLatents(LatentSource):
     Args:
         cache (`LatentCache`): The cache; `prepare` builds it if necessary.
         proportion_empty_prompts (`float`, defaults to 0.0): Share of samples whose caption is replaced by `""`.
-        num_workers (`int`, defaults to 0): Number of threads that decode pictures for the cache.
+        num_workers (`int`, defaults to 0): Number of threads that decode images for the cache.
 
     The other arguments are those of [`LatentSource`].
     """
@@ -146,10 +146,10 @@ class CachedLatents(LatentSource):
         return LatentBatch(self._draw_latents(moments, step, slots), conditioning, list(captions))
 
     def _choose(self, number: int) -> tuple[int, str, bool]:
-        """The position of the picture of a sample, its caption, and whether it is flipped."""
+        """The position of the image of a sample, its caption, and whether it is flipped."""
         place = next((place for place in self.order.candidates(number) if self.cache.readable[place]), None)
         if place is None:
-            raise ValueError(f"{CANDIDATES} pictures in a row cannot be read; {self.skipped()}")
+            raise ValueError(f"{CANDIDATES} images in a row cannot be read; {self.skipped()}")
         generator = picture_generator(self.seed, number)
         caption = choose_caption(self.cache.data.captions(place), generator, self.proportion_empty_prompts)
         return place, caption, self.cache.preprocessing.draw_flip(generator)

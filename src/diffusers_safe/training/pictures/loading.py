@@ -155,7 +155,7 @@ def _load_folder(source: str, split: str, streaming: bool, **settings):
         return _load_files("webdataset", folder, tars, **settings)
     if found := captioned_pictures(files):
         if split != "train":
-            raise ValueError(f"no split '{split}'; pictures with .txt files are the split train")
+            raise ValueError(f"no split '{split}'; images with .txt files are the split train")
         columns = {"image": list(map(str, found[0])), "text": found[1]}
         return _as_stream(datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image()), streaming)
     if {".parquet"} < kinds.intersection(BUILDERS) and not any(path.name in METADATA for path in files):
@@ -166,7 +166,7 @@ def _load_folder(source: str, split: str, streaming: bool, **settings):
         check_depth(files)
         return datasets.load_dataset(source, **settings)
     raise ValueError(
-        f"no pictures with captions ({', '.join(METADATA)}, or a .txt file next to each), no tar files and no"
+        f"no images with captions ({', '.join(METADATA)}, or a .txt file next to each), no tar files and no"
         f" parquet files; the folder contains {described(files)}"
     )
 

@@ -1,4 +1,4 @@
-"""Decoded and cropped pictures of each optimizer step, in an order that depends only on the seed.
+"""Decoded and cropped images of each optimizer step, in an order that depends only on the seed.
 
 For a dataset with random access, a sample is a function of (seed, step, slot). It does not depend on the number of
 processes, the batch size, accumulation, resuming or the number of workers. A stream is split between the processes, so
@@ -34,7 +34,7 @@ class PictureBatch:
         pixel_values (`torch.Tensor`): `(B, 3, resolution, resolution)`, float32, in [-1, 1].
         captions (`list[str]`): B captions.
         original_sizes (`torch.Tensor`): `(B, 2)`, height and width before resizing.
-        crop_top_lefts (`torch.Tensor`): `(B, 2)`, offsets of the crops in the resized pictures.
+        crop_top_lefts (`torch.Tensor`): `(B, 2)`, offsets of the crops in the resized images.
     """
 
     pixel_values: torch.Tensor
@@ -48,7 +48,7 @@ class Skipped:
     """The data that was not used.
 
     Attributes:
-        unreadable (`dict[str, str]`): Names of pictures that could not be decoded, with the reason.
+        unreadable (`dict[str, str]`): Names of images that could not be decoded, with the reason.
         dropped (`Counter[str]`): Number of rows that were dropped because of their captions, by reason.
     """
 
@@ -61,14 +61,14 @@ class Skipped:
         if self.unreadable:
             name, reason = next(iter(self.unreadable.items()))
             number = len(self.unreadable)
-            parts.append(f"{number:,} picture{'s' if number > 1 else ''} cannot be read, the first {name} ({reason})")
+            parts.append(f"{number:,} image{'s' if number > 1 else ''} cannot be read, the first {name} ({reason})")
         return "; ".join(parts)
 
 
 class PictureSource(Resumable):
-    """The pictures of each optimizer step. The state is part of every checkpoint.
+    """The images of each optimizer step. The state is part of every checkpoint.
 
-    Pictures are prefetched in threads, because PIL releases Python's global interpreter lock while it decodes.
+    Images are prefetched in threads, because PIL releases Python's global interpreter lock while it decodes.
 
     Args:
         data (`CaptionedImages`): The dataset, from [`open_dataset`].
@@ -95,15 +95,15 @@ class PictureSource(Resumable):
 
     @abstractmethod
     def batch(self, step: int, slots: range) -> PictureBatch:
-        """Loads the pictures of a step.
+        """Loads the images of a step.
 
         Args:
-            step (`int`): Step, counted from 0. A stream returns the next pictures for any step, so steps must be
+            step (`int`): Step, counted from 0. A stream returns the next images for any step, so steps must be
                 requested in order.
             slots (`range`): Positions of the samples among the `samples_a_step` of all processes.
 
         Raises:
-            `ValueError`: If no picture can be read.
+            `ValueError`: If no image can be read.
         """
 
     @abstractmethod
@@ -111,7 +111,7 @@ class PictureSource(Resumable):
         """The data that was skipped so far by all processes. Must be called on every process."""
 
     def _prefetch_size(self, batch_size: int) -> int:
-        """Number of pictures to prefetch: at least the next batch, and enough to keep all workers busy."""
+        """Number of images to prefetch: at least the next batch, and enough to keep all workers busy."""
         return max(batch_size, 2 * self.num_workers) if self.num_workers else 0
 
     def _make(self, row: dict[str, Any], number: int) -> "_Sample":
@@ -150,7 +150,7 @@ class _SynchronousExecutor(Executor):
 
 
 class ShuffledPictures(PictureSource):
-    """The pictures of a dataset with random access: every row once per epoch, see [`EpochOrder`]."""
+    """The images of a dataset with random access: every row once per epoch, see [`EpochOrder`]."""
 
     def __init__(self, data: CaptionedImages, preprocessing: Preprocessing, seed: int, *args, **kwargs):
         super().__init__(data, preprocessing, seed, *args, **kwargs)
@@ -183,10 +183,10 @@ class ShuffledPictures(PictureSource):
                 return self._make(self.data.row(place), number), unreadable
             except UnreadableImage as error:
                 unreadable[self.data.name(place)] = str(error)
-        raise ValueError(f"{CANDIDATES} pictures in a row cannot be read; {Skipped(unreadable)}")
+        raise ValueError(f"{CANDIDATES} images in a row cannot be read; {Skipped(unreadable)}")
 
     def prepare(self) -> None:
-        """Does nothing: the first batch determines which pictures are prefetched."""
+        """Does nothing: the first batch determines which images are prefetched."""
 
     def state_dict(self) -> dict:
         return {"unreadable": self.skipped().unreadable}
@@ -200,7 +200,7 @@ class ShuffledPictures(PictureSource):
 
 
 class StreamedPictures(PictureSource):
-    """The pictures of a stream. Each process reads its own part, and shuffles its files and the rows of each block.
+    """The images of a stream. Each process reads its own part, and shuffles its files and the rows of each block.
 
     A block has `shuffle_buffer` rows, which are shuffled together. A checkpoint therefore only needs the start of the
     block and the number of rows that were taken from it. The shuffle buffer of `datasets` could not be restored.
@@ -231,7 +231,7 @@ class StreamedPictures(PictureSource):
             coming, loading = self._pending.popleft()
             self._position = coming.position
             if coming.position["epoch"] > epoch + 1:  # a whole epoch without a usable row
-                raise ValueError(f"no picture of the stream is left; {self._skipped}")
+                raise ValueError(f"no image of the stream is left; {self._skipped}")
             try:
                 samples.append(loading.result())
                 unreadable, epoch = {}, coming.position["epoch"]
@@ -241,7 +241,7 @@ class StreamedPictures(PictureSource):
                 unreadable[self.data.file_name_of(coming.row) or f"row {coming.number}"] = str(error)
                 self._skipped.unreadable |= unreadable
                 if len(unreadable) == CANDIDATES:
-                    raise ValueError(f"{CANDIDATES} pictures in a row cannot be read; {self._skipped}") from None
+                    raise ValueError(f"{CANDIDATES} images in a row cannot be read; {self._skipped}") from None
         return _stack(samples)
 
     def _load(self, coming: "_StreamRow") -> _Sample:

@@ -1,0 +1,208 @@
+"""A closed form of this package: the smallest edit that makes a concept read as its anchor in every phrasing."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ..arguments import option
+from ..concepts import names_concept
+from ..messages import note
+from .closed_form import (
+    NO_TEXT,
+    ClosedForm,
+    EncodedPrompts,
+    check_distinct,
+    edit_text_projections,
+    gram_matrix,
+    with_article,
+)
+from .method import Run, register_method
+from .vocabulary import OBJECTS, STYLES
+
+
+# {x} is a name, {a} the same with its article. Models that do not know a form's words go without it.
+PHRASINGS = {
+    "object": (
+        "{x}", "{a}", "{a} on a red background", "{a} in sketch style", "{x}, white background",
+        "{a} on a blue background in sepia style", "a photo of {a}", "a painting of {a} in the forest",
+    ),
+    "style": (
+        "{x}", "{x} style", "a tree in {x} style", "a cat on a red background in {x} style", "a car, {x} style",
+        "a painting by {x}", "a house in the style of {x}",
+    ),
+}  # fmt: skip
+CONTEXTS = PHRASINGS["object"]  # of what is kept, one a word in turn
+MOST_ROUNDS = 60
+MOST_WEIGHT = 1.0  # of a concept against all that is kept
+NEGLIGIBLE = 1e-3  # singular values of a concept's tokens, of the largest
+
+
+@register_method
+@dataclass(kw_only=True)
+class TextEdit(ClosedForm):
+    """The options of the text edit.
+
+    With the states c of all tokens of a concept's phrasings, each paired with the state a of the same phrasing of the
+    anchor, and the states k of the prompts to keep, the edit E is the solution of
+
+        minimise  mean ||E k||^2   subject to   mean ||W (E c - (a - c))||^2 <= tolerance^2 mean ||W (a - c)||^2
+
+    for each concept, the norms ||W .|| over all layers W that read prompts. The multiplier of each constraint is the
+    weight of its concept in a least-squares problem like UCE's (Gandikota et al., arXiv 2308.14761), so no weight has
+    to be chosen. It differs from UCE also in the tokens: in a causal text encoder those behind the concept, padding
+    included, carry it as well.
+    """
+
+    name = "text_edit"
+    title = "Text edit"
+    authors = "diffusers_safe"
+    paper = ""
+    summary = "All tokens of the concept's phrasings are read as an anchor's, by the edit that changes others least."
+
+    phrasings: str = option("object", f"What the concepts are: {' or '.join(PHRASINGS)}.", PHRASINGS, essential=True)
+    tolerance: float = option(
+        0.25,
+        "How much of the difference between concept and anchor may remain in keys and values; less erases more and "
+        "changes other prompts more.",
+        above=0,
+        below=1,
+        essential=True,
+    )
+    unconditional_weight: float = option(
+        0.1, "Share of the unconditional prompt among what is kept: guidance takes it in every image.", at_least=0,
+        below=1,
+    )  # fmt: skip
+
+    def prompts(self, concepts: list[str]) -> list[str]:
+        phrased = [_phrase(form, concept) for concept in concepts for form in PHRASINGS[self.phrasings]]
+        return [*super().prompts(concepts), *phrased]
+
+    def erase(self, run: Run) -> None:
+        anchors = self._chosen_anchors(run)
+        forms = run.family.known_forms(PHRASINGS[self.phrasings])
+        phrased = {name: [_phrase(form, name) for form in forms] for name in [*run.concepts, *anchors]}
+        kept = self._vocabulary(run)
+        encoded = EncodedPrompts(run, [*sum(phrased.values(), []), *kept, *run.retained])
+        plain = [phrased[name][0] for name in (*run.concepts, *anchors)]
+        count = len(run.concepts)
+        check_distinct(encoded.last(plain[:count]), encoded.last(plain[count:]), run.concepts, anchors)
+        gram = gram_matrix(run)
+        targets = [
+            Target.of(*encoded.aligned(phrased[concept], phrased[anchor]), gram)
+            for concept, anchor in zip(run.concepts, anchors)
+        ]
+        moment = self._kept_moment(run, encoded, kept)
+        change, left = smallest_edit(targets, moment, gram, self.tolerance)
+        for concept, share in zip(run.concepts, left.tolist()):
+            if share > 1.1 * self.tolerance:
+                note("concepts '%s': %.0f %% of its difference from the anchor remain; it is too close to what is "
+                     "kept, or its phrasings contradict each other", concept, 100 * share)  # fmt: skip
+        edit_text_projections(run, change)
+
+    def _chosen_anchors(self, run: Run) -> list[str]:
+        if self.anchor_prompts:
+            return self.anchors(run.concepts)
+        candidates = [word for word in (OBJECTS if self.phrasings == "object" else STYLES)
+                      if not any(names_concept(word, concept) or names_concept(concept, word)
+                                 for concept in run.concepts)]  # fmt: skip
+        candidates = run.family.known_words(candidates)
+        if not candidates:
+            raise ValueError("anchor_prompts: the model knows no word of the vocabulary; give an anchor")
+        vectors = run.family.text_vectors([*run.concepts, *candidates])
+        vectors = torch.nn.functional.normalize(vectors - vectors.mean(dim=0), dim=1)
+        count = len(run.concepts)
+        nearest = (vectors[:count] @ vectors[count:].T).argmax(dim=1).tolist()
+        chosen = [candidates[i] for i in nearest]
+        for concept, anchor in zip(run.concepts, chosen):
+            note("'%s' becomes '%s' (--anchor_prompts chooses another)", concept, anchor)
+        return chosen
+
+    def _vocabulary(self, run: Run) -> list[str]:
+        """The prompts that are kept besides the named ones: each word in one context, in turn."""
+        words = [word for word in run.family.known_words(OBJECTS)
+                 if not any(names_concept(word, concept) for concept in run.concepts)]  # fmt: skip
+        contexts = run.family.known_forms(CONTEXTS)
+        prompts = [_phrase(contexts[i % len(contexts)], word) for i, word in enumerate(words)]
+        return [prompt for prompt in prompts if not any(names_concept(prompt, concept) for concept in run.concepts)]
+
+    def _kept_moment(self, run: Run, encoded: EncodedPrompts, kept: list[str]) -> torch.Tensor:
+        """The mean of k k^T over what is kept, `(d, d)`; half of it the retained prompts, if there are any."""
+        parts = [encoded.all(prompts) for prompts in (kept, run.retained) if prompts]
+        nothing = run.family.token_states([""]).cpu().double().flatten(0, 1)
+        share = self.unconditional_weight
+        return (1 - share) * sum(_moment(part) for part in parts) / max(len(parts), 1) + share * _moment(nothing)
+
+
+def _phrase(form: str, name: str) -> str:
+    return form.format(x=name, a=with_article(name)) if name != NO_TEXT else NO_TEXT
+
+
+def _moment(states: torch.Tensor) -> torch.Tensor:
+    return states.T @ states / len(states)
+
+
+class Target(NamedTuple):
+    """What an edit should do with the tokens of one concept.
+
+    Attributes:
+        states (`torch.Tensor`): The c, `(n, d)`, each divided by the root of their number.
+        differences (`torch.Tensor`): The a - c, likewise.
+        size (`float`): mean ||W (a - c)||^2.
+    """
+
+    states: torch.Tensor
+    differences: torch.Tensor
+    size: float
+
+    @classmethod
+    def of(cls, erased: torch.Tensor, anchors: torch.Tensor, gram: torch.Tensor) -> "Target":
+        """From the tokens of all phrasings; many are nearly equal, so a few combinations of them stand for all."""
+        width = erased.shape[1]
+        both = torch.cat([erased, anchors - erased], dim=1) / len(erased) ** 0.5
+        _, values, rows = torch.linalg.svd(both, full_matrices=False)
+        rows = (values[:, None] * rows)[values > NEGLIGIBLE * values[0]]
+        states, differences = rows[:, :width], rows[:, width:]
+        return cls(states, differences, _size(differences, gram))
+
+
+def _size(vectors: torch.Tensor, gram: torch.Tensor) -> float:
+    return float(((vectors @ gram) * vectors).sum())
+
+
+def smallest_edit(
+    targets: list[Target], kept: torch.Tensor, gram: torch.Tensor, tolerance: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The E that changes what is kept least while each concept's residual is at most `tolerance`.
+
+    For given weights of the concepts the solution is that of a least-squares problem. The weights are found by a
+    multiplicative update: a concept whose residual is too large gets more, up to `MOST_WEIGHT`. A concept that needs
+    more than that is too close to what is kept, and its residual stays larger.
+
+    Args:
+        targets (`list[Target]`): One for each concept.
+        kept (`torch.Tensor`): Mean of k k^T, `(d, d)`.
+        gram (`torch.Tensor`): Sum of W^T W, `(d, d)`.
+        tolerance (`float`): In (0, 1), relative to the concept's difference from its anchor.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: E, `(d, d)`, and the residual of each concept, `(len(targets),)`.
+    """
+    width = len(kept)
+    base = kept + 1e-6 * kept.trace() / width * torch.eye(width, dtype=kept.dtype)
+    moments = [target.states.T @ target.states for target in targets]
+    mixed = [target.states.T @ target.differences for target in targets]
+    weights = torch.full((len(targets),), 0.1, dtype=kept.dtype)
+    for _ in range(MOST_ROUNDS):
+        system = base + sum(weight * moment for weight, moment in zip(weights, moments))
+        right = sum(weight * one for weight, one in zip(weights, mixed))
+        change = torch.linalg.solve(system, right).T
+        left = torch.tensor(
+            [(_size(one.states @ change.T - one.differences, gram) / one.size) ** 0.5 for one in targets],
+            dtype=kept.dtype,
+        )
+        reached = (left - tolerance).abs() <= 0.02 * tolerance
+        if (reached | ((left > tolerance) & (weights == MOST_WEIGHT))).all():
+            break
+        weights = (weights * (left / tolerance) ** 1.5).clamp(max=MOST_WEIGHT)
+    return change, left

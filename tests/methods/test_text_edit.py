@@ -1,0 +1,174 @@
+"""The closed form of this package, on a tiny model of real classes and on random vectors."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from diffusers_safe import cli, erase
+from diffusers_safe.families import make_family
+from diffusers_safe.methods.closed_form import EncodedPrompts
+from diffusers_safe.methods.text_edit import CONTEXTS, PHRASINGS, Target, smallest_edit
+
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
+FORMS = ["{x}", "{a}", "{a} on a red background", "{a} in sketch style", "{x}, white background",
+         "{a} on a blue background in sepia style"]  # fmt: skip
+
+
+def layers(pipeline):
+    return {name: value.detach().double().clone() for name, value in pipeline.unet.named_parameters()
+            if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}  # fmt: skip
+
+
+def states(pipeline, prompt):
+    tokens = pipeline.tokenizer(prompt, padding="max_length", return_tensors="pt")
+    with torch.no_grad():
+        return pipeline.text_encoder(tokens.input_ids)[0][0].double()
+
+
+def remaining(pipeline, before, concept, anchor):
+    """sqrt(mean ||W' c - W a||^2 / mean ||W c - W a||^2) over layers and tokens behind the first that differs."""
+    after, square, whole = layers(pipeline), 0.0, 0.0
+    for form in FORMS:
+        c, a = (states(pipeline, form.format(x=name, a=f"a {name}")) for name in (concept, anchor))
+        first = int((c != a).any(dim=1).int().argmax())
+        for name, weight in before.items():
+            square += ((c[first:] @ after[name].T) - (a[first:] @ weight.T)).square().sum()
+            whole += ((c[first:] - a[first:]) @ weight.T).square().sum()
+    return float((square / whole) ** 0.5)
+
+
+@pytest.mark.parametrize("tolerance", [0.5, 0.7])
+def test_the_concept_is_read_as_the_anchor_within_the_tolerance(tolerance, tiny_pipeline):
+    before = layers(tiny_pipeline)
+    erasure = erase(tiny_pipeline, ["knife"], "text_edit", anchor_prompts=["tree"], tolerance=tolerance)
+    assert remaining(tiny_pipeline, before, "knife", "tree") == pytest.approx(tolerance, rel=0.05)
+    assert erasure.weights.keys() == before.keys()
+    assert erasure.measured["concept_left"] < 1 and erasure.measured["drift"] > 0
+
+
+def test_what_is_kept_moves_less_with_a_larger_tolerance(make_tiny_pipeline):
+    moved = {}
+    for tolerance in (0.5, 0.8):
+        pipeline = make_tiny_pipeline()
+        before = layers(pipeline)
+        erase(pipeline, ["knife"], "text_edit", anchor_prompts=["tree"], tolerance=tolerance)
+        cat = states(pipeline, "a cat")
+        moved[tolerance] = sum((cat @ (value - before[name]).T).norm() for name, value in layers(pipeline).items())
+    assert 0 < moved[0.8] < 0.7 * moved[0.5]
+
+
+def test_retained_prompts_move_less(make_tiny_pipeline):
+    prompt, moved = "two old dogs and a gun on the moon", []
+    for retained in ([], [prompt]):
+        pipeline = make_tiny_pipeline()
+        before = layers(pipeline)
+        erase(pipeline, ["knife"], "text_edit", anchor_prompts=["tree"], retain_prompts=retained)
+        kept = states(pipeline, prompt)
+        moved.append(sum((kept @ (value - before[name]).T).norm() for name, value in layers(pipeline).items()))
+    assert moved[1] < 0.6 * moved[0]
+
+
+def problem(count=2, width=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    gram = torch.diag(torch.rand(width, generator=generator, dtype=torch.float64) + 0.5)
+    kept = torch.randn(40, width, generator=generator, dtype=torch.float64)
+    pairs = [torch.randn(2, 3, width, generator=generator, dtype=torch.float64) for _ in range(count)]
+    return [Target.of(c, a, gram) for c, a in pairs], pairs, kept.T @ kept / 40, gram
+
+
+def test_no_other_edit_with_this_residual_changes_less():
+    targets, ((c, a),), kept, gram = problem(count=1)
+    change, left = smallest_edit(targets, kept, gram, 0.3)
+    assert left.item() == pytest.approx(0.3, rel=0.02)
+
+    def cost(edit):
+        return (edit @ kept @ edit.T).trace()
+
+    def residual(edit):
+        remains = c @ edit.T - (a - c)
+        return ((remains @ gram) * remains).sum()
+
+    own, limit = cost(change), residual(change)
+    assert limit == pytest.approx(left.item() ** 2 * float((((a - c) @ gram) * (a - c)).sum()), rel=1e-4)
+    # The costs of both are weighted by the layers, `gram`: the edit is the same for every such weight.
+    for seed in range(20):
+        step = torch.randn(change.shape, generator=torch.Generator().manual_seed(seed), dtype=change.dtype)
+        for size in (1e-3, -1e-3):
+            other = change + size * step
+            assert (gram @ (other @ kept @ other.T)).trace() + 1e-9 > (gram @ (change @ kept @ change.T)).trace() or (
+                residual(other) > limit
+            )
+    assert own > 0
+
+
+def test_each_of_several_concepts_has_its_own_weight():
+    targets, pairs, kept, gram = problem(count=2)
+    change, left = smallest_edit(targets, 1e-2 * kept, gram, 0.2)
+    torch.testing.assert_close(left, torch.full((2,), 0.2, dtype=left.dtype), rtol=0.03, atol=0)
+    for c, a in pairs:
+        remains, whole = (((v @ gram) * v).sum() for v in (c @ change.T - (a - c), a - c))
+        assert (remains / whole) ** 0.5 == pytest.approx(0.2, rel=0.03)
+
+
+def test_a_concept_that_is_kept_as_well_is_reported_not_forced():
+    generator = torch.Generator().manual_seed(0)
+    c, a = torch.randn(2, 3, 8, generator=generator, dtype=torch.float64)
+    gram = torch.eye(8, dtype=torch.float64)
+    _, left = smallest_edit([Target.of(c, a, gram)], 1e4 * c.T @ c, gram, 0.2)
+    assert left.item() > 0.9
+
+
+def test_the_anchor_is_the_nearest_known_word_and_is_printed(tiny_pipeline, caplog):
+    family = make_family(tiny_pipeline)
+    assert family.known_words(["cat", "zebra", "knife"]) == ["cat", "knife"]
+    assert family.known_forms(PHRASINGS["object"]) == FORMS and CONTEXTS is PHRASINGS["object"]
+    erase(tiny_pipeline, ["banana"], "text_edit")
+    (line,) = [record.getMessage() for record in caplog.records if "becomes" in record.getMessage()]
+    anchor = line.removeprefix("'banana' becomes '").partition("'")[0]
+    assert anchor in family.known_words([anchor]) and anchor != "banana"
+
+
+def test_a_style_has_phrasings_of_its_own(tiny_pipeline):
+    before = layers(tiny_pipeline)
+    erase(tiny_pipeline, ["sketch"], "text_edit", phrasings="style", anchor_prompts=["mosaic"])
+    sketch, mosaic = (states(tiny_pipeline, f"a tree in {name} style") for name in ("sketch", "mosaic"))
+    first = int((sketch != mosaic).any(dim=1).int().argmax())
+    for name, weight in layers(tiny_pipeline).items():
+        now = (sketch[first:] @ weight.T - mosaic[first:] @ before[name].T).norm()
+        assert now < 0.6 * ((sketch - mosaic)[first:] @ before[name].T).norm()
+
+
+@pytest.mark.parametrize("prompt, other, pairs", [
+    ("a red gun, white cat", "a tree, white cat", "red-tree gun-tree ,-, white-white cat-cat"),
+    ("a gun, white cat", "a red tree, white cat", "gun-tree ,-, white-white cat-cat"),
+    ("a gun", "a tree", "gun-tree"),
+])  # fmt: skip
+def test_words_behind_a_concept_of_any_length_are_paired_with_themselves(prompt, other, pairs, tiny_pipeline):
+    class Family:
+        """States that tell which token they are of, and where."""
+
+        denoiser = tiny_pipeline.unet
+
+        def token_states(self, prompts, device):
+            tokens = tiny_pipeline.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
+            return torch.stack([tokens, torch.arange(tokens.shape[1]).expand_as(tokens)], dim=-1).float()
+
+        def last_tokens(self, prompts):
+            return [len(tiny_pipeline.tokenizer(prompt).input_ids) - 2 for prompt in prompts]
+
+    encoded = EncodedPrompts(SimpleNamespace(family=Family()), [prompt, other])
+    erased, anchors = (side[:, 0].int().tolist() for side in encoded.aligned([prompt], [other]))
+    tokenizer = tiny_pipeline.tokenizer
+    found = [f"{tokenizer.decode([c]).strip()}-{tokenizer.decode([a]).strip()}" for c, a in zip(erased, anchors)]
+    count = len(pairs.split())
+    assert found[:count] == pairs.split() and set(found[count:]) == {f"{tokenizer.eos_token}-{tokenizer.eos_token}"}
+
+
+def test_nothing_has_to_be_named(tiny_model_folder, tmp_path, capsys):
+    arguments = ["--pretrained_model_name_or_path", tiny_model_folder, "--output_dir", str(tmp_path / "out")]
+    cli.main(["erase", "--method", "text_edit", "--concepts", "banana", *arguments, "--save", "both"])
+    printed = capsys.readouterr().out
+    assert "banana:" in printed and "of their effect on the prediction is left" in printed
+    assert (tmp_path / "out" / "erased_weights.safetensors").exists()
