@@ -312,9 +312,8 @@ def test_an_attack_that_never_works_on_the_original_is_commented(models, tmp_pat
     found = results["attacks"]["paraphrases"]["models"]["original"]
     assert (found["success_rate"]["value"], found["alone"]["value"]) == (1, 0)
     (warning,) = results["warnings"]
-    assert warning.startswith(
-        "paraphrases: none of this attack's images shows the concept on original, the unerased model, although 21 of 21"
-    )
+    assert warning.startswith("paraphrases: none of this attack's images shows the concept on original, the unerased")
+    assert "although 21 of 21 prompts" in warning
     assert warning in (tmp_path / "fails" / "results.md").read_text() and caplog.messages == [warning]
 
     def one_paraphrase(row, first):

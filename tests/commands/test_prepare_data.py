@@ -37,7 +37,7 @@ from prepared_data import picture_folder, refused, write_table
         (["no/where"], "source no/where: "),
         (
             ["{empty}"],
-            "neither metadata.csv, metadata.jsonl, metadata.parquet, nor a .txt file next to a picture, nor",
+            "neither metadata.csv, metadata.jsonl, metadata.parquet, nor a .txt file next to an image, nor",
         ),
         (["{empty}"], "the folder contains no files"),
         (["{table}", "--allow_private"], "unrecognized arguments: --allow_private"),

@@ -86,7 +86,7 @@ def test_the_command_makes_a_stock_pipeline_of_fewer_blocks(tiny_model_folder, p
         record.parameters["teacher"] > record.parameters["student"] and record.macs["teacher"] > record.macs["student"]
     )
     assert [name.endswith("broken.png") for name in record.data["unreadable"]] == [True]
-    assert "1 picture cannot be read" in told.stderr
+    assert "1 image cannot be read" in told.stderr
     assert (out / "validation" / "step-4.png").is_file() and (out / "cache" / "cache.json").is_file()
     assert {"task", "output", "feature"} <= log_rows(out)[-1].keys()
 

@@ -54,7 +54,7 @@ def test_a_config_file_a_preset_and_the_command_line_make_an_erased_stock_pipeli
 def test_a_dry_run_tells_the_plan_and_writes_nothing(tiny_model_folder, tmp_path, capsys):
     main([*options(tiny_model_folder, tmp_path / "out"), "--dry_run"])
     told = capsys.readouterr().out
-    for word in ("knife, gun by ESD", "cross-attention", "forwards", "memory", "nothing was trained or written"):
+    for word in ("knife, gun by ESD", "cross-attention", "forward passes", "memory", "nothing was trained or written"):
         assert word in told
     assert list(tmp_path.iterdir()) == []
 

@@ -5,6 +5,7 @@ import torch
 
 from diffusers_safe import cli, erase
 from diffusers_safe.methods.closed_form import check_distinct
+from diffusers_safe.methods.speed import _fixed_tokens
 from diffusers_safe.methods.uce import PHRASINGS
 
 
@@ -185,3 +186,45 @@ def test_a_closed_form_from_the_command_line(tiny_model_folder, tmp_path, capsys
     assert "erased_weights.safetensors" in {path.name for path in (tmp_path / "out").iterdir()}
     cli.main(["erase", "--method", "rece", *arguments, "--overwrite"])
     assert "knife, red gun" in capsys.readouterr().out
+
+
+def test_speed_is_its_closed_form_layer_by_layer(tiny_pipeline):
+    before = {name: weight for name, weight in layers(tiny_pipeline).items() if "to_v" in name}
+    keys = {name: weight for name, weight in layers(tiny_pipeline).items() if "to_k" in name}
+    kept = ["a cat", "a dog", "a tree", "a big car", "an apple", "a fish"]
+    options = {"augmentations": 0, "null_threshold": 1.0, "identity_scale": 0.5, "unconditional_slack": 0.3}
+    erase(tiny_pipeline, CONCEPTS, "speed", retain_prompts=kept, anchor_prompts=ANCHORS, **options)
+    pairs = last_pairs(tiny_pipeline, CONCEPTS, ANCHORS)
+    square = sum(torch.outer(c, c) for c, _ in pairs) / 2
+    cross = sum(torch.outer(a, c) for c, a in pairs) / 2
+    tokens = [states[i] for states, i in (encoded(tiny_pipeline, prompt) for prompt in kept)]
+    empty = encoded(tiny_pipeline, "")[0]
+    fixed = _fixed_tokens(empty).T
+    assert torch.equal(fixed[:, 0], empty[0])
+    identity = torch.eye(len(square), dtype=torch.float64)
+    parameters = dict(tiny_pipeline.unet.named_parameters())
+    for name, weight in before.items():
+        moved = [(weight @ (cross - square) @ torch.inverse(identity + square) @ k).norm() for k in tokens]
+        chosen = [k for k, size in zip(tokens, moved) if size >= sum(moved) / len(moved)]
+        assert 0 < len(chosen) < len(tokens)
+        vectors, values, _ = torch.linalg.svd(sum(torch.outer(k, k) for k in chosen) / len(chosen))
+        null = vectors[:, values < 1.0] @ vectors[:, values < 1.0].T
+        m = torch.inverse(square @ null + 0.5 * identity)
+        inner = torch.inverse(fixed.T @ null @ m @ fixed + 0.3 * torch.eye(fixed.shape[1], dtype=torch.float64))
+        change = weight @ (cross - square) @ null @ (identity - m @ fixed @ inner @ fixed.T @ null) @ m
+        torch.testing.assert_close(parameters[name].detach().double() - weight, change, rtol=1e-3, atol=1e-5)
+        assert change.norm() > 1e-3 * weight.norm()
+    assert all(torch.equal(parameters[name].detach().double(), weight) for name, weight in keys.items())
+
+
+def test_speed_keeps_what_is_retained_and_the_empty_prompt(tiny_pipeline):
+    before = {name: weight for name, weight in layers(tiny_pipeline).items() if "to_v" in name}
+    erase(tiny_pipeline, ["knife"], "speed", retain_prompts=["a cat"], null_threshold=1e-8)
+    states, place = encoded(tiny_pipeline, "a cat")
+    knife, last = encoded(tiny_pipeline, "knife")
+    start = encoded(tiny_pipeline, "")[0][0]
+    for name, weight in layers(tiny_pipeline).items():
+        if name in before:
+            for kept in (states[place], start):
+                torch.testing.assert_close(weight @ kept, before[name] @ kept, rtol=1e-3, atol=1e-4)
+            assert (weight @ knife[last] - before[name] @ knife[last]).norm() > 1e-2

@@ -63,12 +63,12 @@ def _last_attention(config: dict[str, Any], level: int) -> str:
 
 
 class FeatureTap:
-    """Catches what modules put out during one forward.
+    """Catches the outputs of modules during one forward pass.
 
         with tap: noise_pred = denoiser(...)
         features = tap.take()
 
-    Only inside the block: the second forward of gradient checkpointing, in the backward, is not caught.
+    Only inside the block: the second forward pass of gradient checkpointing, in the backward pass, is not caught.
 
     Args:
         denoiser (`nn.Module`): Not wrapped.

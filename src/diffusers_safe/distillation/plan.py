@@ -11,7 +11,7 @@ from .options import DistillationOptions
 
 
 def make_plan(options: DistillationOptions, num_processes: int = 1) -> Plan:
-    """The plan of a distillation; the forwards of the autoencoder and the text encoders are not counted."""
+    """The plan of a distillation; forward passes of the autoencoder and the text encoders are not counted."""
     model, sampling, loss = options.model, options.sampling, options.loss
     teacher = StoredModel(model.pretrained_model_name_or_path, model.resolution, **model.index_arguments)
     student = options.check_base_model().train()

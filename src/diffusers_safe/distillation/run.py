@@ -21,7 +21,7 @@ from ..hub import push_or_exit, push_result
 from ..messages import exit_with_error, is_first_process, num_launched
 from ..progress import ProgressCallback
 from ..provenance import Distillation, erasure_of, stored_path
-from ..training.environment import make_accelerator, restore_forward
+from ..training.environment import isolated_from_caller, make_accelerator, restore_forward
 from ..training.options import ModelOptions
 from ..training.output import save_student
 from ..training.pictures import CaptionedImages

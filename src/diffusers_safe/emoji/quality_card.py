@@ -34,7 +34,7 @@ def quality_table(results: dict) -> str:
         f"Autoencoder on {protocol['renders']:,} new renders: PSNR {psnr['all']:.1f} dB ({styles}).",
         f"{speed['images_per_second']:.1f} images per second in batches of {speed['batch_size']}, "
         "the best of three; "
-        f"{1000 * speed['seconds_per_forward']:.0f} ms per forward of the denoiser for one image with guidance "
+        f"{1000 * speed['seconds_per_forward']:.0f} ms per forward pass of the denoiser for one image with guidance "
         f"({speed['device']}, {speed['threads']} threads).",
     ]
     if "agreement" in results:

@@ -30,8 +30,8 @@ def autoencoder_psnr(vae: AutoencoderKL, pictures: np.ndarray, styles: list[str]
 
 @torch.inference_mode()
 def measure_speed(pipeline: DiffusionPipeline, settings: GenerationSettings, batch_size: int) -> dict:
-    """Images per second of whole calls, the best of three, and seconds of one forward of the denoiser for one image
-    with guidance (a batch of two)."""
+    """Images per second of whole calls, the best of three, and seconds of one forward pass of the denoiser for one
+    image with guidance (a batch of two)."""
     denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
     forwards = []
 

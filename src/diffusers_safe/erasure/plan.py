@@ -76,7 +76,8 @@ def _forwards(options: TrainedErasureOptions, trajectories: Trajectories, num_sa
 
 
 def _sampling(term: str, options: TrainedErasureOptions, trajectories: Trajectories, num_samples: int) -> float:
-    """Mean forwards for the latent of one sample: trajectories run to their last stop, and may serve several."""
+    """Mean number of forward passes for the latent of one sample: trajectories run to their last stop, and may serve
+    several."""
     each = trajectory_forwards(options.sampling, trajectories)
     if term in options.pooled_terms():
         return each * min(options.sampling.trajectory_pool, num_samples) / num_samples

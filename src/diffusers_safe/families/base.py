@@ -60,7 +60,7 @@ import json
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -197,6 +197,23 @@ class ModelFamily(ABC):
             `ValueError`: If the denoiser has none.
         """
         return [name for name in cls.select_parameters(denoiser, "xattn-strict") if name.endswith(".weight")]
+
+    @classmethod
+    def text_values(cls, denoiser: nn.Module) -> list[str]:
+        """Those of [`~ModelFamily.text_projections`] that give values, not keys, of attention.
+
+        Raises:
+            `ValueError`: If the denoiser has none.
+        """
+        names = [name for name in cls.text_projections(denoiser) if cls.is_value(name)]
+        if not names:
+            raise ValueError("this model's denoiser has no values of cross-attention that could be edited")
+        return names
+
+    @classmethod
+    def is_value(cls, name: str) -> bool:
+        """Whether a parameter of [`~ModelFamily.text_projections`] belongs to the values of attention."""
+        return "to_v" in name
 
     @classmethod
     def find_train_method(cls, denoiser: nn.Module, names: Collection[str]) -> str | None:
@@ -347,7 +364,7 @@ class ModelFamily(ABC):
         tokenizers = [getattr(self.pipeline, name) for name in self.tokenizers]
         return [word for word in words if any(not unknown_words(word, tokenizer) for tokenizer in tokenizers)]
 
-    def known_forms(self, forms: tuple[str, ...]) -> list[str]:
+    def known_forms(self, forms: Sequence[str]) -> list[str]:
         """The phrasings, such as `"a photo of {x}"`, whose own words the model knows."""
         return [form for form in forms if self.known_words([re.sub(r"\{\w\}", "", form)])]
 

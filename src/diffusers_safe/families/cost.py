@@ -1,4 +1,4 @@
-"""What a denoiser's forward and backward take, counted on the meta device: shapes only, nothing is computed."""
+"""What a denoiser's forward and backward passes take, counted on the meta device: shapes only, nothing is computed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,14 +15,14 @@ from .registry import family_of_denoiser
 
 @torch.no_grad()
 def forward_flops(denoiser: nn.Module, inputs: dict) -> float:
-    """FLOPs of one sample's forward, two for a multiply-accumulate: convolutions, linear layers, attention."""
+    """FLOPs of one sample's forward pass, two for a multiply-accumulate: convolutions, linear layers, attention."""
     with _plain_attention(), FlopCounterMode(display=False) as forward:
         denoiser(**inputs)
     return forward.get_total_flops() / _batch_size(inputs)
 
 
 def macs(denoiser: nn.Module, latent_shape: tuple[int, int, int], tokens: int) -> float:
-    """Multiply-accumulates of one forward of one sample, of a denoiser with this one's config.
+    """Multiply-accumulates of one forward pass of one sample, of a denoiser with this one's config.
 
     Args:
         denoiser (`nn.Module`): On any device.
@@ -36,7 +36,7 @@ def macs(denoiser: nn.Module, latent_shape: tuple[int, int, int], tokens: int) -
 
 
 def training_cost(denoiser: nn.Module, inputs: dict) -> tuple[float, float, float]:
-    """FLOPs of a sample's forward and backward, and the bytes that a batch keeps for its backward."""
+    """FLOPs of a sample's forward and backward pass, and the bytes that a batch keeps for the latter."""
     own = {parameter.untyped_storage()._cdata for parameter in denoiser.parameters()}
     kept = {}
 

@@ -5,6 +5,7 @@ closed forms pose is W (I + E) with the same E `(d, d)` for every such layer, so
 All of it is computed in float64 on the CPU; in a batch of vectors `(n, d)` each row is one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..arguments import option
 from ..concepts import is_visible, names_concept
 from ..families import family_of_denoiser
 from .method import Method, Run
+from .vocabulary import OBJECTS
 
 
 NO_TEXT = " "  # encoded as the empty text; "" is what a pipeline guides away from, which for SDXL is zeros
@@ -155,6 +157,24 @@ def with_article(name: str) -> str:
     if name != name.lower():
         return name
     return f"{'an' if name[:1] in tuple('aeiou') else 'a'} {name}"
+
+
+def phrase(form: str, name: str) -> str:
+    """A name in a form, such as `"a photo of {a}"`, where `{x}` is the name and `{a}` the same with its article."""
+    return form.format(x=name, a=with_article(name)) if name != NO_TEXT else NO_TEXT
+
+
+def vocabulary_prompts(run: Run, contexts: Sequence[str] = ("{x}",)) -> list[str]:
+    """The words of the vocabulary that the model knows, each in one of the contexts in turn, but those that name a
+    concept."""
+    words = run.family.known_words([word for word in OBJECTS if not _names_any(word, run.concepts)])
+    forms = run.family.known_forms(contexts)
+    prompts = [phrase(forms[i % len(forms)], word) for i, word in enumerate(words)]
+    return [prompt for prompt in prompts if not _names_any(prompt, run.concepts)]
+
+
+def _names_any(prompt: str, concepts: list[str]) -> bool:
+    return any(names_concept(prompt, concept) for concept in concepts)
 
 
 def check_distinct(erased: torch.Tensor, anchors: torch.Tensor, concepts: list[str], names: list[str]) -> None:

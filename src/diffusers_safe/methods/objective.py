@@ -64,8 +64,8 @@ def squared_error(noise_pred: torch.Tensor, target: torch.Tensor) -> torch.Tenso
 
 @torch.no_grad()
 def targets(predictor: Predictor, batch: TrainingBatch, prompts: list[list[str]], weights: str) -> list[torch.Tensor]:
-    """Predictions without gradients for several lists of B prompts, in one forward: a tensor `(B, C, H, W)` per list.
-    Equal lists are computed once."""
+    """Predictions without gradients for several lists of B prompts, in one forward pass: a tensor `(B, C, H, W)` per
+    list. Equal lists are computed once."""
     different = list(dict.fromkeys(map(tuple, prompts)))
     count = len(different)
     texts = [text for own in different for text in own]

@@ -47,7 +47,7 @@ class Predictor:
     def __call__(
         self, model_input: torch.Tensor, timesteps: torch.Tensor, prompts: list[str], weights: str
     ) -> torch.Tensor:
-        """One forward, `(B, C, H, W)`; gradients flow only if `weights` is `"student"` and they are enabled."""
+        """One forward pass, `(B, C, H, W)`; gradients flow only if `weights` is `"student"` and they are enabled."""
         return self.predict(model_input, timesteps, self.conditioning(prompts), weights)
 
     def predict(

@@ -9,13 +9,13 @@ from ..arguments import option
 from ..concepts import names_concept
 from ..messages import note
 from .closed_form import (
-    NO_TEXT,
     ClosedForm,
     EncodedPrompts,
     check_distinct,
     edit_text_projections,
     gram_matrix,
-    with_article,
+    phrase,
+    vocabulary_prompts,
 )
 from .method import Run, register_method
 from .vocabulary import OBJECTS, STYLES
@@ -75,14 +75,14 @@ class TextEdit(ClosedForm):
     )  # fmt: skip
 
     def prompts(self, concepts: list[str]) -> list[str]:
-        phrased = [_phrase(form, concept) for concept in concepts for form in PHRASINGS[self.phrasings]]
+        phrased = [phrase(form, concept) for concept in concepts for form in PHRASINGS[self.phrasings]]
         return [*super().prompts(concepts), *phrased]
 
     def erase(self, run: Run) -> None:
         anchors = self._chosen_anchors(run)
         forms = run.family.known_forms(PHRASINGS[self.phrasings])
-        phrased = {name: [_phrase(form, name) for form in forms] for name in [*run.concepts, *anchors]}
-        kept = self._vocabulary(run)
+        phrased = {name: [phrase(form, name) for form in forms] for name in [*run.concepts, *anchors]}
+        kept = vocabulary_prompts(run, CONTEXTS)
         encoded = EncodedPrompts(run, [*sum(phrased.values(), []), *kept, *run.retained])
         plain = [phrased[name][0] for name in (*run.concepts, *anchors)]
         count = len(run.concepts)
@@ -118,24 +118,12 @@ class TextEdit(ClosedForm):
             note("'%s' becomes '%s' (--anchor_prompts chooses another)", concept, anchor)
         return chosen
 
-    def _vocabulary(self, run: Run) -> list[str]:
-        """The prompts that are kept besides the named ones: each word in one context, in turn."""
-        words = [word for word in run.family.known_words(OBJECTS)
-                 if not any(names_concept(word, concept) for concept in run.concepts)]  # fmt: skip
-        contexts = run.family.known_forms(CONTEXTS)
-        prompts = [_phrase(contexts[i % len(contexts)], word) for i, word in enumerate(words)]
-        return [prompt for prompt in prompts if not any(names_concept(prompt, concept) for concept in run.concepts)]
-
     def _kept_moment(self, run: Run, encoded: EncodedPrompts, kept: list[str]) -> torch.Tensor:
         """The mean of k k^T over what is kept, `(d, d)`; half of it the retained prompts, if there are any."""
         parts = [encoded.all(prompts) for prompts in (kept, run.retained) if prompts]
         nothing = run.family.token_states([""]).cpu().double().flatten(0, 1)
         share = self.unconditional_weight
         return (1 - share) * sum(_moment(part) for part in parts) / max(len(parts), 1) + share * _moment(nothing)
-
-
-def _phrase(form: str, name: str) -> str:
-    return form.format(x=name, a=with_article(name)) if name != NO_TEXT else NO_TEXT
 
 
 def _moment(states: torch.Tensor) -> torch.Tensor:

@@ -67,6 +67,4 @@ class StableDiffusionInpaintPipelineSafe(_SafeStableDiffusion, StableDiffusionIn
     [`StableDiffusionPipelineSafe`]."""
 
     _card_tags = ("image-to-image", "stable-diffusion", "inpainting")
-    _card_example = (
-        'pipeline("a portrait", image=image, mask_image=mask, **SafetyConfig.MAX)  # PIL images of yours'
-    )
+    _card_example = 'pipeline("a portrait", image=image, mask_image=mask, **SafetyConfig.MAX)  # PIL images of yours'

@@ -48,7 +48,7 @@ def make_accelerator(options: JobOptions) -> Accelerator:
 
 
 def restore_forward(denoiser: nn.Module, forward: Callable | None) -> None:
-    """Takes off what mixed precision wraps around a forward. accelerate's own way takes off one decorator too many,
+    """Takes off what mixed precision wraps around `forward`. accelerate's own way takes off one decorator too many,
     diffusers' own, that scales LoRAs."""
     vars(denoiser).pop("_original_forward", None)
     vars(denoiser).pop("forward", None)

@@ -22,10 +22,11 @@ class Plan:
     options (`TrainingOptions`): Of the run.
     goal (`tuple[str, str]`): What is done, and to what.
     selected, total (`tuple[int, int]`): Tensors and parameters: those that train, and all.
-    forwards (`dict[str, float]`): Mean sample-forwards of denoisers for one training sample, by what they are for.
-    backwards (`int`): The same, for the backward.
+    forwards (`dict[str, float]`): Mean number of denoisers' forward passes, counted in samples, for one training
+        sample, by what they are for.
+    backwards (`int`): The number of backward passes.
     memory (`dict[str, float]`): Bytes on the device, by what they are for; all in float32.
-    flops (`float`): Of one training sample, forwards and backward.
+    flops (`float`): Of one training sample, forward and backward passes.
     num_processes (`int`): As launched.
     """
 
@@ -59,15 +60,15 @@ class Plan:
             "steps": f"{run.max_train_steps:,}, {_counted(self.num_samples // run.max_train_steps, 'sample')} each "
             f"({_counted(self.num_processes, 'process', 'es')} x batch {run.train_batch_size} x accumulation "
             f"{run.gradient_accumulation_steps}), learning rate {learning_rate:g}, {options.optimizer.lr_scheduler}",
-            "forwards": f"{per_sample:.1f} a sample ({_parts(self.forwards, '{:.1f}')}), "
-            f"{per_sample * self.num_samples:,.0f} in all; backwards {self.backwards} a sample",
+            "forward passes": f"{per_sample:.1f} per sample ({_parts(self.forwards, '{:.1f}')}), "
+            f"{per_sample * self.num_samples:,.0f} in total; backward passes: {self.backwards} per sample",
             "arithmetic": f"{petaflops:,.3g} PFLOP: {format_duration(petaflops * 100)} at 10 TFLOP/s, "
             f"{format_duration(petaflops * 10)} at 100",
-            "memory": f"{sum(self.memory.values()) / GIB:.2f} GiB a device "
+            "memory": f"{sum(self.memory.values()) / GIB:.2f} GiB per device "
             f"({_parts(self.memory, '{:.2f}', 1 / GIB)}), computed for float32",
             "result": f"{options.output.output_dir} ({options.output.save})",
         }
-        return "\n".join(f"{name:10} {text}" for name, text in rows.items()) + "\nnothing was trained or written"
+        return "\n".join(f"{name:14} {text}" for name, text in rows.items()) + "\nnothing was trained or written"
 
 
 def blank_batch(denoiser: ModelMixin, model: StoredModel, run: RunOptions) -> dict:
@@ -95,7 +96,7 @@ def training_memory(denoiser: ModelMixin, weights: TrainedWeights, use_8bit_adam
 
 
 def trajectory_forwards(sampling: SamplingOptions, trajectories: Trajectories) -> float:
-    """Mean forwards of one trajectory, which runs to its last stop."""
+    """Mean number of forward passes of one trajectory, which runs to its last stop."""
     choices = trajectories.stop_choices(sampling.sampling_fraction, sampling.latents_per_trajectory)
     return sum(map(max, choices)) / len(choices) * (2 if sampling.sampling_guidance_scale > 1 else 1)
 

@@ -80,7 +80,7 @@ class TrainedWeights:
     def use(self, which: str) -> Iterator[None]:
         """Makes the denoiser compute with these values inside the block; the student is back after it.
 
-        It must be closed before the backward of a student's forward: autograd would see other weights.
+        It must be closed before the backward pass of a student's forward pass: autograd would see other weights.
         """
         self.values(which)  # an unknown name is reported before anything is swapped
         if which == self._in_use:

@@ -246,7 +246,7 @@ def test_the_error_lists_the_files_of_a_folder_without_captions(streaming, emoji
         return str(error.value)
 
     (tmp_path / "data").mkdir()
-    assert "no pictures with captions (metadata.csv, " in message() and message().endswith(
+    assert "no images with captions (metadata.csv, " in message() and message().endswith(
         "the folder contains no files"
     )
     emoji[0][0].save(tmp_path / "data" / "a.png")

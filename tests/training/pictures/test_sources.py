@@ -106,7 +106,7 @@ def test_unreadable_pictures_are_replaced_and_counted(make, make_data, data):
     again = make(data_with_damage, num_workers=2)
     assert all(map(same, found, steps(again, range(10))))
     assert set(again.skipped().unreadable) == {"row 4, 4.png", "row 9, 9.png"}
-    assert "2 pictures cannot be read, the first row " in str(again.skipped())
+    assert "2 images cannot be read, the first row " in str(again.skipped())
     resumed = make(data_with_damage)
     resumed.load_state_dict(json.loads(json.dumps(again.state_dict())))
     assert resumed.skipped() == again.skipped()
@@ -198,9 +198,7 @@ def test_a_stream_counts_what_it_skips(make, make_data):
 
 def test_a_stream_without_usable_rows_is_refused(make, make_data):
     source = make(make_data(streaming=True, forbidden_concepts=["a", "an"], count=3))
-    with pytest.raises(
-        ValueError, match="no image of the stream is left; dropped: . rows with a caption that names"
-    ):
+    with pytest.raises(ValueError, match="no image of the stream is left; dropped: . rows with a caption that names"):
         source.batch(0, range(1))
 
 
