@@ -1,6 +1,8 @@
 """Options from Python, from YAML files and from command lines: the same types, limits and messages."""
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field, is_dataclass
@@ -16,6 +18,7 @@ from diffusers_safe.cli import COMMANDS
 from diffusers_safe.command_line import parse_dataclass
 from diffusers_safe.distillation.options import DistillationOptions
 from diffusers_safe.erasure.job import erasure_options
+from diffusers_safe.families import denoiser_names
 from diffusers_safe.methods import METHODS
 from diffusers_safe.pipelines.guidance import SafetyConfig
 from diffusers_safe.values import AT_MOST, check_value, choose
@@ -298,6 +301,53 @@ def test_help_says_how_lists_and_files_combine(capsys):
     told = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0 and "100 % of them." in told and "(default: 1e-05)" in told
     assert "list option that is given several times on the command line is extended" in told
+    assert "--no_checker Same as --checker false." in told
+
+
+def test_help_shows_list_defaults_as_they_are_typed(capsys):
+    @dataclass
+    class Lists:
+        prompts: list[str] = field(default_factory=lambda: ["a cat", "a dog's house", "tree"])
+        sizes: list[int] = field(default_factory=lambda: [1, 2])
+        caption: str = "a photo of {}"
+
+    with pytest.raises(SystemExit):
+        parse_dataclass(Lists, argv=["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    shown = [f"(default: {text})" for text in (shlex.join(Lists().prompts), "1 2", "'a photo of {}'")]
+    assert shlex.split(shown[0][10:-1]) == Lists().prompts and all(text in told for text in shown)
+
+
+JOBS = {**{name: erasure_options(method) for name, method in METHODS.items()}, "distillation": DistillationOptions}
+SAVES = ("full", "partial", "both", "lora", *denoiser_names())
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_help_of_save_offers_what_the_job_accepts(name):
+    given = {"pretrained_model_name_or_path": "a", "output_dir": "b", "concepts": ["c"], "anchor_prompt": "d",
+             "student": "bk-small", "train_data_dir": "e"}  # fmt: skip
+    options = declared_options(JOBS[name])
+    given = {option: value for option, value in given.items() if option in options}
+    plain, _, lora = options["save"].facts["help"].partition("With --rank:")
+    assert bool(lora) == ("rank" in options)
+    for text, more in [(plain, {})] + ([(lora, {"rank": 4})] if lora else []):
+        for save in SAVES:
+            try:
+                JOBS[name].of(**given, **more, save=save)
+            except ValueError as error:
+                assert str(error).startswith(f"save '{save}': allowed")
+                offered = False
+            else:
+                offered = True
+            assert bool(re.search(rf"(: |, |or ){save} ", text)) == offered, (save, text)
+        default = JOBS[name].of(**given, **more).output.save
+        assert text.rstrip().endswith(f"{default}.") or f"Default: {default}" in lora
+
+
+def test_programs_that_are_modules_are_named_as_they_are_started():
+    words = [sys.executable, "-m", "diffusers_safe.training.distillation", "--stps", "3"]
+    told = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=240).stderr
+    assert told.startswith("python -m diffusers_safe.training.distillation: error: unrecognized arguments: --stps")
 
 
 def test_every_dataclass_of_options_is_typed():

@@ -228,3 +228,13 @@ def test_speed_keeps_what_is_retained_and_the_empty_prompt(tiny_pipeline):
             for kept in (states[place], start):
                 torch.testing.assert_close(weight @ kept, before[name] @ kept, rtol=1e-3, atol=1e-4)
             assert (weight @ knife[last] - before[name] @ knife[last]).norm() > 1e-2
+
+
+@pytest.mark.parametrize("method, tensors", [("uce", 8), ("rece", 8), ("text_edit", 8), ("speed", 4)])
+def test_a_dry_run_says_what_would_be_edited(method, tensors, tiny_model_folder, tiny_pipeline, tmp_path, capsys):
+    folder = str(tmp_path / "out")
+    known = ["--pretrained_model_name_or_path", tiny_model_folder, "--concepts", "knife", "--output_dir", folder]
+    cli.main(["erase", "--method", method, *known, "--dry_run"])
+    count = len(layers(tiny_pipeline)) * tensors // 8
+    assert f"edit       {count} of " in capsys.readouterr().out
+    assert len(erase(tiny_pipeline, ["knife"], method).weights) == count

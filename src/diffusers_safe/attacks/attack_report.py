@@ -110,8 +110,8 @@ def control_warnings(attacks: Sequence[Attack], control: AttackedModel) -> Itera
         if shown and not attack.continues and not any(one.by_attack for one in outcomes):
             yield (
                 f"{attack.label}: none of this attack's images shows the concept on {control.name}, the unerased"
-                f" model, although {shown} of {len(outcomes)} prompts show it without the attack. It does not work there"
-                " either, so its failure on another model says nothing about the erasure."
+                f" model, although {shown} of {len(outcomes)} prompts show it without the attack. It does not work"
+                " there either, so its failure on another model says nothing about the erasure."
             )
     if failed:
         yield (

@@ -147,7 +147,7 @@ def check_run(options: ErasureOptions, model: ModelFamily | StoredModel) -> None
     check_plain(model.denoiser)
     if (save := options.output.save) in denoiser_names() and save != model.denoiser_name:
         raise ValueError(f"save '{save}': this model's denoiser is its {model.denoiser_name}; give that name")
-    options.method.check_denoiser(model.denoiser)
+    options.method.edited(model.denoiser)
     if options.method.trains:
         _check_training(options, model)
     try:

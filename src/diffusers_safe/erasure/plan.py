@@ -16,10 +16,23 @@ def make_plan(options: ErasureOptions, num_processes: int = 1) -> Plan | str:
     """The plan of a run; reads configs and the tokenizer, no weights."""
     goal = f"{', '.join(options.concept.concepts)} by {options.method.name.upper()}"
     if not options.method.trains:
+        name = options.model.pretrained_model_name_or_path
+        denoiser = StoredModel(name, options.model.resolution, **options.model.index_arguments).denoiser
+        sizes = {name: value.numel() for name, value in denoiser.named_parameters()}
+        edited = options.method.edited(denoiser)
+        count, total = sum(sizes[name] for name in edited), sum(sizes.values())
         lines = {
             "erase": goal,
-            "from": options.model.pretrained_model_name_or_path,
+            "from": name,
             "train": "nothing: the method edits the weights",
+            **(
+                {
+                    "edit": f"{len(edited)} of {len(sizes)} tensors, {count:,} of {total:,} parameters "
+                    f"({count / total:.1%})"
+                }
+                if edited
+                else {}
+            ),
             "result": f"{options.output.output_dir} ({options.output.save})",
         }
         return "\n".join(f"{name:10} {text}" for name, text in lines.items()) + "\nnothing was edited or written"

@@ -43,8 +43,8 @@ class ClosedForm(Method):
             if named := [concept for concept in concepts if names_concept(anchor, concept)]:
                 raise ValueError(f"anchor_prompts '{anchor}': names {', '.join(named)}, which is to be erased")
 
-    def check_denoiser(self, denoiser: nn.Module) -> None:
-        family_of_denoiser(denoiser).text_projections(denoiser)
+    def edited(self, denoiser: nn.Module) -> list[str]:
+        return family_of_denoiser(denoiser).text_projections(denoiser)
 
     def anchors(self, concepts: list[str]) -> list[str]:
         """The anchor of each concept."""

@@ -86,12 +86,14 @@ class Method(ABC):
             `ValueError`: If they contradict each other.
         """
 
-    def check_denoiser(self, denoiser: nn.Module) -> None:  # noqa: B027
-        """Checks a denoiser, which may be on the meta device.
+    def edited(self, denoiser: nn.Module) -> list[str]:
+        """The parameters that a method without training will give new values, as far as it knows them before; the
+        denoiser may be on the meta device.
 
         Raises:
             `ValueError`: If the method cannot erase from it.
         """
+        return []
 
     def prompts(self, concepts: list[str]) -> list[str]:
         """The prompts that it encodes besides the concepts and the retained ones."""

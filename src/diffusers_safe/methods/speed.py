@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import nn
 
 from ..arguments import option
+from ..families import family_of_denoiser
 from .closed_form import NO_TEXT, ClosedForm, EncodedPrompts, check_distinct, vocabulary_prompts
 from .method import Preset, Run, register_method
 
@@ -38,6 +40,9 @@ class SPEED(ClosedForm):
     identity_scale: float = option(1.0, "Weight s of the distance from the base model's weights.", above=0)
     unconditional_slack: float = option(0.0, "Weight mu that lets the empty prompt's tokens move.", at_least=0)
 
+    def edited(self, denoiser: nn.Module) -> list[str]:
+        return family_of_denoiser(denoiser).text_values(denoiser)
+
     def erase(self, run: Run) -> None:
         anchors, kept = self.anchors(run.concepts), run.retained or vocabulary_prompts(run)
         if not kept:
@@ -48,7 +53,7 @@ class SPEED(ClosedForm):
         constraints = _fixed_tokens(encoded.all([NO_TEXT]))
         parameters = dict(run.family.denoiser.named_parameters())
         values = {}
-        for name in run.family.text_values(run.family.denoiser):
+        for name in self.edited(run.family.denoiser):
             weight = parameters[name].detach()
             wide = weight.cpu().double()
             change = self.change(wide, erased, targets, retained, constraints)
