@@ -255,7 +255,7 @@ This page is written by `make benchmark-erasure` with seed {seed}
 * All rows of a table use the same prompts and seeds, {sampling}. The judge that ships with the model
   recognises what an image shows. Brackets contain 95 % confidence intervals.
 * The first column counts only images whose prompt names the erased concept; all other columns use the other images.
-  FID and KID compare with 1000 rendered pictures of the retained concepts, in 96 features of the judge. With so few
+  FID and KID compare with 1000 rendered images of the retained concepts, in 96 features of the judge. With so few
   images FID is too large: compare it with the original's, never with another table. The distance is to the
   original's image of the same seed, computed like LPIPS from the judge's features.
 * ESD and SDD are trained once per table, with the recipes in [examples/](../examples/), which were tuned on this
@@ -266,8 +266,10 @@ This page is written by `make benchmark-erasure` with seed {seed}
   here in none.
 {student}* [Evaluate](evaluation.md) explains the statistics. The run also writes a page with all images of each
   table, `runs/leaderboard/*/report.html`.
+* The judge was also trained on reconstructions by the model's autoencoder; such a judge can recognise the model's own
+  distortions ([Architecture](architecture.md#the-embedded-models-recipe)).
 """
-STUDENT_NOTE = """* The student was distilled from the erased model, {steps} steps on {pictures} pictures without
+STUDENT_NOTE = """* The student was distilled from the erased model, {steps} steps on {pictures} images without
   weapons. The students in [Methods](methods.md#students) have 1000 steps and are better.
 """
 SECTION = """## {title}

@@ -328,9 +328,9 @@ def test_the_help_of_save_offers_what_the_job_accepts(name):
              "student": "bk-small", "train_data_dir": "e"}  # fmt: skip
     options = declared_options(JOBS[name])
     given = {option: value for option, value in given.items() if option in options}
-    plain, _, lora = options["save"].facts["help"].partition("With --rank:")
+    plain, _, lora = options["save"].facts["help"].partition("With --rank: ")
     assert bool(lora) == ("rank" in options)
-    for text, more in [(plain, {})] + ([(lora, {"rank": 4})] if lora else []):
+    for text, more in ((plain, {}), (lora, {"rank": 4}))[: 1 + bool(lora)]:
         for save in SAVES:
             try:
                 JOBS[name].of(**given, **more, save=save)
@@ -339,9 +339,9 @@ def test_the_help_of_save_offers_what_the_job_accepts(name):
                 offered = False
             else:
                 offered = True
-            assert bool(re.search(rf"(: |, |or ){save} ", text)) == offered, (save, text)
+            assert bool(re.search(rf"(^|: |, |or ){save} ", text)) == offered, (save, text)
         default = JOBS[name].of(**given, **more).output.save
-        assert text.rstrip().endswith(f"{default}.") or f"Default: {default}" in lora
+        assert default in re.findall(r"\w+", (lora or plain).partition("Default:")[2])
 
 
 def test_programs_that_are_modules_are_named_as_they_are_started():

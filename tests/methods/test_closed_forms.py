@@ -136,12 +136,13 @@ def test_the_erased_token_is_read_as_the_anchor_and_the_retained_one_as_before(t
         torch.testing.assert_close(weight @ states[place], before[name] @ states[place], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["uce", "rece"])
+@pytest.mark.parametrize("method", ["uce", "rece", "speed", "text_edit"])
 def test_sdxl_has_both_text_encoders_and_an_encoded_empty_prompt_as_anchor(method, make_tiny_xl_pipeline):
     pipeline = make_tiny_xl_pipeline()
     before = layers(pipeline)
     erasure = erase(pipeline, ["knife"], method)
-    assert erasure.weights.keys() == before.keys() and erasure.record.train_method == "xattn-strict"
+    edited = {name for name in before if method != "speed" or "to_v" in name}
+    assert erasure.weights.keys() == edited and 0 < erasure.measured["drift"] < 3
     if method == "uce":
         states = pipeline.encode_prompt(["knife", ""], device="cpu", do_classifier_free_guidance=False)[0].double()
         place = len(pipeline.tokenizer("knife").input_ids) - 2

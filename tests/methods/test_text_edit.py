@@ -172,3 +172,20 @@ def test_nothing_has_to_be_named(tiny_model_folder, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "banana:" in printed and "of their effect on the prediction is left" in printed
     assert (tmp_path / "out" / "erased_weights.safetensors").exists()
+
+
+def test_what_is_left_is_measured_against_the_anchor(make_tiny_pipeline):
+    left = {}
+    for tolerance in (0.5, 0.9):
+        erasure = erase(make_tiny_pipeline(), ["knife"], "text_edit", anchor_prompts=["tree"], tolerance=tolerance)
+        left[tolerance] = erasure.measured["concept_left"]
+    assert -0.5 < left[0.5] < left[0.9] < 1
+
+
+def test_the_chosen_anchor_is_in_the_record_and_gives_the_same_edit(make_tiny_pipeline):
+    erasure = erase(make_tiny_pipeline(), ["banana", "gun"], "text_edit")
+    chosen = erasure.record.arguments["anchor_prompts"]
+    assert len(chosen) == 2
+    again = erase(make_tiny_pipeline(), ["banana", "gun"], "text_edit", anchor_prompts=chosen)
+    for name, value in again.weights.items():
+        torch.testing.assert_close(value, erasure.weights[name])

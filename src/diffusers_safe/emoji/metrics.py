@@ -60,11 +60,11 @@ class EmojiRecognition(Metric):
         self.erased, self.style, self.retained = erased, style, retained
         self.judge = judge or EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER)
         concept, groups = f"{erased_name(erased, style)} recognised", "A prompt such as “a fruit” shows any fruit."
-        what = "Any erased object" if erased else "This style"
+        what = "any erased object" if erased else "this style"
         self.quantities = {
             "concept": Quantity(
                 concept, "%", "lower", of_concept=True, drawn="images",
-                note=f"{what}, recognised by the judge on all images of prompts for the erased concept.",
+                note=f"Share of the images for prompts of the erased concept on which the judge recognises {what}.",
             ),
             "others": Quantity("other objects recognised", "%", "higher"),
             "unnamed": Quantity("other objects that training did not name", "%", "higher"),

@@ -206,6 +206,7 @@ class MethodRun:
     Attributes:
         weights (`TrainedWeights`, *optional*): What the method changed.
         samples (`Samples`, *optional*): Images before and after.
+        anchors (`list[str]`, *optional*): What each concept became by an edit.
         measured (`dict[str, float]`): `concept_left` and `drift` at the end, see [`Watch`].
     """
 
@@ -224,6 +225,7 @@ class MethodRun:
         self.base_fingerprint = fingerprint(self.family.denoiser)
         self.weights: TrainedWeights | None = None
         self.samples: Samples | None = None
+        self.anchors: list[str] | None = None
         self.measured: dict[str, float] = {}
 
     def train(self, objective: Objective) -> None:
@@ -238,7 +240,8 @@ class MethodRun:
             restore_forward(denoiser, own_forward)
 
     @torch.no_grad()
-    def edit(self, values: Mapping[str, torch.Tensor]) -> None:
+    def edit(self, values: Mapping[str, torch.Tensor], anchors: list[str] | None = None) -> None:
+        self.anchors = anchors
         method, parameters = self.options.method.name, dict(self.family.denoiser.named_parameters())
         for name, value in values.items():
             if name not in parameters or getattr(value, "shape", None) != parameters[name].shape:
@@ -263,9 +266,10 @@ class MethodRun:
             return
         device = next(self.family.denoiser.parameters()).device
         watched = options.retention.watch_prompts
-        predictor = Predictor(self.family, self.weights, [*self.concepts, *watched], device)
+        predictor = Predictor(self.family, self.weights, [*self.concepts, *watched, *(self.anchors or [])], device)
         scheduled = Trajectories(self.family.make_scheduler, self.family.latent_shape, MEASURED_STEPS)
-        watch = Watch(predictor, scheduled, self.concepts, watched, options.output.seed, progress=0)
+        seed = options.output.seed
+        watch = Watch(predictor, scheduled, self.concepts, watched, seed, progress=0, anchors=self.anchors)
         self.measured = watch.measure("student")
 
     def show_edit(self) -> None:
@@ -302,10 +306,16 @@ class MethodRun:
             concepts=self.concepts,
             method=options.method.name,
             train_method=train_method,
-            arguments={**options.recorded, **(training if options.method.trains else {})},
+            arguments={**options.recorded, **(training if options.method.trains else self._chosen)},
             revision=options.model.revision,
         )
         return Erasure(self.pipeline, record, self.weights, options.output.output_dir, self.measured)
+
+    @property
+    def _chosen(self) -> dict[str, list[str]]:
+        """Anchors that a method has chosen, by the option that would give them."""
+        names = self.options.recorded.keys() & {"anchor_prompts"}
+        return {name: [anchor.strip() for anchor in self.anchors] for name in names if self.anchors is not None}
 
     def _validation(self, objective: Objective) -> Validation | None:
         """Images of the validation prompts during the training, if there are any."""

@@ -26,6 +26,7 @@ class Watch:
         concepts (`list[str]`): What is erased; of many, a few spread evenly over the list are watched.
         unrelated (`list[str]`): What should stay; at most `MOST_PROMPTS` are watched.
         seed (`int`): Of the latents.
+        anchors (`list[str]`, *optional*): What each concept becomes, if not nothing.
         progress (`float`, defaults to 0.4): Share of the schedule after which latents are taken; 0 is pure noise,
             which costs nothing to sample.
 
@@ -41,8 +42,10 @@ class Watch:
         unrelated: list[str],
         seed: int,
         progress: float = 0.4,
+        anchors: list[str] | None = None,
     ):
-        concepts = concepts[:: math.ceil(len(concepts) / MOST_PROMPTS)]
+        step = math.ceil(len(concepts) / MOST_PROMPTS)
+        concepts = concepts[::step]
         unrelated = unrelated[:MOST_PROMPTS]
         self.predictor, self.concepts, self.unrelated = predictor, concepts, unrelated
         count = trajectories.positions[int(progress * len(trajectories.positions))]
@@ -59,9 +62,16 @@ class Watch:
             for i, prompt in enumerate([*concepts, *unrelated])
         ]
         self._frozen, frozen_empty = self._predictions("frozen")
+        self._anchors = None if anchors is None else self._anchored(anchors[::step])
         self._said = self._frozen - frozen_empty
         alike = _length(self._said) < SAYS_NOTHING * _length(frozen_empty)
         self.silent = [concept for concept, same in zip(concepts, alike.tolist()) if same]
+
+    def _anchored(self, anchors: list[str]) -> torch.Tensor:
+        """What the frozen model predicts for the anchors at the concepts' latents."""
+        return torch.cat(
+            [self.predictor(*inputs, [anchor], "frozen") for inputs, anchor in zip(self._inputs, anchors)]
+        )
 
     @torch.no_grad()
     def _predictions(self, weights: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,13 +84,17 @@ class Watch:
 
     def measure(self, weights: str) -> dict[str, float]:
         """Returns `"concept_left"`, how much of what the concepts' words said they still say: 1 at the start, 0 when
-        they say nothing, below 0 when they say the opposite; and `"drift"`, the distance of unrelated predictions from
-        the frozen ones relative to what their prompts say, 0 at the start."""
+        they say nothing, or what their anchors say, below 0 when they say the opposite; and `"drift"`, the distance of
+        unrelated predictions from the frozen ones relative to what their prompts say, 0 at the start."""
         predictions, empty = self._predictions(weights)
         count = len(self.concepts)
         said = _length(self._said)
-        left = _dot(predictions - empty, self._said) / said**2
-        result = {"concept_left": left[:count].mean().item()}
+        if self._anchors is None:
+            left = (_dot(predictions - empty, self._said) / said**2)[:count]
+        else:
+            whole = self._frozen[:count] - self._anchors
+            left = _dot(predictions[:count] - self._anchors, whole) / _length(whole) ** 2
+        result = {"concept_left": left.mean().item()}
         if self.unrelated:
             result["drift"] = (_length(predictions - self._frozen) / said)[count:].mean().item()
         return result

@@ -135,13 +135,13 @@ def least_squares_edit(
     return torch.cholesky_solve(erase_scale * erased.T @ (anchors - erased), factor).T
 
 
-def edit_text_projections(run: Run, change: torch.Tensor) -> None:
+def edit_text_projections(run: Run, change: torch.Tensor, anchors: list[str]) -> None:
     """Gives every layer W that reads prompts the weights W (I + `change`), in its own dtype."""
     denoiser = run.family.denoiser
     parameters = dict(denoiser.named_parameters())
     weights = {name: parameters[name].detach() for name in run.family.text_projections(denoiser)}
-    run.edit({name: (wide + wide @ change).to(weight)
-              for name, weight in weights.items() for wide in [weight.cpu().double()]})  # fmt: skip
+    wide = {name: weight.cpu().double() for name, weight in weights.items()}
+    run.edit({name: (wide[name] + wide[name] @ change).to(weight) for name, weight in weights.items()}, anchors)
 
 
 def gram_matrix(run: Run) -> torch.Tensor:

@@ -42,8 +42,13 @@ class Run(Protocol):
     def train(self, objective: Objective) -> None:
         """Trains the selected weights until the run's last step: latents, loss, optimizer, EMA, log, checkpoints."""
 
-    def edit(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Gives parameters of the denoiser, by name, new values of the same shapes."""
+    def edit(self, values: Mapping[str, torch.Tensor], anchors: list[str] | None = None) -> None:
+        """Gives parameters of the denoiser, by name, new values of the same shapes.
+
+        Args:
+            values (`Mapping[str, torch.Tensor]`): By name.
+            anchors (`list[str]`, *optional*): What each concept becomes, for the measurement and the record.
+        """
 
 
 class Method(ABC):

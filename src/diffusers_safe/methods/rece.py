@@ -69,7 +69,7 @@ class RECE(ClosedForm):
             scales = self.erase_scale, self.retain_scale, self.identity_scale
             step = least_squares_edit(found, targets, retained, *scales)
             change = change + step + change @ step  # (I + change) (I + step) - I
-        edit_text_projections(run, change)
+        edit_text_projections(run, change, anchors)
 
 
 def equivalent_embeddings(

@@ -58,7 +58,7 @@ class SPEED(ClosedForm):
             wide = weight.cpu().double()
             change = self.change(wide, erased, targets, retained, constraints)
             values[name] = (wide + wide @ change).to(weight)
-        run.edit(values)
+        run.edit(values, anchors)
 
     def change(
         self,

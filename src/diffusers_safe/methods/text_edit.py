@@ -98,7 +98,7 @@ class TextEdit(ClosedForm):
             if share > 1.1 * self.tolerance:
                 note("concepts '%s': %.0f %% of its difference from the anchor remain; it is too close to what is "
                      "kept, or its phrasings contradict each other", concept, 100 * share)  # fmt: skip
-        edit_text_projections(run, change)
+        edit_text_projections(run, change, anchors)
 
     def _chosen_anchors(self, run: Run) -> list[str]:
         if self.anchor_prompts:

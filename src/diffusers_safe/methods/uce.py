@@ -85,7 +85,7 @@ class UCE(ClosedForm):
         kept = run.retained or ([NO_TEXT] if self.tokens == "tail" else [])
         encoded = EncodedPrompts(run, [*texts, *names, *kept])
         check_distinct(encoded.last(texts[::count]), encoded.last(names[::count]), run.concepts, names[::count])
-        edit_text_projections(run, self.change(encoded, texts, names, kept))
+        edit_text_projections(run, self.change(encoded, texts, names, kept), names[::count])
 
     def change(self, encoded: EncodedPrompts, texts: list[str], names: list[str], kept: list[str]) -> Any:
         """The edit that makes each text read as the anchor of the same place; `(d, d)`."""
