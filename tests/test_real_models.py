@@ -100,7 +100,7 @@ def test_the_demo_and_the_docs_say_the_same_of_its_settings():
             *((ROOT / page).read_text() for page in ("README.md", "docs/erasing.md", "docs/tutorial.md")),
         )
     )
-    assert "fit it alone: for another model start from the defaults of train_sdd.py" in help_text
+    assert "For another model, start from the defaults of train_sdd.py" in help_text
     assert "its settings were found on the embedded model and fit that one only" in readme
     assert "fit its small model, not yours: start from the defaults" in erasing
     assert "fit its small model, not yours: start from the defaults" in tutorial

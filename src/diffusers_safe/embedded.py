@@ -1,4 +1,4 @@
-"""The models that ship with the package. Their names can be used wherever a model is expected."""
+"""The models that ship with the package; commands, `erase`, `distill` and erased pipelines take their names."""
 
 import os
 from pathlib import Path

@@ -124,7 +124,7 @@ class AttackArguments(EvaluationOptions):
     )
     output_dir: str = field(default="runs/attack", metadata={"help": "Output folder: images, numbers and report."})
     pictures: int = field(
-        default=PICTURES, metadata={"help": "Number of prompts per attack whose images are on the page. 0: none."}
+        default=PICTURES, metadata={"help": "Number of prompts per attack whose images are in the report. 0: none."}
     )
     dtype: str = field(
         default="float32", metadata={"help": f"Dtype of the weights: {', '.join(DTYPES)}.", "choices": DTYPES}

@@ -109,7 +109,7 @@ class EvaluateArguments(EvaluationOptions):
     blur: str | None = field(
         default=None,
         metadata={
-            "help": f"Images on the page that are blurred until clicked: {', '.join(BLUR_CHOICES)}. Default: "
+            "help": f"Images in the report that are blurred until clicked: {', '.join(BLUR_CHOICES)}. Default: "
             "flagged; with --emoji none.",
             "choices": [*BLUR_CHOICES, None],
         },

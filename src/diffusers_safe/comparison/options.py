@@ -37,15 +37,15 @@ class EvaluationOptions(PromptOptions, MetricOptions):
     blur: str = field(
         default="flagged",
         metadata={
-            "help": f"Images on the page that are blurred until clicked: {', '.join(BLUR_CHOICES)}.",
+            "help": f"Images in the report that are blurred until clicked: {', '.join(BLUR_CHOICES)}.",
             "choices": BLUR_CHOICES,
         },
     )
     pictures: int = field(
         default=PICTURES,
         metadata={
-            "help": "Number of images per model on the page, for the erased concept and for other concepts separately."
-            " 0: none."
+            "help": "Number of images per model in the report, for the erased concept and for other concepts"
+            " separately. 0: none."
         },
     )
 

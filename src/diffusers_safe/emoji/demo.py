@@ -1,7 +1,7 @@
 """Erases a concept from the embedded model and compares the model before and after.
 
-The demo runs the same training as train_sdd.py and prints the command. Its settings were found on the small embedded
-model and fit it alone: for another model start from the defaults of train_sdd.py, which are the paper's.
+The demo runs the same training as train_sdd.py and prints the command. Its settings were tuned for the small embedded
+model. For another model, start from the defaults of train_sdd.py, which are the paper's.
 """
 
 import shlex

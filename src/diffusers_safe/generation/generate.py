@@ -88,6 +88,8 @@ def generate(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     check_output_dir(folder)
+    if not isinstance(pipeline, DiffusionPipeline) or getattr(pipeline, "scheduler", None) is None:
+        raise ValueError(f"pipeline ({type(pipeline).__name__}): must be a DiffusionPipeline with a scheduler")
     processes = launched_processes()
     manifest = Manifest(Path(folder))
     model = pipeline_fingerprint(pipeline)

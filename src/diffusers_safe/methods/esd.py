@@ -8,7 +8,7 @@ import torch
 from ..arguments import option
 from ..concepts import is_visible
 from ..values import choose, plain_word
-from .method import GradientMethod, Preset, register_method
+from .method import GradientMethod, Preset, preset_option, register_method
 from .objective import Objective, TrainingBatch, squared_error, targets
 from .predictor import Predictor
 
@@ -115,14 +115,7 @@ class ESD(GradientMethod):
     }
     presets: ClassVar[dict[str, Preset]] = ESD_PRESETS
 
-    preset: str = option(
-        "paper",
-        "Published settings, used for all options that are not given (values in docs/methods.md): "
-        f"{'; '.join(f'{name} ({preset.source})' for name, preset in ESD_PRESETS.items())}.",
-        ESD_PRESETS,
-        may_change=True,
-        essential=True,
-    )
+    preset: str = preset_option("paper", ESD_PRESETS, may_change=True)
     negative_guidance_scale: float | None = option(
         None,
         "eta of the paper: how far beyond the unconditional prediction the concept is moved. negative_guidance of the "

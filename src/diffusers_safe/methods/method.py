@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
+from ..arguments import option
 from ..families import ModelFamily
 from ..values import choose
 from .objective import Objective
@@ -137,11 +138,12 @@ class Preset:
     source: str
     options: dict[str, Any]
 
-    @property
-    def summary(self) -> str:
-        """The options in one line."""
-        return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-                         for name, value in self.options.items())  # fmt: skip
+
+def preset_option(default: str, presets: Mapping[str, Preset], **facts: Any) -> Any:
+    """Declares the option `preset` of a method."""
+    names = "; ".join(f"{name} ({preset.source})" for name, preset in presets.items())
+    text = f"Published settings, used for all options that are not given (values in docs/methods.md): {names}."
+    return option(default, text, presets, essential=True, **facts)
 
 
 _registered: dict[str, type[Method]] = {}

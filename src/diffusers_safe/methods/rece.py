@@ -15,7 +15,7 @@ from .closed_form import (
     gram_matrix,
     least_squares_edit,
 )
-from .method import Preset, Run, register_method
+from .method import Preset, Run, preset_option, register_method
 from .uce import UCE
 
 
@@ -40,13 +40,7 @@ class RECE(ClosedForm):
     summary = "UCE, then rounds that find the embeddings which still produce the concept, and edit them as well."
     presets: ClassVar[dict[str, Preset]] = RECE_PRESETS
 
-    preset: str = option(
-        "nudity",
-        "Published settings that are the defaults of all options not given: "
-        f"{'; '.join(f'{name} ({preset.summary})' for name, preset in RECE_PRESETS.items())}.",
-        RECE_PRESETS,
-        essential=True,
-    )
+    preset: str = preset_option("nudity", RECE_PRESETS)
     rounds: int = option(3, "Rounds after UCE; 0 is UCE alone.", at_least=0, essential=True)
     norm_scale: float = option(
         0.1, "Weight lambda of the norm of the embeddings that are searched; less finds stronger ones.", above=0

@@ -9,7 +9,7 @@ from torch import nn
 from ..arguments import option
 from ..families import family_of_denoiser
 from .closed_form import NO_TEXT, ClosedForm, EncodedPrompts, check_distinct, vocabulary_prompts
-from .method import Preset, Run, register_method
+from .method import Preset, Run, preset_option, register_method
 
 
 CENTRES = 3  # of the tokens of the empty prompt, which stay exactly
@@ -32,7 +32,7 @@ class SPEED(ClosedForm):
     summary = "Values of the concept become those of an anchor, in the null space of what is retained."
     presets: ClassVar[dict[str, Preset]] = SPEED_PRESETS
 
-    preset: str = option("instance", "Published settings: style has the anchor 'art'.", SPEED_PRESETS, essential=True)
+    preset: str = preset_option("instance", SPEED_PRESETS)
     null_threshold: float = option(
         0.1, "Singular values of the retained tokens' mean square below this count as zero.", above=0
     )

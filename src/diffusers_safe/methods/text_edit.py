@@ -62,7 +62,7 @@ class TextEdit(ClosedForm):
 
     phrasings: str = option("object", f"What the concepts are: {' or '.join(PHRASINGS)}.", PHRASINGS, essential=True)
     tolerance: float = option(
-        0.25,
+        0.35,
         "How much of the difference between concept and anchor may remain in keys and values; less erases more and "
         "changes other prompts more.",
         above=0,
@@ -70,7 +70,7 @@ class TextEdit(ClosedForm):
         essential=True,
     )
     unconditional_weight: float = option(
-        0.1, "Share of the unconditional prompt among what is kept: guidance takes it in every image.", at_least=0,
+        0.4, "Share of the unconditional prompt among what is kept: guidance takes it in every image.", at_least=0,
         below=1,
     )  # fmt: skip
 

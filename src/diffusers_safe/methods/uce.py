@@ -12,7 +12,7 @@ from .closed_form import (
     edit_text_projections,
     least_squares_edit,
 )
-from .method import Preset, Run, register_method
+from .method import Preset, Run, preset_option, register_method
 
 
 TOKENS = ("last", "tail")
@@ -51,13 +51,7 @@ class UCE(ClosedForm):
     summary = "Keys and values of the concept's last token become those of an anchor, by least squares."
     presets: ClassVar[dict[str, Preset]] = UCE_PRESETS
 
-    preset: str = option(
-        "2025",
-        "Published settings that are the defaults of all options not given: "
-        f"{'; '.join(f'{name} ({preset.summary})' for name, preset in UCE_PRESETS.items())}.",
-        UCE_PRESETS,
-        essential=True,
-    )
+    preset: str = preset_option("2025", UCE_PRESETS)
     tokens: str = option(
         "last",
         "Which tokens are edited: last (the concept's last one; of retained prompts, too) or tail (all from the last "

@@ -97,12 +97,12 @@ class MetricOptions:
     objects_model: str | None = field(
         default=None, metadata={"help": "Classifier of objects, such as microsoft/resnet-50: folder or Hub id."}
     )
-    objects_label: str = field(default="class", metadata={"help": "Column of the prompts that names the object."})
+    objects_label: str = field(default="class", metadata={"help": "Column of --prompts that names the object."})
     objects_erased: list[str] = field(
         default_factory=list, metadata={"help": "Erased classes of --objects_model; all others are retained."}
     )
     style_model: str | None = field(default=None, metadata={"help": "Classifier of styles: folder or Hub id."})
-    style_label: str = field(default="artist", metadata={"help": "Column of the prompts that names the style."})
+    style_label: str = field(default="artist", metadata={"help": "Column of --prompts that names the style."})
     style_erased: list[str] = field(
         default_factory=list, metadata={"help": "Erased styles of --style_model; all others are retained."}
     )

@@ -242,8 +242,8 @@ class ValidationOptions:
 
     validation_prompts: list[str] = option(
         [],
-        "Generate images for these prompts before and during training; they are saved side by side in "
-        "OUTPUT_DIR/validation. Prompts, or a .txt file with one per line.",
+        "Generate images for these prompts with the model before the run and with the new weights; they are saved "
+        "side by side in OUTPUT_DIR/validation. Prompts, or a .txt file with one per line.",
         may_change=True,
         essential=True,
     )

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 
+from ...concepts import is_visible
 from ...messages import is_first_process
 from ..generate import PromptRow
 from .columns import given, text_of
@@ -26,7 +27,7 @@ def with_prompts(numbered: list[tuple[int, dict]], column: str, where: str) -> l
 
 def _is_blank(prompt: object) -> bool:
     if isinstance(prompt, str):
-        return not prompt.strip() or prompt.strip() in MISSING
+        return not is_visible(prompt) or prompt.strip() in MISSING
     return prompt is None or (isinstance(prompt, float) and math.isnan(prompt))
 
 

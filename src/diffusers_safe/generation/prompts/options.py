@@ -53,9 +53,7 @@ class PromptOptions:
     seed: int = field(default=0, metadata={"help": "Seed of the first image of a prompt, if the list has no seeds."})
     row_settings: bool = field(
         default=True,
-        metadata={
-            "help": "Use the guidance scales and sizes of the list, if it has any, instead of those of options."
-        },
+        metadata={"help": "Use the guidance scales and sizes of the list, if it has any, instead of the options."},
     )
     dataset_config_name: str | None = field(
         default=None, metadata={"help": "Configuration of a dataset on the Hub, if it has several."}
