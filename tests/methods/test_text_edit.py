@@ -4,11 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from diffusers_safe import cli, erase
 from diffusers_safe.families import make_family
+from diffusers_safe.methods import text_edit
 from diffusers_safe.methods.closed_form import EncodedPrompts
 from diffusers_safe.methods.text_edit import CONTEXTS, PHRASINGS, Target, smallest_edit
+from diffusers_safe.methods.vocabulary import NO_ANCHORS, OBJECTS
 
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -189,3 +192,27 @@ def test_the_chosen_anchor_is_in_the_record_and_gives_the_same_edit(make_tiny_pi
     again = erase(make_tiny_pipeline(), ["banana", "gun"], "text_edit", anchor_prompts=chosen)
     for name, value in again.weights.items():
         torch.testing.assert_close(value, erasure.weights[name])
+
+
+def test_no_concept_becomes_a_weapon(tiny_pipeline, monkeypatch):
+    monkeypatch.setattr(text_edit, "OBJECTS", ["gun", "knife", "tree", "bomb", "child"])
+    erasure = erase(tiny_pipeline, ["cat", "dog", "car"], "text_edit")
+    assert erasure.record.arguments["anchor_prompts"] == ["tree"] * 3
+    assert set(OBJECTS) >= NO_ANCHORS
+
+
+def test_a_second_edit_does_not_undo_the_first(tiny_model_folder, tmp_path):
+    base = StableDiffusionPipeline.from_pretrained(tiny_model_folder)
+    first = erase(
+        tiny_model_folder, ["knife"], "text_edit", anchor_prompts=["tree"], output_dir=str(tmp_path / "first")
+    )
+    options = {"anchor_prompts": ["apple"], "tolerance": 0.5}
+    second = erase(folder, ["gun"], "text_edit", **options)
+    (tmp_path / "first" / "erasure.json").unlink()
+    unaware = erase(folder, ["gun"], "text_edit", **options)
+    knife = states(base, "a knife")
+    moved = []
+    for again in (second, unaware):
+        before, after = layers(first.pipeline), layers(again.pipeline)
+        moved.append(sum((knife @ (after[name] - before[name]).T).norm() for name in before))
+    assert moved[0] < 0.8 * moved[1]

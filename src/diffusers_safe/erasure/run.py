@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..messages import exit_with_error, is_first_process, note, num_launched
 from ..methods import Objective, find_method
 from ..methods.predictor import Predictor
 from ..progress import ProgressCallback
-from ..provenance import Provenance, fingerprint, stored_path
+from ..provenance import Provenance, erasure_of, fingerprint, stored_path
 from ..training.environment import in_float32, isolated_from_caller, make_accelerator, restore_forward
 from ..training.output import save_result
 from ..training.samples import Samples, Validation, save_card_image, with_validation
@@ -227,6 +228,16 @@ class MethodRun:
         self.samples: Samples | None = None
         self.anchors: list[str] | None = None
         self.measured: dict[str, float] = {}
+
+    @cached_property
+    def erased_before(self) -> list[str]:
+        """Concepts that the record of the base model names; looked for when a method asks."""
+        model = self.options.model
+        record = None
+        if (name := model.pretrained_model_name_or_path) != IN_MEMORY:
+            record = erasure_of(name, **({"revision": model.revision} if model.revision else {}))
+        before = [concept for concept in (record or {}).get("concepts", []) if isinstance(concept, str)]
+        return [concept for concept in before if concept not in self.concepts]
 
     def train(self, objective: Objective) -> None:
         denoiser = self.family.denoiser

@@ -34,11 +34,13 @@ class Run(Protocol):
         family (`ModelFamily`): The model: encodes prompts, predicts, and holds the denoiser.
         concepts (`list[str]`): What is to be erased.
         retained (`list[str]`): Prompts whose predictions should stay.
+        erased_before (`list[str]`): Concepts that the record of the base model names.
     """
 
     family: ModelFamily
     concepts: list[str]
     retained: list[str]
+    erased_before: list[str]
 
     def train(self, objective: Objective) -> None:
         """Trains the selected weights until the run's last step: latents, loss, optimizer, EMA, log, checkpoints."""

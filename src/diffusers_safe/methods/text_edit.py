@@ -18,7 +18,7 @@ from .closed_form import (
     vocabulary_prompts,
 )
 from .method import Run, register_method
-from .vocabulary import OBJECTS, STYLES
+from .vocabulary import NO_ANCHORS, OBJECTS, STYLES
 
 
 # {x} is a name, {a} the same with its article. Models that do not know a form's words go without it.
@@ -62,7 +62,7 @@ class TextEdit(ClosedForm):
 
     phrasings: str = option("object", f"What the concepts are: {' or '.join(PHRASINGS)}.", PHRASINGS, essential=True)
     tolerance: float = option(
-        0.35,
+        0.25,
         "How much of the difference between concept and anchor may remain in keys and values; less erases more and "
         "changes other prompts more.",
         above=0,
@@ -83,7 +83,9 @@ class TextEdit(ClosedForm):
         forms = run.family.known_forms(PHRASINGS[self.phrasings])
         phrased = {name: [phrase(form, name) for form in forms] for name in [*run.concepts, *anchors]}
         kept = vocabulary_prompts(run, CONTEXTS)
-        encoded = EncodedPrompts(run, [*sum(phrased.values(), []), *kept, *run.retained])
+        # What was erased before stays erased: the layers read it as they do now.
+        retained = [*run.retained, *(phrase(form, name) for name in run.erased_before for form in forms)]
+        encoded = EncodedPrompts(run, [*sum(phrased.values(), []), *kept, *retained])
         plain = [phrased[name][0] for name in (*run.concepts, *anchors)]
         count = len(run.concepts)
         check_distinct(encoded.last(plain[:count]), encoded.last(plain[count:]), run.concepts, anchors)
@@ -92,7 +94,7 @@ class TextEdit(ClosedForm):
             Target.of(*encoded.aligned(phrased[concept], phrased[anchor]), gram)
             for concept, anchor in zip(run.concepts, anchors)
         ]
-        moment = self._kept_moment(run, encoded, kept)
+        moment = self._kept_moment(run, encoded, kept, retained)
         change, left = smallest_edit(targets, moment, gram, self.tolerance)
         for concept, share in zip(run.concepts, left.tolist()):
             if share > 1.1 * self.tolerance:
@@ -103,10 +105,9 @@ class TextEdit(ClosedForm):
     def _chosen_anchors(self, run: Run) -> list[str]:
         if self.anchor_prompts:
             return self.anchors(run.concepts)
-        candidates = [word for word in (OBJECTS if self.phrasings == "object" else STYLES)
-                      if not any(names_concept(word, concept) or names_concept(concept, word)
-                                 for concept in run.concepts)]  # fmt: skip
-        candidates = run.family.known_words(candidates)
+        gone = [*run.concepts, *run.erased_before]
+        words = [word for word in (OBJECTS if self.phrasings == "object" else STYLES) if word not in NO_ANCHORS]
+        candidates = run.family.known_words([word for word in words if not _are_related(word, gone)])
         if not candidates:
             raise ValueError("anchor_prompts: the model knows no word of the vocabulary; give an anchor")
         vectors = run.family.text_vectors([*run.concepts, *candidates])
@@ -118,12 +119,16 @@ class TextEdit(ClosedForm):
             note("'%s' becomes '%s' (--anchor_prompts chooses another)", concept, anchor)
         return chosen
 
-    def _kept_moment(self, run: Run, encoded: EncodedPrompts, kept: list[str]) -> torch.Tensor:
+    def _kept_moment(self, run: Run, encoded: EncodedPrompts, kept: list[str], retained: list[str]) -> torch.Tensor:
         """The mean of k k^T over what is kept, `(d, d)`; half of it the retained prompts, if there are any."""
-        parts = [encoded.all(prompts) for prompts in (kept, run.retained) if prompts]
+        parts = [encoded.all(prompts) for prompts in (kept, retained) if prompts]
         nothing = run.family.token_states([""]).cpu().double().flatten(0, 1)
         share = self.unconditional_weight
         return (1 - share) * sum(_moment(part) for part in parts) / max(len(parts), 1) + share * _moment(nothing)
+
+
+def _are_related(word: str, concepts: list[str]) -> bool:
+    return any(names_concept(word, concept) or names_concept(concept, word) for concept in concepts)
 
 
 def _moment(states: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,13 @@ clown wizard knight pirate ghost angel dragon monster
 face eye hand foot hair smile
 football dance wedding party market war medicine pill syringe cigarette money
 """.split()
+# Kept, but never taken as an anchor: no concept should become one of these.
+NO_ANCHORS = set(
+    """
+shark snake spider knife axe sword gun bomb soldier war fire smoke ghost monster mask medicine pill syringe cigarette
+money beer wine baby child boy girl
+""".split()
+)
 STYLES = """
 photo painting drawing sketch watercolor sculpture poster cartoon comic anime graffiti mosaic sepia pastel collage
 engraving
