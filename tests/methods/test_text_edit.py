@@ -203,9 +203,8 @@ def test_no_concept_becomes_a_weapon(tiny_pipeline, monkeypatch):
 
 def test_a_second_edit_does_not_undo_the_first(tiny_model_folder, tmp_path):
     base = StableDiffusionPipeline.from_pretrained(tiny_model_folder)
-    first = erase(
-        tiny_model_folder, ["knife"], "text_edit", anchor_prompts=["tree"], output_dir=str(tmp_path / "first")
-    )
+    folder = str(tmp_path / "first")
+    first = erase(tiny_model_folder, ["knife"], "text_edit", anchor_prompts=["tree"], output_dir=folder)
     options = {"anchor_prompts": ["apple"], "tolerance": 0.5}
     second = erase(folder, ["gun"], "text_edit", **options)
     (tmp_path / "first" / "erasure.json").unlink()
