@@ -150,7 +150,7 @@ def test_models_have_names_and_the_embedded_one_is_the_original(tiny_model_folde
         (["--attacks", "inversion", "--concept", "cat"], "concept 'cat': none of the 2 prompts has it"),
         (["--attacks", "inversion", "--concept", "knife", "--inversion_steps", "0"], "inversion_steps 0: must be at"),
         (["--attacks", "inversion", "--concept", "knife", "--dtype", "float16"], "dtype float16: gradients of inver"),
-        (["--attacks", "inversion", "--concept", "knife", "--inversion_pictures", "{empty}"], "no folder of pictures"),
+        (["--attacks", "inversion", "--concept", "knife", "--inversion_pictures", "{empty}"], "no folder of images"),
         (["--attacks", "inversion", "--concept", "knife", "--height", "64", "--width", "32"], "must be the same for"),
         (["--attacks", "seeds", "--height", "60", "--width", "60"], "height is 60; it must be a multiple of 8"),
     ],
