@@ -99,8 +99,10 @@ def test_the_error_falls_with_rank_and_is_written_down(partial, tmp_path, capsys
 
 def test_what_a_lora_cannot_hold_is_told_or_left_out(base, tiny_model_folder, tmp_path, capsys):
     path = write_form("partial", base.unet, make_erased(base.unet, "noxattn"), tmp_path / "in", tiny_model_folder)
-    with pytest.raises(SystemExit, match="a LoRA cannot hold .*norm.*of the change would be lost.*--only_weights"):
+    with pytest.raises(SystemExit, match="2"):
         export(path, "lora", tmp_path / "out")
+    error = capsys.readouterr().err
+    assert re.search("error: a LoRA cannot hold .*norm.*of the change would be lost.*--only_weights", error)
     assert not (tmp_path / "out").exists()
     export(path, "lora", tmp_path / "out", "--only_weights", "--rank", FULL_RANK)
     told = capsys.readouterr().out
@@ -160,7 +162,7 @@ def test_overwrite_replaces_a_result_when_the_new_one_is_there(base, partial, tm
     export(partial, "full", out)
     (out / "unet" / "mine.txt").write_text("mine")
     before = {path.name for path in out.rglob("*")}
-    with pytest.raises(SystemExit, match="rank 17"):
+    with pytest.raises(SystemExit, match="2"):
         export(partial, "lora", out, "--rank", 17, "--overwrite")
     assert {path.name for path in out.rglob("*")} == before
     export(partial, "partial", out, "--overwrite")
@@ -213,9 +215,10 @@ def test_a_base_model_that_is_not_there_is_told_before_the_source_is_read(partia
 
 
 @pytest.mark.parametrize("options, rank", [((), FULL_RANK), (("--rank", 1), 1)])
-def test_a_rank_that_no_layer_has_is_told_and_the_default_is_none(base, partial, tmp_path, options, rank):
-    with pytest.raises(SystemExit, match=f"^error: rank 17: must be from 1 to {FULL_RANK}, with which"):
+def test_a_rank_that_no_layer_has_is_told_and_the_default_is_none(base, partial, tmp_path, options, rank, capsys):
+    with pytest.raises(SystemExit, match="2"):
         export(partial, "lora", tmp_path / "out", "--rank", 17)
+    assert f"error: rank 17: must be from 1 to {FULL_RANK}, with which" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert Provenance.load(export(partial, "lora", tmp_path / "out", *options)).export["rank"] == rank
 

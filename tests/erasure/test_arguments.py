@@ -314,7 +314,7 @@ def test_a_bad_config_file_is_exit_with_error(capsys, unchecked, tmp_path, text,
         ("sdd", {}, "the ema weights sample them, and there are no retain_prompts"),
         ("sdd", {"retain_prompts": ["a"], "retain_weight": 0.0}, "there are no retain_prompts"),
         ("sdd", {"retain_prompts": ["a", "b", "c"]}, "must be at least 3, the number of prompts to retain"),
-        ("esd", {}, "the latents are the student's"),
+        ("esd", {}, "here the student weights sample them"),
         (
             "esd",
             {"sampling_model": "frozen", "concepts": ["a", "b", "c"]},

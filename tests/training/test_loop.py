@@ -98,7 +98,7 @@ def test_a_checkpoint_that_trained_other_weights_is_refused_by_name(make_loop, t
     with pytest.raises(ValueError, match="another run: .*train_method xattn there, selfattn here"):
         make_loop("second", train_method="selfattn", resume_from_checkpoint=str(checkpoint)).run()
     (checkpoint / "run.json").unlink()
-    with pytest.raises(ValueError, match="holds no run.json"):
+    with pytest.raises(ValueError, match="has no run.json"):
         make_loop("third", resume_from_checkpoint=str(checkpoint)).run()
 
 
