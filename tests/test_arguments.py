@@ -344,6 +344,7 @@ def test_the_help_of_save_offers_what_the_job_accepts(name):
         assert default in re.findall(r"\w+", (lora or plain).partition("Default:")[2])
 
 
+@pytest.mark.slow
 def test_programs_that_are_modules_are_named_as_they_are_started():
     words = [sys.executable, "-m", "diffusers_safe.training.distillation", "--stps", "3"]
     told = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=240).stderr

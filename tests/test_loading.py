@@ -422,6 +422,7 @@ run_command("sdd", sys.argv[1:])
 
 
 @pytest.mark.parametrize("checkpointing_steps", ["0", pytest.param("1", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_full_disk_is_one_line(checkpointing_steps, tiny_model_folder, tmp_path):
     """The result is written by safetensors, a checkpoint by torch.save."""
     words = ["--pretrained_model_name_or_path", tiny_model_folder, "--concepts", "knife", "--max_train_steps", "1",

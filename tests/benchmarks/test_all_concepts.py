@@ -62,7 +62,7 @@ def test_the_table_has_the_halves_apart_and_names_the_worst_concept():
 
 def test_a_stopped_bench_continues_and_does_not_repeat(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(all_concepts, "QUICK", ("gun", "dog"))
-    words = ["--output_dir", str(tmp_path), "--quick", "true", "--methods", "UCE, 2025", "text edit"]
+    words = ["--output_dir", str(tmp_path), "--quick", "true", "--methods", "UCE, 2025"]
     words += ["--erased_images", "1", "--num_inference_steps", "1"]
     monkeypatch.setattr("sys.argv", ["all_concepts.py", *words])
     measure, calls = all_concepts.measure, []
@@ -77,8 +77,8 @@ def test_a_stopped_bench_continues_and_does_not_repeat(monkeypatch, tmp_path, ca
     with pytest.raises(KeyboardInterrupt):
         all_concepts.main()
     all_concepts.main()
-    assert calls == [("UCE, 2025", "gun"), *[("UCE, 2025", "dog")] * 2, ("text edit", "gun"), ("text edit", "dog")]
-    assert "| text edit | objects, reporting |" in (tmp_path / "table.md").read_text() == capsys.readouterr().out[:-1]
+    assert calls == [("UCE, 2025", "gun"), *[("UCE, 2025", "dog")] * 2]
+    assert "| UCE, 2025 | objects, reporting |" in (tmp_path / "table.md").read_text() == capsys.readouterr().out[:-1]
     monkeypatch.setattr("sys.argv", ["all_concepts.py", *words, "--other_images", "2"])
     with pytest.raises(SystemExit, match="holds rows of other settings; give another folder"):
         all_concepts.main()

@@ -177,6 +177,7 @@ def test_paths_that_cannot_be_used_end_with_code_2_before_any_work(tiny_model_fo
     assert contents(tiny_model_folder) == before
 
 
+@pytest.mark.slow
 def test_of_two_runs_at_once_the_second_ends_at_once(tiny_model_folder, tmp_path):
     words = [str(ROOT / "train_sdd.py"), "--pretrained_model_name_or_path", tiny_model_folder, "--concepts", "knife",
              "--num_inference_steps", "2", "--output_dir", "out", "--max_train_steps"]  # fmt: skip

@@ -155,6 +155,7 @@ def test_sigterm_ends_the_program_with_130_after_a_checkpoint(
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_batch(erased, tiny_model_folder, tmp_path):
     in_two_processes(SCRIPT, options(tiny_model_folder, tmp_path / "out", train_batch_size=1), tmp_path)
     two, one = log_rows(tmp_path / "out"), log_rows(erased)

@@ -156,6 +156,7 @@ def run_client(hub, home, code):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_pushed_and_loaded_back_through_the_hub(safe, folder, tmp_path):
     expected = draw(safe).images
     with HubServer() as hub:

@@ -270,6 +270,7 @@ def test_half_precision(make_tiny_pipeline, dtype):
 
 
 @pytest.mark.parametrize("way", ["module", pytest.param("in place", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_compiled_denoiser_stays_compiled(make_tiny_pipeline, way):
     stock = attentive(make_tiny_pipeline())
     expected = draw(safe_around(stock), **SafetyConfig.MAX).images
