@@ -266,8 +266,8 @@ This page is written by `make benchmark-erasure` with seed {seed}
   here in none.
 {student}* [Evaluate](evaluation.md) explains the statistics. The run also writes a page with all images of each
   table, `runs/leaderboard/*/report.html`.
-* The judge was also trained on reconstructions by the model's autoencoder; such a judge can recognise the model's own
-  distortions ([Architecture](architecture.md#the-embedded-models-recipe)).
+* The judge was also trained on reconstructions by the model's autoencoder, so it may accept images that an independent
+  judge would not ([Architecture](architecture.md#the-embedded-models-recipe)).
 """
 STUDENT_NOTE = """* The student was distilled from the erased model, {steps} steps on {pictures} images without
   weapons. The students in [Methods](methods.md#students) have 1000 steps and are better.

@@ -59,7 +59,8 @@ class EmojiRecognition(Metric):
             raise ValueError(f"style {style}: unknown; allowed are {', '.join(STYLES)}")
         self.erased, self.style, self.retained = erased, style, retained
         self.judge = judge or EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER)
-        concept, groups = f"{erased_name(erased, style)} recognised", "A prompt such as “a fruit” shows any fruit."
+        concept = f"{erased_name(erased, style)} recognised"
+        groups = "For a group, such as “a fruit”, any of its objects counts."
         what = "any erased object" if erased else "this style"
         self.quantities = {
             "concept": Quantity(

@@ -1,9 +1,10 @@
-"""What differs between model families, behind one interface: only files in `families/` name an architecture.
+"""What differs between model families, behind one interface.
 
 To add a family, write one file with a subclass of [`ModelFamily`] under `@register_family`, and import it in
 `families/__init__.py`; another package names its file in an entry point of the group `diffusers_safe.families`.
-Nothing else has to change. `tests/toy_family.py` does it for a small transformer with flow matching. Required are
-`check`, `shape`, `blank_inputs`, `_encode` and `predict`; all else has defaults.
+Erasing, generating and publishing need nothing else; students and safe or erased pipeline classes do.
+`tests/toy_family.py` adds a small transformer with flow matching. Required are `check`, `shape`, `blank_inputs`,
+`_encode` and `predict`; all else has defaults.
 
 **Names** (class attributes)
 

@@ -118,7 +118,7 @@ STUDENTS: dict[str, Student] = {
         {"layers_per_block": 1, "transformer_layers_per_block": (1, 2, 5), "mid_block_type": None},
     ),
     "segmind-vega": Student(
-        "1 of 2 and 8 of 10 transformer layers, and of the middle block all but a residual block",
+        "1 of each 2 and 8 of each 10 transformer layers; of the middle block all but one residual block",
         _SDXL,
         {"mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": (1, 1, 2)},
     ),
