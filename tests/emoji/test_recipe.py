@@ -176,6 +176,16 @@ def test_finished_rounds_are_enough_to_continue_on_another_machine(tmp_path):
     assert len(seen) == 4
 
 
+def test_only_the_newest_finished_round_is_needed(tmp_path):
+    whole = train_stage(toy_stage(2, 3, 2), tmp_path / "whole")
+    newest = tmp_path / "elsewhere" / "toy" / "round-2"
+    newest.parent.mkdir(parents=True)
+    shutil.copytree(tmp_path / "whole" / "toy" / "round-2", newest)
+    seen = []
+    assert same(train_stage(toy_stage(2, 3, 2, seen=seen), tmp_path / "elsewhere"), whole)
+    assert len(seen) == 2
+
+
 def test_a_round_starts_from_the_average_of_the_previous_one_in_half_precision(tmp_path):
     first = torch.load(train_round_1(tmp_path), weights_only=True)
     assert {value.dtype for value in first.values() if value.is_floating_point()} == {torch.float16}

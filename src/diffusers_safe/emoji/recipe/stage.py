@@ -71,7 +71,7 @@ def learning_rate_factor(step: int, steps: int, last: bool = True, warmup: int =
 
 
 def train_stage(stage: Stage, output_dir: str | Path, seed: int = 0, checkpoint_minutes: float = 5.0) -> nn.Module:
-    """Trains a stage: loads its finished rounds and continues from the newest checkpoint of the next round.
+    """Trains a stage: loads its newest finished round and continues from the newest checkpoint of the next one.
 
     Each batch is a function of (seed, name, round, step), so a stopped run continues with the same batches.
 
@@ -84,7 +84,9 @@ def train_stage(stage: Stage, output_dir: str | Path, seed: int = 0, checkpoint_
     """
     folder = Path(output_dir) / stage.name
     with claimed(folder):
-        for number in range(1, len(stage.rounds) + 1):
+        numbers = range(1, len(stage.rounds) + 1)
+        finished = [number for number in numbers if (folder / f"round-{number}" / "ema.pt").exists()]
+        for number in numbers[max(finished, default=1) - 1 :]:  # the newest finished round is only read
             _train_round(stage, folder / f"round-{number}", number, seed, checkpoint_minutes)
     return stage.module
 
