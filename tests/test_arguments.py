@@ -374,6 +374,7 @@ def run_until_closed(*words):
     return process.wait(timeout=240), process.stderr.read().decode()
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_ends_the_program_quietly(tmp_path):
     code, error = run_until_closed("prompts", "--prompts", "a", "b")
     assert (code, error) == (141, "")

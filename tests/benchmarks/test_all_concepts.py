@@ -60,6 +60,7 @@ def test_the_table_has_the_halves_apart_and_names_the_worst_concept():
     assert lines[3][5] == "50.8"
 
 
+@pytest.mark.slow
 def test_a_stopped_bench_continues_and_does_not_repeat(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(all_concepts, "QUICK", ("gun", "dog"))
     words = ["--output_dir", str(tmp_path), "--quick", "true", "--methods", "UCE, 2025"]

@@ -36,6 +36,7 @@ def test_invalid_arguments_of_the_table_of_students_are_refused(load, monkeypatc
     assert error.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_every_kind_of_recipe_has_a_plan(load, monkeypatch):
     plans = load("recipe_plans")
     monkeypatch.chdir(FOLDER.parent)

@@ -43,6 +43,7 @@ def test_invalid_arguments_are_refused(main, capsys, words, message):
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_pictures_of_every_object_and_a_blind_test(main, tiny_model_folder, tmp_path, capsys):
     words = f"--model {tiny_model_folder} --output_dir {tmp_path / 'out'} --seeds 2 --num_inference_steps 1"
     main(words, "emoji_pictures")
