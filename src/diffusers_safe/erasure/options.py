@@ -12,7 +12,7 @@ from ..training.options import SamplingOptions
 class ConceptOptions:
     """What is erased."""
 
-    concepts: list[str] = required("What to erase: one or more names, or one .txt file with a concept per line.")
+    concepts: list[str] = required("What to erase: one or more names, or .txt files with one per line.")
 
     def named_in(self, prompt: str) -> str | None:
         """The first concept whose words are in a prompt."""
@@ -40,8 +40,9 @@ class TrajectoryOptions(SamplingOptions):
 
     trajectory_pool: int = option(
         0,
-        "Number of trajectories sampled once, before training, and reused; only for latents of the frozen model "
-        "(always for --retain_prompts). 0 (the papers): new ones for every step.",
+        "Sample this many trajectories once before training and reuse them. Applies to latents that the base model "
+        "samples: those of --retain_prompts, and the concepts' where the method samples with the base model. 0: new "
+        "trajectories at every step, as in the papers.",
         at_least=0,
     )
 
@@ -52,7 +53,7 @@ class RetainedOptions:
 
     retain_prompts: list[str] = option(
         [],
-        "Prompts whose predictions stay those of the base model (names, or one .txt file).",
+        "Prompts whose predictions should stay as they are: one or more, or .txt files with one per line.",
         essential=True,
     )
     watch_prompts: list[str] = option(
