@@ -5,7 +5,7 @@ closed forms pose is W (I + E) with the same E `(d, d)` for every such layer, so
 All of it is computed in float64 on the CPU; in a batch of vectors `(n, d)` each row is one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,19 +137,30 @@ def least_squares_edit(
 
 def edit_text_projections(run: Run, change: torch.Tensor, anchors: list[str]) -> None:
     """Gives every layer W that reads prompts the weights W (I + `change`), in its own dtype."""
-    denoiser = run.family.denoiser
-    parameters = dict(denoiser.named_parameters())
-    weights = {name: parameters[name].detach() for name in run.family.text_projections(denoiser)}
-    wide = {name: weight.cpu().double() for name, weight in weights.items()}
-    run.edit({name: (wide[name] + wide[name] @ change).to(weight) for name, weight in weights.items()}, anchors)
+    names = run.family.text_projections(run.family.denoiser)
+    edit_layers(run, names, lambda weight: change, anchors)
+
+
+def edit_layers(
+    run: Run, names: list[str], change: Callable[[torch.Tensor], torch.Tensor], anchors: list[str]
+) -> None:
+    """The same for some layers, with the change that a function gives for each W, in float64."""
+    parameters = dict(run.family.denoiser.named_parameters())
+    edited = ((name, weight + weight @ change(weight)) for name, weight in _weights(run, names))
+    run.edit({name: weight.to(parameters[name]) for name, weight in edited}, anchors)
 
 
 def gram_matrix(run: Run) -> torch.Tensor:
     """The sum of W^T W over the layers that read prompts, `(d, d)`."""
-    parameters = dict(run.family.denoiser.named_parameters())
     names = run.family.text_projections(run.family.denoiser)
-    weights = (parameters[name].detach().cpu().double() for name in names)
-    return sum(weight.T @ weight for weight in weights)
+    return sum(weight.T @ weight for _, weight in _weights(run, names))
+
+
+def _weights(run: Run, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights in float64, one at a time: all of SDXL's would take 4 GB."""
+    parameters = dict(run.family.denoiser.named_parameters())
+    for name in names:
+        yield name, parameters[name].detach().cpu().double()
 
 
 def with_article(name: str) -> str:

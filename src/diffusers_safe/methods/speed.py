@@ -8,7 +8,7 @@ from torch import nn
 
 from ..arguments import option
 from ..families import family_of_denoiser
-from .closed_form import NO_TEXT, ClosedForm, EncodedPrompts, check_distinct, vocabulary_prompts
+from .closed_form import NO_TEXT, ClosedForm, EncodedPrompts, check_distinct, edit_layers, vocabulary_prompts
 from .method import Preset, Run, preset_option, register_method
 
 
@@ -51,14 +51,12 @@ class SPEED(ClosedForm):
         erased, targets, retained = (encoded.last(prompts) for prompts in (run.concepts, anchors, kept))
         check_distinct(erased, targets, run.concepts, anchors)
         constraints = _fixed_tokens(encoded.all([NO_TEXT]))
-        parameters = dict(run.family.denoiser.named_parameters())
-        values = {}
-        for name in self.edited(run.family.denoiser):
-            weight = parameters[name].detach()
-            wide = weight.cpu().double()
-            change = self.change(wide, erased, targets, retained, constraints)
-            values[name] = (wide + wide @ change).to(weight)
-        run.edit(values, anchors)
+        edit_layers(
+            run,
+            self.edited(run.family.denoiser),
+            lambda weight: self.change(weight, erased, targets, retained, constraints),
+            anchors,
+        )
 
     def change(
         self,
