@@ -25,7 +25,7 @@ from diffusers_safe.families.students import (
 )
 from diffusers_safe.families.unet import UNetFamily
 from diffusers_safe.weights.lora import LoRAWeights
-from diffusers_safe.weights.trained import TRAIN_METHODS, select_parameters
+from diffusers_safe.weights.trained import select_parameters
 
 
 BK = ["bk-base", "bk-small", "bk-tiny"]
@@ -398,7 +398,7 @@ def test_a_controlnet_of_the_teacher_fits_students_with_all_of_its_pairs(tiny, k
 def test_train_methods_select_in_a_student_what_they_select_in_its_teacher(tiny, kind):
     teacher = tiny(kind)
     student, names = build_student(teacher, kind), parameter_map(teacher.config, kind)
-    for name in TRAIN_METHODS:
+    for name in UNetFamily.train_methods:
         if name in UNetFamily.by_number:
             with pytest.raises(ValueError, match=f"{name}.*this model has no such parameters; allowed are xattn"):
                 select_parameters(student, name)

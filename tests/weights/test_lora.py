@@ -11,10 +11,11 @@ from safetensors import safe_open
 from torch import nn
 
 from closeness import ROUNDING, difference
+from diffusers_safe.families.unet import UNetFamily
 from diffusers_safe.formats import LORA_NAME, save_lora
 from diffusers_safe.provenance import Provenance, fingerprint
 from diffusers_safe.weights.lora import LoRAWeights, adapted_layers, fused
-from diffusers_safe.weights.trained import TRAIN_METHODS, select_parameters
+from diffusers_safe.weights.trained import select_parameters
 
 
 INPUTS = (torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(0)), torch.tensor([10, 700]))
@@ -49,7 +50,7 @@ def close(first, second):
 # --- what trains -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("train_method", TRAIN_METHODS)
+@pytest.mark.parametrize("train_method", UNetFamily.train_methods)
 def test_the_selected_linear_and_convolution_layers_are_adapted_and_no_others(tiny_pipeline, train_method):
     unet = tiny_pipeline.unet
     modules, names = dict(unet.named_modules()), select_parameters(unet, train_method)

@@ -3,7 +3,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from closeness import ROUNDING, difference
-from diffusers_safe.weights.trained import TRAIN_METHODS, TrainedWeights, select_parameters
+from diffusers_safe.families.unet import UNetFamily
+from diffusers_safe.weights.trained import TrainedWeights, select_parameters
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("model", SIZES)
-@pytest.mark.parametrize("train_method", TRAIN_METHODS)
+@pytest.mark.parametrize("train_method", UNetFamily.train_methods)
 def test_sizes_of_the_real_models(request, model, train_method):
     unet, expected = request.getfixturevalue(model), SIZES[model][train_method]
     if expected is None:
@@ -75,7 +76,7 @@ def test_sizes_of_the_real_models(request, model, train_method):
 def test_what_embeds_sdxls_pooled_text_is_no_cross_attention_and_no_time_embedding(xl_unet):
     """It carries the prompt, too: methods that leave it alone leave that way open."""
     embedding = {name for name, _ in xl_unet.named_parameters() if name.startswith("add_embedding.")}
-    for method in TRAIN_METHODS:
+    for method in UNetFamily.train_methods:
         if SIZES["xl_unet"][method]:
             trained = embedding & set(select_parameters(xl_unet, method))
             assert trained == (embedding if method in ("noxattn", "full", "notime", "esd-u") else set()), method
@@ -83,7 +84,7 @@ def test_what_embeds_sdxls_pooled_text_is_no_cross_attention_and_no_time_embeddi
 
 def test_rules(sd_unet):
     everything = set(select_parameters(sd_unet, "full"))
-    chosen = {method: set(select_parameters(sd_unet, method)) for method in TRAIN_METHODS}
+    chosen = {method: set(select_parameters(sd_unet, method)) for method in UNetFamily.train_methods}
     assert chosen["xattn"] == {name for name in everything if ".attn2." in name}
     assert chosen["selfattn"] == {name for name in everything if ".attn1." in name}
     assert {name.split(".")[0] for name in everything - chosen["notime"]} == {

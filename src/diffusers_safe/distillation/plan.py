@@ -22,7 +22,7 @@ def make_plan(options: DistillationOptions, num_processes: int = 1) -> Plan:
     inputs = blank_batch(student, teacher, options.run)
     forward, backward, activations = training_cost(student, inputs)
     forwards, flops = {"the student": 1.0}, forward + backward
-    memory = {**training_memory(student, weights, options.optimizer.use_8bit_adam), "activations": activations}
+    memory = {**training_memory({student}, weights, options.optimizer.use_8bit_adam), "activations": activations}
     if loss.objective().needs_teacher:
         forwards["the teacher"] = 1.0
         flops += forward_flops(teacher.denoiser, inputs)

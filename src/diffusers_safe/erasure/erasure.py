@@ -13,7 +13,7 @@ from torch import nn
 
 from ..arguments import typed
 from ..embedded import locate_model
-from ..families import denoiser_of
+from ..families import TEXT_ENCODERS, denoiser_of
 from ..formats import result_names
 from ..hub import push_result
 from ..output_folders import RESULT, check_apart, check_output_dir, claimed
@@ -57,16 +57,16 @@ class Erasure:
     """A pipeline whose concepts were erased, with the record of it.
 
     Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]): With the erased weights in its denoiser.
+        pipeline ([`~diffusers.DiffusionPipeline`]): With the erased weights.
         record ([`~diffusers_safe.provenance.Provenance`]): What was done, as in `erasure.json`.
-        trained (`TrainedWeights`): Of its denoiser.
+        trained (`TrainedWeights`): Of its denoiser, or its text encoders.
         output_dir (`str`, *optional*): Where it was saved.
         measured (`dict[str, float]`, *optional*): Of a training: `concept_left`, how much of the concepts' effect on
             the prediction is left (1: all, 0: none), and `drift`, how far unrelated prompts moved.
 
     Attributes:
         weights (`dict[str, torch.Tensor]`): The changed weights by the names of the denoiser's parameters; of a LoRA
-            those of its adapters.
+            those of its adapters; of text encoders `"text_encoder."` and the parameter's name.
     """
 
     def __init__(
@@ -154,6 +154,8 @@ class Erasure:
                 does not have the erasure's weights.
         """
         allowed = ("lora", "full", "both", "denoiser") if self.is_lora else ("full", "partial", "both", "denoiser")
+        if self.record.train_method == TEXT_ENCODERS:
+            allowed = ("full",)
         form = choose("form", form, allowed) if form is not None else allowed[0]
         self._check_enabled()
         check_output_dir(output_dir)

@@ -11,7 +11,8 @@ from ..command_line import parse_dataclass
 from ..concepts import ConceptSchedule, read_concepts
 from ..diffusion.loss_weighting import LossWeighting
 from ..diffusion.trajectories import Trajectories
-from ..families import ModelFamily, StoredModel, denoiser_names
+from ..families import TEXT_ENCODERS, ModelFamily, StoredModel, TextEncoders, denoiser_names
+from ..messages import num_launched
 from ..methods import Method, find_method
 from ..training.job import JobOptions, TrainingOptions
 from ..weights.lora import layers_to_adapt
@@ -60,6 +61,14 @@ class TrainedErasureOptions(ErasureOptions, TrainingOptions):
     @property
     def ema_decay(self) -> float | None:
         return self.method.ema_decay
+
+    @property
+    def saves_denoiser(self) -> bool:
+        return self.weights.train_method != TEXT_ENCODERS
+
+    @property
+    def allowed_saves(self) -> tuple[str, ...]:
+        return super().allowed_saves if self.saves_denoiser else ("full",)
 
     @property
     def may_grow(self) -> bool:
@@ -160,9 +169,20 @@ def check_run(options: ErasureOptions, model: ModelFamily | StoredModel) -> None
     model.warn_of_unknown_words(options.concept.concepts)
 
 
+def trained_module(model: ModelFamily | StoredModel, train_method: str) -> nn.Module:
+    """What a train method trains: the denoiser, or the text encoders; of a model on disk the structure only."""
+    if train_method != TEXT_ENCODERS:
+        return model.denoiser
+    if isinstance(model, ModelFamily):
+        return TextEncoders.of(model)
+    return TextEncoders.skeleton(model.family, model.config)
+
+
 def _check_training(options: ErasureOptions, model: ModelFamily | StoredModel) -> None:
     weights, sampling = options.weights, options.sampling
-    names = select_parameters(model.denoiser, weights.train_method)
+    if weights.train_method == TEXT_ENCODERS and (count := num_launched()) > 1:
+        raise ValueError(f"train_method {TEXT_ENCODERS}: trains in one process, not in {count}")
+    names = select_parameters(trained_module(model, weights.train_method), weights.train_method)
     if weights.rank is not None:
         layers_to_adapt(model.denoiser, names, weights.rank)
     scheduled = (model.make_scheduler, model.latent_shape, sampling.num_inference_steps)

@@ -18,7 +18,7 @@ from ..methods.retention import retention_loss
 from ..training.loop import TrainingLoop
 from ..training.run_log import ConceptLosses
 from ..training.trajectory_sources import LiveSamples, PooledSamples, Prompts, SampleSource
-from .job import TrainedErasureOptions, encoded_prompts
+from .job import TrainedErasureOptions, encoded_prompts, trained_module
 from .watch import DRIFT_WARNING, Watch
 
 
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 
 class ErasureLoop(TrainingLoop):
-    """Trains an objective on a family; `run` leaves the published weights in the denoiser.
+    """Trains an objective on a family; `run` leaves the published weights in its pipeline.
 
     Args:
         accelerator (`Accelerator`): Devices, processes, mixed precision.
-        family (`ModelFamily`): Its denoiser is trained in place.
+        family (`ModelFamily`): Its denoiser, or text encoders, are trained in place.
         objective (`Objective`): The loss.
         options (`TrainedErasureOptions`): Everything else.
     """
@@ -38,7 +38,11 @@ class ErasureLoop(TrainingLoop):
     def __init__(
         self, accelerator: Accelerator, family: ModelFamily, objective: Objective, options: TrainedErasureOptions
     ):
-        super().__init__(accelerator, family.denoiser, options)
+        trained = trained_module(family, options.weights.train_method)
+        super().__init__(accelerator, trained, options)
+        if trained is not family.denoiser:
+            family.denoiser.to(accelerator.device).requires_grad_(False)
+            accelerator.prepare_model(family.denoiser, evaluation_mode=True)  # for mixed precision
         self.objective = objective
         self.name, self.output_weights = objective.name.upper(), objective.output_weights
         concept, retention, sampling = options.concept, options.retention, options.sampling

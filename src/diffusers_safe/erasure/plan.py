@@ -1,6 +1,9 @@
 """What an erasure would do, from the model's configs alone, without its weights: `--dry_run`."""
 
+from typing import Any
+
 import torch
+from torch import nn
 
 from ..diffusion.trajectories import Trajectories
 from ..families import StoredModel
@@ -9,7 +12,7 @@ from ..methods import TrainingBatch
 from ..methods.retention import retention_loss
 from ..training.loop import make_weights
 from ..training.plan import Plan, blank_batch, training_memory, trajectory_forwards
-from .job import ErasureOptions, TrainedErasureOptions
+from .job import ErasureOptions, TrainedErasureOptions, trained_module
 
 
 def make_plan(options: ErasureOptions, num_processes: int = 1) -> Plan | str:
@@ -39,15 +42,19 @@ def make_plan(options: ErasureOptions, num_processes: int = 1) -> Plan | str:
     model, sampling = options.model, options.sampling
     stored = StoredModel(model.pretrained_model_name_or_path, model.resolution, **model.index_arguments)
     denoiser = stored.denoiser.train()
-    total = [parameter.numel() for parameter in denoiser.parameters()]
-    weights = make_weights(denoiser, options.weights, options.output.seed, options.ema_decay)
+    trained = trained_module(stored, options.weights.train_method)
+    total = [parameter.numel() for parameter in trained.parameters()]
+    weights = make_weights(trained, options.weights, options.output.seed, options.ema_decay)
+    batch = blank_batch(denoiser, stored, options.run)
+    if trained is not denoiser:
+        _require_gradients(denoiser, batch)
     if options.run.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     trajectories = Trajectories(
         stored.make_scheduler, stored.latent_shape, sampling.num_inference_steps, sampling.sampling_guidance_scale
     )
     forwards = _forwards(options, trajectories, options.run.num_samples * num_processes)
-    forward, backward, activations = training_cost(denoiser, blank_batch(denoiser, stored, options.run))
+    forward, backward, activations = training_cost(denoiser, batch)
     return Plan(
         options,
         ("erase", goal),
@@ -55,10 +62,21 @@ def make_plan(options: ErasureOptions, num_processes: int = 1) -> Plan | str:
         (len(total), sum(total)),
         forwards,
         len(forwards) - 1,
-        {**training_memory(denoiser, weights, options.optimizer.use_8bit_adam), "activations": activations},
+        {
+            **training_memory({denoiser, trained}, weights, options.optimizer.use_8bit_adam),
+            "activations": activations,
+        },
         forward * sum(forwards.values()) + backward * (len(forwards) - 1),
         num_processes,
     )
+
+
+def _require_gradients(denoiser: nn.Module, batch: dict[str, Any]) -> None:
+    """Makes gradients pass through a denoiser to what it is given, not to its parameters."""
+    denoiser.requires_grad_(False)
+    for value in [*batch.values()][1:]:  # the first are the latents
+        for tensor in value.values() if isinstance(value, dict) else [value]:
+            tensor.requires_grad_(tensor.is_floating_point())
 
 
 class _Counter:

@@ -20,16 +20,19 @@ from .registry import (
 from .stable_diffusion import StableDiffusionFamily
 from .stable_diffusion_xl import StableDiffusionXLFamily
 from .stored import StoredModel, stored_denoiser
-from .train_methods import TRAIN_METHODS, resolve_train_method
+from .text_encoders import TextEncoders
+from .train_methods import TEXT_ENCODERS, TRAIN_METHODS, resolve_train_method
 
 
 __all__ = [
+    "TEXT_ENCODERS",
     "TRAIN_METHODS",
     "Conditioning",
     "ModelFamily",
     "StableDiffusionFamily",
     "StableDiffusionXLFamily",
     "StoredModel",
+    "TextEncoders",
     "check_files",
     "denoiser_names",
     "denoiser_of",

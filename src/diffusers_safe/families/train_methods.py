@@ -1,4 +1,5 @@
-"""The names of the train methods: selections of a denoiser's parameters. Families have the rules.
+"""The names of the train methods: selections of a denoiser's parameters, or the text encoders. Families have the
+rules.
 
 A name means the same in every model family; which parameters that are, each family says itself
 ([`ModelFamily.train_methods`]). The rules are those of ESD (arXiv 2303.07345, its repositories of 2023 and 2025) and
@@ -26,6 +27,7 @@ class TrainMethod:
         return f"{self.description}; also named {self.alias}" if self.alias else self.description
 
 
+TEXT_ENCODERS = "text-encoders"
 TRAIN_METHODS: dict[str, TrainMethod] = {
     "xattn": TrainMethod("cross-attention", "esd-x"),
     "xattn-strict": TrainMethod("keys and values of cross-attention", "esd-x-strict"),
@@ -36,6 +38,7 @@ TRAIN_METHODS: dict[str, TrainMethod] = {
     "esd-u": TrainMethod("every linear and convolution layer outside cross-attention, no norms"),
     "xlayer": TrainMethod("cross-attention of up_blocks.2.attentions.0 and .2"),
     "selflayer": TrainMethod("self-attention of down_blocks.1.attentions.0 and down_blocks.2.attentions.0"),
+    TEXT_ENCODERS: TrainMethod("the text encoders instead of the denoiser"),
 }
 _ALIASES = {method.alias: name for name, method in TRAIN_METHODS.items() if method.alias}
 

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, replace
 
 from ..arguments import build_options, option, required
-from ..families import StoredModel, denoiser_names, load_pipeline, make_family
+from ..families import TEXT_ENCODERS, StoredModel, denoiser_names, load_pipeline, make_family
 from ..model_errors import ModelError
 from ..output_folders import OVERWRITE_HELP, RESULT, check_apart, check_claim, claimed
 from ..provenance import fingerprint
@@ -107,6 +107,8 @@ def run_export(options: ExportOptions) -> LoRA | None:
     """Reads the source, finds its base model and writes the result; returns the LoRA if it is one."""
     with claimed(options.output_dir, **options.claim):
         erased = read_erased_weights(fetch(options.source, options.weight_name, **_revision(options.revision)))
+        if erased.known.get("train_method") == TEXT_ENCODERS:
+            raise ModelError(f"source {options.source}: its text encoders were erased, which have no other format")
         base_model, base_revision = _base_model(options, erased)
         check_apart(options.output_dir, base_model, "the base model")
         hub = _revision(base_revision)

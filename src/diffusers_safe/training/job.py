@@ -58,7 +58,8 @@ class JobOptions(OptionGroups):
         return {"save": describe_saves(cls.SAVES)}
 
     def __post_init__(self):
-        self.output.resolve_save((*self.allowed_saves, *denoiser_names()), self.is_lora)
+        denoisers = denoiser_names() if self.saves_denoiser else ()
+        self.output.resolve_save((*self.allowed_saves, *denoisers), self.is_lora)
         self.hub.resolve(self.output.output_dir)
         if self.validation.validation_prompts and self.output.output_dir is None:
             raise ValueError("validation_prompts: needs an output_dir, where the images go")
@@ -67,6 +68,11 @@ class JobOptions(OptionGroups):
     def is_lora(self) -> bool:
         """Whether what trains is a LoRA."""
         return False
+
+    @property
+    def saves_denoiser(self) -> bool:
+        """Whether the result may be the denoiser alone."""
+        return True
 
     @property
     def allowed_saves(self) -> tuple[str, ...]:

@@ -28,25 +28,25 @@ from .run_log import RunLog
 
 
 def make_weights(
-    denoiser: nn.Module,
+    module: nn.Module,
     options: WeightOptions,
     seed: int,
     ema_decay: float | None = None,
     keeps_frozen: bool = True,
 ) -> TrainedWeights:
-    """What a run trains in a denoiser: the selected weights themselves, or a LoRA on them.
+    """What a run trains in a module: the selected weights themselves, or a LoRA on them.
 
     Args:
-        denoiser (`nn.Module`): Of a supported family.
+        module (`nn.Module`): A denoiser of a supported family, or [`TextEncoders`].
         options (`WeightOptions`): The train method, and the LoRA's rank and alpha.
         seed (`int`): Of a LoRA's initial values.
         ema_decay (`float`, *optional*): Of the average, if there is one.
         keeps_frozen (`bool`, defaults to `True`): Whether the initial values are kept; a LoRA always has them.
     """
-    names = select_parameters(denoiser, options.train_method)
+    names = select_parameters(module, options.train_method)
     if options.rank is None:
-        return TrainedWeights(denoiser, names, ema_decay, keeps_frozen)
-    return LoRAWeights(denoiser, names, ema_decay, rank=options.rank, alpha=options.lora_alpha, seed=seed)
+        return TrainedWeights(module, names, ema_decay, keeps_frozen)
+    return LoRAWeights(module, names, ema_decay, rank=options.rank, alpha=options.lora_alpha, seed=seed)
 
 
 def peak_learning_rate(optimizer: OptimizerOptions, run: RunOptions, num_processes: int) -> float:
@@ -56,11 +56,11 @@ def peak_learning_rate(optimizer: OptimizerOptions, run: RunOptions, num_process
 
 
 class TrainingLoop(ABC):
-    """Trains a denoiser; `run` leaves the published weights in it. A subclass says what is learned.
+    """Trains a module; `run` leaves the published weights in it. A subclass says what is learned.
 
     Args:
         accelerator (`Accelerator`): Devices, processes, mixed precision.
-        denoiser (`nn.Module`): Trained in place.
+        module (`nn.Module`): A denoiser or [`TextEncoders`], trained in place.
         options (`TrainingOptions`): Everything else.
 
     Attributes:
@@ -68,7 +68,7 @@ class TrainingLoop(ABC):
         output_weights (`str`): Whose weights are the result: `"student"` or `"ema"`.
         term_weights (`dict[str, float]`): How much each term of the loss counts.
         forwards (`int`): How many samples denoisers have seen so far in this process.
-        student (`nn.Module`): The denoiser as it is trained, possibly wrapped for several processes.
+        student (`nn.Module`): The module as it is trained, possibly wrapped for several processes.
         last_means (`dict[str, float]`): The terms of the loss, means of the last twentieth of the run, as far as it
             was not an earlier one's.
         last_measured (`dict[str, float]`): The numbers of `measure` at the last row of the log.
@@ -79,15 +79,15 @@ class TrainingLoop(ABC):
     term_weights: dict[str, float]
     forwards: int
 
-    def __init__(self, accelerator: Accelerator, denoiser: nn.Module, options: TrainingOptions):
+    def __init__(self, accelerator: Accelerator, module: nn.Module, options: TrainingOptions):
         self.accelerator, self.options = accelerator, options
         run, optimizer = options.run, options.optimizer
-        denoiser = denoiser.to(accelerator.device)
-        denoiser.train()
+        module = module.to(accelerator.device)
+        module.train()
         if run.gradient_checkpointing:
-            denoiser.enable_gradient_checkpointing()
+            module.enable_gradient_checkpointing()
         self.weights = make_weights(
-            denoiser, options.weights, options.output.seed, options.ema_decay, options.KEEPS_FROZEN
+            module, options.weights, options.output.seed, options.ema_decay, options.KEEPS_FROZEN
         )
         self.batches_a_step = run.gradient_accumulation_steps
         self.samples_a_step = run.train_batch_size * self.batches_a_step * accelerator.num_processes
@@ -108,7 +108,7 @@ class TrainingLoop(ABC):
         self.last_measured: dict[str, float] = {}
         # The loop accumulates itself; what `accelerate launch` set would divide gradients a second time.
         accelerator.gradient_accumulation_steps = 1
-        self.student, self.optimizer = accelerator.prepare(denoiser, self.optimizer)
+        self.student, self.optimizer = accelerator.prepare(module, self.optimizer)
 
     # --- what a subclass says ----------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from diffusers.optimization import SchedulerType
 
 from ..arguments import option, required
 from ..diffusion.loss_weighting import LOSS_SPACE_HELP, LOSS_WEIGHTINGS
-from ..families import TRAIN_METHODS, denoiser_names, resolve_train_method
+from ..families import TEXT_ENCODERS, TRAIN_METHODS, denoiser_names, resolve_train_method
 from ..hub import check_model_id, default_model_id
 from ..output_folders import OVERWRITE_HELP
 from .checkpoints import checkpoint_step, list_checkpoints
@@ -73,6 +73,8 @@ class WeightOptions:
 
     def __post_init__(self):
         self.train_method = resolve_train_method(self.train_method)
+        if self.rank is not None and self.train_method == TEXT_ENCODERS:
+            raise ValueError(f"rank {self.rank}: not with train_method {TEXT_ENCODERS}, which trains whole weights")
         if self.rank is None and self.lora_alpha is not None:
             raise ValueError(f"lora_alpha {self.lora_alpha}: needs --rank")
         if self.rank is not None and self.lora_alpha is None:
@@ -165,8 +167,8 @@ class OutputOptions:
         """
         self.save = self.save or allowed[0]
         if self.save not in allowed:
-            given = "with" if lora else "without"
-            raise ValueError(f"save '{self.save}': allowed {given} --rank are {', '.join(allowed)}")
+            given = " with --rank" if lora else " without --rank" if len(allowed) > 1 else ""
+            raise ValueError(f"save '{self.save}': allowed{given} are {', '.join(allowed)}")
 
 
 def describe_saves(plain: tuple[str, ...], lora: tuple[str, ...] = ()) -> str:

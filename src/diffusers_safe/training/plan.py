@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import ModelMixin
+from torch import nn
 
 from ..diffusion.trajectories import Trajectories
 from ..families import TRAIN_METHODS, StoredModel
@@ -77,9 +78,9 @@ def blank_batch(denoiser: ModelMixin, model: StoredModel, run: RunOptions) -> di
     return model.family.blank_inputs(denoiser, shape, model.tokenizers[0].model_max_length)
 
 
-def training_memory(denoiser: ModelMixin, weights: TrainedWeights, use_8bit_adam: bool) -> dict[str, float]:
-    """Bytes by what they are for, without activations."""
-    resident = list(denoiser.parameters())  # a LoRA's are among them by now
+def training_memory(modules: set[nn.Module], weights: TrainedWeights, use_8bit_adam: bool) -> dict[str, float]:
+    """Bytes by what they are for, without activations, where these modules are on the device."""
+    resident = [parameter for module in modules for parameter in module.parameters()]  # a LoRA's among them
     own = set(map(id, resident))
     copies = [
         value.numel()

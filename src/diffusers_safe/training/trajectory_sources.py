@@ -63,6 +63,7 @@ class SampleSource(Resumable):
     def batch(self, step: int, slots: range) -> TrainingBatch:
         """The samples of a step, counted from 0, at these places among `samples_a_step`."""
 
+    @torch.no_grad()
     def _sample(self, numbers: list[int]) -> list[TrainingBatch]:
         """Trajectories by number, each as the batch of its K latents."""
         count, fraction = self.sampling.latents_per_trajectory, self.sampling.sampling_fraction
@@ -70,8 +71,8 @@ class SampleSource(Resumable):
         pairs = [self.prompts(number, generator) for number, generator in zip(numbers, generators)]
         model_input, timesteps = self.trajectories.sample(
             lambda *inputs: self.predictor.predict(*inputs, weights=self.weights),
-            self.predictor.conditioning([sampled for sampled, _ in pairs]),
-            self.predictor.conditioning([""]),
+            self.predictor.conditioning([sampled for sampled, _ in pairs], self.weights),
+            self.predictor.conditioning([""], self.weights),
             [self.trajectories.draw_stops(generator, fraction, count) for generator in generators],
             generators,
             self.predictor.device,

@@ -10,15 +10,17 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..families import TRAIN_METHODS, family_of_denoiser, resolve_train_method
+from ..families import TRAIN_METHODS, TextEncoders, family_of_denoiser, resolve_train_method
 
 
 __all__ = ["TRAIN_METHODS", "TrainedWeights", "check_plain", "resolve_train_method", "select_parameters"]
 
 
-def select_parameters(denoiser: nn.Module, train_method: str) -> list[str]:
-    """As [`ModelFamily.select_parameters`], of the denoiser's family."""
-    return family_of_denoiser(denoiser).select_parameters(denoiser, train_method)
+def select_parameters(module: nn.Module, train_method: str) -> list[str]:
+    """As [`ModelFamily.select_parameters`], of the denoiser's family; of text encoders all parameters."""
+    if isinstance(module, TextEncoders):
+        return [name for name, _ in module.named_parameters()]
+    return family_of_denoiser(module).select_parameters(module, train_method)
 
 
 def check_plain(denoiser: nn.Module) -> None:
