@@ -1,5 +1,6 @@
 """Finds images and captions in folders of training data, and refuses files outside of these folders."""
 
+import io
 import json
 import os
 import re
@@ -149,13 +150,22 @@ def _check_text(text: str, where: str) -> None:
 
 
 def is_empty_tar(path: Path) -> bool:
-    """Whether a tar file has no members, like a shard of img2dataset in which all downloads failed. `False` for files
-    that are not tar files."""
+    """Whether a tar file has no members, like a shard of img2dataset in which all downloads failed.
+
+    Raises:
+        `ValueError`: If the file is not a tar file, or was cut short, which `datasets` takes for its end.
+    """
     try:
         with tarfile.open(path) as tar:
-            return tar.next() is None
-    except tarfile.TarError:
-        return False
+            if tar.next() is None:
+                return True
+            if isinstance(tar.fileobj, io.BufferedReader):  # not compressed
+                tar.fileobj.seek(-2 * tarfile.BLOCKSIZE, os.SEEK_END)
+                if tar.fileobj.read().strip(b"\0"):
+                    raise tarfile.ReadError("cut short, it does not end as tar files do")
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise ValueError(f"{path}: cannot be read as a tar file ({str(error).splitlines()[0].rstrip(':')})") from None
+    return False
 
 
 @dataclass
