@@ -71,3 +71,14 @@ def test_help_shows_examples_as_they_are_written(capsys):
         main(["evaluate", "--help"])
     told = capsys.readouterr().out
     assert "\n    - {name: theirs, images: path/to/a/folder/of/pngs}\n" in told and "(default: None)" not in told
+
+
+@pytest.mark.parametrize("place", ["diffusers_safe.cli.importlib.import_module", "diffusers_safe.emoji.demo.run"])
+def test_ctrl_c_ends_in_one_line(capsys, monkeypatch, tmp_path, place):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, interrupt)
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--output_dir", str(tmp_path / "out")])
+    assert stop.value.code == 130 and capsys.readouterr().err == "stopped\n"

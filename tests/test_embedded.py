@@ -5,7 +5,8 @@ import json
 import pytest
 from diffusers import StableDiffusionPipeline
 
-from diffusers_safe.embedded import EMBEDDED_MODELS, embedded_name, locate_model
+from diffusers_safe import cli
+from diffusers_safe.embedded import EMBEDDED_MODELS, check_revision, embedded_name, locate_model
 from diffusers_safe.families import StoredModel, check_files
 from diffusers_safe.formats.source import fetch
 from diffusers_safe.hub.base import find_base
@@ -47,3 +48,20 @@ def test_the_diffusion_model_loads_by_name():
     assert type(pipeline) is StableDiffusionPipeline and pipeline.config._name_or_path == "emoji"
     model = StoredModel("emoji")
     assert model.latent_shape[1:] == (16, 16) and len(model.tokenizers) == 1
+
+
+def test_a_revision_of_a_local_model_is_refused(name, tmp_path, capsys):
+    output = ["--output_dir", str(tmp_path / "out")]
+    for model in (name, str(EMBEDDED_MODELS[name])):
+        for words in (
+            ["erase", "--pretrained_model_name_or_path", model, "--concepts", "knife", "--revision", "x", *output],
+            ["generate", "--model", model, "--prompts", "a knife", "--revision", "x", *output],
+            ["students", "--pretrained_model_name_or_path", model, "--revision", "x"],
+            ["export", model, "--to", "full", "--revision", "x", *output],
+            ["export", "runs/x", "--to", "full", "--base_model", model, "--base_revision", "x", *output],
+        ):
+            with pytest.raises(SystemExit, match="2"):
+                cli.main(words)
+            assert f"revision x: {model} is on this computer and has no revisions" in capsys.readouterr().err
+    check_revision("x", "user/name")
+    check_revision(None, name)

@@ -93,6 +93,8 @@ def test_records_and_files_name_folders_by_their_absolute_path(tmp_path, monkeyp
         ('{"a": 1}', "not a valid record"),
         (json.dumps({**asdict(Provenance("b", None, ["a"], "sdd", "x", {})), "concepts": "a"}), "concepts is a str"),
         (json.dumps({**asdict(Provenance("b", None, ["a"], "sdd", "x", {})), "arguments": []}), "arguments is a list"),
+        (json.dumps({**asdict(Provenance("b", None, [7], "sdd", "x", {}))}), "concepts has a int"),
+        (json.dumps({**asdict(Provenance("b", None, ["a"], "sdd", "x", {}, None, {"a": []}))}), "versions has a list"),
     ],
 )
 def test_invalid_records_are_refused_in_one_line(tmp_path, text, message):

@@ -206,6 +206,10 @@ def check_values(target: Callable, values: Mapping[str, Any]) -> dict[str, Any]:
     """
     if is_dataclass(target):
         declared = declared_options(target)
+        for name, value in values.items():
+            optional = name in declared and declared[name].kind == (str | None) and "help" in declared[name].facts
+            if optional and isinstance(value, str) and not value.strip():
+                raise ValueError(f"{name} {value!r}: is empty; give a value, or leave the option out")
         return {
             name: check_value(name, value, declared[name].kind, **_allowed(declared[name].facts))
             if name in declared

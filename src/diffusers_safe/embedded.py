@@ -22,6 +22,21 @@ def locate_model(name_or_path: str | Path) -> str:
     return str(name_or_path) if folder is None or os.path.exists(name_or_path) else str(folder)
 
 
+def check_revision(revision: str | None, model: str | Path | None, name: str = "revision") -> None:
+    """Checks that a revision is not given for a model in a folder or file, which has none.
+
+    Args:
+        revision (`str`, *optional*): Of the model on the Hub.
+        model (`str` or `Path`, *optional*): The model.
+        name (`str`, defaults to `"revision"`): Of the option.
+
+    Raises:
+        `ValueError`: If it is.
+    """
+    if revision is not None and model is not None and os.path.exists(locate_model(model)):
+        raise ValueError(f"{name} {revision}: {model} is on this computer and has no revisions; leave the option out")
+
+
 def embedded_name(path: str | Path) -> str | None:
     """The name of the embedded model in a folder, or `None`."""
     place = os.path.realpath(path)

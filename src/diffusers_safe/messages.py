@@ -46,13 +46,17 @@ def note(message: str, *args: Any) -> None:
 def exit_with_error() -> Iterator[None]:
     """Ends the program with one line and code 1 where the work meets bad input (`ValueError`), a file that cannot be
     read or written (`OSError`) or numbers that have gone astray (`FloatingPointError`); silently, as `cat` does, where
-    the reader of its output has gone (`| head -1`). An error may have its own `exit_code`."""
+    the reader of its output has gone (`| head -1`); with "stopped" and code 130 after Ctrl-C. An error may have its
+    own `exit_code`."""
     try:
         try:
             with disk_errors("a file"):
                 yield
         finally:
             sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
     except (ValueError, OSError, FloatingPointError) as error:
         if isinstance(error, BrokenPipeError) and not all(map(_has_reader, (sys.stdout, sys.stderr))):
             raise SystemExit(128 + signal.SIGPIPE) from None

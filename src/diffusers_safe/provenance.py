@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from types import UnionType
-from typing import ClassVar, TypeVar, get_origin
+from typing import ClassVar, TypeVar, get_args, get_origin
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HTTPError
@@ -87,6 +87,10 @@ class _Record:
             allowed = item.type if isinstance(item.type, UnionType) else get_origin(item.type) or item.type
             if not isinstance(value, allowed):
                 raise ModelError(f"{path}: not a valid record ({item.name} is a {type(value).__name__})")
+            inner = get_args(item.type)[-1] if get_origin(item.type) in (list, dict) else object
+            for entry in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+                if not isinstance(entry, (int, float) if inner is float else inner):
+                    raise ModelError(f"{path}: not a valid record ({item.name} has a {type(entry).__name__})")
         setattr(record, cls._base_field, located(getattr(record, cls._base_field), folder, record.arguments))
         return record
 

@@ -247,3 +247,26 @@ def test_no_safety_checker_is_said_to_be_disabled(make_tiny_pipeline, tmp_path, 
         assert "disabled the safety checker" in heard[0].getMessage()
     finally:
         logger.removeHandler(handler)
+
+
+def _wrapped(pipeline):
+    pipeline.unet = torch.nn.DataParallel(pipeline.unet)
+
+
+def _on_meta(pipeline):
+    pipeline.unet.to("meta")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda pipeline: setattr(pipeline, "tokenizer", None), "tokenizer: this pipeline has none"),
+        (lambda pipeline: setattr(pipeline, "unet", None), "unet: this pipeline has none"),
+        (_wrapped, "unet: is a DataParallel without a config; put the model itself into the pipeline"),
+        (_on_meta, "unet: its weights are on the meta device"),
+    ],
+)
+def test_half_built_pipelines_are_refused(tiny_pipeline, change, message):
+    change(tiny_pipeline)
+    with pytest.raises(ValueError, match=message):
+        make_family(tiny_pipeline)

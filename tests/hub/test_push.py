@@ -573,6 +573,30 @@ def test_what_cannot_be_pushed_is_refused_in_one_line(hub, folder, tmp_path, cap
     assert not hub.requests
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("models",), None),
+        (("protocol", "prompts"), []),
+        (("metrics",), "none"),
+        (("headline",), "none"),
+        (("report",), "none"),
+    ],
+)
+def test_a_damaged_evaluation_is_refused_in_one_line(hub, folder, capsys, place, value):
+    results = comparison_of(folder.name)
+    inner = results
+    for name in place[:-1]:
+        inner = inner[name]
+    inner[place[-1]] = value
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "report.html").write_text("<html></html>")
+    assert push(folder) == 2
+    error = capsys.readouterr().err
+    assert f"{folder / 'results.json'}: not the results of an evaluation" in error and error.count("\n") == 1
+    assert not hub.requests
+
+
 def test_no_token_or_no_network_by_wish_is_told_before_any_work(
     tiny_model_folder, folder, tmp_path, monkeypatch, capsys
 ):

@@ -31,10 +31,17 @@ def test_download_errors_are_counted(server, tmp_path, monkeypatch, capsys):
         "more than 0 MB": 1,
         "same picture as before": 1,
         "same address as before": 1,
-        "no address": 2,
+        "no address": 4,
     }
     rows = [{"url": server.url(name), "text": name} for name in names]
-    rows += [{"url": url, "text": "elsewhere"} for url in ("http://127.0.0.1:9/x.png", "ftp://127.0.0.1/x.png", None)]
+    elsewhere = (
+        "http://127.0.0.1:9/x.png",
+        "ftp://127.0.0.1/x.png",
+        None,
+        "http://127.0.0.1:65536/",
+        "http://[::1]:-1",
+    )
+    rows += [{"url": url, "text": "elsewhere"} for url in elsewhere]
     start = time.monotonic()
     report = prepare(write_table(tmp_path / "table.parquet", rows), tmp_path / "out", "--timeout", 2, "--retries", 0)
     assert report["dropped"] == expected

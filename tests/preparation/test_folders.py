@@ -50,3 +50,18 @@ def test_links_inside_are_followed(tmp_path):
     for name in ("00.png", "00.txt"):
         (snapshot / name).symlink_to(blobs / name)
     assert prepare(snapshot, tmp_path / "snapshot")["kept"] == 1
+
+
+def test_hidden_files_are_left_out(tmp_path):
+    folder = picture_folder(tmp_path / "pictures", 1)
+    for name in ("._00", "__MACOSX/00", ".ipynb_checkpoints/00"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        picture(5).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_bytes(b"\0\5\x16\7")
+    assert prepare(folder, tmp_path / "out")["rows"] == 1
+
+
+def test_names_that_are_not_utf_8_are_refused(tmp_path, capsys):
+    folder = picture_folder(tmp_path / "pictures", 1)
+    (folder / "00.png").rename(folder / "\udcff.png")
+    assert f"{folder}: the file name '\\udcff.png' is not UTF-8" in refused(capsys, folder, "--output_dir", "out")

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -135,3 +136,70 @@ def test_deeply_nested_json_is_refused(tmp_path, capsys, name, between):
     source = path.parent if path.parent.name == "pictures" else path
     message = refused(capsys, source, "--output_dir", tmp_path / "out")
     assert f"{path}, line {199 if between else 100}: JSON nested more than 100 levels deep" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("table.jsonl", b"", "table.jsonl: is empty"),
+        ("table.jsonl", b"\n null\nnull\n", "table.jsonl, line 2: JSON objects are needed"),  # crashes pyarrow
+        ("table.json", b'"text"', "table.json, line 1: JSON objects are needed"),
+        ("table.jsonl", b'{"url": "\\ud800"}', "JSON parse error: The surrogate pair in string is invalid"),
+        ("table.csv", b"url,text\na,caf\xe9\n", "'utf-8' codec can't decode"),
+        ("table.csv", b"\0" * 99, "All the data files must have the same columns"),
+        ("table.tsv", b"url\ttext\n", "must be a folder or a file that ends in .parquet, .csv, .jsonl, .json"),
+    ],
+)
+def test_broken_tables_are_refused_in_one_line(tmp_path, capfd, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    assert message in refused(capfd, tmp_path / name, "--output_dir", tmp_path / "out")
+    assert "Failed to" not in capfd.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_empty_values_and_columns_named_twice_are_refused(tmp_path, capsys):
+    table = write_table(tmp_path / "table.csv", [{"url": "http://127.0.0.1/", "text": "x"}])
+    refuse = partial(refused, capsys, "--output_dir", tmp_path / "out")
+    assert "source '': is empty" in refuse("--source", "")
+    for name in ("url_column", "caption_column", "aesthetic_column", "split", "user_agent"):
+        assert f"{name} ' ': is empty" in refuse("--source", table, f"--{name}", " ")
+    assert "column 'url': is named for two" in refuse("--source", table, "--caption_column", "url")
+
+
+def test_captions_with_a_null_character_are_dropped(server, tmp_path):
+    rows = [{"url": server.url(f"{i}.png"), "text": text} for i, text in enumerate(("a\0b", "c"))]
+    report = prepare(write_table(tmp_path / "table.jsonl", rows), tmp_path / "out")
+    assert report["kept"] == 1 and report["dropped"] == {"null character in the caption": 1}
+
+
+def test_two_metadata_files_are_refused(tmp_path, capsys):
+    folder = picture_folder(tmp_path / "pictures", 1)
+    for name in ("metadata.csv", "metadata.jsonl"):
+        write_table(folder / name, [{"file_name": "00.png", "text": name}])
+    message = refused(capsys, folder, "--output_dir", tmp_path / "out")
+    assert "metadata.csv and metadata.jsonl: only one of them can be read" in message
+
+
+def write_tar(path: Path, mode: str = "w", name: str = "a", about: bytes = b"{}") -> Path:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, mode) as tar:
+        for ending, content in {"png": encoded(picture(1)), "txt": b"a caption", "json": about}.items():
+            member = tarfile.TarInfo(f"{name}.{ending}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_tar_files_are_read_whole_or_refused(tmp_path, capsys):
+    assert prepare(write_tar(tmp_path / "upper.tar" / "0.TAR").parent, tmp_path / "upper")["kept"] == 1
+    whole = write_tar(tmp_path / "cut" / "0.tar")
+    with tarfile.open(whole) as tar:
+        header = tar.getmember("a.txt").offset
+    whole.write_bytes(whole.read_bytes()[: header + 100])
+    bad = {
+        "damaged or cut short at byte": whole,
+        "cannot be read as an uncompressed tar file": write_tar(tmp_path / "gz" / "0.tar", "w:gz"),
+        "text of the member '\\udcff.png' is not UTF-8": write_tar(tmp_path / "name" / "0.tar", name="\udcff"),
+        "text of the member 'a.png' is not UTF-8": write_tar(tmp_path / "s" / "0.tar", about=b'{"a": "\\ud800"}'),
+    }
+    for message, path in bad.items():
+        assert message in refused(capsys, path.parent, "--output_dir", tmp_path / "out")

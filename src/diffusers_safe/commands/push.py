@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..arguments import option, required, typed
 from ..command_line import parse_dataclass
-from ..hub import check_folder, check_push, default_model_id, push_or_exit, write_benchmark
+from ..hub import check_evaluation, check_folder, check_push, default_model_id, push_or_exit, write_benchmark
 from ..messages import exit_with_error
 from ..output_folders import OVERWRITE_HELP, check_claim, claimed
 
@@ -35,6 +35,7 @@ def check_surroundings(args: PushArguments) -> None:
     """Checks the folder and the Hub, and writes the results of the benchmark."""
     check_claim(args.folder)
     check_folder(args.folder)
+    check_evaluation(args.folder)
     check_push(args.hub_model_id or default_model_id(args.folder), args.hub_token)
     if args.benchmark or args.benchmark_tasks:
         tasks = _tasks(args.benchmark, args.benchmark_tasks)

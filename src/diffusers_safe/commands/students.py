@@ -17,7 +17,7 @@ from torch import nn
 
 from ..arguments import typed
 from ..command_line import parse_dataclass
-from ..embedded import locate_model
+from ..embedded import check_revision, locate_model
 from ..emoji import MODEL_NAME
 from ..families import StoredModel, check_files, family_of_pipeline, load_pipeline
 from ..families.cost import macs
@@ -79,6 +79,7 @@ class StudentsArguments:
             raise ValueError(f"student {self.student}, output_dir {self.output_dir}: give both or neither")
         if self.teacher == MODEL_NAME:
             self.pretrained_model_name_or_path = name = MODEL_NAME
+        check_revision(self.revision, name)
         if self.student is not None:
             self.student = resolve_student(self.student)
             if name is None:

@@ -12,6 +12,7 @@ from ..concepts import read_concepts
 from ..diffusion.loss_weighting import LossWeighting
 from ..diffusion.noise import TARGETS, TIMESTEP_BIASES, NoiseSchedule, TimestepBias
 from ..diffusion.trajectories import Trajectories
+from ..embedded import check_revision
 from ..families import StoredModel, denoiser_names, stored_denoiser
 from ..families.students import ALIASES, STUDENTS, empty_student, resolve_student
 from ..model_files import find_variant
@@ -312,6 +313,7 @@ class DistillationOptions(TrainingOptions):
         if chosen.student is not None:
             student = empty_student(teacher.config, chosen.student)
         else:
+            check_revision(chosen.student_revision, chosen.from_student, "student_revision")
             where = chosen.hub_arguments(model.cache_dir)
             where.pop("variant", None)
             student = stored_denoiser(chosen.from_student, "from_student", **where)

@@ -112,6 +112,9 @@ class ModelFamily(ABC):
 
     def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None):
         self.check(_loaded_configs(pipeline), resolution)
+        for name in self.tokenizers:
+            if getattr(pipeline, name, None) is None:
+                raise ValueError(f"{name}: this pipeline has none; {type(pipeline).__name__} needs one to be trained")
         self.pipeline, self.resolution = pipeline, resolution
 
     # --- configs -----------------------------------------------------------------------------------------------------
@@ -482,6 +485,11 @@ def _loaded_configs(pipeline: DiffusionPipeline) -> ComponentConfig:
         component = getattr(pipeline, name, None)
         if component is None:
             return None
+        if not hasattr(component, "config"):
+            kind = type(component).__name__
+            raise ValueError(f"{name}: is a {kind} without a config; put the model itself into the pipeline")
+        if isinstance(component, nn.Module) and any(weight.is_meta for weight in component.parameters()):
+            raise ValueError(f"{name}: its weights are on the meta device, not loaded or offloaded; load them first")
         known = component.config if isinstance(component.config, dict) else component.config.to_dict()
         return {**known, "_class_name": type(component).__name__}
 

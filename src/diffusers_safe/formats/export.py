@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, replace
 
 from ..arguments import build_options, option, required
+from ..embedded import check_revision
 from ..families import TEXT_ENCODERS, StoredModel, denoiser_names, load_pipeline, make_family
 from ..model_errors import ModelError
 from ..output_folders import OVERWRITE_HELP, RESULT, check_apart, check_claim, claimed
@@ -67,6 +68,8 @@ class ExportOptions:
         Raises:
             `ValueError`: One line that says what is wrong.
         """
+        check_revision(self.revision, self.source)
+        check_revision(self.base_revision, self.base_model, "base_revision")
         fetch(self.source, self.weight_name, only_records=True, **_revision(self.revision))
         if self.base_model is not None:
             stored = StoredModel(self.base_model, argument="base_model", **_revision(self.base_revision))

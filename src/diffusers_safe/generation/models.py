@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from .. import pipelines
 from ..arguments import typed
 from ..concepts import read_concepts
+from ..embedded import check_revision
 from ..families import check_files, family_around, own_pipelines
 from ..formats import LORA_NAME, fetch
 from ..formats.read import only_weight_file, read_lora
@@ -144,6 +145,7 @@ class SteeredModel:
         Raises:
             `ValueError`: If there is no pipeline or LoRA, or one of a class that cannot be steered so.
         """
+        check_revision(self.revision, self.model)
         pipeline_class(self.model, self.revision)
         if self.editing_prompt and (found := _class_name(self.model, self.revision)) not in _EDITED:
             raise ValueError(f"editing_prompt: works with {' and '.join(_EDITED)}; {self.model} is a {found}")

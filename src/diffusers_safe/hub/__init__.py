@@ -3,7 +3,7 @@
 from .base import Base, find_base
 from .contents import as_published, check_folder, published_record
 from .model_cards import erasure_card, student_card
-from .model_index import eval_results, write_benchmark
+from .model_index import check_evaluation, eval_results, write_benchmark
 from .push import (
     PUSH_FAILED,
     RETRY_WAITS,
@@ -22,6 +22,7 @@ __all__ = [
     "Base",
     "PushError",
     "as_published",
+    "check_evaluation",
     "check_folder",
     "check_model_id",
     "check_push",

@@ -100,7 +100,7 @@ def published_record(record: Provenance | Distillation, base: Base) -> Provenanc
         return replace(record, base_model=base.name, arguments=arguments)
     erasure = record.teacher_erasure
     if erasure is not None:
-        base_model = _without_folder(erasure["base_model"])
+        base_model = _without_folder(str(erasure.get("base_model")))
         erasure = {**erasure, "base_model": base_model, "arguments": _without_paths(erasure.get("arguments", {}))}
     # Names and reasons contain paths of images; their number does not.
     data = {**record.data, "unreadable": len(record.data.get("unreadable", {}))}
@@ -184,6 +184,8 @@ def read_results(path: Path) -> dict[str, Any]:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as the results of an evaluation ({reason(error)})") from None
-    if not isinstance(results, dict) or not isinstance(results.get("protocol", {}), dict):
+    if not isinstance(results, dict) or not all(
+        isinstance(results.get(part, {}), dict) for part in ("protocol", "report")
+    ):
         raise ValueError(f"{path}: not the results of an evaluation")
     return results

@@ -15,7 +15,27 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..output_folders import check_own_file, record_written
 from ..provenance import write_text
-from .contents import BENCHMARKS, find_results, read_results
+from ..report.results import headline_table
+from .contents import BENCHMARKS, evaluation_files, find_results, read_results
+
+
+def check_evaluation(folder: str | Path) -> None:
+    """
+    Raises:
+        `ValueError`: If the evaluation in a folder cannot be shown on its card.
+    """
+    if (path := find_results(folder)) is None:
+        return
+    results = read_results(path)
+    try:
+        eval_results(Path(folder))
+        evaluation_files(Path(folder))
+        if "headline" in results:
+            headline_table(results)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: not the results of an evaluation ({type(error).__name__}: {error}); evaluate again, or remove it"
+        ) from None
 
 
 def model_index(folder: Path, repo_id: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from .cards import CARD_NAME, card_on_hub, is_ours, write_card
 from .contents import as_published, check_folder, is_replaced, published_record, result_files
 from .failures import may_pass, reason
 from .model_cards import erasure_card, listed, student_card
+from .model_index import check_evaluation
 
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ def push_result(
     folder = Path(folder)
     hub_model_id = hub_model_id or default_model_id(folder)
     check_folder(folder)
+    check_evaluation(folder)
     check_push(hub_model_id, token)
     record = load_record(folder)
     if isinstance(record, Provenance):

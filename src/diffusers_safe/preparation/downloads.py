@@ -77,6 +77,7 @@ class Fetcher:
                 "Accept-Encoding": "identity",
             },
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # answers must not depend on each other
+            event_hooks={"request": [_check_port]},
             follow_redirects=True,
             max_redirects=MAX_REDIRECTS,
             timeout=None,  # httpx would apply it to each read; `fetch` applies it to the whole answer
@@ -86,7 +87,7 @@ class Fetcher:
             pool = self._client._transport._pool  # httpx has no public option for the network backend
             pool._network_backend = _PublicNetwork(pool._network_backend)
             if urllib.request.getproxies().keys() - {"no"}:  # proxies open the connections themselves
-                self._client.event_hooks = {"request": [_check_host]}
+                self._client.event_hooks = {"request": [_check_port, _check_host]}
 
     async def __aenter__(self) -> "Fetcher":
         await self._client.__aenter__()
@@ -167,6 +168,11 @@ class _PublicNetwork:
         return await self._backend.connect_tcp(addresses[-1], port, **arguments)
 
 
+async def _check_port(request: httpx.Request) -> None:
+    if request.url.port is not None and not 0 <= request.url.port < 2**16:  # httpx accepts any number
+        raise Dropped("no address")
+
+
 async def _check_host(request: httpx.Request) -> None:
     try:
         await public_addresses(request.url.host, request.url.port)
@@ -209,9 +215,11 @@ def _seconds(retry_after: str | None) -> float | None:
 
 def _read(row: Row) -> bytes:
     start, size = row.place or (0, MAX_BYTES + 1)
-    file_name = row.address if row.place is None else row.address.partition(".tar/")[0] + ".tar"
+    path = row.folder / row.address
     try:
-        with (row.folder / file_name).open("rb") as file:
+        if row.place is not None:
+            path = next(part for part in reversed(path.parents) if part.is_file())  # the tar file
+        with path.open("rb") as file:
             file.seek(start)
             data = file.read(min(size, MAX_BYTES + 1))
     except (OSError, ValueError):  # ValueError: not a valid file name

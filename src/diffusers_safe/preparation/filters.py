@@ -43,6 +43,7 @@ class Dropped(Exception):
 ROW_RULES: dict[str, Callable[[Row, Filters], bool]] = {
     "no address": lambda row, _: not _is_address(row),
     "no caption": lambda row, _: not row.caption,
+    "null character in the caption": lambda row, _: "\0" in row.caption,  # which no reader of the shards accepts
     "short caption": lambda row, filters: len(row.caption) < filters.min_caption_length,
     "forbidden concept": lambda row, filters: (
         bool(filters.forbidden_concepts)

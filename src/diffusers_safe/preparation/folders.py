@@ -1,5 +1,6 @@
 """Finds images and captions in folders of training data, and refuses files outside of these folders."""
 
+import io
 import json
 import os
 import re
@@ -67,26 +68,38 @@ def _root(folder: str | Path) -> str:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """All files in a folder and its subfolders, sorted. Subfolders that are symbolic links are not entered.
+    """All files in a folder and its subfolders, sorted; as in `datasets`, without those whose name, or that of a
+    subfolder, begins with `.` or `__`. Subfolders that are symbolic links are not entered.
 
     Raises:
-        `ValueError`: If a symbolic link leads outside of the folder.
+        `ValueError`: If a symbolic link leads outside of the folder, or a name is not UTF-8.
     """
-    entries = sorted(folder.rglob("*"))
+    entries = sorted(path for path in folder.rglob("*") if not _is_hidden(path.relative_to(folder)))
     Boundary(folder).check(path for path in entries if path.is_symlink())
+    for path in entries:
+        _check_text(path.name, f"{folder}: the file name {ascii(path.name)}")
     return [path for path in entries if path.is_file()]
 
 
-def check_depth(paths: Iterable[str | Path]) -> None:
-    """Checks the nesting of the JSON files among the paths.
+def _is_hidden(path: Path) -> bool:
+    """Such as `._a.png` and `__MACOSX/a.png` of macOS, or `.ipynb_checkpoints/a.png`."""
+    return any(part.startswith((".", "__")) for part in path.parts)
+
+
+def check_json(paths: Iterable[str | Path]) -> None:
+    """Checks the JSON files among the paths for what crashes pyarrow.
 
     Raises:
-        `ValueError`: If one is nested more than `MAX_DEPTH` levels deep.
+        `ValueError`: If one does not begin with an object or a list, or is nested more than `MAX_DEPTH` levels deep.
     """
     for path in (path for path in map(Path, paths) if path.suffix.lower() in (".json", ".jsonl")):
-        depth = 0
+        depth, begun = 0, False
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
+                if not begun and (start := line.removeprefix(b"\xef\xbb\xbf").strip()):
+                    if not start.startswith((b"{", b"[")):
+                        raise ValueError(f"{path}, line {number}: JSON objects are needed, one a line or in a list")
+                    begun = True
                 quoted = False
                 for sign in (match[0] for match in re.finditer(rb'\\.|[][{}"]', line)):
                     if sign == b'"':
@@ -95,6 +108,8 @@ def check_depth(paths: Iterable[str | Path]) -> None:
                         depth += (sign in b"[{") - (sign in b"]}")
                     if depth > MAX_DEPTH:
                         raise ValueError(f"{path}, line {number}: JSON nested more than {MAX_DEPTH} levels deep")
+        if not begun:
+            raise ValueError(f"{path}: is empty")
 
 
 def captioned_pictures(files: Iterable[Path]) -> tuple[list[Path], list[str]] | None:
@@ -126,14 +141,31 @@ def _decoded(content: bytes, where: str) -> str:
     return text
 
 
+def _check_text(text: str, where: str) -> None:
+    """What is not UTF-8 cannot be stored in a table."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} is not UTF-8 text") from None
+
+
 def is_empty_tar(path: Path) -> bool:
-    """Whether a tar file has no members, like a shard of img2dataset in which all downloads failed. `False` for files
-    that are not tar files."""
+    """Whether a tar file has no members, like a shard of img2dataset in which all downloads failed.
+
+    Raises:
+        `ValueError`: If the file is not a tar file, or was cut short, which `datasets` takes for its end.
+    """
     try:
         with tarfile.open(path) as tar:
-            return tar.next() is None
-    except tarfile.TarError:
-        return False
+            if tar.next() is None:
+                return True
+            if isinstance(tar.fileobj, io.BufferedReader):  # not compressed
+                tar.fileobj.seek(-2 * tarfile.BLOCKSIZE, os.SEEK_END)
+                if tar.fileobj.read().strip(b"\0"):
+                    raise tarfile.ReadError("cut short, it does not end as tar files do")
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise ValueError(f"{path}: cannot be read as a tar file ({str(error).splitlines()[0].rstrip(':')})") from None
+    return False
 
 
 @dataclass
@@ -158,11 +190,11 @@ def tar_samples(path: Path) -> Iterator[TarSample]:
     to the same sample.
 
     Raises:
-        `ValueError`: If the file is not a tar file, a member is a link, or a caption is not UTF-8 text.
+        `ValueError`: If the file is not a whole tar file, a member is a link, or a name or caption is not UTF-8 text.
     """
     samples: dict[str, dict] = {}
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, "r:") as tar:  # a compressed one has no positions at which images can be read
             for member in tar:
                 if member.issym() or member.islnk():
                     raise ValueError(f"{path}: the member '{member.name}' is a link, which is not followed")
@@ -177,10 +209,16 @@ def tar_samples(path: Path) -> Iterator[TarSample]:
                     content = tar.extractfile(member).read()
                     where = f"{path}: the member '{member.name}'"
                     sample["fields"] |= {"txt": _decoded(content, where)} if ending == "txt" else _json_fields(content)
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # `tarfile` takes this for the end
+                raise tarfile.ReadError(f"damaged or cut short at byte {tar.offset:,}")
     except (OSError, tarfile.TarError) as error:
-        raise ValueError(f"{path}: cannot be read as a tar file ({error})") from None
+        raise ValueError(f"{path}: cannot be read as an uncompressed tar file ({error})") from None
     for sample in samples.values():
         if "picture" in sample:
+            name, fields = sample["picture"][0], sample["fields"]
+            for text in (name, *(value for value in fields.values() if isinstance(value, str))):
+                _check_text(text, f"{path}: text of the member {ascii(name)}")
             yield TarSample(*sample["picture"], sample["fields"])
 
 

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from datasets import Dataset, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
-from .folders import METADATA, Boundary, captioned_pictures, check_depth, described, files_in, tar_samples
+from .folders import METADATA, Boundary, captioned_pictures, check_json, described, files_in, tar_samples
 
 
 LOADERS = {
@@ -22,6 +23,9 @@ LOADERS = {
 }  # extension -> builder of `datasets`
 FILE_COLUMN = "file_name"  # in the files of `METADATA`
 PLACE_COLUMN = "place"  # offset and size of an image in a tar file
+_FAILED = "An error occurred while generating the dataset"  # of `datasets`, above the reason
+for _kind in set(LOADERS.values()):  # they also log the reason of the error that they raise
+    logging.getLogger(f"datasets.packaged_modules.{_kind}.{_kind}").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class Table:
         if not len(dataset):
             raise ValueError("the table has no rows")
         self.columns = (address_column, caption_column, *([aesthetic_column] if aesthetic_column else []))
+        if twice := [column for column in self.columns if self.columns.count(column) > 1]:
+            raise ValueError(f"column '{twice[0]}': is named for two different things")
         for column in self.columns:
             if column not in dataset.features:
                 raise ValueError(f"no column '{column}', only {', '.join(dataset.features)}")
@@ -143,12 +149,16 @@ def read_table(
         `ValueError`: If the source cannot be read, a column is missing, an option does not apply to the source, or a
             file lies outside of the folder.
     """
+    if not source.strip():
+        raise ValueError(f"source '{source}': is empty; give a table, a folder or a dataset on the Hub")
     folder = Path(source) if Path(source).is_dir() else None
     loader = LOADERS.get(Path(source).suffix.lower())
     for name, value in (("url_column", url_column), ("split", split), ("dataset_config_name", config_name)):
         if value is not None and (folder or (loader and name == "dataset_config_name")):
             raise ValueError(f"{name} '{value}': does not apply to {source}, a {'folder' if folder else 'file'}")
     try:
+        if not folder and not loader and Path(source).exists():
+            raise ValueError(f"must be a folder or a file that ends in {', '.join(LOADERS)}")
         if folder:
             rows, caption_column = _folder(folder, caption_column, aesthetic_column)
             return Table(rows, FILE_COLUMN, caption_column, aesthetic_column, folder)
@@ -157,15 +167,15 @@ def read_table(
         return Table(dataset, url_column or "url", caption_column or "text", aesthetic_column)
     except (OSError, ValueError, DatasetsError) as error:
         cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise ValueError(f"source {source}: {reason}") from None
+        lines = [line for line in str(cause).splitlines() if line.strip() and line != _FAILED]
+        raise ValueError(f"source {source}: {lines[0] if lines else type(cause).__name__}") from None
 
 
 def _files(source: str, loader: str, split: str) -> Dataset:
     files = [source] if Path(source).is_file() else sorted(glob.glob(source))
     if not files:
         raise ValueError("no such file")
-    check_depth(files)
+    check_json(files)
     return load_dataset(loader, data_files=[glob.escape(file) for file in files], split=split)
 
 
@@ -191,9 +201,12 @@ def metadata_of(folder: Path) -> Dataset | None:
     Raises:
         `ValueError`: If an image lies outside of the folder.
     """
-    path = next((folder / name for name in METADATA if (folder / name).is_file()), None)
-    if path is None:
+    found = [folder / name for name in METADATA if (folder / name).is_file()]
+    if not found:
         return None
+    if len(found) > 1:
+        raise ValueError(f"{found[0].name} and {found[1].name}: only one of them can be read; remove the other")
+    path = found[0]
     rows = _files(str(path), LOADERS[path.suffix], "train")
     if FILE_COLUMN in rows.features:
         Boundary(folder).check(folder / str(name).strip() for name in rows[FILE_COLUMN] if name is not None)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..arguments import OptionGroups, group
 from ..concepts import read_concepts
-from ..embedded import locate_model
+from ..embedded import check_revision, locate_model
 from ..families import check_files, denoiser_names
 from ..formats import result_names
 from ..hub import check_push
@@ -110,6 +110,7 @@ class JobOptions(OptionGroups):
             `ValueError`: One line that says what is wrong.
         """
         self.resolve()
+        check_revision(self.model.revision, self.model.pretrained_model_name_or_path)
         if self.hub.push_to_hub:
             check_push(self.hub.hub_model_id, self.hub.hub_token)
         self.check_base_model()

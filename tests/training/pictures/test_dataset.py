@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 import zipfile
+from functools import partial
 
 import datasets
 import pandas as pd
@@ -340,3 +341,22 @@ def test_links_inside_and_archives_are_read(streaming, emoji, tmp_path):
         data = open_dataset(train_data_dir=str(folder), streaming=streaming, cache_dir=str(tmp_path / "cache"))
         found = [captions for _, captions in content(data) if captions]
         assert found == [[emoji[0][1]]]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_tar_files_that_are_cut_short_or_none_are_refused(tmp_path, streaming):
+    whole = tmp_path / "whole.tar"
+    with tarfile.open(whole, "w") as tar:
+        for name, content in {"a.png": encoded(Image.new("RGB", (8, 8))), "a.txt": b"a caption"}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        header = tar.offset - 2 * tarfile.BLOCKSIZE  # of the last member
+    opened = partial(open_dataset, train_data_dir=str(tmp_path), streaming=streaming)
+    opened()
+    whole.write_bytes(whole.read_bytes()[: header + 100])  # `datasets` takes this for the end
+    with pytest.raises(ValueError, match="whole.tar: cannot be read as a tar file .cut short"):
+        opened()
+    whole.write_bytes(b"")
+    with pytest.raises(ValueError, match="whole.tar: cannot be read as a tar file"):
+        opened()

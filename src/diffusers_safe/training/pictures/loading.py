@@ -14,7 +14,7 @@ from ...preparation.folders import (
     METADATA,
     Boundary,
     captioned_pictures,
-    check_depth,
+    check_json,
     described,
     files_in,
     is_empty_tar,
@@ -116,7 +116,7 @@ def _boundary(option: str, source: Any, cache_dir: str | None) -> Boundary | Non
 
 def _load_dataset(source: str, **settings):
     if os.path.isdir(source):
-        check_depth(files_in(Path(source)))  # `files_in` also checks links
+        check_json(files_in(Path(source)))  # `files_in` also checks links
     return datasets.load_dataset(source, **settings)
 
 
@@ -126,7 +126,7 @@ def _load_data_files(source: list[str], split: str, **settings):
         raise ValueError(f"files of one kind are needed; kinds are {', '.join(BUILDERS)}")
     if missing := [file for file in source if "://" not in file and not glob(file, recursive=True)]:
         raise ValueError(f"{missing[0]}: no such file")
-    check_depth(path for file in source for path in glob(file, recursive=True) if os.path.isfile(path))
+    check_json(path for file in source for path in glob(file, recursive=True) if os.path.isfile(path))
     return datasets.load_dataset(kinds.pop(), data_files={split: list(source)}, split=split, **settings)
 
 
@@ -145,7 +145,7 @@ def _load_folder(source: str, split: str, streaming: bool, **settings):
         return _as_stream(datasets.load_from_disk(source), streaming)
     settings |= {"split": split, "streaming": streaming}
     if any((folder / name).is_file() for name in METADATA):
-        check_depth(path for path in files if path.name in METADATA)
+        check_json(path for path in files if path.name in METADATA)
         if streaming:
             metadata_of(folder)  # so that files outside of the folder are reported now
         # One pattern, as in diffusers' examples: otherwise `datasets` lists the files 66 times to find splits.
@@ -163,7 +163,7 @@ def _load_folder(source: str, split: str, streaming: bool, **settings):
         tables = [path for path in files if path.suffix.lower() == ".parquet"]
         return _load_files("parquet", folder, tables, **settings)
     if kinds.intersection((*BUILDERS, ".zip")):
-        check_depth(files)
+        check_json(files)
         return datasets.load_dataset(source, **settings)
     raise ValueError(
         f"no images with captions ({', '.join(METADATA)}, or a .txt file next to each), no tar files and no"
