@@ -40,7 +40,9 @@ def arguments(folder, **changes):
         "autoencoder_steps": 1,
         "unet_coarse_steps": [1],
         "unet_steps": [1],
+        "unet_detail_steps": [1],
         "transformer_steps": [1],
+        "transformer_detail_steps": [1],
     }
     return RecipeArguments(output_dir=str(folder), **{**tiny, **changes})
 
@@ -58,6 +60,7 @@ def arguments(folder, **changes):
         ("unet_coarse_steps", [0], "at least 1"),
         ("unet_steps", [2, 0], "at least 1"),
         ("transformer_steps", [], "at least 1"),
+        ("transformer_detail_steps", [0], "at least 1"),
     ],
 )
 def test_invalid_values_are_reported(tmp_path, name, value, allowed):
@@ -139,6 +142,14 @@ def test_the_result_is_the_average_and_not_the_last_weights(tmp_path):
     last = train_stage(toy_stage(6, ema_decay=0.0), tmp_path / "last")  # an average of the last alone
     assert same(last, train_stage(toy_stage(6, ema_decay=0.0), tmp_path / "again"))
     assert not torch.allclose(averaged.layers[3].weight, last.layers[3].weight, atol=1e-5)
+
+
+def test_a_compiled_stage_gives_the_same_result(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: compiled.append(type(module)))
+    plain, stage = train_stage(toy_stage(2), tmp_path / "plain"), toy_stage(2)
+    stage.compiled = True
+    assert same(train_stage(stage, tmp_path / "compiled"), plain) and compiled == [ToyLoss]
 
 
 def test_batches_depend_on_seed_and_step(tmp_path):
@@ -254,8 +265,9 @@ def test_stratified_numbers_have_one_in_each_part():
 
 def test_noise_levels_are_high_and_t5_tokens_mostly_short():
     data = captioned_latents()
-    unet, transformer = unet_stage(data, [1], [1], 1e-3, {}), transformer_stage(data, [1], 1e-3, {})
-    (flow_round,), (coarse, whole) = transformer.rounds, unet.rounds
+    unet = unet_stage(data, [1], [1], [1], 1e-3, {})
+    transformer = transformer_stage(data, [1], [1], 1e-3, {})
+    (flow_round, fine_flow_round), (coarse, whole, fine) = transformer.rounds, unet.rounds
     batches = [flow_round.make_batch(np.random.default_rng(seed), 16) for seed in range(90)]
     lengths = [batch["t5_input_ids"].shape[1] for batch in batches]
     assert set(lengths) == {SHORT_LENGTH, STOCK_LENGTH} and lengths.count(STOCK_LENGTH) < 10
@@ -267,6 +279,10 @@ def test_noise_levels_are_high_and_t5_tokens_mostly_short():
     assert small["noise"].std().item() == pytest.approx(1, abs=0.02)
     assert small["latents"][3, 2, 1, 0].item() == pytest.approx(batch["latents"][3, 2, 2:4, 0:2].sum().item() / 2)
     assert timesteps.median() == pytest.approx(750, abs=20) and 0 <= timesteps.min() and timesteps.max() <= 999
+    timesteps = fine.make_batch(np.random.default_rng(0), 64)["timesteps"]
+    assert timesteps.median() == pytest.approx(354, abs=20) and 0 <= timesteps.min() and timesteps.max() <= 999
+    sigmas = fine_flow_round.make_batch(np.random.default_rng(0), 64)["sigmas"]
+    assert sigmas.quantile(0.25) == pytest.approx(0.25, abs=0.03) and sigmas.median() == pytest.approx(0.5, abs=0.03)
 
 
 def test_every_caption_fits_into_the_short_length_and_each_word_is_one_token():
@@ -299,7 +315,7 @@ def test_the_finished_folders_are_stock_pipelines_in_half_precision(tmp_path):
             assert config.shift_factor == pytest.approx(sampled.mean(), abs=0.02)
         for path in (tmp_path / name).rglob("*.safetensors"):
             assert {value.dtype for value in load_file(path).values()} == {torch.float16}
-    averaged = torch.load(tmp_path / "unet" / "round-2" / "ema.pt", weights_only=True)
+    averaged = torch.load(tmp_path / "unet" / "round-3" / "ema.pt", weights_only=True)
     unet = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     assert torch.equal(unet["conv_in.weight"], averaged["unet.conv_in.weight"])
 
@@ -311,7 +327,8 @@ def command(folder):
     return [
         sys.executable, "-m", "diffusers_safe.emoji.recipe", "--output_dir", str(folder), "--num_pictures", "12",
         "--judge_steps", "1", "--autoencoder_steps", "5", "--unet_coarse_steps", "3", "--unet_steps", "4",
-        "--transformer_steps", "4", "--checkpoint_minutes", "0",
+        "--unet_detail_steps", "1", "--transformer_steps", "4", "--transformer_detail_steps", "1",
+        "--checkpoint_minutes", "0",
     ]  # fmt: skip
 
 

@@ -52,6 +52,7 @@ class Stage:
         ema_decay (`float`, defaults to 0.999): Decay of the EMA of the weights, which is the result.
         mixed_precision (`str`, defaults to `"no"`): `"bf16"` if the matrices are large enough to benefit from it. It
             is only used on devices with bfloat16 instructions.
+        compiled (`bool`, defaults to `False`): Compile the module with `torch.compile`.
         identity (`dict`, *optional*): Other values that the result depends on, such as a fingerprint of the data. A
             run with other values is not continued.
     """
@@ -62,6 +63,7 @@ class Stage:
     learning_rate: float
     ema_decay: float = 0.999
     mixed_precision: str = "no"
+    compiled: bool = False
     identity: dict = field(default_factory=dict)
 
 
@@ -112,6 +114,8 @@ def _train_round(stage: Stage, folder: Path, number: int, seed: int, checkpoint_
     )
     ema = EMAModel(module.parameters(), decay=stage.ema_decay, use_ema_warmup=True, power=0.8, foreach=True)
     prepared, optimizer = accelerator.prepare(module, optimizer)
+    if stage.compiled:
+        prepared.compile(dynamic=False)
     ema.to(accelerator.device)
     accelerator.register_for_checkpointing(ema)
     first = 0

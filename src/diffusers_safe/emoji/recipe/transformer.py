@@ -1,5 +1,7 @@
 """Training of the flow-matching transformer and its three text encoders."""
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import nn
@@ -57,25 +59,28 @@ class TransformerLoss(nn.Module):
         return (velocity.float() - (noise - latents)).square().mean()
 
 
-def transformer_stage(data: CaptionedLatents, rounds: list[int], learning_rate: float, identity: dict) -> Stage:
+def transformer_stage(
+    data: CaptionedLatents, rounds: list[int], detail_rounds: list[int], learning_rate: float, identity: dict
+) -> Stage:
     """The stage that trains the transformer.
 
-    Noise levels are logit-normal around sigma 0.73, higher than in SD3, because they determine the content. One step
+    Noise levels are logit-normal around sigma 0.73, higher than in SD3, because they determine the content, then, in
+    the rounds of details, uniform. One step
     in thirty pads the tokens of T5 as the stock pipeline does. The others pad them to `SHORT_LENGTH`, which leaves a
     third of all tokens.
     """
     t5_tokenizer = build_t5_tokenizer()
 
-    def make_batch(rng: np.random.Generator, size: int) -> Batch:
+    def make_batch(rng: np.random.Generator, size: int, details: bool = False) -> Batch:
         batch = data.sample(rng, size)
-        normal = torch.special.ndtri(torch.from_numpy(stratified(rng, size)))
+        uniform = torch.from_numpy(stratified(rng, size))
         length = STOCK_LENGTH if rng.random() < 1 / 30 else SHORT_LENGTH
         t5_tokens = t5_tokenizer(
             batch.pop("captions"), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )
         return {
             **batch,
-            "sigmas": (1.0 + 1.2 * normal).sigmoid().float(),
+            "sigmas": (uniform if details else (1.0 + 1.2 * torch.special.ndtri(uniform)).sigmoid()).float(),
             "t5_input_ids": t5_tokens.input_ids,
             "t5_kept": torch.from_numpy(rng.random(size) >= T5_DROPOUT).float(),
         }
@@ -85,7 +90,10 @@ def transformer_stage(data: CaptionedLatents, rounds: list[int], learning_rate: 
         TransformerLoss(
             build_flow_text_encoders(build_tokenizer()), build_t5_encoder(t5_tokenizer), build_transformer()
         ),
-        [Round(steps, 32, make_batch) for steps in rounds],
+        [
+            *(Round(steps, 32, make_batch) for steps in rounds),
+            *(Round(steps, 32, partial(make_batch, details=True)) for steps in detail_rounds),
+        ],
         learning_rate,
         mixed_precision="bf16",
         identity=identity,

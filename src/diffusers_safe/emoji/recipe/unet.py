@@ -1,5 +1,7 @@
 """Training of the UNet of the diffusion model and its text encoder."""
 
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -37,15 +39,22 @@ class UNetLoss(nn.Module):
 
 
 def unet_stage(
-    data: CaptionedLatents, coarse_rounds: list[int], rounds: list[int], learning_rate: float, identity: dict
+    data: CaptionedLatents,
+    coarse_rounds: list[int],
+    rounds: list[int],
+    detail_rounds: list[int],
+    learning_rate: float,
+    identity: dict,
+    compiled: bool = False,
 ) -> Stage:
     """The stage that trains the UNet: rounds on latents of half the size, then rounds on full latents.
 
-    Half of the timesteps are above 750, where the caption matters.
+    Half of the timesteps are above 750, where the caption matters; in the rounds of details half are below 354.
     """
 
-    def make_batch(rng: np.random.Generator, size: int) -> Batch:
-        timesteps = 999.99 * (1 - stratified(rng, size) ** 2)
+    def make_batch(rng: np.random.Generator, size: int, details: bool = False) -> Batch:
+        uniform = stratified(rng, size)
+        timesteps = 999.99 * (uniform**1.5 if details else 1 - uniform**2)
         batch = data.sample(rng, size)
         del batch["captions"]
         return {**batch, "timesteps": torch.from_numpy(timesteps.astype(np.int64))}
@@ -63,9 +72,11 @@ def unet_stage(
         [
             *(Round(steps, 64, make_coarse_batch) for steps in coarse_rounds),
             *(Round(steps, 32, make_batch) for steps in rounds),
+            *(Round(steps, 32, partial(make_batch, details=True)) for steps in detail_rounds),
         ],
         learning_rate,
         mixed_precision="bf16",
+        compiled=compiled,
         identity=identity,
     )
 
