@@ -231,15 +231,17 @@ def test_only_the_last_round_depends_on_its_number_of_steps(tmp_path):
 
 
 def test_pictures_are_rendered_once_and_depend_on_the_seed(tmp_path, monkeypatch):
-    pictures, scenes = load_pictures(tmp_path, 7, 3)
-    expected, expected_scenes = render_many(3, 0, 7)
+    pictures, scenes = load_pictures(tmp_path, 7, 3, True)
+    expected, expected_scenes = render_many(3, 0, 7, varied=True)
     assert np.array_equal(pictures, expected) and scenes == expected_scenes
     with monkeypatch.context() as patch:
         patch.delattr(recipe_pictures, "render_many")
-        again, same_scenes = load_pictures(tmp_path, 7, 3)
+        again, same_scenes = load_pictures(tmp_path, 7, 3, True)
     assert np.array_equal(again, expected) and same_scenes == expected_scenes
-    more, _ = load_pictures(tmp_path, 8, 3)
+    more, _ = load_pictures(tmp_path, 8, 3, True)
     assert np.array_equal(more[:7], expected) and len(more) == 8
+    centered, _ = load_pictures(tmp_path, 7, 3, False)
+    assert np.array_equal(centered, render_many(3, 0, 7)[0]) and not np.array_equal(centered, expected)
 
 
 def captioned_latents():
@@ -265,8 +267,8 @@ def test_stratified_numbers_have_one_in_each_part():
 
 def test_noise_levels_are_high_and_t5_tokens_mostly_short():
     data = captioned_latents()
-    unet = unet_stage(data, [1], [1], [1], 1e-3, {})
-    transformer = transformer_stage(data, [1], [1], 1e-3, {})
+    unet = unet_stage(data, data, [1], [1], [1], 1e-3, {})
+    transformer = transformer_stage(data, data, [1], [1], 1e-3, {})
     (flow_round, fine_flow_round), (coarse, whole, fine) = transformer.rounds, unet.rounds
     batches = [flow_round.make_batch(np.random.default_rng(seed), 16) for seed in range(90)]
     lengths = [batch["t5_input_ids"].shape[1] for batch in batches]
@@ -280,7 +282,7 @@ def test_noise_levels_are_high_and_t5_tokens_mostly_short():
     assert small["latents"][3, 2, 1, 0].item() == pytest.approx(batch["latents"][3, 2, 2:4, 0:2].sum().item() / 2)
     assert timesteps.median() == pytest.approx(750, abs=20) and 0 <= timesteps.min() and timesteps.max() <= 999
     timesteps = fine.make_batch(np.random.default_rng(0), 64)["timesteps"]
-    assert timesteps.median() == pytest.approx(354, abs=20) and 0 <= timesteps.min() and timesteps.max() <= 999
+    assert timesteps.median() == pytest.approx(500, abs=20) and 0 <= timesteps.min() and timesteps.max() <= 999
     sigmas = fine_flow_round.make_batch(np.random.default_rng(0), 64)["sigmas"]
     assert sigmas.quantile(0.25) == pytest.approx(0.25, abs=0.03) and sigmas.median() == pytest.approx(0.5, abs=0.03)
 

@@ -64,14 +64,15 @@ def test_without_hold_out_all_combinations_occur():
     assert any(is_held_out(scene.name, scene.background, scene.style) for scene in draw(200, hold_out=False))
 
 
-def test_scenes_are_spread_evenly_and_stay_in_the_picture():
-    scenes = draw(6000)
+@pytest.mark.parametrize("varied, sizes, turn", [(False, (48, 56), 4), (True, (38, 54), 20)])
+def test_scenes_are_spread_evenly_and_stay_in_the_picture(varied, sizes, turn):
+    scenes = draw(6000, varied=varied)
     counts = Counter(scene.name for scene in scenes)
     assert set(counts) == set(OBJECTS) and min(counts.values()) > 50 and max(counts.values()) < 160
     assert 0.45 < sum(scene.style is None for scene in scenes) / len(scenes) < 0.58
     assert 0.45 < sum(scene.mirror for scene in scenes) / len(scenes) < 0.55
     for scene in scenes:
-        assert 38 <= scene.size <= 54 and -20 <= scene.turn <= 20 and 0.92 <= scene.shade <= 1.06
+        assert sizes[0] <= scene.size <= sizes[1] and abs(scene.turn) <= turn and 0.92 <= scene.shade <= 1.06
         assert all(scene.size / 2 - 2 <= middle <= 64 - scene.size / 2 + 2 for middle in scene.center)
         assert scene.group == GROUP_OF[scene.name]
 

@@ -188,8 +188,8 @@ def _validation(loop: DistillationLoop, samples: Samples) -> Validation | None:
     options = loop.options
     if not options.validation.validation_prompts:
         return None
-    last, folder = options.run.max_train_steps, options.output.output_dir
-    return Validation(loop.accelerator, samples, loop.output_weights, folder, options.validation, last)
+    folder = options.output.output_dir
+    return Validation(loop.accelerator, samples, loop.output_weights, folder, options.validation)
 
 
 def compared(pipeline: DiffusionPipeline, model: ModelOptions) -> list[ModelSource]:

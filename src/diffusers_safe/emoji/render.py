@@ -44,13 +44,15 @@ def render(scene: Scene, artwork: str = "noto") -> Image.Image:
     return Image.fromarray(picture.clip(0, 255).round().astype(np.uint8))
 
 
-def render_many(seed: int, start: int, count: int, hold_out: bool = True) -> tuple[np.ndarray, list[Scene]]:
+def render_many(
+    seed: int, start: int, count: int, hold_out: bool = True, varied: bool = False
+) -> tuple[np.ndarray, list[Scene]]:
     """Renders images `start` to `start + count - 1` of a seed.
 
     Returns:
         `tuple[np.ndarray, list[Scene]]`: Images of shape `(count, 64, 64, 3)`, `uint8`, and their scenes.
     """
-    scenes = [draw_scene(np.random.default_rng([seed, i]), hold_out) for i in range(start, start + count)]
+    scenes = [draw_scene(np.random.default_rng([seed, i]), hold_out, varied) for i in range(start, start + count)]
     pictures = np.stack([np.asarray(render(scene)) for scene in scenes])
     return pictures, scenes
 

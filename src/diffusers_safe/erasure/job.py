@@ -12,6 +12,7 @@ from ..concepts import ConceptSchedule, read_concepts
 from ..diffusion.loss_weighting import LossWeighting
 from ..diffusion.trajectories import Trajectories
 from ..families import TEXT_ENCODERS, ModelFamily, StoredModel, TextEncoders, denoiser_names
+from ..formats import fetch
 from ..messages import num_launched
 from ..methods import Method, find_method
 from ..training.job import JobOptions, TrainingOptions
@@ -72,11 +73,29 @@ class TrainedErasureOptions(ErasureOptions, TrainingOptions):
 
     @property
     def may_grow(self) -> bool:
-        return super().may_grow and self.concept.concept_schedule != "sequential"
+        concept = self.concept
+        return super().may_grow and concept.concept_schedule != "sequential" and concept.target is None
+
+    @property
+    def sources(self) -> dict[str, str | None]:
+        return {**super().sources, "start_from": self.concept.start_from}
 
     def resolve(self) -> None:
         super().resolve()
         self.pooled_terms()
+        if (start := self.concept.start_from) is not None and (self.is_lora or not self.saves_denoiser):
+            given = "rank" if self.is_lora else f"train_method {TEXT_ENCODERS}"
+            raise ValueError(
+                f"start_from '{start}': not with {given}; only whole weights of the denoiser can start so"
+            )
+
+    def check_base_model(self) -> nn.Module:
+        if self.concept.start_from is not None:
+            try:
+                fetch(self.concept.start_from, only_records=True)
+            except ValueError as error:
+                raise ValueError(f"start_from {error}") from None
+        return super().check_base_model()
 
     def pooled_terms(self) -> set[str]:
         """The loss terms that use the trajectory pool: `"erase"` where the frozen model samples them,

@@ -11,10 +11,12 @@ from ..concepts import ConceptSchedule
 from ..diffusion.loss_weighting import LossWeighting
 from ..diffusion.trajectories import Trajectories
 from ..families import ModelFamily
+from ..formats import fetch, read_erased_weights
 from ..messages import note
 from ..methods import Objective, TrainingBatch
 from ..methods.predictor import Predictor
 from ..methods.retention import retention_loss
+from ..model_errors import ModelError
 from ..training.loop import TrainingLoop
 from ..training.run_log import ConceptLosses
 from ..training.trajectory_sources import LiveSamples, PooledSamples, Prompts, SampleSource
@@ -43,6 +45,11 @@ class ErasureLoop(TrainingLoop):
         if trained is not family.denoiser:
             family.denoiser.to(accelerator.device).requires_grad_(False)
             accelerator.prepare_model(family.denoiser, evaluation_mode=True)  # for mixed precision
+        if (source := options.concept.start_from) is not None:
+            try:
+                self.weights.start_from(read_erased_weights(fetch(source)).changes(family.denoiser))
+            except ValueError as error:
+                raise ModelError(f"start_from '{source}': {error}") from None
         self.objective = objective
         self.name, self.output_weights = objective.name.upper(), objective.output_weights
         concept, retention, sampling = options.concept, options.retention, options.sampling
@@ -117,6 +124,10 @@ class ErasureLoop(TrainingLoop):
 
     def _retention(self, batch: TrainingBatch) -> torch.Tensor:
         return self.loss_weighting.weigh(retention_loss(self.predictor, batch), batch.timesteps).mean()
+
+    def is_reached(self) -> bool:
+        target = self.options.concept.target
+        return target is not None and self.last_measured["concept_left"] <= target
 
     def measure(self, step: int) -> dict:
         watched = self.watch.measure(self.output_weights)

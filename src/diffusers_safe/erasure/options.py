@@ -32,6 +32,19 @@ class TrainedConceptOptions(ConceptOptions):
         "one; matched: one concept for both.",
         PROMPT_ORDERS,
     )
+    target: float | None = option(
+        None,
+        "End the training as soon as no more than this share of the concepts' effect on the prediction is left, such "
+        "as 0.01. It is measured 20 times in --max_train_steps, which are the most steps then.",
+        at_least=0,
+        below=1,
+        essential=True,
+    )
+    start_from: str | None = option(
+        None,
+        "Begin with the weights of this erased model instead of the base model's: a folder or file with the same base "
+        "model, such as the result of a closed form. What is compared with stays the base model.",
+    )
 
 
 @dataclass(kw_only=True)

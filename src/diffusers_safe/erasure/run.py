@@ -209,6 +209,7 @@ class MethodRun:
         samples (`Samples`, *optional*): Images before and after.
         anchors (`list[str]`, *optional*): What each concept became by an edit.
         measured (`dict[str, float]`): `concept_left` and `drift` at the end, see [`Watch`].
+        trained_steps (`dict[str, int]`): For the record, how many steps were trained, if that depends on a target.
     """
 
     def __init__(
@@ -228,6 +229,7 @@ class MethodRun:
         self.samples: Samples | None = None
         self.anchors: list[str] | None = None
         self.measured: dict[str, float] = {}
+        self.trained_steps: dict[str, int] = {}
 
     @cached_property
     def erased_before(self) -> list[str]:
@@ -247,8 +249,18 @@ class MethodRun:
             self.weights, self.samples = loop.weights, make_samples(self.pipeline, loop.weights, self.options)
             loop.run(self.progress_bar, with_validation(self._validation(objective), self.callback))
             self.measured = loop.last_measured
+            self._report_end(loop)
         finally:
             restore_forward(denoiser, own_forward)
+
+    def _report_end(self, loop: ErasureLoop) -> None:
+        """With a target: keeps when it was reached for the record, or notes that it was not."""
+        if (target := self.options.concept.target) is None:
+            return
+        self.trained_steps = {"trained_steps": loop.steps}
+        if (left := self.measured["concept_left"]) > target:
+            note("target %g: not reached in %d steps, %.2g is left; give more steps or a higher learning rate",
+                 target, loop.steps, left)  # fmt: skip
 
     @torch.no_grad()
     def edit(self, values: Mapping[str, torch.Tensor], anchors: list[str] | None = None) -> None:
@@ -287,7 +299,7 @@ class MethodRun:
         """Generates the validation prompts of a method that does not train; a training has done so at its steps."""
         options, folder = self.options, self.options.output.output_dir
         if options.validation.validation_prompts and not options.method.trains:
-            Validation(self.accelerator, self.samples, "student", folder, options.validation, last=1).after_step(1)
+            Validation(self.accelerator, self.samples, "student", folder, options.validation).after_step(1, True)
 
     def undo(self) -> None:
         """Gives the denoiser its weights back."""
@@ -306,7 +318,11 @@ class MethodRun:
                         "change them by run.edit only, and load the pipeline anew"
                     )
         options, processes = self.options, self.accelerator
-        training = {"num_processes": processes.num_processes, "mixed_precision": processes.mixed_precision}
+        training = {
+            "num_processes": processes.num_processes,
+            "mixed_precision": processes.mixed_precision,
+            **self.trained_steps,
+        }
         if options.method.trains:
             train_method = options.weights.train_method
         else:
@@ -333,9 +349,8 @@ class MethodRun:
         options = self.options
         if not options.validation.validation_prompts:
             return None
-        last, folder = options.run.max_train_steps, options.output.output_dir
-        weights = objective.output_weights
-        return Validation(self.accelerator, self.samples, weights, folder, options.validation, last)
+        folder = options.output.output_dir
+        return Validation(self.accelerator, self.samples, objective.output_weights, folder, options.validation)
 
 
 def make_samples(pipeline: DiffusionPipeline, weights: TrainedWeights, options: ErasureOptions) -> Samples:

@@ -34,7 +34,7 @@ PHRASINGS = {
 }  # fmt: skip
 CONTEXTS = PHRASINGS["object"]  # of what is kept, one a word in turn
 MOST_ROUNDS = 60
-MOST_WEIGHT = 1.0  # of a concept against all that is kept
+MOST_WEIGHT = 0.4  # of all concepts together against all that is kept
 NEGLIGIBLE = 1e-3  # singular values of a concept's tokens, of the largest
 
 
@@ -96,10 +96,18 @@ class TextEdit(ClosedForm):
         ]
         moment = self._kept_moment(run, encoded, kept, retained)
         change, left = smallest_edit(targets, moment, gram, self.tolerance)
-        for concept, share in zip(run.concepts, left.tolist()):
-            if share > 1.1 * self.tolerance:
-                note("concepts '%s': %.0f %% of its difference from the anchor remain; it is too close to what is "
-                     "kept, or its phrasings contradict each other", concept, 100 * share)  # fmt: skip
+        much = [
+            f"'{concept}' {share:.0%}"
+            for concept, share in zip(run.concepts, left.tolist())
+            if share > 1.1 * self.tolerance
+        ]
+        if much:
+            note(
+                "more than tolerance %g of the difference from the anchor remains, because other prompts would change "
+                "too much: %s",
+                self.tolerance,
+                ", ".join(much),
+            )
         edit_text_projections(run, change, anchors)
 
     def _chosen_anchors(self, run: Run) -> list[str]:
@@ -169,8 +177,8 @@ def smallest_edit(
     """The E that changes what is kept least while each concept's residual is at most `tolerance`.
 
     For given weights of the concepts the solution is that of a least-squares problem. The weights are found by a
-    multiplicative update: a concept whose residual is too large gets more, up to `MOST_WEIGHT`. A concept that needs
-    more than that is too close to what is kept, and its residual stays larger.
+    multiplicative update: a concept whose residual is too large gets more, up to its share of `MOST_WEIGHT`. A concept
+    that needs more than that is too close to what is kept, and its residual stays larger.
 
     Args:
         targets (`list[Target]`): One for each concept.
@@ -185,7 +193,8 @@ def smallest_edit(
     base = kept + 1e-6 * kept.trace() / width * torch.eye(width, dtype=kept.dtype)
     moments = [target.states.T @ target.states for target in targets]
     mixed = [target.states.T @ target.differences for target in targets]
-    weights = torch.full((len(targets),), 0.1, dtype=kept.dtype)
+    most = MOST_WEIGHT / len(targets)
+    weights = torch.full((len(targets),), most / 4, dtype=kept.dtype)
     for _ in range(MOST_ROUNDS):
         system = base + sum(weight * moment for weight, moment in zip(weights, moments))
         right = sum(weight * one for weight, one in zip(weights, mixed))
@@ -195,7 +204,7 @@ def smallest_edit(
             dtype=kept.dtype,
         )
         reached = (left - tolerance).abs() <= 0.02 * tolerance
-        if (reached | ((left > tolerance) & (weights == MOST_WEIGHT))).all():
+        if (reached | ((left > tolerance) & (weights == most))).all():
             break
-        weights = (weights * (left / tolerance) ** 1.5).clamp(max=MOST_WEIGHT)
+        weights = (weights * (left / tolerance) ** 1.5).clamp(max=most)
     return change, left

@@ -69,6 +69,7 @@ class TrainingLoop(ABC):
         term_weights (`dict[str, float]`): How much each term of the loss counts.
         forwards (`int`): How many samples denoisers have seen so far in this process.
         student (`nn.Module`): The module as it is trained, possibly wrapped for several processes.
+        steps (`int`): How many were trained, once the run is over.
         last_means (`dict[str, float]`): The terms of the loss, means of the last twentieth of the run, as far as it
             was not an earlier one's.
         last_measured (`dict[str, float]`): The numbers of `measure` at the last row of the log.
@@ -132,6 +133,10 @@ class TrainingLoop(ABC):
     def measure(self, step: int) -> dict:
         """Measures what the log reports in addition to the loss, 20 times per run; called on every process."""
         return {}
+
+    def is_reached(self) -> bool:
+        """Whether the last measurement was good enough to end the run before its last step."""
+        return False
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
@@ -219,18 +224,26 @@ class TrainingLoop(ABC):
                     log.follow(done, {**measured, **rate})
                 measured |= shown
                 bar.set_postfix({name: f"{value:.3g}" for name, value in measured.items()}, refresh=False)
+                if done % every == 0 and self._anyone(self.is_reached()):
+                    last = done
                 if callback is not None:
                     left = (time.monotonic() - started) / (done - first) * (last - done)
                     callback(Progress(self.name, done, last, left, measured))
+                if done == last:
+                    bar.total = last
+                    bar.update()  # what the end of an iteration would count
+                    break
                 self._save_if_due(done, stop, bar)
+        bar.close()
         log.close()
+        self.steps = last
         with torch.no_grad():
             for name, value in self.weights.values(self.output_weights).items():
                 self.weights.student[name].copy_(value)
 
     def _save_if_due(self, step: int, stop: "_StopRequest", bar: tqdm) -> None:
         folder, checkpoints = self.options.output.output_dir, self.options.checkpoints
-        if folder is None or step >= self.options.run.max_train_steps:
+        if folder is None:
             return
         stopping, every = self._anyone(stop.requested), checkpoints.checkpointing_steps
         if stopping or (every and step % every == 0):

@@ -110,7 +110,6 @@ class Validation:
         output_weights (`str`): Whose weights are the result: `"student"` or `"ema"`.
         output_dir (`str`): Where the folder `validation` is.
         options (`ValidationOptions`): How often.
-        last (`int`): The last step.
     """
 
     def __init__(
@@ -120,14 +119,13 @@ class Validation:
         output_weights: str,
         output_dir: str,
         options: ValidationOptions,
-        last: int,
     ):
         self.accelerator, self.samples, self.output_weights = accelerator, samples, output_weights
         self.folder = Path(output_dir) / VALIDATION
-        self.every, self.last = options.validation_steps, last
+        self.every = options.validation_steps
 
-    def after_step(self, step: int) -> None:
-        if step % self.every and step != self.last:
+    def after_step(self, step: int, is_last: bool) -> None:
+        if step % self.every and not is_last:
             return
         if self.accelerator.is_main_process:
             self.samples.pipeline.to(self.accelerator.device)
@@ -148,7 +146,7 @@ def with_validation(validation: Validation | None, callback: ProgressCallback | 
         return callback
 
     def after_step(progress: Progress) -> None:
-        validation.after_step(progress.done)
+        validation.after_step(progress.done, progress.done == progress.total)
         if callback is not None:
             callback(progress)
 

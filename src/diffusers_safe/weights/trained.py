@@ -120,6 +120,20 @@ class TrainedWeights:
                 average.lerp_(self.student[name].detach(), 1 - min(self.ema_decay, most))
 
     @torch.no_grad()
+    def start_from(self, values: dict[str, torch.Tensor]) -> None:
+        """Gives the student and its average these values; `frozen` stays what it is.
+
+        Raises:
+            `ValueError`: If a name is not among the selected parameters.
+        """
+        if others := [name for name in values if name not in self.student]:
+            raise ValueError(f"it changed {others[0]}, which the train method does not select")
+        for name, value in values.items():
+            for side in (self.student, self.ema or {}):
+                if name in side:
+                    side[name].copy_(value)
+
+    @torch.no_grad()
     def undo(self) -> None:
         """Gives the denoiser its frozen values back, for good: what was trained is lost."""
         for name, parameter in self.student.items():

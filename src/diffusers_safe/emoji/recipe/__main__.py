@@ -49,13 +49,13 @@ class RecipeArguments:
     )
     unet_steps: list[int] = option([5000], "Training steps of the UNet in each following round, with batch size 32.")
     unet_detail_steps: list[int] = option(
-        [6000], "The same in each last round, which has more samples with little noise."
+        [6000], "The same in each last round, with objects in the middle and more samples with little noise."
     )
     transformer_steps: list[int] = option(
         [4000], "Training steps of the transformer in each round, with batch size 32."
     )
     transformer_detail_steps: list[int] = option(
-        [10000], "The same in each last round, which has more samples with little noise."
+        [10000], "The same in each last round, with objects in the middle and more samples with little noise."
     )
     compile_unet: bool = option(
         False, "Compile the UNet: a fifth faster on a CPU, after five minutes of compilation. Needs a C++ compiler."
@@ -93,26 +93,31 @@ def main(args: RecipeArguments) -> None:
             judge.save_pretrained(Path(args.output_dir) / "judges" / name)
     if not {"autoencoder", "unet", "transformer", "assemble"} & set(args.stages):
         return
-    pictures, scenes = load_pictures(args.output_dir, args.num_pictures, args.seed)
+    pictures, scenes = load_pictures(args.output_dir, args.num_pictures, args.seed, varied=True)
     set_seed(args.seed)
     autoencoder = train(autoencoder_stage(pictures, args.autoencoder_steps, 1e-3)).autoencoder.eval()
     if not {"unet", "transformer", "assemble"} & set(args.stages):
         return
-    moments = encode_pictures(args.output_dir, autoencoder, pictures, args.seed)
+    moments = encode_pictures(args.output_dir, autoencoder, pictures, args.seed, varied=True)
     mean, deviation = latent_statistics(moments)
     scaling_factor, shift_factor = round(1 / deviation, 5), round(mean, 5)
+    centered, centered_scenes = load_pictures(args.output_dir, args.num_pictures, args.seed, varied=False)
+    centered_moments = encode_pictures(args.output_dir, autoencoder, centered, args.seed, varied=False)
+
+    def latents(shift_factor: float = 0.0) -> tuple[CaptionedLatents, CaptionedLatents]:
+        parts = ((moments, scenes), (centered_moments, centered_scenes))
+        return tuple(CaptionedLatents(*part, tokenizer, scaling_factor, shift_factor) for part in parts)
+
     identity = {"pictures": args.num_pictures, "autoencoder": fingerprint(autoencoder)}
     tokenizer = build_tokenizer()
     if {"unet", "assemble"} & set(args.stages):
         set_seed(args.seed)
-        data = CaptionedLatents(moments, scenes, tokenizer, scaling_factor)
-        unet = train(unet_stage(data, *args.unet_rounds, 1e-3, identity, args.compile_unet))
+        unet = train(unet_stage(*latents(), *args.unet_rounds, 1e-3, identity, args.compile_unet))
         if "assemble" in args.stages:
             assemble_diffusion(args.output_dir, autoencoder, unet, scaling_factor)
     if {"transformer", "assemble"} & set(args.stages):
         set_seed(args.seed)
-        data = CaptionedLatents(moments, scenes, tokenizer, scaling_factor, shift_factor)
-        transformer = train(transformer_stage(data, *args.transformer_rounds, 7e-4, identity))
+        transformer = train(transformer_stage(*latents(shift_factor), *args.transformer_rounds, 7e-4, identity))
         if "assemble" in args.stages:
             assemble_flow(args.output_dir, autoencoder, transformer, scaling_factor, shift_factor)
 

@@ -40,6 +40,7 @@ class UNetLoss(nn.Module):
 
 def unet_stage(
     data: CaptionedLatents,
+    centered: CaptionedLatents,
     coarse_rounds: list[int],
     rounds: list[int],
     detail_rounds: list[int],
@@ -49,13 +50,14 @@ def unet_stage(
 ) -> Stage:
     """The stage that trains the UNet: rounds on latents of half the size, then rounds on full latents.
 
-    Half of the timesteps are above 750, where the caption matters; in the rounds of details half are below 354.
+    Half of the timesteps are above 750, where the caption matters. In the rounds of details they are uniform, and the
+    objects are in the middle, nearly of the same size.
     """
 
     def make_batch(rng: np.random.Generator, size: int, details: bool = False) -> Batch:
         uniform = stratified(rng, size)
-        timesteps = 999.99 * (uniform**1.5 if details else 1 - uniform**2)
-        batch = data.sample(rng, size)
+        timesteps = 999.99 * (uniform if details else 1 - uniform**2)
+        batch = (centered if details else data).sample(rng, size)
         del batch["captions"]
         return {**batch, "timesteps": torch.from_numpy(timesteps.astype(np.int64))}
 
