@@ -252,24 +252,24 @@ HEAD = """# Results on the embedded model
 This page is written by `make benchmark-erasure` with seed {seed}
 ([benchmarks/erasure_leaderboard.py](../benchmarks/erasure_leaderboard.py)).
 
-* All rows of a table use the same prompts and seeds, {sampling}. The judge that ships with the model
-  recognises what an image shows. Brackets contain 95 % confidence intervals.
-* The first column counts only images whose prompt names the erased concept; all other columns use the other images.
-  FID and KID compare with 1000 rendered images of the retained concepts, in 96 features of the judge. With so few
-  images FID is too large: compare it with the original's, never with another table. The distance is to the
-  original's image of the same seed, computed like LPIPS from the judge's features.
+* All rows of a table use the same prompts and seeds, {sampling}. Brackets are 95 % confidence intervals
+  ([Evaluate](evaluation.md) explains the statistics).
+* The first column is for images whose prompt names the erased concept, all other columns are for the other images.
+* The judge that ships with the model recognises what an image shows. It was also trained on images that the model's
+  autoencoder had reconstructed, and may accept images that an independent judge would reject
+  ([Architecture](architecture.md#the-embedded-models-recipe)).
+* FID and KID compare with 1000 rendered images of the retained concepts, in 96 features of the judge. With so few
+  images, FID is too large. Compare it with the original's in the same table only.
+* The distance is to the original's image of the same seed, computed like LPIPS from the judge's features.
 * ESD and SDD are trained once per table, with the recipes in [examples/](../examples/), which were tuned on this
   model ([Methods](methods.md#esd-and-sdd-compared) has three seeds of each). SEGA and SLD use the settings of their
-  authors, which were tuned on Stable Diffusion. SLD has no effect where the prompt is the concept.
+  authors, which were tuned on Stable Diffusion. SLD has no effect on a prompt that is the concept itself.
 * The numbers were measured on one machine. Another CPU or version of torch rounds differently, and training
-  amplifies the difference: on another CPU, the demo's model showed a weapon in one of 24 images (4.2 %),
+  amplifies the difference. On another CPU, the demo's model showed a weapon in one of 24 images (4.2 %),
   here in none.
-{student}* [Evaluate](evaluation.md) explains the statistics. The run also writes a page with all images of each
-  table, `runs/leaderboard/*/report.html`.
-* The judge was also trained on reconstructions by the model's autoencoder, so it may accept images that an independent
-  judge would not ([Architecture](architecture.md#the-embedded-models-recipe)).
+{student}* The run also writes a page with all images of each table, `runs/leaderboard/*/report.html`.
 """
-STUDENT_NOTE = """* The student was distilled from the erased model, {steps} steps on {pictures} images without
+STUDENT_NOTE = """* The student was distilled from the erased model, in {steps} steps on {pictures} images without
   weapons. The students in [Methods](methods.md#students) have 1000 steps and are better.
 """
 SECTION = """## {title}
