@@ -72,7 +72,14 @@ def test_a_target_that_is_not_reached_is_reported(tiny_model_folder, tmp_path, c
 def test_with_a_target_a_run_does_not_grow(tiny_model_folder, tmp_path, capsys):
     train(tiny_model_folder, tmp_path, max_train_steps=3, target=0, learning_rate=1e-9, checkpointing_steps=2)
     with pytest.raises(SystemExit) as stopped:
-        train(tiny_model_folder, tmp_path, max_train_steps=5, target=0, learning_rate=1e-9, resume_from_checkpoint="latest")
+        train(
+            tiny_model_folder,
+            tmp_path,
+            max_train_steps=5,
+            target=0,
+            learning_rate=1e-9,
+            resume_from_checkpoint="latest",
+        )
     assert stopped.value.code == 2 and "max_train_steps" in capsys.readouterr().err
 
 

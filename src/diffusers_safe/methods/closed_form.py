@@ -175,12 +175,13 @@ def phrase(form: str, name: str) -> str:
     return form.format(x=name, a=with_article(name)) if name != NO_TEXT else NO_TEXT
 
 
-def vocabulary_prompts(run: Run, contexts: Sequence[str] = ("{x}",)) -> list[str]:
-    """The words of the vocabulary that the model knows, each in one of the contexts in turn, but those that name a
+def vocabulary_prompts(run: Run, contexts: Sequence[str] = ("{x}",), each: int = 1) -> list[str]:
+    """The words of the vocabulary that the model knows, each in `each` of the contexts in turn, but those that name a
     concept."""
     words = run.family.known_words([word for word in OBJECTS if not _names_any(word, run.concepts)])
     forms = run.family.known_forms(contexts)
-    prompts = [phrase(forms[i % len(forms)], word) for i, word in enumerate(words)]
+    places = range(min(each, len(forms)))
+    prompts = [phrase(forms[(i + place) % len(forms)], word) for i, word in enumerate(words) for place in places]
     return [prompt for prompt in prompts if not _names_any(prompt, run.concepts)]
 
 

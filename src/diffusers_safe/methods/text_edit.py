@@ -32,7 +32,7 @@ PHRASINGS = {
         "a painting by {x}", "a house in the style of {x}",
     ),
 }  # fmt: skip
-CONTEXTS = PHRASINGS["object"]  # of what is kept, one a word in turn
+CONTEXTS = PHRASINGS["object"]  # of what is kept, in turn: as many for each word as there are concepts
 MOST_ROUNDS = 60
 MOST_WEIGHT = 0.4  # of all concepts together against all that is kept
 NEGLIGIBLE = 1e-3  # singular values of a concept's tokens, of the largest
@@ -82,7 +82,7 @@ class TextEdit(ClosedForm):
         anchors = self._chosen_anchors(run)
         forms = run.family.known_forms(PHRASINGS[self.phrasings])
         phrased = {name: [phrase(form, name) for form in forms] for name in [*run.concepts, *anchors]}
-        kept = vocabulary_prompts(run, CONTEXTS)
+        kept = vocabulary_prompts(run, CONTEXTS, each=len(run.concepts))
         # What was erased before stays erased: the layers read it as they do now.
         retained = [*run.retained, *(phrase(form, name) for name in run.erased_before for form in forms)]
         encoded = EncodedPrompts(run, [*sum(phrased.values(), []), *kept, *retained])
