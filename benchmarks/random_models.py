@@ -2,7 +2,7 @@
 
 import multiprocessing
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from diffusers_safe.emoji.architecture import build_scheduler, build_tokenizer
+from diffusers_safe.emoji.architecture import WORDS, build_scheduler, build_tokenizer
 
 
 UNETS = {
@@ -26,23 +26,25 @@ UNETS = {
 TOKENS = 77
 
 
-def random_pipeline(size: str, latent_size: int = 64) -> StableDiffusionPipeline:
+def random_pipeline(
+    size: str, latent_size: int = 64, text_layers: int = 1, words: Sequence[str] = WORDS
+) -> StableDiffusionPipeline:
     """A pipeline with the UNet of SD 1.x (`"sd-1"`) or a tiny UNet of the same structure (`"tiny"`).
 
-    The text encoder has a single layer and the autoencoder is tiny, because erasure encodes prompts once and decodes
-    nothing.
+    The text encoder has a single layer unless more are asked for (CLIP-L has 12), and the autoencoder is tiny, because
+    erasure encodes prompts once and decodes nothing. `words` are those that the tokenizer knows.
     """
     unet = UNet2DConditionModel(sample_size=latent_size, **UNETS[size])
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(words)
     tokenizer.model_max_length = TOKENS
     width = unet.config.cross_attention_dim
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
-            intermediate_size=width,
-            num_hidden_layers=1,
-            num_attention_heads=2,
+            intermediate_size=4 * width if text_layers > 1 else width,
+            num_hidden_layers=text_layers,
+            num_attention_heads=max(2, width // 64),
             max_position_embeddings=TOKENS,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,

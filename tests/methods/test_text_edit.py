@@ -9,8 +9,8 @@ from diffusers import StableDiffusionPipeline
 from diffusers_safe import cli, erase
 from diffusers_safe.families import make_family
 from diffusers_safe.methods import text_edit
-from diffusers_safe.methods.closed_form import EncodedPrompts, vocabulary_prompts
-from diffusers_safe.methods.text_edit import CONTEXTS, PHRASINGS, Target, smallest_edit
+from diffusers_safe.methods.closed_form import EncodedPrompts, vocabulary_prompts, vocabulary_words
+from diffusers_safe.methods.text_edit import CONTEXTS, PHRASINGS, Target, TextEdit, smallest_edit, some_forms
 from diffusers_safe.methods.vocabulary import NO_ANCHORS, OBJECTS
 
 
@@ -137,9 +137,38 @@ def test_concepts_that_cannot_reach_the_tolerance_share_one_weight():
 
 def test_more_concepts_are_kept_apart_from_words_in_more_contexts(tiny_pipeline):
     run = SimpleNamespace(family=make_family(tiny_pipeline), concepts=["knife"])
-    alone, several = (vocabulary_prompts(run, CONTEXTS, each) for each in (1, 3))
+    alone, several = (vocabulary_prompts(run, None, CONTEXTS, each) for each in (1, 3))
     assert len(set(several)) == 3 * len(alone) and set(alone) < set(several)
-    assert len(vocabulary_prompts(run, CONTEXTS, each=99)) == len(FORMS) * len(alone)
+    assert len(vocabulary_prompts(run, None, CONTEXTS, each=99)) == len(FORMS) * len(alone)
+
+
+def test_of_a_large_vocabulary_near_words_and_a_broad_rest_are_kept(tiny_pipeline, monkeypatch):
+    family = make_family(tiny_pipeline)
+    monkeypatch.setattr(text_edit, "MOST_KEPT", 8)
+    run = SimpleNamespace(family=family, concepts=["knife"])
+    words = vocabulary_words(run)
+    kept = TextEdit()._kept_prompts(run)
+    named = [word for word in words if any(word in prompt.replace(",", "").split() for prompt in kept)]
+    assert len(kept) == 8 and len(named) == 8 and named[:4] != words[:4]
+    vectors = family.text_vectors(["knife", *words])
+    vectors = torch.nn.functional.normalize(vectors - vectors.mean(dim=0), dim=1)
+    nearest = vectors[1:] @ vectors[0]
+    assert words[nearest.argmax()] in named
+    assert len(TextEdit()._kept_prompts(SimpleNamespace(family=family, concepts=["knife", "gun", "cat", "dog"]))) in (
+        31,
+        32,
+    )
+
+
+def test_many_concepts_have_fewer_phrasings_the_first_always():
+    forms = list("abcdefgh")
+    assert (
+        some_forms(forms, 0, 1) == forms
+        and some_forms(forms, 3, 1)[0] == "a"
+        and set(some_forms(forms, 3, 1)) == set(forms)
+    )
+    assert some_forms(forms, 0, 100) == ["a", "b"] and some_forms(forms, 8, 100) == ["a", "c"]
+    assert some_forms(["a"], 5, 100) == ["a"]
 
 
 def test_the_anchor_is_the_nearest_known_word_and_is_printed(tiny_pipeline, caplog):

@@ -1,6 +1,7 @@
 """Architectures of the embedded models: Stable Diffusion 1.x and 3 with fewer channels and lower resolution."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 from diffusers import (
     AutoencoderKL,
@@ -33,19 +34,19 @@ LATENT_CHANNELS = 8
 LATENT_SIZE = 16
 
 
-def build_tokenizer() -> CLIPTokenizer:
-    """A byte-level BPE tokenizer with CLIP's rules. Each word of the captions is one token; other text is split into
-    smaller tokens, down to single bytes."""
+def build_tokenizer(words: Sequence[str] = WORDS) -> CLIPTokenizer:
+    """A byte-level BPE tokenizer with CLIP's rules. Each of the words, by default those of the captions, is one token;
+    other text is split into smaller tokens, down to single bytes."""
     byte_symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = ["<|startoftext|>", "<|endoftext|>"]
-    merges = learn_merges(WORDS)
+    merges = learn_merges(words)
 
     symbols = byte_symbols + [symbol + "</w>" for symbol in byte_symbols] + ["".join(pair) for pair in merges]
     vocab = {symbol: index for index, symbol in enumerate(dict.fromkeys(symbols + specials))}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
-def learn_merges(words: list[str]) -> list[tuple[str, str]]:
+def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     """Byte-pair encoding until every word is one symbol. Ties are broken alphabetically, because the trainer of
     `tokenizers` breaks them at random, and a model depends on its token ids."""
     spellings = [[*word[:-1], f"{word[-1]}</w>"] for word in words]

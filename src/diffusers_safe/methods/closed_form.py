@@ -175,12 +175,18 @@ def phrase(form: str, name: str) -> str:
     return form.format(x=name, a=with_article(name)) if name != NO_TEXT else NO_TEXT
 
 
-def vocabulary_prompts(run: Run, contexts: Sequence[str] = ("{x}",), each: int = 1) -> list[str]:
-    """The words of the vocabulary that the model knows, each in `each` of the contexts in turn, but those that name a
+def vocabulary_words(run: Run) -> list[str]:
+    """The words of the vocabulary that the model knows, but those that name a concept."""
+    return run.family.known_words([word for word in OBJECTS if not _names_any(word, run.concepts)])
+
+
+def vocabulary_prompts(
+    run: Run, words: Sequence[str] | None = None, contexts: Sequence[str] = ("{x}",), each: int = 1
+) -> list[str]:
+    """Each word, by default those of [`vocabulary_words`], in `each` of the contexts in turn, but what names a
     concept."""
-    words = run.family.known_words([word for word in OBJECTS if not _names_any(word, run.concepts)])
     forms = run.family.known_forms(contexts)
-    places = range(min(each, len(forms)))
+    places, words = range(min(each, len(forms))), vocabulary_words(run) if words is None else words
     prompts = [phrase(forms[(i + place) % len(forms)], word) for i, word in enumerate(words) for place in places]
     return [prompt for prompt in prompts if not _names_any(prompt, run.concepts)]
 

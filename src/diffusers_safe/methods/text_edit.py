@@ -1,5 +1,6 @@
 """A closed form of this package: the smallest edit that makes a concept read as its anchor in every phrasing."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from .closed_form import (
     gram_matrix,
     phrase,
     vocabulary_prompts,
+    vocabulary_words,
 )
 from .method import Run, register_method
 from .vocabulary import NO_ANCHORS, OBJECTS, STYLES
@@ -33,6 +35,10 @@ PHRASINGS = {
     ),
 }  # fmt: skip
 CONTEXTS = PHRASINGS["object"]  # of what is kept, in turn: as many for each word as there are concepts
+# Prompts to encode, which takes most of the time with text encoders of usual size.
+MOST_WORDS = 128
+MOST_KEPT = 64  # for each of up to four concepts
+MOST_PHRASED = 384  # of concepts and anchors; at least two of each
 MOST_ROUNDS = 60
 MOST_WEIGHT = 0.4  # of all concepts together against all that is kept
 NEGLIGIBLE = 1e-3  # singular values of a concept's tokens, of the largest
@@ -81,19 +87,20 @@ class TextEdit(ClosedForm):
     def erase(self, run: Run) -> None:
         anchors = self._chosen_anchors(run)
         forms = run.family.known_forms(PHRASINGS[self.phrasings])
-        phrased = {name: [phrase(form, name) for form in forms] for name in [*run.concepts, *anchors]}
-        kept = vocabulary_prompts(run, CONTEXTS, each=len(run.concepts))
+        phrased = [
+            tuple([phrase(form, name) for form in some_forms(forms, place, len(run.concepts))] for name in pair)
+            for place, pair in enumerate(zip(run.concepts, anchors))
+        ]
+        kept = self._kept_prompts(run)
         # What was erased before stays erased: the layers read it as they do now.
         retained = [*run.retained, *(phrase(form, name) for name in run.erased_before for form in forms)]
-        encoded = EncodedPrompts(run, [*sum(phrased.values(), []), *kept, *retained])
-        plain = [phrased[name][0] for name in (*run.concepts, *anchors)]
-        count = len(run.concepts)
-        check_distinct(encoded.last(plain[:count]), encoded.last(plain[count:]), run.concepts, anchors)
+        encoded = EncodedPrompts(
+            run, [*(text for pair in phrased for side in pair for text in side), *kept, *retained]
+        )
+        plain = ([pair[side][0] for pair in phrased] for side in (0, 1))
+        check_distinct(*map(encoded.last, plain), run.concepts, anchors)
         gram = gram_matrix(run)
-        targets = [
-            Target.of(*encoded.aligned(phrased[concept], phrased[anchor]), gram)
-            for concept, anchor in zip(run.concepts, anchors)
-        ]
+        targets = [Target.of(*encoded.aligned(*pair), gram) for pair in phrased]
         moment = self._kept_moment(run, encoded, kept, retained)
         change, left = smallest_edit(targets, moment, gram, self.tolerance)
         much = [
@@ -118,14 +125,22 @@ class TextEdit(ClosedForm):
         candidates = run.family.known_words([word for word in words if not _are_related(word, gone)])
         if not candidates:
             raise ValueError("anchor_prompts: the model knows no word of the vocabulary; give an anchor")
-        vectors = run.family.text_vectors([*run.concepts, *candidates])
-        vectors = torch.nn.functional.normalize(vectors - vectors.mean(dim=0), dim=1)
-        count = len(run.concepts)
-        nearest = (vectors[:count] @ vectors[count:].T).argmax(dim=1).tolist()
+        nearest = _similarity(run, run.concepts, candidates).argmax(dim=1).tolist()
         chosen = [candidates[i] for i in nearest]
         for concept, anchor in zip(run.concepts, chosen):
             note("'%s' becomes '%s' (--anchor_prompts chooses another)", concept, anchor)
         return chosen
+
+    def _kept_prompts(self, run: Run) -> list[str]:
+        """Words of the vocabulary in varying contexts: all that the model knows or, of too many, those nearest to the
+        concepts and as many of all others."""
+        words, count = vocabulary_words(run), len(run.concepts)
+        most = MOST_KEPT * min(count, 4)
+        if len(words) > (limit := min(MOST_WORDS, most)):
+            near = _similarity(run, run.concepts, words).amax(dim=0).argsort(descending=True)[: limit // 2].tolist()
+            rest = [place for place in range(len(words)) if place not in set(near)]
+            words = [words[i] for i in sorted([*near, *rest[:: -(-len(rest) // (limit - len(near)))]])]
+        return vocabulary_prompts(run, words, CONTEXTS, each=min(count, most // max(len(words), 1)))
 
     def _kept_moment(self, run: Run, encoded: EncodedPrompts, kept: list[str], retained: list[str]) -> torch.Tensor:
         """The mean of k k^T over what is kept, `(d, d)`; half of it the retained prompts, if there are any."""
@@ -133,6 +148,21 @@ class TextEdit(ClosedForm):
         nothing = run.family.token_states([""]).cpu().double().flatten(0, 1)
         share = self.unconditional_weight
         return (1 - share) * sum(_moment(part) for part in parts) / max(len(parts), 1) + share * _moment(nothing)
+
+
+def some_forms(forms: Sequence[str], place: int, count: int) -> list[str]:
+    """The phrasings of one of `count` concepts, the first of `forms` and others in turn, so that all concepts have at
+    most `MOST_PHRASED` with their anchors."""
+    number = min(len(forms), max(2, MOST_PHRASED // (2 * count)))
+    others = forms[1:]
+    return [forms[0], *(others[(place * (number - 1) + i) % len(others)] for i in range(number - 1))]
+
+
+def _similarity(run: Run, concepts: list[str], words: list[str]) -> torch.Tensor:
+    """How near concepts and words are in the text encoder, `(len(concepts), len(words))`."""
+    vectors = run.family.text_vectors([*concepts, *words])
+    vectors = torch.nn.functional.normalize(vectors - vectors.mean(dim=0), dim=1)
+    return vectors[: len(concepts)] @ vectors[len(concepts) :].T
 
 
 def _are_related(word: str, concepts: list[str]) -> bool:
@@ -191,18 +221,16 @@ def smallest_edit(
     """
     width = len(kept)
     base = kept + 1e-6 * kept.trace() / width * torch.eye(width, dtype=kept.dtype)
-    moments = [target.states.T @ target.states for target in targets]
-    mixed = [target.states.T @ target.differences for target in targets]
+    states, differences = map(torch.cat, list(zip(*targets))[:2])
+    rows = [len(target.states) for target in targets]
     most = MOST_WEIGHT / len(targets)
     weights = torch.full((len(targets),), most / 4, dtype=kept.dtype)
     for _ in range(MOST_ROUNDS):
-        system = base + sum(weight * moment for weight, moment in zip(weights, moments))
-        right = sum(weight * one for weight, one in zip(weights, mixed))
-        change = torch.linalg.solve(system, right).T
-        left = torch.tensor(
-            [(_size(one.states @ change.T - one.differences, gram) / one.size) ** 0.5 for one in targets],
-            dtype=kept.dtype,
-        )
+        weighted = torch.repeat_interleave(weights, torch.tensor(rows))[:, None] * states
+        change = torch.linalg.solve(base + weighted.T @ states, weighted.T @ differences).T
+        remaining = (states @ change.T - differences).split(rows)
+        sizes = [_size(one, gram) / target.size for one, target in zip(remaining, targets)]
+        left = torch.tensor(sizes, dtype=kept.dtype).sqrt()
         reached = (left - tolerance).abs() <= 0.02 * tolerance
         if (reached | ((left > tolerance) & (weights == most))).all():
             break
