@@ -51,6 +51,7 @@ class SafeLatentDiffusionMixin:
         if config.is_off:
             _warn(f"Safe Latent Diffusion is off: sld_guidance_scale {config.sld_guidance_scale} is not above 1")
             return call(**arguments), None
+        self._check_call(arguments)
 
         if safety_prompt_embeds is not None:
             conditions = self._name_conditions(safety_prompt_embeds, safety_pooled_prompt_embeds)
@@ -77,6 +78,29 @@ class SafeLatentDiffusionMixin:
             reason = "classifier-free guidance was off (see guidance_scale)"
         _warn(f"Safe Latent Diffusion changed nothing: {reason}")
         return output, None
+
+    def _check_call(self, arguments: dict[str, Any]) -> None:
+        """
+        Raises:
+            `ValueError`: If a call would fail inside diffusers: without VAE, or in two dtypes.
+        """
+        if getattr(self, "vae", True) is None and arguments.get("output_type") != "latent":
+            raise ValueError(f"{type(self).__name__} has no vae: pass output_type='latent', or give it one")
+        family, denoiser = self._denoiser_family, _real(getattr(self, self._denoiser_family.denoiser_name))
+        encoders = {name: getattr(self, name, None) for name in family.text_encoders}
+        name = next((name for name in reversed(encoders) if encoders[name] is not None), None)
+        if (
+            name is None
+            or denoiser is None
+            or "prompt_embeds" in arguments
+            or torch.is_autocast_enabled(self.device.type)
+        ):
+            return
+        if encoders[name].dtype != denoiser.dtype and not hasattr(denoiser, "hf_quantizer"):
+            raise ValueError(
+                f"{type(self).__name__}: {family.denoiser_name} is in {denoiser.dtype}, {name} in"
+                f" {encoders[name].dtype}: move the whole pipeline to one dtype, or call it under torch.autocast"
+            )
 
     @contextmanager
     def _steered(self, conditions: dict[str, torch.Tensor], config: SafetyConfig) -> Iterator[SafeDenoiser]:
@@ -186,8 +210,8 @@ def enable_safe_latent_diffusion(
         [`~diffusers.DiffusionPipeline`]: The same object.
 
     Raises:
-        `ValueError`: If the pipeline is no such pipeline, or steers already, or the concept is blank. One that turns
-            out not to batch raises it when it is called.
+        `ValueError`: If the pipeline is no such pipeline, has no scheduler or tokenizer, or steers already, or the
+            concept is blank. One that turns out not to batch, or to be in two dtypes, raises it when it is called.
     """
     stock = type(pipeline)
     if isinstance(pipeline, SafeLatentDiffusionMixin):
@@ -204,10 +228,19 @@ def enable_safe_latent_diffusion(
         )
     if why := next((_REFUSED[base.__name__] for base in stock.__mro__ if base.__name__ in _REFUSED), None):
         raise ValueError(f"{stock.__name__}: Safe Latent Diffusion does not support it: {why}")
+    _check_parts(pipeline)
     config = SafetyConfig.named(config) if isinstance(config, str) else SafetyConfig(**config)
     pipeline._safety = config, check_concept(safety_concept)
     pipeline.__class__ = _steered_class(stock)
     return pipeline
+
+
+def _check_parts(pipeline: DiffusionPipeline) -> None:
+    family = family_around(pipeline)
+    pairs = zip(family.tokenizers, family.text_encoders)
+    needed = [name for name, encoder in pairs if getattr(pipeline, encoder, None) is not None]
+    if lacks := [name for name in ("scheduler", *needed) if getattr(pipeline, name, None) is None]:
+        raise ValueError(f"{type(pipeline).__name__} has no {' and no '.join(lacks)}: give it one before its calls")
 
 
 def disable_safe_latent_diffusion(pipeline: DiffusionPipeline) -> DiffusionPipeline:
