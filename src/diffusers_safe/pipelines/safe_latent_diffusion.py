@@ -27,6 +27,7 @@ _REFUSED = {
     "LatentConsistencyModelImg2ImgPipeline": _NO_GUIDANCE,
     "LEditsPPPipelineStableDiffusionXL": "its guidance is that of edits, not of a prompt",
 }
+_TEXT_PARTS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
 class SafeLatentDiffusionMixin:
@@ -86,20 +87,15 @@ class SafeLatentDiffusionMixin:
         """
         if getattr(self, "vae", True) is None and arguments.get("output_type") != "latent":
             raise ValueError(f"{type(self).__name__} has no vae: pass output_type='latent', or give it one")
-        family, denoiser = self._denoiser_family, _real(getattr(self, self._denoiser_family.denoiser_name))
-        encoders = {name: getattr(self, name, None) for name in family.text_encoders}
-        name = next((name for name in reversed(encoders) if encoders[name] is not None), None)
-        if (
-            name is None
-            or denoiser is None
-            or "prompt_embeds" in arguments
-            or torch.is_autocast_enabled(self.device.type)
-        ):
+        name, encoders = self._denoiser_family.denoiser_name, _text_encoders(self)
+        if not encoders or "prompt_embeds" in arguments or torch.is_autocast_enabled(self.device.type):
             return
-        if encoders[name].dtype != denoiser.dtype and not hasattr(denoiser, "hf_quantizer"):
+        denoiser, encoder = _real(getattr(self, name)), encoders[-1]  # whose dtype the embeddings have
+        theirs = getattr(self, encoder).dtype
+        if denoiser is not None and theirs != denoiser.dtype and not hasattr(denoiser, "hf_quantizer"):
             raise ValueError(
-                f"{type(self).__name__}: {family.denoiser_name} is in {denoiser.dtype}, {name} in"
-                f" {encoders[name].dtype}: move the whole pipeline to one dtype, or call it under torch.autocast"
+                f"{type(self).__name__}: {name} is in {denoiser.dtype}, {encoder} in {theirs}: move the whole pipeline"
+                " to one dtype, or call it under torch.autocast"
             )
 
     @contextmanager
@@ -133,7 +129,7 @@ class SafeLatentDiffusionMixin:
 
     @property
     def _has_text_encoder(self) -> bool:
-        return any(getattr(self, name, None) is not None for name in ("text_encoder", "text_encoder_2"))
+        return bool(_text_encoders(self))
 
     def _concept_conditions(self, concept: str, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The denoiser's conditions for a concept, encoded as the call encodes its prompt."""
@@ -236,9 +232,7 @@ def enable_safe_latent_diffusion(
 
 
 def _check_parts(pipeline: DiffusionPipeline) -> None:
-    family = family_around(pipeline)
-    pairs = zip(family.tokenizers, family.text_encoders)
-    needed = [name for name, encoder in pairs if getattr(pipeline, encoder, None) is not None]
+    needed = [_TEXT_PARTS[name] for name in _text_encoders(pipeline)]
     if lacks := [name for name in ("scheduler", *needed) if getattr(pipeline, name, None) is None]:
         raise ValueError(f"{type(pipeline).__name__} has no {' and no '.join(lacks)}: give it one before its calls")
 
@@ -354,6 +348,10 @@ def _readable_picture(argument: str, value: Any) -> Any:
     if not isinstance(value, Image.Image):
         return value
     return to_8_bits(value) if "mask" in argument else to_rgb(value)
+
+
+def _text_encoders(pipeline: DiffusionPipeline) -> list[str]:
+    return [name for name in _TEXT_PARTS if getattr(pipeline, name, None) is not None]
 
 
 def _real(component: Any) -> Any:
