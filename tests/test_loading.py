@@ -348,8 +348,21 @@ def test_a_single_file_says_how_to_convert_it(tmp_path, capsys):
     with pytest.raises(ModelError, match="StableDiffusionXLPipeline as P"):
         check_files(file, "model")
         load_pipeline(file, "model")
-    save_file({"unet.x.lora_A.weight": torch.zeros(1)}, file)
-    with pytest.raises(ModelError, match="a LoRA, and no model"):
+    torch.save({"state_dict": {"model.diffusion_model.x": torch.zeros(1)}}, tmp_path / "old.ckpt")
+    with pytest.raises(ModelError, match="StableDiffusionPipeline as P"):
+        load_pipeline(tmp_path / "old.ckpt", "model")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pt"])
+@pytest.mark.parametrize("name, match", [
+    ("unet.x.lora_A.weight", "a LoRA, and no model; .*, and the LoRA as --lora"),
+    ("down_blocks.0.x.weight", "weights of a denoiser, and no model; .*diffusers-safe export makes one"),
+    ("x.weight", "weights of an unknown kind, and no model; "),
+])  # fmt: skip
+def test_a_single_file_that_is_no_model_says_what_it_is(tmp_path, suffix, name, match):
+    file = tmp_path / f"file{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)({name: torch.zeros(1)}, file)
+    with pytest.raises(ModelError, match=match):
         load_pipeline(file, "model")
 
 

@@ -94,6 +94,8 @@ def test_records_and_files_name_folders_by_their_absolute_path(tmp_path, monkeyp
         (json.dumps({**asdict(Provenance("b", None, ["a"], "sdd", "x", {})), "concepts": "a"}), "concepts is a str"),
         (json.dumps({**asdict(Provenance("b", None, ["a"], "sdd", "x", {})), "arguments": []}), "arguments is a list"),
         (json.dumps({**asdict(Provenance("b", None, [7], "sdd", "x", {}))}), "concepts has a int"),
+        (json.dumps({**asdict(Provenance("", None, ["a"], "sdd", "x", {}))}), "base_model is empty"),
+        (json.dumps({**asdict(Provenance(" ", None, ["a"], "sdd", "x", {}))}), "base_model is empty"),
         (json.dumps({**asdict(Provenance("b", None, ["a"], "sdd", "x", {}, None, {"a": []}))}), "versions has a list"),
     ],
 )

@@ -28,6 +28,11 @@ _WEIGHTS = re.compile(
     r"\.(safetensors|bin)"
 )
 _SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+# What to do with a file that is no model, by the end of `describe_weights`.
+_INSTEAD = {
+    "LoRA": ", and the LoRA as --lora",
+    "denoiser": ": diffusers-safe export makes one of erased weights and their --base_model",
+}
 _JSON_TYPES = {list: "list", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
 
 
@@ -249,13 +254,17 @@ def single_file(name_or_path: str | Path) -> Path | None:
 
 def how_to_convert(file: Path) -> str:
     """What to do with a single file of weights where a folder is needed."""
-    names = []
     if file.suffix == ".safetensors":
         with naming(str(file)), safe_open(file, framework="pt") as header:
             names = list(header.keys())
+    else:
+        held = load_pickle(file, "meta", mmap=is_zipfile(file))
+        held = held.get("state_dict", held) if isinstance(held, dict) else {}
+        names = [name for name in held if isinstance(name, str)] if isinstance(held, dict) else []
     what = describe_weights(names)
-    if names and not what.startswith("a checkpoint"):
-        return f"{what}, and no model; a folder of a diffusers pipeline is needed"
+    if not what.startswith("a checkpoint"):
+        hint = next((hint for kind, hint in _INSTEAD.items() if what.endswith(kind)), "")
+        return f"{what}, and no model; a folder of a diffusers pipeline is needed{hint}"
     is_xl = any(name.startswith("conditioner.embedders.1.") for name in names)
     kind = "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"
     folder = file.with_suffix("")

@@ -91,7 +91,9 @@ class _Record:
             for entry in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
                 if not isinstance(entry, (int, float) if inner is float else inner):
                     raise ModelError(f"{path}: not a valid record ({item.name} has a {type(entry).__name__})")
-        setattr(record, cls._base_field, located(getattr(record, cls._base_field), folder, record.arguments))
+        if not (base := getattr(record, cls._base_field)).strip():
+            raise ModelError(f"{path}: not a valid record ({cls._base_field} is empty)")
+        setattr(record, cls._base_field, located(base, folder, record.arguments))
         return record
 
 

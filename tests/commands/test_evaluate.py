@@ -157,7 +157,8 @@ def test_a_broken_image_is_one_line_and_what_is_there_stays(tiny_model_folder, t
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         evaluate(tmp_path, *models, *PROMPTS, *QUICK, "--images_only")
-    assert str(stop.value).startswith(f"error: b: {png} cannot be read as an image") and "\n" not in str(stop.value)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith(f"error: b: {png} cannot be read as an image")
     assert (tmp_path / "results.json").read_bytes() == results
 
 

@@ -408,9 +408,9 @@ def test_broken_folders_are_told_before_anything_is_generated(tmp_path, damage, 
     rows = rows_of(3, 1)
     theirs = save_pngs(tmp_path / "theirs", rows)
     damage(theirs)
-    with pytest.raises(ValueError, match=f"theirs: .*{message}"):
+    with pytest.raises(ValueError, match=f"theirs: .*{message}") as error:
         evaluate([Unloadable("original"), ImageFolder("theirs", theirs)], rows, [Bright(0)], tmp_path / "out", QUICK)
-    assert not (tmp_path / "out").exists()
+    assert error.value.exit_code == 2 and not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_cannot_hold_scores_is_told_first(tmp_path, monkeypatch):

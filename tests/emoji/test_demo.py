@@ -77,8 +77,18 @@ def test_the_training_is_stopped_with_the_demo():
     code = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); time.sleep(60)"
     timer = threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
-    assert demo._run([sys.executable, "-c", code]) in (7, -signal.SIGTERM)
+    assert demo._run([sys.executable, "-c", code]) in (7, 128 + signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_the_training_does_not_outlive_a_ctrl_c(tmp_path):
+    """Of the demo alone: in a terminal, both get it."""
+    code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        demo._run([sys.executable, "-c", code])
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_safe import erase
+from diffusers_safe import ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline, erase
 from diffusers_safe.erasure.job import make_options
 from diffusers_safe.erasure.plan import make_plan
 from diffusers_safe.families import TextEncoders, make_family
@@ -154,3 +154,11 @@ def test_export_says_that_there_is_no_other_format(erased, tmp_path):
     with pytest.raises(ValueError, match="text encoders were erased"):
         export(str(erased), str(tmp_path / "lora"), "lora")
     assert json.loads((erased / "erasure.json").read_text())["train_method"] == "text-encoders"
+
+
+def test_an_erased_pipeline_does_not_give_the_base_models_text_encoders_back(erased):
+    kind = ErasedStableDiffusionXLPipeline if (erased / "text_encoder_2").is_dir() else ErasedStableDiffusionPipeline
+    pipeline = kind.from_pretrained(str(erased))
+    with pytest.raises(ValueError, match="the text encoders were erased, not the denoiser; load .* instead"):
+        with pipeline.erasure_disabled():
+            pass

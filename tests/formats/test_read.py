@@ -365,6 +365,8 @@ def test_an_old_lora_of_diffusers(tiny_pipeline, tmp_path):
             {"unet.x.lora_A.weight": (2, 8), "unet.x.lora_magnitude_vector": (8,)},
             "DoRA or another relative of LoRA.: only plain LoRAs can be read",
         ),
+        ({"unet.x.lora_up.weight": (8, 2), "unet.x.alpha": (2,)}, r"unet.x.alpha: has shape \(2,\); one number"),
+        ({"unet.x.lora_up.weight": (8, 2), "unet.y.alpha": ()}, "unet.y.alpha: has no matrices"),
     ],
 )
 def test_what_is_no_lora_of_a_unet_is_refused(tiny_pipeline, tmp_path, tensors, match):
@@ -414,6 +416,24 @@ def test_a_lora_is_read_by_the_names_of_each_program(tiny_pipeline, tmp_path, na
     assert values.keys() == erased.keys()
     for name, value in values.items():
         torch.testing.assert_close(value - own[name], scale * (erased[name] - own[name]), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config, match", [
+    ({"lora_alpha": "8"}, "lora_alpha '8': must be a number"),
+    ({"lora_alpha": None}, "lora_alpha 'None': must be a number"),
+    ({"alpha_pattern": ["x"]}, "alpha_pattern .'x'.: must be an object"),
+    ({"alpha_pattern": {"x": True}}, "x 'True': must be a number"),
+])  # fmt: skip
+@pytest.mark.parametrize("where", ["adapter_config.json", "metadata"])
+def test_an_alpha_that_is_no_number_is_named(tiny_pipeline, tmp_path, config, match, where):
+    prefix = "unet." if where == "metadata" else "base_model.model."
+    layer = f"{prefix}down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora_"
+    tensors = {f"{layer}A.weight": torch.ones(2, 32), f"{layer}B.weight": torch.ones(8, 2)}
+    prefixed = {f"unet.{name}": value for name, value in config.items()}
+    metadata = {"lora_adapter_metadata": json.dumps(prefixed)} if where == "metadata" else None
+    save_file(tensors, tmp_path / "lora.safetensors", metadata)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    refused(tmp_path / "lora.safetensors", tiny_pipeline.unet, f"{where}: {match}|{where} *.*{match}")
 
 
 def test_a_lora_that_also_changes_the_text_encoder_is_no_erasure(tiny_pipeline, tmp_path):

@@ -103,6 +103,24 @@ def test_a_lora_by_other_names_is_the_same(tiny_model_folder, lora, tmp_path, pr
         torch.testing.assert_close(own, weight, rtol=1e-5, atol=1e-7)
 
 
+def test_alphas_of_kohya_that_differ_between_layers_count(tiny_model_folder, make_tiny_pipeline, tmp_path):
+    """diffusers finds the alphas of attention layers only where most layers have the same."""
+    unet, tensors, expected = make_tiny_pipeline().unet, {}, {}
+    layers = [name for name, _ in unet.named_modules() if name.endswith(("attn2.to_k", "attn1.to_out.0", "conv1"))]
+    for place, name in enumerate(layers):
+        weight = unet.get_submodule(name).weight
+        down, up = torch.randn(2, *weight.shape[1:]), torch.randn(len(weight), 2, *(1 for _ in weight.shape[2:]))
+        kohya, alpha = f"lora_unet_{name.replace('.', '_')}", place + 1.0
+        tensors |= {f"{kohya}.lora_down.weight": down, f"{kohya}.lora_up.weight": up}
+        tensors[f"{kohya}.alpha"] = torch.tensor(alpha)
+        expected[name] = weight + alpha / 2 * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    model = SteeredModel("lora", tiny_model_folder, lora=str(tmp_path / "kohya.safetensors"))
+    fused = model.load(SETTINGS)[0].unet
+    for name, weight in expected.items():
+        torch.testing.assert_close(fused.get_submodule(name).weight, weight, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage " * 99, "folder", "loop", "embedding"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pt"])
 def test_a_garbage_lora_is_found_before_weights_are_read(tiny_model_folder, tmp_path, content, suffix):

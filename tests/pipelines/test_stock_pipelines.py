@@ -130,6 +130,7 @@ def test_each_pipeline_of_diffusers_steers_or_is_refused_by_name(tiny_pipeline):
     for name, kind, keeps_it in around_a_unet():
         pipeline = object.__new__(kind)
         pipeline.__dict__["unet"] = tiny_pipeline.unet if keeps_it else object()  # AnimateDiff makes another of it
+        pipeline.__dict__["scheduler"] = tiny_pipeline.scheduler
         try:
             enable_safe_latent_diffusion(pipeline)
         except ValueError as error:
@@ -204,3 +205,33 @@ def test_from_pipe_of_a_safe_pipeline_warns_only_for_stock_classes(tiny_pipeline
     assert not [warning for warning in recwarn if "from_pipe" in str(warning.message)]
     with pytest.warns(UserWarning, match="StableDiffusionPipelineSafe is not passed on by StableDiffusionPipeline.fr"):
         StableDiffusionPipeline.from_pipe(safe)
+
+
+@pytest.mark.parametrize("part", ["scheduler", "tokenizer", "tokenizer_2"])
+def test_a_pipeline_without_a_part_that_each_call_needs_is_refused_at_once(tiny_pipeline, make_tiny_xl_pipeline, part):
+    pipeline = make_tiny_xl_pipeline() if part == "tokenizer_2" else tiny_pipeline
+    pipeline.register_modules(**{part: None})
+    with pytest.raises(ValueError, match=f"has no {part}: give it one"):
+        enable_safe_latent_diffusion(pipeline)
+
+
+def test_without_a_vae_there_are_latents_only(tiny_pipeline):
+    tiny_pipeline.register_modules(vae=None)
+    enable_safe_latent_diffusion(tiny_pipeline, config="max")
+    with pytest.raises(ValueError, match="has no vae: pass output_type='latent'"):
+        tiny_pipeline("a knife", num_inference_steps=2)
+    assert tiny_pipeline("a knife", num_inference_steps=2, output_type="latent").applied_safety_concept
+
+
+@pytest.mark.parametrize("component, named", [("unet", "unet is in torch.bfloat16, text_encoder in torch.float32"),
+                                              ("text_encoder", "text_encoder in torch.bfloat16")])  # fmt: skip
+def test_a_pipeline_in_two_dtypes_is_refused_before_it_samples_unless_autocast_joins_them(
+    tiny_pipeline, component, named
+):
+    getattr(tiny_pipeline, component).to(torch.bfloat16)
+    enable_safe_latent_diffusion(tiny_pipeline, config="max")
+    with pytest.raises(ValueError, match=named):
+        tiny_pipeline("a knife", num_inference_steps=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = tiny_pipeline("a knife", num_inference_steps=2, output_type="latent")
+    assert output.applied_safety_concept

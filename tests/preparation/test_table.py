@@ -148,6 +148,7 @@ def test_deeply_nested_json_is_refused(tmp_path, capsys, name, between):
         ("table.csv", b"url,text\na,caf\xe9\n", "'utf-8' codec can't decode"),
         ("table.csv", b"\0" * 99, "All the data files must have the same columns"),
         ("table.tsv", b"url\ttext\n", "must be a folder or a file that ends in .parquet, .csv, .jsonl, .json"),
+        ("t.csv", b"URL,TEXT\n", "t.csv: has no rows"),
     ],
 )
 def test_broken_tables_are_refused_in_one_line(tmp_path, capfd, name, content, message):

@@ -157,10 +157,16 @@ def run(args: DemoArguments) -> None:
 
 
 def _run(command: list[str]) -> int:
-    """Runs a program and returns its exit code. The program is terminated if this process is."""
+    """Runs a program and returns its exit code, as shells count it. The program is terminated if this process is, and
+    does not outlive a Ctrl-C."""
     with subprocess.Popen(command) as child:
         before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         try:
-            return child.wait()
+            code = child.wait()
+            return code if code >= 0 else 128 - code
+        except KeyboardInterrupt:
+            child.terminate()
+            child.wait()
+            raise
         finally:
             signal.signal(signal.SIGTERM, before)

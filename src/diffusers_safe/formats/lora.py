@@ -4,6 +4,7 @@ A LoRA adds `scale * B @ A` to the weight of a linear or convolution layer (of a
 matrix, `(out, in * height * width)`), and, where it has one, `scale * b` to its bias.
 """
 
+import functools
 import json
 import logging
 import re
@@ -26,6 +27,7 @@ _TEXT_ROOTS = ("text_model.", "encoder.layers.")
 _RELATIVES = ("hada_", "lokr_", "oft_", "dora_scale", "lora_mid", "lora_magnitude_vector")
 _LAYERS = (nn.Linear, nn.Conv2d)  # that a LoRA can change
 _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<which>A\.weight|B\.weight|B\.bias)")
+_UP = re.compile(r"(?P<layer>.+?)(\.lora_up|\.lora_B|[._]lora\.up)\.weight")
 
 
 def is_lora(names: list[str]) -> bool:
@@ -33,8 +35,9 @@ def is_lora(names: list[str]) -> bool:
 
 
 def plain_names(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a LoRA by names that diffusers reads: peft's own files name neither the component nor the scale,
-    which is in an `adapter_config.json` in their folder and becomes part of the tensors.
+    """The tensors of a LoRA by names that diffusers reads, with the scales of kohya-ss (alphas) and of peft as part of
+    them: diffusers loses alphas that differ between layers, and peft's own files name neither the component nor the
+    scale, which is in an `adapter_config.json` in their folder.
 
     Raises:
         `ValueError`: If it is a relative of LoRA that changes weights in another way.
@@ -49,14 +52,15 @@ def plain_names(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, tor
         elif plain.startswith(_TEXT_ROOTS):
             plain = f"text_encoder.{plain}"
         renamed[plain] = value
+    renamed = _without_alphas(renamed)
     if not any(name.startswith(_PEFT) for name in tensors):
         return renamed
     path = folder / "adapter_config.json"
     if not path.is_file():
-        logger.warning("no %s next to the LoRA: its alpha is not known, and is taken for its rank", path.name)
+        _warn_of_no_config(path)
         return renamed
     config = read_json_object(path)
-    _check_plain(config, str(path))
+    _check_config(config, str(path))
     ranks = {name: value.shape[0] for name, value in renamed.items() if ".lora_A." in name}
     for name, rank in ranks.items():
         layer = _without_component(name).partition(".lora_A.")[0]
@@ -64,6 +68,24 @@ def plain_names(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, tor
         if other in renamed:
             renamed[other] = renamed[other] * (_alpha(config, layer, rank) / rank)
     return renamed
+
+
+@functools.cache  # a file is read several times
+def _warn_of_no_config(path: Path) -> None:
+    logger.warning("no %s next to the LoRA: its alpha is not known, and is taken for its rank", path.name)
+
+
+def _without_alphas(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    alphas = {name.removesuffix(".alpha"): value for name, value in tensors.items() if name.endswith(".alpha")}
+    if odd := [layer for layer, alpha in alphas.items() if alpha.numel() != 1]:
+        raise ValueError(f"{odd[0]}.alpha: has shape {tuple(alphas[odd[0]].shape)}; one number is needed")
+    kept = {name: value for name, value in tensors.items() if not name.endswith(".alpha")}
+    for name, value in kept.items():
+        if (match := _UP.fullmatch(name)) and match["layer"] in alphas and value.ndim > 1:
+            kept[name] = value * (alphas.pop(match["layer"]).item() / value.shape[1])
+    if alphas:
+        raise ValueError(f"{next(iter(alphas))}.alpha: has no matrices")
+    return kept
 
 
 def by_module_names(differences: dict[str, torch.Tensor], denoiser: nn.Module) -> dict[str, torch.Tensor]:
@@ -97,8 +119,7 @@ def read_differences(
                 "read is the denoiser's alone (generate and evaluate take the whole LoRA, as --lora)"
             )
     tensors = {name.removeprefix(f"{family.denoiser_name}."): value.float() for name, value in tensors.items()}
-    alphas = {name.removesuffix(".alpha"): value.item() for name, value in tensors.items() if name.endswith(".alpha")}
-    tensors = {_factor_name(name, family): value for name, value in tensors.items() if not name.endswith(".alpha")}
+    tensors = {_factor_name(name, family): value for name, value in tensors.items()}
     if not any(".lora_A." in name for name in tensors):
         tensors = family.rename_lora(tensors)
     layers: dict[str, dict[str, torch.Tensor]] = {}
@@ -114,7 +135,7 @@ def read_differences(
         if down is None or up is None or down.ndim < 2 or up.ndim < 2 or down.shape[0] != up.shape[1]:
             shapes = ", ".join(f"{which} {tuple(value.shape)}" for which, value in factors.items())
             raise ValueError(f"{layer}: lora_A and lora_B do not make a pair ({shapes})")
-        scale = alphas.get(layer, _alpha(config, layer, down.shape[0])) / down.shape[0]
+        scale = _alpha(config, layer, down.shape[0]) / down.shape[0]
         product = up.flatten(1) @ down.flatten(1)
         differences[f"{layer}.weight"] = scale * product.reshape(up.shape[0], *down.shape[1:])
         if "B.bias" in factors:
@@ -131,13 +152,18 @@ def _adapter_config(metadata: dict[str, str]) -> dict:
         config = {_without_component(name): value for name, value in json.loads(raw).items()}
     except (json.JSONDecodeError, AttributeError, RecursionError):
         raise ValueError(f"metadata {LORA_ADAPTER_METADATA_KEY}: not a JSON object") from None
-    _check_plain(config, f"metadata {LORA_ADAPTER_METADATA_KEY}")
+    _check_config(config, f"metadata {LORA_ADAPTER_METADATA_KEY}")
     return config
 
 
-def _check_plain(config: dict, what: str) -> None:
+def _check_config(config: dict, what: str) -> None:
     if odd := [name for name in ("use_dora", "use_rslora") if config.get(name)]:
         raise ValueError(f"{what}: {odd[0]} is not supported")
+    if not isinstance(patterns := config.get("alpha_pattern") or {}, dict):
+        raise ValueError(f"{what}: alpha_pattern {str(patterns)[:60]}: must be an object")
+    for name, alpha in {**patterns, "lora_alpha": config.get("lora_alpha", 1)}.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+            raise ValueError(f"{what}: {name} {str(alpha)[:60]!r}: must be a number")
 
 
 def _is_of(family: type[ModelFamily], name: str) -> bool:

@@ -11,6 +11,12 @@ from .manifest import MANIFEST, read_manifest
 from .rows import PromptRow
 
 
+class ImagesError(ValueError):
+    """Images that cannot be measured. They are checked before anything is generated."""
+
+    exit_code = 2
+
+
 @dataclass(frozen=True)
 class ImageFolder:
     """A folder of images in place of a model.
@@ -34,20 +40,22 @@ class ImageFolder:
     def check(self) -> None:
         """
         Raises:
-            `ValueError`: If there is no folder, it holds no manifest and no PNG, or scores cannot be written to it.
+            [`ImagesError`]: If there is no folder, it holds no manifest and no PNG, or scores cannot be written to it.
         """
         if not Path(self.folder).is_dir():
-            raise ValueError(f"{self.name}: {self.folder} is not a folder of images")
+            raise ImagesError(f"{self.name}: {self.folder} is not a folder of images")
         if not self.has_manifest and not any(Path(self.folder).glob("*.png")):
-            raise ValueError(f"{self.name}: {self.folder} holds no model, no {MANIFEST} and no PNG")
+            raise ImagesError(f"{self.name}: {self.folder} holds no model, no {MANIFEST} and no PNG")
         if not os.access(self.folder, os.W_OK):
-            raise ValueError(f"{self.name}: {self.folder} is read-only, and scores are written there; copy the images")
+            raise ImagesError(
+                f"{self.name}: {self.folder} is read-only, and scores are written there; copy the images"
+            )
 
     def find(self, rows: Sequence[PromptRow]) -> list[dict]:
         """Rows of a manifest, one for each of `rows`, after a check of every file.
 
         Raises:
-            `ValueError`: If an image is missing or broken or of another prompt or seed, or images are of several
+            [`ImagesError`]: If an image is missing or broken or of another prompt or seed, or images are of several
                 models.
         """
         self.check()
@@ -65,17 +73,17 @@ class ImageFolder:
                 continue
             for name in ("prompt", "seed"):
                 if match[name] != getattr(row, name):
-                    raise ValueError(
+                    raise ImagesError(
                         f"{self.name}: image {row.id} in {self.folder} has {name} {match[name]},"
                         f" not {getattr(row, name)}"
                     )
             found.append({**match, "id": row.id, "labels": row.labels})
         self._check_missing(missing, len(rows))
         if len({row.get("model") for row in found}) > 1:
-            raise ValueError(f"{self.name}: the images in {self.folder} are of more than one model")
+            raise ImagesError(f"{self.name}: the images in {self.folder} are of more than one model")
         for row in found:
             if self._read(row["file"])["sha256"] != row["sha256"]:
-                raise ValueError(f"{self.name}: {Path(self.folder) / row['file']} was changed since it was generated")
+                raise ImagesError(f"{self.name}: {Path(self.folder) / row['file']} was changed since it was generated")
         return found
 
     def _of_files(self, rows: Sequence[PromptRow]) -> list[dict]:
@@ -86,7 +94,7 @@ class ImageFolder:
     def _check_missing(self, missing: list[str], asked: int) -> None:
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise ValueError(f"{self.name}: {self.folder} lacks {missing[0]}{more} of {asked} images")
+            raise ImagesError(f"{self.name}: {self.folder} lacks {missing[0]}{more} of {asked} images")
 
     def _read(self, file: str) -> dict:
         path = Path(self.folder) / file
@@ -94,9 +102,9 @@ class ImageFolder:
             data = path.read_bytes()
             black = open_rgb(path).getbbox() is None
         except UnreadableImage as error:
-            raise ValueError(f"{self.name}: {error}") from None
+            raise ImagesError(f"{self.name}: {error}") from None
         except OSError as error:
-            raise ValueError(f"{self.name}: {path} cannot be read ({error.strerror})") from None
+            raise ImagesError(f"{self.name}: {path} cannot be read ({error.strerror})") from None
         return {"black": black, "sha256": hashlib.sha256(data).hexdigest()}
 
 

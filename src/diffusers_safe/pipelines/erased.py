@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from ..families import ModelFamily, family_of_pipeline
+from ..families import TEXT_ENCODERS, ModelFamily, family_of_pipeline
 from ..formats import (
     INDEX,
     ErasedWeights,
@@ -160,7 +160,8 @@ class ErasedPipelineMixin(RepositoryMixin):
         pipeline the base model's denoiser is read when the first block is entered.
 
         Raises:
-            `ValueError`: If the base model is not known, not there, or another one than the erasure was made from.
+            `ValueError`: If the base model is not known, not there, or another one than the erasure was made from; or
+                its text encoders were erased.
             `RuntimeError`: If the denoiser's weights are not in memory, as with sequential offloading.
         """
         if self._erasure_is_off:
@@ -184,6 +185,8 @@ class ErasedPipelineMixin(RepositoryMixin):
         if self._base is None or self._base["name"] is None:
             raise ValueError("the base model of this pipeline is not known; load it with from_pretrained(base_model=)")
         name, hub = self._base["name"], self._base["hub"]
+        if self._erasure.train_method == TEXT_ENCODERS:
+            raise ValueError(f"erasure_disabled: the text encoders were erased, not the denoiser; load {name} instead")
         try:
             denoiser = self._family().load_denoiser(name, **hub, **self._base["variant"])
         except ValueError as error:

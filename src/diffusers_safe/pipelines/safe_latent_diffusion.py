@@ -27,6 +27,7 @@ _REFUSED = {
     "LatentConsistencyModelImg2ImgPipeline": _NO_GUIDANCE,
     "LEditsPPPipelineStableDiffusionXL": "its guidance is that of edits, not of a prompt",
 }
+_TEXT_PARTS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
 class SafeLatentDiffusionMixin:
@@ -51,6 +52,7 @@ class SafeLatentDiffusionMixin:
         if config.is_off:
             _warn(f"Safe Latent Diffusion is off: sld_guidance_scale {config.sld_guidance_scale} is not above 1")
             return call(**arguments), None
+        self._check_call(arguments)
 
         if safety_prompt_embeds is not None:
             conditions = self._name_conditions(safety_prompt_embeds, safety_pooled_prompt_embeds)
@@ -77,6 +79,24 @@ class SafeLatentDiffusionMixin:
             reason = "classifier-free guidance was off (see guidance_scale)"
         _warn(f"Safe Latent Diffusion changed nothing: {reason}")
         return output, None
+
+    def _check_call(self, arguments: dict[str, Any]) -> None:
+        """
+        Raises:
+            `ValueError`: If a call would fail inside diffusers: without VAE, or in two dtypes.
+        """
+        if getattr(self, "vae", True) is None and arguments.get("output_type") != "latent":
+            raise ValueError(f"{type(self).__name__} has no vae: pass output_type='latent', or give it one")
+        name, encoders = self._denoiser_family.denoiser_name, _text_encoders(self)
+        if not encoders or "prompt_embeds" in arguments or torch.is_autocast_enabled(self.device.type):
+            return
+        denoiser, encoder = _real(getattr(self, name)), encoders[-1]  # whose dtype the embeddings have
+        theirs = getattr(self, encoder).dtype
+        if denoiser is not None and theirs != denoiser.dtype and not hasattr(denoiser, "hf_quantizer"):
+            raise ValueError(
+                f"{type(self).__name__}: {name} is in {denoiser.dtype}, {encoder} in {theirs}: move the whole pipeline"
+                " to one dtype, or call it under torch.autocast"
+            )
 
     @contextmanager
     def _steered(self, conditions: dict[str, torch.Tensor], config: SafetyConfig) -> Iterator[SafeDenoiser]:
@@ -109,7 +129,7 @@ class SafeLatentDiffusionMixin:
 
     @property
     def _has_text_encoder(self) -> bool:
-        return any(getattr(self, name, None) is not None for name in ("text_encoder", "text_encoder_2"))
+        return bool(_text_encoders(self))
 
     def _concept_conditions(self, concept: str, arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The denoiser's conditions for a concept, encoded as the call encodes its prompt."""
@@ -186,8 +206,8 @@ def enable_safe_latent_diffusion(
         [`~diffusers.DiffusionPipeline`]: The same object.
 
     Raises:
-        `ValueError`: If the pipeline is no such pipeline, or steers already, or the concept is blank. One that turns
-            out not to batch raises it when it is called.
+        `ValueError`: If the pipeline is no such pipeline, has no scheduler or tokenizer, or steers already, or the
+            concept is blank. One that turns out not to batch, or to be in two dtypes, raises it when it is called.
     """
     stock = type(pipeline)
     if isinstance(pipeline, SafeLatentDiffusionMixin):
@@ -204,10 +224,17 @@ def enable_safe_latent_diffusion(
         )
     if why := next((_REFUSED[base.__name__] for base in stock.__mro__ if base.__name__ in _REFUSED), None):
         raise ValueError(f"{stock.__name__}: Safe Latent Diffusion does not support it: {why}")
+    _check_parts(pipeline)
     config = SafetyConfig.named(config) if isinstance(config, str) else SafetyConfig(**config)
     pipeline._safety = config, check_concept(safety_concept)
     pipeline.__class__ = _steered_class(stock)
     return pipeline
+
+
+def _check_parts(pipeline: DiffusionPipeline) -> None:
+    needed = [_TEXT_PARTS[name] for name in _text_encoders(pipeline)]
+    if lacks := [name for name in ("scheduler", *needed) if getattr(pipeline, name, None) is None]:
+        raise ValueError(f"{type(pipeline).__name__} has no {' and no '.join(lacks)}: give it one before its calls")
 
 
 def disable_safe_latent_diffusion(pipeline: DiffusionPipeline) -> DiffusionPipeline:
@@ -321,6 +348,10 @@ def _readable_picture(argument: str, value: Any) -> Any:
     if not isinstance(value, Image.Image):
         return value
     return to_8_bits(value) if "mask" in argument else to_rgb(value)
+
+
+def _text_encoders(pipeline: DiffusionPipeline) -> list[str]:
+    return [name for name in _TEXT_PARTS if getattr(pipeline, name, None) is not None]
 
 
 def _real(component: Any) -> Any:

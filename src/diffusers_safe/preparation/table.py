@@ -15,6 +15,7 @@ from datasets.exceptions import DatasetsError
 from .folders import METADATA, Boundary, captioned_pictures, check_json, described, files_in, tar_samples
 
 
+NO_DATA = "corresponds to no data"  # what `datasets` says of tables without rows
 LOADERS = {
     ".parquet": "parquet",
     ".csv": "csv",
@@ -176,7 +177,12 @@ def _files(source: str, loader: str, split: str) -> Dataset:
     if not files:
         raise ValueError("no such file")
     check_json(files)
-    return load_dataset(loader, data_files=[glob.escape(file) for file in files], split=split)
+    try:
+        return load_dataset(loader, data_files=[glob.escape(file) for file in files], split=split)
+    except ValueError as error:
+        if NO_DATA in str(error):
+            raise ValueError(f"{source}: has no rows") from None
+        raise
 
 
 def _folder(folder: Path, caption_column: str | None, aesthetic_column: str | None) -> tuple[Dataset, str]:

@@ -17,6 +17,12 @@ from ..messages import num_launched
 from .job import JobOptions, TrainingOptions
 
 
+class EnvironmentFault(ValueError):
+    """Options that these processes or this device cannot honour, found before work starts."""
+
+    exit_code = 2
+
+
 def make_accelerator(options: JobOptions) -> Accelerator:
     """Devices, processes and trackers, as `accelerate launch` and the options say.
 
@@ -37,10 +43,12 @@ def make_accelerator(options: JobOptions) -> Accelerator:
         AcceleratorState._reset_state()  # of an earlier call, which asked for another
     accelerator = Accelerator(mixed_precision=precision, log_with=log_with, project_config=project)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("mixed_precision fp16: gradients need a GPU's loss scaling; allowed on a CPU are no, bf16")
+        raise EnvironmentFault(
+            "mixed_precision fp16: gradients need a GPU's loss scaling; allowed on a CPU are no, bf16"
+        )
     launched = num_launched()
     if launched != accelerator.num_processes:
-        raise ValueError(
+        raise EnvironmentFault(
             f"{launched} processes were launched, but each would train alone: set ACCELERATE_USE_CPU=true where "
             "there is no GPU for each"
         )

@@ -110,6 +110,17 @@ def test_an_empty_dataset_is_refused(streaming):
         CaptionedImages(rows)
 
 
+@pytest.mark.parametrize("text", ["file_name,text\n", "file_name,text", "\n\n", ""])
+def test_a_table_without_rows_is_named(tmp_path, text):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text(text)
+    with pytest.raises(ValueError, match="metadata.csv: has no rows below its header"):
+        open_dataset(train_data_dir=str(tmp_path))
+    datasets.Dataset.from_dict({"image": [], "text": []}).to_parquet(tmp_path / "empty.parquet")
+    with pytest.raises(ValueError, match="has no rows"):
+        open_dataset(data_files=[str(tmp_path / "empty.parquet")])
+
+
 def test_rows_that_name_a_forbidden_concept_are_dropped(make_data, emoji):
     data = make_data({1: "", 2: "A KNIFE, on a plate", 3: "two knives"}, forbidden_concepts=["knife", "background"])
     expected = [caption for _, caption in [emoji[0], *emoji[4:]] if not names_concept(caption, "background")]

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable
 from glob import escape, glob
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ...preparation.folders import (
     files_in,
     is_empty_tar,
 )
-from ...preparation.table import metadata_of
+from ...preparation.table import NO_DATA, metadata_of
 from .dataset import CaptionedImages, NoColumnError
 
 
@@ -97,6 +98,8 @@ def open_dataset(
         reason = str(error).strip().split("\n")[0]
         if isinstance(error, NoColumnError) and option != "data_files" and os.path.isdir(source):
             reason += f"; the folder contains {described(files_in(Path(source)))}"
+        if NO_DATA in reason:
+            reason = "has no rows"
         if not isinstance(error, (OSError, ValueError)):
             reason = f"cannot be opened ({type(error).__name__}{reason and f': {reason}'})"
         raise DataError(f"{option} {source}: {reason}") from error
@@ -146,6 +149,10 @@ def _load_folder(source: str, split: str, streaming: bool, **settings):
     settings |= {"split": split, "streaming": streaming}
     if any((folder / name).is_file() for name in METADATA):
         check_json(path for path in files if path.name in METADATA)
+        for path in (path for path in files if path.name in METADATA and path.suffix == ".csv"):
+            with open(path, encoding="utf-8", errors="replace") as file:
+                if len(list(islice(filter(str.strip, file), 2))) < 2:
+                    raise ValueError(f"{path}: has no rows below its header")
         if streaming:
             metadata_of(folder)  # so that files outside of the folder are reported now
         # One pattern, as in diffusers' examples: otherwise `datasets` lists the files 66 times to find splits.
