@@ -228,7 +228,7 @@ def test_the_token_is_shown_and_recorded_nowhere(arguments):
     [
         ({"preset": "esd-2026"}, "preset 'esd-2026': unknown; allowed are paper, esd-2025"),
         ({"sampling_model": "ema"}, "sampling_model 'ema': unknown; allowed are student, frozen"),
-        ({"erase_from": " "}, "erase_from: is blank"),
+        ({"erase_from": " "}, "erase_from ' ': is empty"),
         ({"erase_from": "a cat", "retain_prompts": ["a cat"]}, "retain_prompts 'a cat': is what the concepts"),
         (
             {"preset": "esd-2025-xl", "learning_rate": 2e-4, "train_method": "esd-u"},
