@@ -17,10 +17,11 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusi
 from safetensors.torch import load_file
 from torch import nn
 
-from diffusers_safe.emoji.architecture import build_t5_tokenizer, build_tokenizer
+from diffusers_safe.emoji.architecture import build_autoencoder, build_t5_tokenizer, build_tokenizer
 from diffusers_safe.emoji.recipe import __main__ as recipe
 from diffusers_safe.emoji.recipe import pictures as recipe_pictures
 from diffusers_safe.emoji.recipe.__main__ import RecipeArguments
+from diffusers_safe.emoji.recipe.autoencoder import DECODED_NOISE, decoder_stage
 from diffusers_safe.emoji.recipe.pictures import CaptionedLatents, load_pictures, stratified
 from diffusers_safe.emoji.recipe.stage import Round, Stage, learning_rate_factor, train_stage
 from diffusers_safe.emoji.recipe.transformer import SHORT_LENGTH, STOCK_LENGTH, transformer_stage
@@ -38,6 +39,7 @@ def arguments(folder, **changes):
         "num_pictures": 12,
         "judge_steps": 1,
         "autoencoder_steps": 1,
+        "decoder_steps": 1,
         "unet_coarse_steps": [1],
         "unet_steps": [1],
         "unet_detail_steps": [1],
@@ -53,7 +55,7 @@ def arguments(folder, **changes):
 @pytest.mark.parametrize(
     "name, value, allowed",
     [
-        ("stages", ["denoiser", "unet"], "judge, second_judge, autoencoder, unet, transformer, assemble"),
+        ("stages", ["denoiser", "unet"], "judge, second_judge, autoencoder, decoder, unet, transformer, assemble"),
         ("num_pictures", 0, "at least 1"),
         ("autoencoder_steps", 0, "at least 1"),
         ("judge_steps", -1, "at least 1"),
@@ -260,6 +262,20 @@ def test_latents_are_sampled_and_normalised_and_one_caption_in_ten_is_empty():
     assert torch.equal(sample["input_ids"], tokens)
 
 
+def test_only_the_decoder_is_trained_again_and_on_noisy_latents(tmp_path):
+    pictures, _ = render_many(0, 0, 6)
+    moments = np.concatenate([np.full((6, 8, 16, 16), 3.0), np.full((6, 8, 16, 16), 0.01)], axis=1).astype(np.float16)
+    autoencoder = build_autoencoder()
+    stage = decoder_stage(autoencoder, pictures, moments, 2.0, 2, 1e-2, {})
+    before = {name: value.clone() for name, value in autoencoder.state_dict().items()}
+    noise = stage.rounds[0].make_batch(np.random.default_rng(0), 64)["latents"] - 3
+    deviations = noise.flatten(1).std(dim=1)
+    assert 0 < deviations.min() < 0.2 and 1 < deviations.max() <= 1.05 * DECODED_NOISE * 2.0
+    train_stage(stage, tmp_path)
+    changed = {name.split(".")[0] for name, value in autoencoder.state_dict().items() if (value != before[name]).any()}
+    assert changed == {"decoder", "post_quant_conv"}
+
+
 def test_stratified_numbers_have_one_in_each_part():
     values = stratified(np.random.default_rng(0), 8)
     assert sorted((values * 8).astype(int)) == list(range(8))
@@ -319,6 +335,10 @@ def test_the_finished_folders_are_stock_pipelines_in_half_precision(tmp_path):
             assert {value.dtype for value in load_file(path).values()} == {torch.float16}
     averaged = torch.load(tmp_path / "unet" / "round-3" / "ema.pt", weights_only=True)
     unet = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+    decoder = torch.load(tmp_path / "decoder" / "round-1" / "ema.pt", weights_only=True)
+    for name in ("model", "model_flow"):
+        vae = load_file(tmp_path / name / "vae" / "diffusion_pytorch_model.safetensors")
+        assert torch.equal(vae["decoder.conv_in.weight"], decoder["decoder.conv_in.weight"])
     assert torch.equal(unet["conv_in.weight"], averaged["unet.conv_in.weight"])
 
 
@@ -328,7 +348,8 @@ def test_the_finished_folders_are_stock_pipelines_in_half_precision(tmp_path):
 def command(folder):
     return [
         sys.executable, "-m", "diffusers_safe.emoji.recipe", "--output_dir", str(folder), "--num_pictures", "12",
-        "--judge_steps", "1", "--autoencoder_steps", "5", "--unet_coarse_steps", "3", "--unet_steps", "4",
+        "--judge_steps", "1", "--autoencoder_steps", "5", "--decoder_steps", "1",
+        "--unet_coarse_steps", "3", "--unet_steps", "4",
         "--unet_detail_steps", "1", "--transformer_steps", "4", "--transformer_detail_steps", "1",
         "--checkpoint_minutes", "0",
     ]  # fmt: skip

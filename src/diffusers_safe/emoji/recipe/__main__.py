@@ -4,8 +4,9 @@
 
 The model that ships today was made by an earlier recipe, which its card describes; this recipe has not been run to its
 end yet. It can be stopped at any time; the same command continues from the newest checkpoint. `--stages` selects
-stages: once the autoencoder is trained, `unet` and `transformer` may run at the same time, in a process each, and the
-judges at any time. Each stage runs in a single process. Do not compile the autoencoder (docs/architecture.md).
+stages: once the autoencoder is trained, `decoder`, `unet` and `transformer` may run at the same time, in a process
+each, and the judges at any time. Each stage runs in a single process. Do not compile the autoencoder
+(docs/architecture.md).
 """
 
 import json
@@ -25,7 +26,7 @@ from ...output_folders import check_output_dir
 from ...provenance import fingerprint
 from ..architecture import build_flow_scheduler, build_sampler, build_t5_tokenizer, build_tokenizer
 from ..render import ARTWORK
-from .autoencoder import autoencoder_stage
+from .autoencoder import autoencoder_stage, decoder_stage
 from .judges import judge_stage, refresh_batch_norm, second_judge_stage
 from .pictures import CaptionedLatents, encode_pictures, latent_statistics, load_pictures
 from .stage import train_stage
@@ -33,7 +34,7 @@ from .transformer import TransformerLoss, transformer_stage
 from .unet import UNetLoss, unet_stage
 
 
-STAGES = ("judge", "second_judge", "autoencoder", "unet", "transformer", "assemble")
+STAGES = ("judge", "second_judge", "autoencoder", "decoder", "unet", "transformer", "assemble")
 
 
 @typed
@@ -44,6 +45,9 @@ class RecipeArguments:
     num_pictures: int = option(48000, "Number of images, which are rendered once and used by all stages.", at_least=1)
     judge_steps: int = option(4000, "Training steps of each judge, with batch size 64.", at_least=1)
     autoencoder_steps: int = option(6000, "Training steps of the autoencoder, with batch size 16.", at_least=1)
+    decoder_steps: int = option(
+        3000, "Training steps of the decoder on noisy latents, with batch size 16.", at_least=1
+    )
     unet_coarse_steps: list[int] = option(
         [3000], "Training steps of the UNet in each round on latents of half the size, with batch size 64."
     )
@@ -91,12 +95,12 @@ def main(args: RecipeArguments) -> None:
             judge = train(stage(args.judge_steps, rate)).classifier
             refresh_batch_norm(judge, artwork, args.seed)
             judge.save_pretrained(Path(args.output_dir) / "judges" / name)
-    if not {"autoencoder", "unet", "transformer", "assemble"} & set(args.stages):
+    if not {"autoencoder", "decoder", "unet", "transformer", "assemble"} & set(args.stages):
         return
     pictures, scenes = load_pictures(args.output_dir, args.num_pictures, args.seed, varied=True)
     set_seed(args.seed)
     autoencoder = train(autoencoder_stage(pictures, args.autoencoder_steps, 1e-3)).autoencoder.eval()
-    if not {"unet", "transformer", "assemble"} & set(args.stages):
+    if not {"decoder", "unet", "transformer", "assemble"} & set(args.stages):
         return
     moments = encode_pictures(args.output_dir, autoencoder, pictures, args.seed, varied=True)
     mean, deviation = latent_statistics(moments)
@@ -110,6 +114,9 @@ def main(args: RecipeArguments) -> None:
 
     identity = {"pictures": args.num_pictures, "autoencoder": fingerprint(autoencoder)}
     tokenizer = build_tokenizer()
+    if {"decoder", "assemble"} & set(args.stages):
+        set_seed(args.seed)
+        train(decoder_stage(autoencoder, centered, centered_moments, deviation, args.decoder_steps, 5e-4, identity))
     if {"unet", "assemble"} & set(args.stages):
         set_seed(args.seed)
         unet = train(unet_stage(*latents(), *args.unet_rounds, 1e-3, identity, args.compile_unet))

@@ -1,4 +1,4 @@
-"""Training of the autoencoder, which both embedded models share."""
+"""Training of the autoencoder, which both embedded models share, and of its decoder once more."""
 
 import numpy as np
 import torch
@@ -9,6 +9,9 @@ from torch import nn
 from ..architecture import LATENT_CHANNELS, LATENT_SIZE, build_autoencoder
 from ..classifier import to_tensor
 from .stage import Round, Stage
+
+
+DECODED_NOISE = 0.6
 
 
 class AutoencoderLoss(nn.Module):
@@ -59,4 +62,60 @@ def autoencoder_stage(pictures: np.ndarray, steps: int, learning_rate: float) ->
         ema_decay=0.998,
         mixed_precision="bf16",
         identity={"pictures": len(pictures)},
+    )
+
+
+class DecoderLoss(nn.Module):
+    """Reconstruction errors of images from noisy latents; only the decoder is trained.
+
+    Sampled latents are never exact. A decoder that has seen noise forgives small errors (Zheng et al.,
+    arXiv 2510.11690), and latents, and so the denoisers, stay as they are.
+    """
+
+    def __init__(self, autoencoder: AutoencoderKL):
+        super().__init__()
+        self.post_quant_conv, self.decoder = autoencoder.post_quant_conv, autoencoder.decoder
+
+    def forward(self, latents: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+        return restoration_error(self.decoder(self.post_quant_conv(latents)).float(), pictures)
+
+
+def decoder_stage(
+    autoencoder: AutoencoderKL,
+    pictures: np.ndarray,
+    moments: np.ndarray,
+    deviation: float,
+    steps: int,
+    learning_rate: float,
+    identity: dict,
+) -> Stage:
+    """The stage that trains the decoder of a trained autoencoder, in place.
+
+    Args:
+        autoencoder (`AutoencoderKL`): Its encoder does not change.
+        pictures (`np.ndarray`): Images `(N, 64, 64, 3)`, `uint8`.
+        moments (`np.ndarray`): Their latents, as [`encode_pictures`] returns them.
+        deviation (`float`): Standard deviation of all latents; that of the noise is up to `DECODED_NOISE` times it.
+        steps (`int`), learning_rate (`float`), identity (`dict`): As [`Stage`] takes them.
+    """
+
+    def make_batch(rng, size):
+        chosen = np.sort(rng.integers(len(pictures), size=size))
+        mean, std = np.split(moments[chosen].astype(np.float32), 2, axis=1)
+        noise = DECODED_NOISE * deviation * rng.random((size, 1, 1, 1), dtype=np.float32)
+        latents = mean + np.hypot(std, noise) * rng.standard_normal(mean.shape, dtype=np.float32)
+        batch = to_tensor(pictures[chosen]) * 2 - 1
+        return {
+            "latents": torch.from_numpy(latents.astype(np.float32)),
+            "pictures": batch.contiguous(memory_format=torch.channels_last),
+        }
+
+    return Stage(
+        "decoder",
+        DecoderLoss(autoencoder),
+        [Round(steps, 16, make_batch)],
+        learning_rate,
+        ema_decay=0.998,
+        mixed_precision="bf16",
+        identity=identity,
     )
