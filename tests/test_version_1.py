@@ -91,7 +91,8 @@ def test_a_checkpoint_is_of_the_same_run(name, method):
     other = options.with_values(seed=1)
     with pytest.raises(ValueError, match="of another run: seed 0 there, 1 here"):
         check_same_run(DATA / name / "checkpoint-2", other.identity)
-    assert options.recorded == {**arguments, "mixed_precision": None}
+    added_since = {"start_from": None, "target": None}
+    assert options.recorded == {**arguments, **added_since, "mixed_precision": None}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

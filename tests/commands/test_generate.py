@@ -169,7 +169,7 @@ def test_killed_five_times_and_in_two_processes_the_files_are_the_same(tiny_mode
             ["--prompts", "a", "--safety", "weak", "--num_inference_steps", "15"],
             "--safety weak changes nothing",
         ),
-        (["--prompts", "a", "--safety", "max", "--safety_concept", " "], "must be a text that is not blank"),
+        (["--prompts", "a", "--safety", "max", "--safety_concept", " "], "safety_concept ' ': is empty"),
         (["--prompts", "a", "--height", "-8", "--width", "8"], "height -8: must be at least 1"),
         (["--prompts", "a", "--height", "64"], "height 64, width None: give both or neither"),
         (["--prompts", "a", "--model", "nowhere"], "model 'nowhere': no folder or Hub repository"),

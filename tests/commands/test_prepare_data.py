@@ -42,7 +42,7 @@ from prepared_data import picture_folder, refused, write_table
         (["{empty}"], "the folder contains no files"),
         (["{table}", "--allow_private"], "unrecognized arguments: --allow_private"),
         (["{broken}"], "broken.parquet: "),
-        (["{nothing}"], 'nothing.csv: Instruction "train" corresponds to no data'),
+        (["{nothing}"], "nothing.csv: has no rows"),
         ([], "required: --source"),
     ],
 )

@@ -204,12 +204,12 @@ class TrainingLoop(ABC):
         self.prepare()
         log = RunLog(self.accelerator, self.options, first)
         hidden = not (progress_bar and self.accelerator.is_main_process)
-        bar = tqdm(range(first, last), self.name, last, initial=first, disable=hidden)
+        bar = tqdm(desc=self.name, total=last, initial=first, disable=hidden)
         every = max(1, last // 20)
         shown, recent = {}, deque(maxlen=every)
         started = time.monotonic()
-        with _StopRequest(listens=self.options.output.output_dir is not None) as stop:
-            for step in bar:
+        with _StopRequest(listens=self.options.output.output_dir is not None) as stop, bar:
+            for step in range(first, last):
                 measured = self.train_step(step)
                 recent.append(measured)
                 done = step + 1
@@ -225,16 +225,14 @@ class TrainingLoop(ABC):
                 measured |= shown
                 bar.set_postfix({name: f"{value:.3g}" for name, value in measured.items()}, refresh=False)
                 if done % every == 0 and self._anyone(self.is_reached()):
-                    last = done
+                    bar.total = last = done
+                bar.update()
                 if callback is not None:
                     left = (time.monotonic() - started) / (done - first) * (last - done)
                     callback(Progress(self.name, done, last, left, measured))
                 if done == last:
-                    bar.total = last
-                    bar.update()  # what the end of an iteration would count
                     break
                 self._save_if_due(done, stop, bar)
-        bar.close()
         log.close()
         self.steps = last
         with torch.no_grad():
