@@ -8,7 +8,7 @@ the vocabulary and of the phrasings, as CLIP's does, so nothing that would be en
 "reference UCE" repeats how the authors' script of 2025 computes: for each layer it sums outer products over the
 concepts and inverts a matrix.
 Requires about 8 GB. Goal: text edit erases one concept in less than 10 CPU seconds and 100 in less than 60, with at
-most 1 GiB beside the model.
+most 1 GiB in addition to the model.
 """
 
 import re
@@ -60,7 +60,7 @@ def reference_uce(run: MethodRun) -> None:
 
 
 def measure(method: str, count: int, size: str) -> tuple[float, float, float]:
-    """CPU seconds, wall seconds, and GiB beside the model."""
+    """CPU seconds, wall seconds, and GiB in addition to the model."""
     pipeline = random_pipeline(size, text_layers=12 if size == "sd-1" else 1, words=KNOWN)
     values = {"pretrained_model_name_or_path": IN_MEMORY, "concepts": OBJECTS[:count], "output_dir": None}
     options = make_options("uce" if method == REFERENCE else method, **values)
@@ -77,7 +77,7 @@ def measure(method: str, count: int, size: str) -> tuple[float, float, float]:
 def main() -> None:
     args = parse_dataclass(ClosedFormSpeedArguments, __doc__)
     print(f"torch threads: {torch.get_num_threads()}")
-    print("| method | concepts | CPU seconds | seconds | GiB beside the model |\n|---|---|---|---|---|")
+    print("| method | concepts | CPU seconds | seconds | GiB in addition to the model |\n|---|---|---|---|---|")
     for method in args.methods:
         for count in args.counts:
             cpu, wall, memory = in_own_process(measure, method, count, args.size)

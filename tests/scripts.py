@@ -68,6 +68,12 @@ def words_of(options):
     return words
 
 
+def run_main(main, **options):
+    """The `main` of a command in this process, on the CPU."""
+    with accelerate_on_cpu():
+        main(words_of(options))
+
+
 def log_rows(folder):
     path = Path(folder) / "log.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from diffusers_safe import erase
 from diffusers_safe.formats import PARTIAL_NAME
 from diffusers_safe.training.sdd import main
-from scripts import accelerate_on_cpu, log_rows, words_of
+from scripts import accelerate_on_cpu, log_rows, run_main
 
 
 OPTIONS = {
@@ -25,9 +25,7 @@ OPTIONS = {
 
 
 def train(model, output_dir, **changes):
-    values = {"pretrained_model_name_or_path": model, "output_dir": output_dir, **OPTIONS, **changes}
-    with accelerate_on_cpu():
-        main(words_of(values))
+    run_main(main, pretrained_model_name_or_path=model, output_dir=output_dir, **{**OPTIONS, **changes})
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from diffusers_safe.methods.predictor import Predictor
 from diffusers_safe.provenance import Provenance
 from diffusers_safe.training.sdd import main
 from diffusers_safe.weights.trained import TrainedWeights, select_parameters
-from scripts import accelerate_on_cpu, words_of
+from scripts import run_main
 from toy_family import build_toy_pipeline, registered
 
 
@@ -39,9 +39,7 @@ def model(request, make_tiny_pipeline, make_tiny_xl_pipeline, tmp_path_factory):
 
 
 def train(model, output_dir, **changes):
-    values = {"pretrained_model_name_or_path": model, "output_dir": output_dir, **OPTIONS, **changes}
-    with accelerate_on_cpu():
-        main(words_of(values))
+    run_main(main, pretrained_model_name_or_path=model, output_dir=output_dir, **{**OPTIONS, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +112,30 @@ def test_esd_erases_from_a_loaded_pipeline_and_can_be_disabled(make_tiny_pipelin
         assert generate(pipeline) == before
     with pytest.raises(ValueError, match="form 'partial'.*full"):
         erasure.save("anywhere", "partial")
+
+
+def test_checkpointed_activations_give_the_same_weights(make_tiny_pipeline):
+    values = {name: value for name, value in OPTIONS.items() if name not in ("concepts", "ema_decay")}
+    plain, checkpointed = (
+        erase(make_tiny_pipeline(), ["knife"], method="esd", gradient_checkpointing=on, **values).weights
+        for on in (False, True)
+    )
+    for name, value in plain.items():
+        torch.testing.assert_close(checkpointed[name], value)
+
+
+def test_in_mixed_precision_denoiser_and_encoders_compute_in_bfloat16(make_tiny_pipeline):
+    pipeline, seen = make_tiny_pipeline(), {"unet": set(), "text_encoder": set()}
+    for name, layer in (("unet", pipeline.unet.conv_in), ("text_encoder", last_linear(pipeline.text_encoder))):
+        layer.register_forward_hook(lambda _, inputs, output, name=name: seen[name].add(output.dtype))
+    values = {"train_method": "text-encoders", "num_inference_steps": 4, "max_train_steps": 1, "watch_prompts": []}
+    erasure = erase(pipeline, ["knife"], method="esd", mixed_precision="bf16", **values)
+    assert seen["unet"] == {torch.bfloat16} and torch.bfloat16 in seen["text_encoder"]
+    assert all(value.dtype == torch.float32 for value in erasure.weights.values())
+
+
+def last_linear(module):
+    return [part for part in module.modules() if isinstance(part, torch.nn.Linear)][-1]
 
 
 def generate(pipeline):

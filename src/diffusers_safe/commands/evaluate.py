@@ -71,7 +71,7 @@ _OF_A_SOURCE = tuple(
 @typed
 @dataclass(kw_only=True)
 class EvaluateArguments(EvaluationOptions):
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = PRESETS
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = PRESETS  # read by `arguments.build_options`
 
     models: list[str] = field(
         metadata={

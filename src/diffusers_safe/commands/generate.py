@@ -42,7 +42,7 @@ PRESETS = {
 @typed
 @dataclass(kw_only=True)
 class GenerateArguments(PromptOptions):
-    PRESETS: ClassVar[dict[str, dict[str, Any]]] = PRESETS
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = PRESETS  # read by `arguments.build_options`
 
     preset: str | None = field(
         default=None,

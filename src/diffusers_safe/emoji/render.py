@@ -45,7 +45,7 @@ def render(scene: Scene, artwork: str = "noto") -> Image.Image:
 
 
 def render_many(
-    seed: int, start: int, count: int, hold_out: bool = True, varied: bool = False
+    seed: int, start: int, count: int, hold_out: bool = True, varied: bool = True
 ) -> tuple[np.ndarray, list[Scene]]:
     """Renders images `start` to `start + count - 1` of a seed.
 

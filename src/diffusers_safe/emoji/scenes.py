@@ -115,14 +115,14 @@ class Scene:
         return GROUP_OF[self.name]
 
 
-def draw_scene(rng: np.random.Generator, hold_out: bool = True, varied: bool = False) -> Scene:
+def draw_scene(rng: np.random.Generator, hold_out: bool = True, varied: bool = True) -> Scene:
     """Samples a scene: object and background uniformly, half of the scenes plain and half in one of the styles.
 
     Args:
         rng (`np.random.Generator`): The only source of randomness.
         hold_out (`bool`, defaults to `True`): Whether to leave out the combinations of `is_held_out`.
-        varied (`bool`, defaults to `False`): Whether sizes, places and angles vary widely, for judges and autoencoders
-            that should know all of them.
+        varied (`bool`, defaults to `True`): Whether sizes, places and angles vary widely. If not, the object is in the
+            middle, upright and of nearly the same size.
     """
     while True:
         name = OBJECTS[rng.integers(len(OBJECTS))]

@@ -11,12 +11,10 @@ from ..concepts import ConceptSchedule
 from ..diffusion.loss_weighting import LossWeighting
 from ..diffusion.trajectories import Trajectories
 from ..families import ModelFamily
-from ..formats import fetch, read_erased_weights
 from ..messages import note
 from ..methods import Objective, TrainingBatch
 from ..methods.predictor import Predictor
 from ..methods.retention import retention_loss
-from ..model_errors import ModelError
 from ..training.loop import TrainingLoop
 from ..training.run_log import ConceptLosses
 from ..training.trajectory_sources import LiveSamples, PooledSamples, Prompts, SampleSource
@@ -45,11 +43,6 @@ class ErasureLoop(TrainingLoop):
         if trained is not family.denoiser:
             family.denoiser.to(accelerator.device).requires_grad_(False)
             accelerator.prepare_model(family.denoiser, evaluation_mode=True)  # for mixed precision
-        if (source := options.concept.start_from) is not None:
-            try:
-                self.weights.start_from(read_erased_weights(fetch(source)).changes(family.denoiser))
-            except ValueError as error:
-                raise ModelError(f"start_from '{source}': {error}") from None
         self.objective = objective
         self.name, self.output_weights = objective.name.upper(), objective.output_weights
         concept, retention, sampling = options.concept, options.retention, options.sampling

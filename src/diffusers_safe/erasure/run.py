@@ -14,11 +14,13 @@ from ..arguments import declared_options, typed
 from ..concepts import names_concept
 from ..diffusion.trajectories import Trajectories
 from ..families import StoredModel, denoiser_of, family_around, load_pipeline, make_family
+from ..formats import fetch, read_erased_weights
 from ..generation.generate import GenerationSettings
 from ..hub import check_push, push_or_exit, push_result
 from ..messages import exit_with_error, is_first_process, note, num_launched
 from ..methods import Objective, find_method
 from ..methods.predictor import Predictor
+from ..model_errors import ModelError
 from ..progress import ProgressCallback
 from ..provenance import Provenance, erasure_of, fingerprint, stored_path
 from ..training.environment import in_float32, isolated_from_caller, make_accelerator, restore_forward
@@ -247,11 +249,22 @@ class MethodRun:
         try:
             loop = ErasureLoop(self.accelerator, self.family, objective, self.options)
             self.weights, self.samples = loop.weights, make_samples(self.pipeline, loop.weights, self.options)
+            self._start()
             loop.run(self.progress_bar, with_validation(self._validation(objective), self.callback))
             self.measured = loop.last_measured
             self._report_end(loop)
         finally:
             restore_forward(denoiser, own_forward)
+
+    def _start(self) -> None:
+        """Gives the student the weights of the erased model that the run starts from, if there is one; a checkpoint
+        replaces them."""
+        if (source := self.options.concept.start_from) is None:
+            return
+        try:
+            self.weights.start_from(read_erased_weights(fetch(source)).changes(self.family.denoiser))
+        except ValueError as error:
+            raise ModelError(f"start_from '{source}': {error}") from None
 
     def _report_end(self, loop: ErasureLoop) -> None:
         """With a target: keeps when it was reached for the record, or notes that it was not."""

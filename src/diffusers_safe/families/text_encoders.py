@@ -37,6 +37,10 @@ class TextEncoders(nn.Module):
     def forward(self, prompts: list[str], device: torch.device | str) -> Conditioning:
         return self.family.encode_with_gradients(prompts, device)
 
+    def train(self, mode: bool = True) -> "TextEncoders":
+        """Does nothing: with dropout (T5), student and frozen encoders could not be compared."""
+        return self
+
     def enable_gradient_checkpointing(self) -> None:
         """In the denoiser, which gradients pass through: its activations take the memory."""
         self.family.denoiser.enable_gradient_checkpointing()

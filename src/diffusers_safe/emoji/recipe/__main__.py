@@ -62,7 +62,7 @@ class RecipeArguments:
         [10000], "The same in each last round, with objects in the middle and more samples with little noise."
     )
     compile_unet: bool = option(
-        False, "Compile the UNet: a fifth faster on a CPU, after five minutes of compilation. Needs a C++ compiler."
+        False, "Compile the UNet: steps are faster on a CPU, after minutes of compilation. Needs a C++ compiler."
     )
     checkpoint_minutes: float = option(5.0, "Minutes between checkpoints.", at_least=0)
     seed: int = option(0, "Seed of images, batches, noise and initial weights.", at_least=0, below=2**32)
