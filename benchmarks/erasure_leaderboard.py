@@ -270,7 +270,7 @@ This page is written by `make benchmark-erasure` with seed {seed}
 {student}* The run also writes a page with all images of each table, `runs/leaderboard/*/report.html`.
 """
 STUDENT_NOTE = """* The student was distilled from the erased model, in {steps} steps on {pictures} images without
-  weapons. The students in [Methods](methods.md#students) have 1000 steps and are better.
+  weapons. The students in [Distillation](distillation.md#students) have 1000 steps and are better.
 """
 SECTION = """## {title}
 

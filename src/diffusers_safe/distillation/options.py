@@ -151,7 +151,7 @@ class LossOptions:
         1.0, "Weight of the feature loss: the student's feature maps against the teacher's.", at_least=0
     )
     feature_map: str = option(
-        "bk", f"Feature maps of the feature loss: {', '.join(FEATURE_MAPS)} (see docs/methods.md).", FEATURE_MAPS
+        "bk", f"Feature maps of the feature loss: {', '.join(FEATURE_MAPS)} (see docs/distillation.md).", FEATURE_MAPS
     )
     sdd_weight: float = option(
         0.0,
