@@ -268,41 +268,6 @@ This page is written by `make benchmark-erasure` with seed {seed}
   (4.2 %), here in none.
 {student}* The run also writes a page with all images of each table, `runs/leaderboard/*/report.html`.
 """
-STUDENT_NOTE if args.student_steps and "group" in args.tasks else ""
-        student = student.format(steps=args.student_steps, pictures=STUDENT_PICTURES)
-        text = "\n".join([HEAD.format(seed=args.seed, sampling=sampling, student=student), *sections])
-        write_own(folder / "results.md", text)
-        if args.docs is not None:
-            (Path(args.docs) / "images").mkdir(parents=True, exist_ok=True)
-            write_text(Path(args.docs) / "results.md", text)
-            for name in args.tasks:
-                for file in (PLOT, PICTURE):
-                    shutil.copy(folder / file.format(name), Path(args.docs) / "images")
-    print(text)
-
-
-HEAD = """# Results on the embedded model
-
-This page is written by `make benchmark-erasure` with seed {seed}
-([benchmarks/erasure_leaderboard.py](../benchmarks/erasure_leaderboard.py)).
-
-* All rows of a table use the same prompts and seeds, {sampling}. Brackets are 95 % confidence intervals
-  ([Evaluate](evaluation.md) explains the statistics).
-* The first column is for images whose prompt names the erased concept, all other columns are for the other images.
-* The judge that ships with the model recognises what an image shows. It was also trained on images that the model's
-  autoencoder had reconstructed, and may accept images that an independent judge would reject
-  ([Architecture](architecture.md#the-embedded-models-recipe)).
-* FID and KID compare with 1000 rendered images of the retained concepts, in 96 features of the judge. With so few
-  images, FID is too large. Compare it with the original's in the same table only.
-* The distance is to the original's image of the same seed, computed like LPIPS from the judge's features.
-* ESD and SDD are trained once per table, with the recipes in [examples/](../examples/), which were tuned on this
-  model ([Methods](methods.md#esd-and-sdd-compared) has three seeds of each). SEGA and SLD use the settings of their
-  authors, which were tuned on Stable Diffusion. SLD has no effect on a prompt that is the concept itself.
-* The numbers were measured on one machine. Another CPU or version of torch rounds differently, and training
-  amplifies the difference. On another CPU, the demo's model showed a weapon in one of 24 images (4.2 %),
-  here in none.
-{student}* The run also writes a page with all images of each table, `runs/leaderboard/*/report.html`.
-"""
 STUDENT_NOTE = """* The student was distilled from the erased model, in {steps} steps on {pictures} images without
   weapons. The students in [Distillation](distillation.md#quality-and-speed) have 1000 steps and are better.
 """
