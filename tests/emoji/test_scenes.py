@@ -64,7 +64,7 @@ def test_without_hold_out_all_combinations_occur():
     assert any(is_held_out(scene.name, scene.background, scene.style) for scene in draw(200, hold_out=False))
 
 
-@pytest.mark.parametrize("varied, sizes, turn", [(False, (48, 56), 4), (True, (38, 54), 20)])
+@pytest.mark.parametrize("varied, sizes, turn", [(False, (52, 52), 0), (True, (38, 54), 20)])
 def test_scenes_are_spread_evenly_and_stay_in_the_picture(varied, sizes, turn):
     scenes = draw(6000, varied=varied)
     counts = Counter(scene.name for scene in scenes)

@@ -94,7 +94,7 @@ class Scene:
         name (`str`): One of `OBJECTS`.
         background (`str`): A key of `BACKGROUNDS`.
         style (`str` or `None`): One of `STYLES`, or `None` for the plain emoji.
-        size (`float`): Side of the sprite in pixels of a 64 x 64 image, 38 to 56.
+        size (`float`): Side of the sprite in pixels of a 64 x 64 image, 38 to 54.
         center (`tuple[float, float]`): Center of the sprite in pixels.
         turn (`float`): Rotation in degrees, -20 to 20.
         mirror (`bool`): Whether the sprite is flipped left to right.
@@ -121,8 +121,8 @@ def draw_scene(rng: np.random.Generator, hold_out: bool = True, varied: bool = T
     Args:
         rng (`np.random.Generator`): The only source of randomness.
         hold_out (`bool`, defaults to `True`): Whether to leave out the combinations of `is_held_out`.
-        varied (`bool`, defaults to `True`): Whether sizes, places and angles vary widely. If not, the object is in the
-            middle, upright and of nearly the same size.
+        varied (`bool`, defaults to `True`): Whether sizes, places and angles vary. If not, the object is in the
+            middle, upright, of one size, and only mirrored.
     """
     while True:
         name = OBJECTS[rng.integers(len(OBJECTS))]
@@ -130,10 +130,12 @@ def draw_scene(rng: np.random.Generator, hold_out: bool = True, varied: bool = T
         style = STYLES[rng.integers(len(STYLES))] if rng.random() < 0.5 else None
         if not (hold_out and is_held_out(name, background, style)):
             break
-    size = rng.uniform(38, 54) if varied else rng.uniform(48, 56)
-    reach = (64 - size) / 2 + 2 if varied else 3
-    center = (32 + rng.uniform(-reach, reach), 32 + rng.uniform(-reach, reach))
-    turn = rng.uniform(-20, 20) if varied else rng.uniform(-4, 4)
+    size, center, turn = 52.0, (32.0, 32.0), 0.0
+    if varied:
+        size = rng.uniform(38, 54)
+        reach = (64 - size) / 2 + 2
+        center = (32 + rng.uniform(-reach, reach), 32 + rng.uniform(-reach, reach))
+        turn = rng.uniform(-20, 20)
     return Scene(name, background, style, size, center, turn, bool(rng.random() < 0.5), rng.uniform(0.92, 1.06))
 
 

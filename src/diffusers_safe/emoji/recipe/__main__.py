@@ -116,7 +116,7 @@ def main(args: RecipeArguments) -> None:
     tokenizer = build_tokenizer()
     if {"decoder", "assemble"} & set(args.stages):
         set_seed(args.seed)
-        train(decoder_stage(autoencoder, centered, centered_moments, deviation, args.decoder_steps, 5e-4, identity))
+        train(decoder_stage(autoencoder, pictures, moments, deviation, args.decoder_steps, 5e-4, identity))
     if {"unet", "assemble"} & set(args.stages):
         set_seed(args.seed)
         unet = train(unet_stage(*latents(), *args.unet_rounds, 1e-3, identity, args.compile_unet))
