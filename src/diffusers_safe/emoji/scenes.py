@@ -121,8 +121,8 @@ def draw_scene(rng: np.random.Generator, hold_out: bool = True, varied: bool = T
     Args:
         rng (`np.random.Generator`): The only source of randomness.
         hold_out (`bool`, defaults to `True`): Whether to leave out the combinations of `is_held_out`.
-        varied (`bool`, defaults to `True`): Whether sizes, places and angles vary. If not, the object is in the
-            middle, upright, of one size, and only mirrored.
+        varied (`bool`, defaults to `True`): Whether sizes, places and angles vary and half of the objects are flipped.
+            If not, the object is upright in the middle, always of one size.
     """
     while True:
         name = OBJECTS[rng.integers(len(OBJECTS))]
@@ -136,7 +136,8 @@ def draw_scene(rng: np.random.Generator, hold_out: bool = True, varied: bool = T
         reach = (64 - size) / 2 + 2
         center = (32 + rng.uniform(-reach, reach), 32 + rng.uniform(-reach, reach))
         turn = rng.uniform(-20, 20)
-    return Scene(name, background, style, size, center, turn, bool(rng.random() < 0.5), rng.uniform(0.92, 1.06))
+    mirror = bool(rng.random() < 0.5) and varied
+    return Scene(name, background, style, size, center, turn, mirror, rng.uniform(0.92, 1.06))
 
 
 def draw_caption(scene: Scene, rng: np.random.Generator) -> str:

@@ -13,6 +13,15 @@ class ConceptOptions:
     """What is erased."""
 
     concepts: list[str] = required("What to erase: one or more names, or .txt files with one per line.")
+    target: float | None = option(
+        None,
+        "Stop as soon as no more than this share of the concepts' effect on the prediction is left, such as 0.01. A "
+        "training is measured 20 times in --max_train_steps, which are the most steps then. The edit of a closed form "
+        "is scaled, to at most twice its strength.",
+        at_least=0,
+        below=1,
+        essential=True,
+    )
 
     def named_in(self, prompt: str) -> str | None:
         """The first concept whose words are in a prompt."""
@@ -31,14 +40,6 @@ class TrainedConceptOptions(ConceptOptions):
         "paper: sample latents with one concept, train on all joined; repository: sample with all joined, train on "
         "one; matched: one concept for both.",
         PROMPT_ORDERS,
-    )
-    target: float | None = option(
-        None,
-        "End the training as soon as no more than this share of the concepts' effect on the prediction is left, such "
-        "as 0.01. It is measured 20 times in --max_train_steps, which are the most steps then.",
-        at_least=0,
-        below=1,
-        essential=True,
     )
     start_from: str | None = option(
         None,

@@ -32,6 +32,7 @@ from .erasure import Erasure, alone_with, was_erased
 from .job import ErasureOptions, check_run, erasure_options, parse_options
 from .loop import ErasureLoop
 from .plan import make_plan
+from .strength import find_strength
 from .watch import DRIFT_WARNING, LEFT_WARNING, Watch
 
 
@@ -211,7 +212,8 @@ class MethodRun:
         samples (`Samples`, *optional*): Images before and after.
         anchors (`list[str]`, *optional*): What each concept became by an edit.
         measured (`dict[str, float]`): `concept_left` and `drift` at the end, see [`Watch`].
-        trained_steps (`dict[str, int]`): For the record, how many steps were trained, if that depends on a target.
+        reached (`dict[str, int | float]`): For the record, with a target: `trained_steps` of a training, `strength` of
+            an edit.
     """
 
     def __init__(
@@ -231,7 +233,7 @@ class MethodRun:
         self.samples: Samples | None = None
         self.anchors: list[str] | None = None
         self.measured: dict[str, float] = {}
-        self.trained_steps: dict[str, int] = {}
+        self.reached: dict[str, int | float] = {}
 
     @cached_property
     def erased_before(self) -> list[str]:
@@ -270,7 +272,7 @@ class MethodRun:
         """With a target: keeps when it was reached for the record, or notes that it was not."""
         if (target := self.options.concept.target) is None:
             return
-        self.trained_steps = {"trained_steps": loop.steps}
+        self.reached = {"trained_steps": loop.steps}
         if (left := self.measured["concept_left"]) > target:
             note("target %g: not reached in %d steps, %.2g is left; give more steps or a higher learning rate",
                  target, loop.steps, left)  # fmt: skip
@@ -306,7 +308,13 @@ class MethodRun:
         scheduled = Trajectories(self.family.make_scheduler, self.family.latent_shape, MEASURED_STEPS)
         seed = options.output.seed
         watch = Watch(predictor, scheduled, self.concepts, watched, seed, progress=0, anchors=self.anchors)
+        target = options.concept.target
+        if target is not None:
+            self.reached = {"strength": find_strength(self.weights, watch, target)}
         self.measured = watch.measure("student")
+        if target is not None and (left := self.measured["concept_left"]) > target:
+            note("target %g: not reached, %.2g is left at the best strength, %.2f; give other anchors, or train from "
+                 "this edit (--start_from)", target, left, self.reached["strength"])  # fmt: skip
 
     def show_edit(self) -> None:
         """Generates the validation prompts of a method that does not train; a training has done so at its steps."""
@@ -334,7 +342,6 @@ class MethodRun:
         training = {
             "num_processes": processes.num_processes,
             "mixed_precision": processes.mixed_precision,
-            **self.trained_steps,
         }
         if options.method.trains:
             train_method = options.weights.train_method
@@ -346,7 +353,11 @@ class MethodRun:
             concepts=self.concepts,
             method=options.method.name,
             train_method=train_method,
-            arguments={**options.recorded, **(training if options.method.trains else self._chosen)},
+            arguments={
+                **options.recorded,
+                **(training if options.method.trains else self._chosen),
+                **self.reached,
+            },
             revision=options.model.revision,
         )
         return Erasure(self.pipeline, record, self.weights, options.output.output_dir, self.measured)

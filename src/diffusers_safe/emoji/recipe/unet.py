@@ -51,8 +51,8 @@ def unet_stage(
     """The stage that trains the UNet: rounds on latents of half the size, then rounds on full latents.
 
     Half of the timesteps are above 750, where the caption matters. In the rounds of details they are uniform, and the
-    objects are in the middle, of one size: a shift by less than the 4 pixels of a latent changes all of its latents, and
-    the model would have to learn each object in each such place.
+    objects are in the middle, of one size: a shift by less than the 4 pixels of a latent changes all latents, and the
+    model would have to learn each object in each such place.
     """
 
     def make_batch(rng: np.random.Generator, size: int, details: bool = False) -> Batch:
