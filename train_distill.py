@@ -8,7 +8,7 @@ This is the paper's recipe, in float32. It was not run here.
 The result is a stock pipeline: `StableDiffusionPipeline.from_pretrained("sd-1.4-small")`. All arguments: `--help`.
 """
 
-from diffusers_safe.distillation.run import main
+from diffusers_safe.training.distillation import main
 
 
 if __name__ == "__main__":

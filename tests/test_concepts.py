@@ -172,3 +172,9 @@ def test_invisible_characters_are_blank(tmp_path):
         read_concepts(["\u200b"])
     (tmp_path / "a.TXT").write_text("knife\n")
     assert read_concepts([str(tmp_path / "a.TXT")]) == ["knife"]
+
+
+def test_a_null_character_in_a_file_is_refused(tmp_path):
+    (tmp_path / "concepts.txt").write_bytes(b"knife\na\0b\n")
+    with pytest.raises(ValueError, match=r"concepts 'a\\x00b': must not hold a null character"):
+        read_concepts([str(tmp_path / "concepts.txt")])

@@ -5,7 +5,7 @@ import importlib
 import sys
 
 from .command_line import package_version, report_errors_in_one_line
-from .messages import exit_with_error, num_launched
+from .messages import exit_with_error, importing, num_launched
 from .values import suggested
 
 
@@ -81,7 +81,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"diffusers-safe {command}: error: {count} processes were launched (see WORLD_SIZE in the environment), "
               "but it runs in one; start it without a launcher", file=sys.stderr)  # fmt: skip
         raise SystemExit(2)
-    importlib.import_module(COMMANDS[command][0]).main(argv[1:], f"diffusers-safe {command}")
+    with importing():
+        module = importlib.import_module(COMMANDS[command][0])
+    module.main(argv[1:], f"diffusers-safe {command}")
 
 
 if __name__ == "__main__":

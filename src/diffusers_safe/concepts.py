@@ -37,8 +37,8 @@ def read_concepts(values: list[str], name: str = "concepts") -> list[str]:
         `list[str]`: At least one name; none is blank.
 
     Raises:
-        `ValueError`: If the list or a file is empty, an entry is blank, contains a line break or is a list in
-            brackets, or a file does not exist.
+        `ValueError`: If the list or a file is empty, an entry is blank, contains a line break or a null character
+            or is a list in brackets, or a file does not exist.
     """
     found = [entry for value in values for entry in _read_entries(value, name)]
     if not found or not all(map(is_visible, found)):
@@ -70,6 +70,8 @@ def _without_duplicates(found: list[str], name: str) -> list[str]:
 
 
 def _check_entry(entry: str, name: str) -> None:
+    if "\0" in entry:
+        raise ValueError(f"{name} {entry!r:.200}: must not hold a null character")
     if "\n" in entry or (entry.startswith("[") and entry.endswith("]")):
         raise ValueError(f"{name} {entry!r:.200}: is a list in a single text; give each {_entry(name)} separately")
     if not name.endswith("prompts") and len(parts := _SEPARATORS.split(entry)) > 1:

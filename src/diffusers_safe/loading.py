@@ -164,6 +164,21 @@ def check_finite(model: nn.Module, what: str) -> None:
             raise ModelError(f"{what}: {name} holds values that are not finite numbers")
 
 
+def check_in_memory(model: nn.Module, what: str) -> None:
+    """
+    Raises:
+        [`ModelError`]: If weights are not there.
+    """
+    if any(weight.is_meta for weight in model.parameters()):
+        raise ModelError(f"{what}: its weights are on the meta device, not loaded or offloaded; load them first")
+
+
+def dtypes_of(model: nn.Module) -> str:
+    """The dtypes of a model's weights, as messages show them; usually one."""
+    kinds = {str(value.dtype).removeprefix("torch.") for value in model.parameters() if value.is_floating_point()}
+    return " and ".join(sorted(kinds))
+
+
 def check_component(component: Any, what: str) -> None:
     """Finds in a tokenizer or scheduler what the libraries refuse only while they generate.
 

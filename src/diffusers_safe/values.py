@@ -44,6 +44,8 @@ AT_MOST = {
     "shard_size": 10**7,
     "concurrency": 10**4,
     "retries": 10**3,
+    "rounds": 10**4,
+    "augmentations": 10**4,
     "timeout": 86400,
     "dataloader_num_workers": 1024,
 }

@@ -413,6 +413,19 @@ def test_broken_folders_are_told_before_anything_is_generated(tmp_path, damage, 
     assert error.value.exit_code == 2 and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("original", ["generated", "folder"])
+def test_images_of_another_size_are_told_before_anything_is_generated(tmp_path, original):
+    rows = rows_of(3, 1)
+    theirs = save_pngs(tmp_path / "theirs", rows)
+    Image.new("RGB", (24, 16)).save(theirs / "1_0.png")
+    first = Unloadable("a") if original == "generated" else ImageFolder("a", save_pngs(tmp_path / "a", rows))
+    subjects = [first, Unloadable("b"), ImageFolder("theirs", theirs)]
+    with pytest.raises(ValueError, match="theirs: image 1_0 has 24 x 16 .*'s 16 x 16") as error:
+        evaluate(subjects, rows, [Bright(0), PixelDistance()], tmp_path / "out", QUICK)
+    assert error.value.exit_code == 2 and not (tmp_path / "out").exists()
+    evaluate([ImageFolder("theirs", theirs)], rows, [Bright(0)], tmp_path / "out", QUICK)  # compares nothing
+
+
 def test_a_folder_that_cannot_hold_scores_is_told_first(tmp_path, monkeypatch):
     Image.new("RGB", (8, 8)).save(tmp_path / "0_0.png")
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere but on read-only disks

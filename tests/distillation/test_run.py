@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models import modeling_utils
 from safetensors.torch import load_file
 
 from diffusers_safe.concepts import names_concept
@@ -248,6 +249,13 @@ def test_sdxl_in_bfloat16(distil, make_tiny_xl_pipeline, tmp_path):
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in student.values())
     record = Distillation.load(tmp_path / "out")
     assert record.losses.keys() == {"task", "output", "feature", "sdd"}
+
+
+def test_validation_images_of_the_teacher_warn_of_nothing(distil, monkeypatch):
+    warned = []
+    monkeypatch.setattr(modeling_utils.logger, "warning", lambda *message: warned.append(message))
+    distil("out", max_train_steps=1, validation_prompts="a cat", validation_steps=1)
+    assert not warned
 
 
 def test_a_dry_run_tells_the_plan_and_writes_nothing(tiny_model_folder, pictures, tmp_path, capsys):

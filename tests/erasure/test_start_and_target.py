@@ -133,6 +133,17 @@ def test_a_start_that_does_not_fit_is_refused(edit, tiny_model_folder, tmp_path,
     assert not (tmp_path / "out" / "erasure.json").exists()
 
 
+@pytest.mark.parametrize("name", ["empty", "garbage.pt", "garbage.safetensors", "garbage"])
+def test_a_start_that_cannot_be_read_is_refused_before_the_model_is_loaded(tiny_model_folder, tmp_path, capsys, name):
+    (tmp_path / "empty").mkdir()
+    if name != "empty":
+        (tmp_path / name).write_text("garbage")
+    with pytest.raises(SystemExit) as stop:
+        train(tiny_model_folder, tmp_path / "out", start_from=tmp_path / name, dry_run=True)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f"error: start_from {tmp_path / name}" in error and error.count("\n") == 1
+
+
 def test_the_edit_of_another_model_is_refused(edit, make_tiny_pipeline, tmp_path, capsys):
     make_tiny_pipeline(seed=7).save_pretrained(tmp_path / "other")
     with pytest.raises(SystemExit) as stopped:

@@ -257,6 +257,10 @@ def _on_meta(pipeline):
     pipeline.unet.to("meta")
 
 
+def _halved_in_part(pipeline):
+    pipeline.unet.mid_block.to(torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -264,6 +268,7 @@ def _on_meta(pipeline):
         (lambda pipeline: setattr(pipeline, "unet", None), "unet: this pipeline has none"),
         (_wrapped, "unet: is a DataParallel without a config; put the model itself into the pipeline"),
         (_on_meta, "unet: its weights are on the meta device"),
+        (_halved_in_part, "unet: its weights are bfloat16 and float32; give them one dtype"),
     ],
 )
 def test_half_built_pipelines_are_refused(tiny_pipeline, change, message):

@@ -241,6 +241,10 @@ def test_a_whole_pipeline_folder(make_tiny_pipeline, tmp_path):
         ("esd-Van_Gogh-from-a_painting-esdxstrict", ["Van Gogh"], "a painting", "xattn-strict"),
         ("esd-Spider-Man-from-a_man-esdu", ["Spider-Man"], "a man", "esd-u"),
         ("esd-nudity-from-nudity-esdall", ["nudity"], None, "full"),
+        ("esd-Van_Gogh-from-Van_Gogh-esd-x", ["Van Gogh"], None, "xattn"),
+        ("esd-Van_Gogh-from-a_painting-esd-x-strict", ["Van Gogh"], "a painting", "xattn-strict"),
+        ("esd-Spider-Man-from-X-Men-xattn-strict", ["Spider-Man"], "X-Men", "xattn-strict"),
+        ("esd-man_from_Mars-from-man_from_Mars-noxattn", ["man from Mars"], None, "noxattn"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
@@ -250,6 +254,37 @@ def test_names_of_esds_files_are_read(tiny_pipeline, tmp_path, name, concepts, e
     known = read_erased_weights(path).known
     assert known["concepts"] == concepts and known["train_method"] == train_method
     assert known["arguments"] == ({} if erase_from is None else {"erase_from": erase_from})
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize(
+    ("name", "concept", "train_method", "arguments"),
+    [
+        ("esd-Van_Gogh_from_Van_Gogh-xattn-strict_1-epochs_200", "Van Gogh", "xattn-strict", {}),
+        ("esd-vangogh_from_vangogh-xattn_1.0-epochs_200", "vangogh", "xattn", {"negative_guidance": "1.0"}),
+        ("esd-ironman_from_man-esd-x_1-epochs_200", "ironman", "xattn", {"erase_from": "man"}),
+    ],
+)
+def test_names_of_esds_older_files_are_read(
+    make_tiny_pipeline, tmp_path, name, concept, train_method, arguments, suffix
+):
+    """`.pt` files hold a dict for each module."""
+    unet, path = make_tiny_pipeline().unet, tmp_path / f"{name}{suffix}"
+    erased = make_erased(unet)
+    modules = {key.rpartition(".")[0]: {} for key in erased}
+    for key, value in erased.items():
+        modules[key.rpartition(".")[0]][key.rpartition(".")[2]] = value
+    pickled = {f"unet.{module}": parts for module, parts in modules.items()}
+    save_file(erased, path) if suffix == ".safetensors" else torch.save(pickled, path)
+    known = read_erased_weights(path).known
+    assert known["method"] == "esd" and known["concepts"] == [concept] and known["train_method"] == train_method
+    assert known["arguments"] == {"negative_guidance": "1", "iterations": "200", **arguments}
+
+
+def test_names_that_are_not_esds_tell_nothing(tiny_pipeline, tmp_path):
+    for name in ("esd-a-from-b-esdx-lr-0.000020-iter-200", "esd-a-from-b", "esd-xattn_1-epochs_200"):
+        save_file(make_erased(tiny_pipeline.unet), tmp_path / f"{name}.safetensors")
+        assert read_erased_weights(tmp_path / f"{name}.safetensors").known == {}
 
 
 def test_metadata_of_esd_wins_over_the_name(tiny_pipeline, tmp_path):
@@ -358,9 +393,14 @@ def test_an_old_lora_of_diffusers(tiny_pipeline, tmp_path):
     "tensors, match",
     [
         ({"text_encoder.x.lora_A.weight": (2, 8), "text_encoder.x.lora_B.weight": (8, 2)}, "text_encoder.x.*another"),
-        ({"lora_unet_conv_in.lora_down.weight": (2, 8)}, "lora_A and lora_B do not make a pair"),
-        ({"unet.conv_in.lora_A.weight": (2, 4, 3, 3)}, "conv_in: lora_A and lora_B do not make a pair"),
-        ({"unet.x.lora_A.weight": (2, 8), "unet.x.lora_B.weight": (8, 3)}, r"x: .*\(8, 3\)"),
+        ({"lora_unet_conv_in.lora_down.weight": (2, 8)}, "lora_unet_conv_in.lora_up.weight is missing"),
+        ({"unet.conv_in.lora_A.weight": (2, 4, 3, 3)}, "1 of its 1 .*: unet.conv_in.lora_B.weight is missing"),
+        (
+            {"unet.x.lora_A.weight": (2, 8), "unet.x.lora_B.weight": (8, 3)},
+            r"lora_B.weight \(8, 3\) do not make",
+        ),
+        ({"unet.mid_block.lora_A.weight": (2, 8), "mid_block.lora_A.weight": (2, 8)}, "is there twice, by two names"),
+        ({"unet.x.lora_B.bias": (8,)}, "x: a bias without matrices"),
         (
             {"unet.x.lora_A.weight": (2, 8), "unet.x.lora_magnitude_vector": (8,)},
             "DoRA or another relative of LoRA.: only plain LoRAs can be read",
@@ -437,6 +477,7 @@ def test_an_alpha_that_is_no_number_is_named(tiny_pipeline, tmp_path, config, ma
 
 
 def test_a_lora_that_also_changes_the_text_encoder_is_no_erasure(tiny_pipeline, tmp_path):
-    tensors = {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 32)}
+    layer = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    tensors = {f"{layer}.lora_down.weight": torch.zeros(2, 32), f"{layer}.lora_up.weight": torch.zeros(32, 2)}
     save_file(tensors, tmp_path / "lora.safetensors")
     refused(tmp_path / "lora.safetensors", tiny_pipeline.unet, "changes another component than the denoiser.*--lora")

@@ -534,3 +534,30 @@ def test_a_callback_that_raises_ends_the_run_and_the_next_one_continues(tiny_pip
     assert seen == [2, 4, 5]
     generate(tiny_pipeline, rows, tmp_path / "whole", QUICK, batch_size=2)
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda pipe: pipe.vae.to(torch.bfloat16),
+            r"different dtypes \(vae bfloat16, text_encoder float32, unet float32",
+        ),
+        (lambda pipe: pipe.unet.mid_block.to(torch.bfloat16), "unet bfloat16 and float32"),
+        (lambda pipe: pipe.unet.to("meta"), "unet: its weights are on the meta device"),
+        (lambda pipe: setattr(pipe, "vae", None), "StableDiffusionPipeline of None: has no vae"),
+    ],
+)
+def test_a_pipeline_of_parts_that_do_not_fit_is_told_in_one_line(make_tiny_pipeline, tmp_path, change, message):
+    pipeline = make_tiny_pipeline()
+    change(pipeline)
+    with pytest.raises(ValueError, match=message) as error:
+        generate(pipeline, rows_of(1), tmp_path, QUICK)
+    assert error.value.exit_code == 2 and "\n" not in str(error.value)
+
+
+def test_an_xl_pipeline_without_its_second_text_encoder_is_told(make_tiny_xl_pipeline, tmp_path):
+    pipeline = make_tiny_xl_pipeline()
+    pipeline.text_encoder_2 = None
+    with pytest.raises(ValueError, match="StableDiffusionXLPipeline of None: has no text_encoder_2"):
+        generate(pipeline, rows_of(1), tmp_path, QUICK)

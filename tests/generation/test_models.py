@@ -75,7 +75,13 @@ def test_no_share_of_a_lora_is_the_model(tiny_model_folder, make_tiny_pipeline, 
             lambda name, value: {name.replace("unet.", "transformer."): value},
             r"([0-9]+) of its \1 layers have no place",
         ),
-        (lambda name, value: {name: torch.cat([value, value], 1)}, "does not fit StableDiffusionPipeline"),
+        (
+            lambda name, value: {name: torch.cat([value, value]) if ".up." in name else value},
+            "does not fit StableDiffusionPipeline",
+        ),
+        (lambda name, value: {name: torch.cat([value, value], 1)}, "do not make a pair"),
+        (lambda name, value: {name: value / 0}, "holds values that are not finite numbers"),
+        (lambda name, value: {name: value * 1e30}, "other.safetensors: lora_scale 1: NaNs"),
         (lambda name, value: {"weight": value}, "and no LoRA"),
     ],
 )
@@ -86,6 +92,18 @@ def test_a_lora_that_does_not_fit_is_refused(tiny_model_folder, lora, tmp_path, 
     save_file(changed, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=message) as error:
         SteeredModel("other", tiny_model_folder, lora=str(tmp_path / "other.safetensors")).load(SETTINGS)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("lost", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("number", [1, 999])
+def test_a_lora_without_partners_says_what_is_missing(tiny_model_folder, lora, tmp_path, lost, number):
+    tensors = load_file(lora / "pytorch_lora_weights.safetensors")
+    names = [name for name in tensors if lost in name][:number]
+    save_file({name: value for name, value in tensors.items() if name not in names}, tmp_path / "half.safetensors")
+    message = f"half.safetensors: {len(names)} of its .* have no partner: {names[0]} is missing"
+    with pytest.raises(ValueError, match=message) as error:
+        SteeredModel("half", tiny_model_folder, lora=str(tmp_path / "half.safetensors")).check()
     assert "\n" not in str(error.value)
 
 

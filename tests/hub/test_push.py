@@ -195,7 +195,7 @@ def test_nothing_new_is_no_new_commit(hub, folder):
 
 
 def test_a_new_result_takes_the_place_of_an_old_one_and_leaves_other_files(hub, folder):
-    (folder / GRID_NAME).write_bytes(b"old picture")
+    Image.new("RGB", (8, 8)).save(folder / GRID_NAME)
     (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"old weights")
     push_result(folder, "tester/x")
     HfApi().upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id="tester/x")
@@ -404,7 +404,7 @@ def test_a_card_that_a_person_wrote_or_edited_is_kept(hub, folder, caplog):
     on_hub = hub.files("tester/x")[CARD_NAME].decode()
     edited = on_hub.replace("## Limits", "Some words of my own.\n\n## Limits")
     HfApi().upload_file(path_or_fileobj=edited.encode(), path_in_repo=CARD_NAME, repo_id="tester/x")
-    (folder / GRID_NAME).write_bytes(b"a picture")
+    Image.new("RGB", (8, 8)).save(folder / GRID_NAME)
     push_result(folder, "tester/x")
     assert hub.files("tester/x")[CARD_NAME].decode() == edited and GRID_NAME in hub.files("tester/x")
     assert "edited by a person, and is kept" in caplog.text
@@ -594,6 +594,14 @@ def test_a_damaged_evaluation_is_refused_in_one_line(hub, folder, capsys, place,
     assert push(folder) == 2
     error = capsys.readouterr().err
     assert f"{folder / 'results.json'}: not the results of an evaluation" in error and error.count("\n") == 1
+    assert not hub.requests
+
+
+def test_a_damaged_picture_is_refused_in_one_line(hub, folder, capsys):
+    (folder / GRID_NAME).write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert push(folder) == 2
+    error = capsys.readouterr().err
+    assert f"{folder / GRID_NAME} cannot be read as an image" in error and error.count("\n") == 1
     assert not hub.requests
 
 

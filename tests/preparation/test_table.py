@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import datasets
+import pandas as pd
 import pytest
 
 from picture_files import encoded
@@ -180,6 +181,13 @@ def test_two_metadata_files_are_refused(tmp_path, capsys):
     assert "metadata.csv and metadata.jsonl: only one of them can be read" in message
 
 
+def test_metadata_without_rows_is_refused(tmp_path, capsys):
+    folder = picture_folder(tmp_path / "pictures", 1)
+    pd.DataFrame({"file_name": [], "text": []}).to_parquet(folder / "metadata.parquet")
+    message = refused(capsys, folder, "--output_dir", tmp_path / "out")
+    assert f"{folder}/metadata.parquet: has no rows" in message and not (tmp_path / "out").exists()
+
+
 def write_tar(path: Path, mode: str = "w", name: str = "a", about: bytes = b"{}") -> Path:
     path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, mode) as tar:
@@ -195,9 +203,13 @@ def test_tar_files_are_read_whole_or_refused(tmp_path, capsys):
     whole = write_tar(tmp_path / "cut" / "0.tar")
     with tarfile.open(whole) as tar:
         header = tar.getmember("a.txt").offset
-    whole.write_bytes(whole.read_bytes()[: header + 100])
+    content = whole.read_bytes()
+    zeroed = write_tar(tmp_path / "zeroed" / "0.tar")
+    zeroed.write_bytes(content[:header] + bytes(512) + content[header + 512 :])
+    whole.write_bytes(content[: header + 100])
     bad = {
-        "damaged or cut short at byte": whole,
+        f"{whole}: cannot be read as an uncompressed tar file (damaged or cut short at byte": whole,
+        f"{zeroed}: cannot be read as an uncompressed tar file (damaged or cut short at byte": zeroed,
         "cannot be read as an uncompressed tar file": write_tar(tmp_path / "gz" / "0.tar", "w:gz"),
         "text of the member '\\udcff.png' is not UTF-8": write_tar(tmp_path / "name" / "0.tar", name="\udcff"),
         "text of the member 'a.png' is not UTF-8": write_tar(tmp_path / "s" / "0.tar", about=b'{"a": "\\ud800"}'),

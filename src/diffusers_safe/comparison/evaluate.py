@@ -21,6 +21,7 @@ from ..generation.generate import generate
 from ..generation.processes import launched_processes
 from ..generation.rows import GenerationSettings, PromptRow, check_rows, different_images
 from ..metrics.base import Metric, check_once
+from ..metrics.resizing import check_sizes
 from ..output_folders import check_output_dir, claimed
 from ..progress import ProgressCallback
 from ..provenance import write_text
@@ -93,8 +94,9 @@ def evaluate(
 
     Raises:
         `ValueError`: If there is no image to measure, a name is invalid or occurs twice, a metric compares and there
-            is one model, no metric applies to these images, images or an earlier report in `folder` are of other
-            models, prompts or settings, or a file is broken. What was generated and scored until then is kept.
+            is one model or existing images of another size, no metric applies to these images, images or an earlier
+            report in `folder` are of other models, prompts or settings, or a file is broken. What was generated and
+            scored until then is kept.
     """
     check_output_dir(folder)
     folder, settings = Path(folder), settings or GenerationSettings()
@@ -107,6 +109,7 @@ def evaluate(
         # Existing images are checked before anything is generated.
         found = {model.name: _found(model, rows) for model in models if isinstance(model, ImageFolder)}
         _check_images_of_report(found, rows, earlier)
+        _check_sizes(models, found, rows, metrics, settings)
         measured = [
             found.get(model.name) or _generated(model, rows, folder, settings, batch_size, overwrite, callback)
             for model in models
@@ -181,6 +184,24 @@ def _check_images_of_report(found: dict[str, Measured], rows: Sequence[PromptRow
         known = earlier.get("models", {}).get(name, {}).get("sha256", model.digest)
         if known != model.digest and earlier["protocol"]["prompts"]["sha256"] == prompts_digest(rows):
             raise ValueError(f"{name}: the report in output_dir is of other images; give another folder")
+
+
+def _check_sizes(
+    models: Sequence[ModelSource | ImageFolder],
+    found: dict[str, Measured],
+    rows: Sequence[PromptRow],
+    metrics: Sequence[Metric],
+    settings: GenerationSettings,
+) -> None:
+    """Checks the sizes of existing images against the original's, as far as these are known."""
+    asked = {row.id: (row.width or settings.width, row.height or settings.height) for row in rows}
+    sizes = {name: {row["id"]: row["size"] for row in model.rows} for name, model in found.items()}
+    originals = sizes.get(models[0].name, asked)
+    for metric in (metric for metric in metrics if metric.same_size):
+        for model in models[1:]:
+            for name, size in sizes.get(model.name, asked).items():
+                if None not in (*size, *originals[name]):
+                    check_sizes(f"{metric.name} of {model.name}", name, size, originals[name])
 
 
 def _generated(

@@ -65,7 +65,7 @@ class DistillationLoop(TrainingLoop):
         if self.objective.needs_teacher:
             teacher.denoiser.requires_grad_(False).eval().to(accelerator.device)
             if self.teacher_dtype != torch.float32:
-                teacher.denoiser.to(self.teacher_dtype)
+                torch.nn.Module.to(teacher.denoiser, self.teacher_dtype)  # diffusers' own warns
         self.student_tap = self.teacher_tap = None
         if "feature" in self.objective.weights:
             pairs = feature_pairs(student.denoiser.config, teacher.denoiser.config, options.loss.feature_map)

@@ -1,5 +1,6 @@
 """An erasure as a job: all of its options, and the checks of a model before weights are read, moved or changed."""
 
+import os
 from dataclasses import dataclass, make_dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -11,8 +12,9 @@ from ..command_line import parse_dataclass
 from ..concepts import ConceptSchedule, read_concepts
 from ..diffusion.loss_weighting import LossWeighting
 from ..diffusion.trajectories import Trajectories
+from ..embedded import locate_model
 from ..families import TEXT_ENCODERS, ModelFamily, StoredModel, TextEncoders, denoiser_names
-from ..formats import fetch
+from ..formats import fetch, read_erased_weights
 from ..messages import num_launched
 from ..methods import Method, find_method
 from ..training.job import JobOptions, TrainingOptions
@@ -90,9 +92,11 @@ class TrainedErasureOptions(ErasureOptions, TrainingOptions):
             )
 
     def check_base_model(self) -> nn.Module:
-        if self.concept.start_from is not None:
+        if (start := self.concept.start_from) is not None:
             try:
-                fetch(self.concept.start_from, only_records=True)
+                place = fetch(start, only_records=True)
+                if os.path.exists(locate_model(start)):  # on the Hub there are records alone so far
+                    read_erased_weights(place)
             except ValueError as error:
                 raise ValueError(f"start_from {error}") from None
         return super().check_base_model()

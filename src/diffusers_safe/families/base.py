@@ -71,7 +71,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..loading import load_model
+from ..loading import check_in_memory, dtypes_of, load_model
 from ..provenance import fingerprint
 from .prompts import check_lengths, token_ids, unknown_words, warn_of_unknown_words
 from .train_methods import TRAIN_METHODS, resolve_train_method
@@ -488,8 +488,10 @@ def _loaded_configs(pipeline: DiffusionPipeline) -> ComponentConfig:
         if not hasattr(component, "config"):
             kind = type(component).__name__
             raise ValueError(f"{name}: is a {kind} without a config; put the model itself into the pipeline")
-        if isinstance(component, nn.Module) and any(weight.is_meta for weight in component.parameters()):
-            raise ValueError(f"{name}: its weights are on the meta device, not loaded or offloaded; load them first")
+        if isinstance(component, nn.Module):
+            check_in_memory(component, name)
+            if " and " in (dtypes := dtypes_of(component)):
+                raise ValueError(f"{name}: its weights are {dtypes}; give them one dtype: {name}.to(torch.float32)")
         known = component.config if isinstance(component.config, dict) else component.config.to_dict()
         return {**known, "_class_name": type(component).__name__}
 

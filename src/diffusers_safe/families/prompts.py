@@ -25,7 +25,8 @@ def check_lengths(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> Non
 def token_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens of a prompt, with those of start and end of text. As in the pipelines, a learned word may stand for
     several."""
-    return tokenizer(TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)).input_ids
+    text = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
+    return tokenizer(text, verbose=False).input_ids  # or it warns of what `check_lengths` refuses
 
 
 def unknown_words(text: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[str]]:

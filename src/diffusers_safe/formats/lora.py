@@ -27,6 +27,8 @@ _TEXT_ROOTS = ("text_model.", "encoder.layers.")
 _RELATIVES = ("hada_", "lokr_", "oft_", "dora_scale", "lora_mid", "lora_magnitude_vector")
 _LAYERS = (nn.Linear, nn.Conv2d)  # that a LoRA can change
 _FACTOR = re.compile(r"(?P<layer>.+)\.lora_(?P<which>A\.weight|B\.weight|B\.bias)")
+_MATRIX = re.compile(r"(?P<layer>.+[._]lora[._])(?P<which>A|B|down|up)\.weight")
+_OTHER = {"A": "B", "B": "A", "down": "up", "up": "down"}
 _UP = re.compile(r"(?P<layer>.+?)(\.lora_up|\.lora_B|[._]lora\.up)\.weight")
 
 
@@ -40,7 +42,8 @@ def plain_names(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, tor
     scale, which is in an `adapter_config.json` in their folder.
 
     Raises:
-        `ValueError`: If it is a relative of LoRA that changes weights in another way.
+        `ValueError`: If it is a relative of LoRA that changes weights in another way, a matrix has no partner, or a
+            value is not a finite number.
     """
     if any(part in name for name in tensors for part in _RELATIVES):
         raise ValueError(f"{describe_weights(list(tensors))}: only plain LoRAs can be read")
@@ -51,8 +54,11 @@ def plain_names(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, tor
             plain = f"{family.denoiser_name}.{plain}"
         elif plain.startswith(_TEXT_ROOTS):
             plain = f"text_encoder.{plain}"
+        if plain in renamed:
+            raise ValueError(f"{name}: is there twice, by two names")
         renamed[plain] = value
     renamed = _without_alphas(renamed)
+    _check_pairs(renamed)
     if not any(name.startswith(_PEFT) for name in tensors):
         return renamed
     path = folder / "adapter_config.json"
@@ -68,6 +74,23 @@ def plain_names(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, tor
         if other in renamed:
             renamed[other] = renamed[other] * (_alpha(config, layer, rank) / rank)
     return renamed
+
+
+def _check_pairs(tensors: dict[str, torch.Tensor]) -> None:
+    matches = {name: match for name in tensors if (match := _MATRIX.fullmatch(name))}
+    others = {name: f"{match['layer']}{_OTHER[match['which']]}.weight" for name, match in matches.items()}
+    if alone := [name for name in others if others[name] not in others]:
+        raise ValueError(
+            f"{len(alone)} of its {len(others)} matrices have no partner: {others[alone[0]]} is missing, which "
+            f"{alone[0]} is multiplied with"
+        )
+    for name, value in tensors.items():
+        if not (value.is_floating_point() and value.float().isfinite().all()):
+            raise ValueError(f"{name} holds values that are not finite numbers")
+        if name in matches and matches[name]["which"] in ("A", "down"):
+            down, up = value.shape, tensors[others[name]].shape
+            if len(down) < 2 or len(up) < 2 or down[0] != up[1] or not down[0]:
+                raise ValueError(f"{name} {tuple(down)} and {others[name]} {tuple(up)} do not make a pair")
 
 
 @functools.cache  # a file is read several times
@@ -131,10 +154,9 @@ def read_differences(
     config = _adapter_config(metadata)
     differences = {}
     for layer, factors in layers.items():
-        down, up = factors.get("A.weight"), factors.get("B.weight")
-        if down is None or up is None or down.ndim < 2 or up.ndim < 2 or down.shape[0] != up.shape[1]:
-            shapes = ", ".join(f"{which} {tuple(value.shape)}" for which, value in factors.items())
-            raise ValueError(f"{layer}: lora_A and lora_B do not make a pair ({shapes})")
+        if "A.weight" not in factors:
+            raise ValueError(f"{layer}: a bias without matrices")
+        down, up = factors["A.weight"], factors["B.weight"]
         scale = _alpha(config, layer, down.shape[0]) / down.shape[0]
         product = up.flatten(1) @ down.flatten(1)
         differences[f"{layer}.weight"] = scale * product.reshape(up.shape[0], *down.shape[1:])

@@ -17,7 +17,6 @@ from ..families import (
     families,
     family_of_class,
     family_of_denoiser,
-    resolve_train_method,
 )
 from ..loading import load_model
 from ..model_errors import ModelError, naming, shown
@@ -40,7 +39,18 @@ FORMATS = {
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (".safetensors", *_PICKLES)
 _ESD_FORMAT = "erasing-esd-v2"
-_ESD_NAME = re.compile(r"esd-(?P<concept>.+)-from-(?P<erase_from>.+)-(?P<method>[^-]+)")
+# Our name of a train method by each of its names; ESD's file names have it with or without its dashes.
+_ESD_METHODS = {name: name for name in TRAIN_METHODS} | {
+    method.alias: name for name, method in TRAIN_METHODS.items() if method.alias
+}
+_METHOD = "(?P<method>" + "|".join(name.replace("-", "-?") for name in _ESD_METHODS) + ")"
+_ESD_NAMES = (
+    re.compile(rf"esd-(?P<concept>.+)-from-(?P<erase_from>.+?)-{_METHOD}"),
+    re.compile(
+        rf"esd-(?P<concept>.+)_from_(?P<erase_from>.+?)-{_METHOD}_(?P<negative_guidance>[\d.]+)"
+        r"-epochs_(?P<iterations>\d+)"
+    ),
+)
 _ESD_ARGUMENTS = ("guidance", "guidance_scale", "negative_guidance", "num_inference_steps", "erase_from")
 _LDM_DENOISER = "model.diffusion_model."
 # The other parts of a CompVis checkpoint, which ESD does not train; the noise schedule's names have no dots.
@@ -347,10 +357,12 @@ def _from_tensors(
 def _esd_facts(path: Path, metadata: dict[str, str]) -> dict:
     """What the metadata of an ESD file says and, where it says nothing, its name."""
     known: dict = {"method": "esd"}
-    if match := _ESD_NAME.fullmatch(path.stem):
-        concept, erase_from = (match[name].replace("_", " ") for name in ("concept", "erase_from"))  # as ESD does
-        arguments = {} if erase_from == concept else {"erase_from": erase_from}
-        known |= {"concepts": [concept], "train_method": match["method"], "arguments": arguments}
+    if match := next(filter(None, (name.fullmatch(path.stem) for name in _ESD_NAMES)), None):
+        said = match.groupdict()
+        concept, erase_from = (said.pop(name).replace("_", " ") for name in ("concept", "erase_from"))  # as ESD does
+        known |= {"concepts": [concept], "train_method": said.pop("method"), "arguments": said}
+        if erase_from != concept:
+            said["erase_from"] = erase_from
     if metadata.get("format") == _ESD_FORMAT:
         if (component := metadata.get("component")) not in (None, *denoiser_names()):
             allowed = " or ".join(denoiser_names())
@@ -372,10 +384,8 @@ def _esd_facts(path: Path, metadata: dict[str, str]) -> dict:
 
 def _esd_train_method(written: str) -> str:
     """Our name of a train method as ESD writes it, with or without its dashes; an unknown one stays."""
-    names = [*TRAIN_METHODS, *(method.alias for method in TRAIN_METHODS.values() if method.alias)]
-    by_letters = {name.replace("-", ""): name for name in names}
-    name = by_letters.get(written.replace("-", ""))
-    return written if name is None else resolve_train_method(name)
+    by_letters = {name.replace("-", ""): ours for name, ours in _ESD_METHODS.items()}
+    return by_letters.get(written.replace("-", ""), written)
 
 
 def _read_pickle(path: Path) -> ErasedWeights:
@@ -387,7 +397,7 @@ def _read_pickle(path: Path) -> ErasedWeights:
     if isinstance(state, dict) and not state.keys().isdisjoint(("image_proj", "string_to_param")):
         raise ModelError(f"{path}: {describe_weights(list(state))}, and no erasure of a denoiser")
     if isinstance(state, dict) and state and all(isinstance(part, dict) for part in state.values()):
-        return ErasedWeights(_flat(state, path), "esd-alt", str(path), {"method": "esd"})
+        return ErasedWeights(_flat(state, path), "esd-alt", str(path), {"method": "esd", **_esd_facts(path, {})})
     return _from_tensors(_tensors(state, path), {}, path, "whole", {})
 
 

@@ -52,7 +52,8 @@ class ImageFolder:
             )
 
     def find(self, rows: Sequence[PromptRow]) -> list[dict]:
-        """Rows of a manifest, one for each of `rows`, after a check of every file.
+        """Rows of a manifest, one for each of `rows`, after a check of every file; with `size`, (width, height) in
+        pixels.
 
         Raises:
             [`ImagesError`]: If an image is missing or broken or of another prompt or seed, or images are of several
@@ -82,8 +83,10 @@ class ImageFolder:
         if len({row.get("model") for row in found}) > 1:
             raise ImagesError(f"{self.name}: the images in {self.folder} are of more than one model")
         for row in found:
-            if self._read(row["file"])["sha256"] != row["sha256"]:
+            read = self._read(row["file"])
+            if read["sha256"] != row["sha256"]:
                 raise ImagesError(f"{self.name}: {Path(self.folder) / row['file']} was changed since it was generated")
+            row["size"] = read["size"]
         return found
 
     def _of_files(self, rows: Sequence[PromptRow]) -> list[dict]:
@@ -100,12 +103,13 @@ class ImageFolder:
         path = Path(self.folder) / file
         try:
             data = path.read_bytes()
-            black = open_rgb(path).getbbox() is None
+            image = open_rgb(path)
         except UnreadableImage as error:
             raise ImagesError(f"{self.name}: {error}") from None
         except OSError as error:
             raise ImagesError(f"{self.name}: {path} cannot be read ({error.strerror})") from None
-        return {"black": black, "sha256": hashlib.sha256(data).hexdigest()}
+        black = image.getbbox() is None
+        return {"black": black, "size": image.size, "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def common_settings(rows: Sequence[dict]) -> dict | None:

@@ -22,7 +22,8 @@ from torch import nn
 
 from ..arguments import typed
 from ..images import to_rgb
-from ..model_errors import naming
+from ..loading import check_in_memory, dtypes_of
+from ..model_errors import ModelError, naming
 from ..output_folders import OutputFolderError, check_output_dir, claimed
 from ..progress import ProgressBar, ProgressCallback
 from ..provenance import fingerprint
@@ -32,6 +33,7 @@ from .rows import OWN_SETTINGS, GenerationSettings, PromptRow, check_rows
 
 
 _DEFAULTS = GenerationSettings()
+_DISPENSABLE = ("safety_checker", "feature_extractor", "image_encoder")  # for images of prompts
 
 
 @typed
@@ -169,13 +171,18 @@ def sample_images(
 def pipeline_fingerprint(pipeline: DiffusionPipeline) -> str:
     """A hash of everything in a pipeline that determines its images: its class, the weights and dtypes of its models,
     the configuration of its scheduler, and what it steers away from. It ignores the safety checker. 16 hexadecimal
-    digits."""
+    digits.
+
+    Raises:
+        `ValueError`: If weights are on the meta device.
+    """
     digest = hashlib.sha256(type(pipeline).__name__.encode())
     for name in ("safety_concept", "_safety"):  # only pipelines with Safe Latent Diffusion have them
         if hasattr(pipeline, name):
             digest.update(f"{name} {getattr(pipeline, name)}".encode())
     for name, component in sorted(pipeline.components.items()):
         if isinstance(component, nn.Module) and name != "safety_checker":
+            check_in_memory(component, name)
             digest.update(f"{name} {component.dtype} {fingerprint(component)}".encode())
     scheduler = pipeline.scheduler
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
@@ -214,5 +221,25 @@ def _sample(pipeline: DiffusionPipeline, rows: list[PromptRow], settings: Genera
     if "negative_prompt" in arguments:
         arguments["negative_prompt"] = [settings.negative_prompt] * len(rows)
     generators = [torch.Generator("cpu").manual_seed(row.seed) for row in rows]
-    with naming(f"{type(pipeline).__name__} of {pipeline.config.get('_name_or_path')}", ValueError, RuntimeError):
-        return pipeline([row.prompt for row in rows], generator=generators, output_type="pil", **arguments).images
+    what = f"{type(pipeline).__name__} of {pipeline.config.get('_name_or_path')}"
+    try:
+        with naming(what, ValueError, RuntimeError):
+            return pipeline([row.prompt for row in rows], generator=generators, output_type="pil", **arguments).images
+    except (ModelError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or (fault := _fault(pipeline)) is None:
+            raise
+        raise ModelError(f"{what}: {fault}") from error
+
+
+def _fault(pipeline: DiffusionPipeline) -> str | None:
+    """What is wrong with the parts of a pipeline that cannot be called. Some pipelines can do without a part, or with
+    one in another dtype, so this is asked only then."""
+    parts = pipeline.components
+    if missing := [name for name, part in parts.items() if part is None and name not in _DISPENSABLE]:
+        return f"has no {missing[0]}"
+    dtypes = {name: dtypes_of(part) for name, part in parts.items() if isinstance(part, nn.Module)}
+    dtypes = {name: dtype for name, dtype in dtypes.items() if name not in _DISPENSABLE}
+    if len({*dtypes.values()}) < 2 and not any(" and " in dtype for dtype in dtypes.values()):
+        return None
+    listed = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+    return f"its parts have different dtypes ({listed}); give them one: pipeline.to(torch.float32)"

@@ -26,7 +26,7 @@ from ..families import check_files, family_around, own_pipelines
 from ..formats import LORA_NAME, fetch
 from ..formats.read import only_weight_file, read_lora
 from ..loading import load_pipeline
-from ..model_errors import ModelError, reason
+from ..model_errors import ModelError, naming, reason
 from ..model_files import read_index
 from ..pipelines.guidance import SAFETY_CONCEPT, SAFETY_CONFIGS, SafetyConfig
 from ..pipelines.safe_latent_diffusion import SafeLatentDiffusionMixin, check_concept
@@ -268,7 +268,7 @@ def lora_file(source: str) -> Path:
     try:
         read_lora(path)
     except ValueError as error:
-        raise ValueError(f"lora {error}") from None
+        raise ModelError(f"lora {error}") from None
     return path
 
 
@@ -279,7 +279,7 @@ def fuse_lora(pipeline: DiffusionPipeline, file: Path, scale: float) -> None:
         `ValueError`: If the pipeline takes no LoRA, or the file holds none, or one that does not fit.
     """
     if not hasattr(pipeline, "load_lora_weights"):
-        raise ValueError(f"lora {file}: {type(pipeline).__name__} takes none")
+        raise ModelError(f"lora {file}: {type(pipeline).__name__} takes none")
     try:
         tensors, renamed = read_lora(file)
         # diffusers reads a file itself for the metadata that it holds.
@@ -299,8 +299,9 @@ def fuse_lora(pipeline: DiffusionPipeline, file: Path, scale: float) -> None:
         name: sum(isinstance(layer, BaseTunerLayer) for layer in getattr(pipeline, name).modules()) for name in names
     }
     if lost := held - sum(fitting.values()):
-        raise ValueError(f"lora {file}: {lost} of its {held} layers have no place in {type(pipeline).__name__}")
-    pipeline.fuse_lora([name for name in names if fitting[name]], lora_scale=scale, safe_fusing=True)
+        raise ModelError(f"lora {file}: {lost} of its {held} layers have no place in {type(pipeline).__name__}")
+    with naming(f"lora {file}: lora_scale {scale:g}"):
+        pipeline.fuse_lora([name for name in names if fitting[name]], lora_scale=scale, safe_fusing=True)
     pipeline.unload_lora_weights()
 
 

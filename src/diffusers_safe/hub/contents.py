@@ -18,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..families import check_files, denoiser_names
 from ..formats import INDEX, LORA_NAME, PARTIAL_NAME, copy_with_facts, model_folders
+from ..images import open_rgb
 from ..model_errors import reason
 from ..model_files import check_header, read_json_object
 from ..provenance import FILE_NAME, STUDENT_FILE, Distillation, Provenance, load_record, write_text
@@ -51,6 +52,8 @@ def check_folder(folder: str | Path) -> None:
     for name in weights:
         if "/" not in name:  # erased weights, a LoRA
             check_header(Path(folder) / name)
+    if (picture := Path(folder) / GRID_NAME).is_file():
+        open_rgb(picture)
 
 
 def result_files(folder: Path) -> list[str]:

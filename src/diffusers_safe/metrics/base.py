@@ -73,11 +73,13 @@ class Metric(ABC):
         quantities (`dict[str, Quantity]`): What `compute` returns, in order.
         compares (`bool`, defaults to `False`): Whether each image is compared with the original model's image of the
             same prompt and seed.
+        same_size (`bool`, defaults to `False`): Whether two images that are compared must be of the same size.
     """
 
     name: ClassVar[str]
     quantities: dict[str, Quantity]
     compares: ClassVar[bool] = False
+    same_size: ClassVar[bool] = False
 
     def __init__(self):
         self.reset()

@@ -37,6 +37,7 @@ class LPIPS(Metric):
 
     name = "lpips"
     compares = True
+    same_size = True
     quantities = {"lpips": Quantity("LPIPS to the original", better="lower")}
 
     def __init__(self, net: str, trunk: str | None, linear: str | None, resize: str = "none"):
@@ -56,7 +57,7 @@ class LPIPS(Metric):
         device = on_device(self.distance)
         pairs = []
         for row, image, original in zip(rows, images, originals):
-            check_sizes(self.name, row, image, original)
+            check_sizes(self.name, row["id"], image.size, original.size)
             pairs.append(torch.stack([self.resize(image), self.resize(original)]))
         scores = [{}] * len(pairs)
         for places, batch in alike(pairs):

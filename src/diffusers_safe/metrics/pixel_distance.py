@@ -14,6 +14,7 @@ class PixelDistance(Metric):
 
     name = "pixel_distance"
     compares = True
+    same_size = True
     quantities = {"pixel_distance": Quantity("pixel distance", better="lower")}
 
     def identity(self) -> dict:
@@ -23,7 +24,7 @@ class PixelDistance(Metric):
         self, images: Sequence[Image.Image], rows: Sequence[dict], originals: Sequence[Image.Image]
     ) -> list[dict]:
         for row, image, original in zip(rows, images, originals):
-            check_sizes(self.name, row, image, original)
+            check_sizes(self.name, row["id"], image.size, original.size)
         pairs = [(np.asarray(original)[None], np.asarray(image)[None]) for original, image in zip(originals, images)]
         return [{"distance": float(pixel_distance(*pair)[0])} for pair in pairs]
 

@@ -8,15 +8,21 @@ from torch.nn import functional
 from ..images import to_rgb
 
 
-def check_sizes(metric: str, row: dict, image: Image.Image, original: Image.Image) -> None:
+class SizeError(ValueError):
+    """Images of different sizes, which a metric cannot compare."""
+
+    exit_code = 2
+
+
+def check_sizes(metric: str, image_id: str, size: tuple[int, int], original: tuple[int, int]) -> None:
     """
     Raises:
-        `ValueError`: If an image and the original model's image differ in size.
+        [`SizeError`]: If an image and the original model's image differ in size, (width, height).
     """
-    if image.size != original.size:
-        raise ValueError(
-            f"{metric}: image {row['id']} has {image.width} x {image.height} pixels, the original's "
-            f"{original.width} x {original.height}; they must be the same"
+    if size != original:
+        raise SizeError(
+            f"{metric}: image {image_id} has {size[0]} x {size[1]} pixels, the original's "
+            f"{original[0]} x {original[1]}; they must be the same"
         )
 
 

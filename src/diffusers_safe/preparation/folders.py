@@ -1,18 +1,23 @@
 """Finds images and captions in folders of training data, and refuses files outside of these folders."""
 
-import io
 import json
+import lzma
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+
+import pyarrow.parquet as pq
 
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of the format `imagefolder` of `datasets`
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 MAX_DEPTH = 100  # of JSON files: pyarrow crashes on deeply nested ones
+_TAR_ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError)
 
 
 class Boundary:
@@ -86,30 +91,56 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith((".", "__")) for part in path.parts)
 
 
-def check_json(paths: Iterable[str | Path]) -> None:
-    """Checks the JSON files among the paths for what crashes pyarrow.
+def check_files(paths: Iterable[str | Path]) -> None:
+    """Checks the files among the paths that are tables or tar files for what crashes their readers, what these report
+    without the file's name, and what they take for the end.
 
     Raises:
-        `ValueError`: If one does not begin with an object or a list, or is nested more than `MAX_DEPTH` levels deep.
+        `ValueError`: If a JSON file does not begin with an object or a list, or is nested more than `MAX_DEPTH` levels
+            deep; a parquet or tar file is not whole; or a metadata file has no rows.
     """
-    for path in (path for path in map(Path, paths) if path.suffix.lower() in (".json", ".jsonl")):
-        depth, begun = 0, False
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not begun and (start := line.removeprefix(b"\xef\xbb\xbf").strip()):
-                    if not start.startswith((b"{", b"[")):
-                        raise ValueError(f"{path}, line {number}: JSON objects are needed, one a line or in a list")
-                    begun = True
-                quoted = False
-                for sign in (match[0] for match in re.finditer(rb'\\.|[][{}"]', line)):
-                    if sign == b'"':
-                        quoted = not quoted
-                    elif not quoted:
-                        depth += (sign in b"[{") - (sign in b"]}")
-                    if depth > MAX_DEPTH:
-                        raise ValueError(f"{path}, line {number}: JSON nested more than {MAX_DEPTH} levels deep")
-        if not begun:
-            raise ValueError(f"{path}: is empty")
+    checks = {".json": _check_json, ".jsonl": _check_json, ".parquet": _check_parquet, ".tar": is_empty_tar}
+    for path in map(Path, paths):
+        if path.name == "metadata.csv":
+            _check_csv(path)
+        elif (check := checks.get(path.suffix.lower())) is not None:
+            check(path)
+
+
+def _check_json(path: Path) -> None:
+    depth, begun = 0, False
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not begun and (start := line.removeprefix(b"\xef\xbb\xbf").strip()):
+                if not start.startswith((b"{", b"[")):
+                    raise ValueError(f"{path}, line {number}: JSON objects are needed, one a line or in a list")
+                begun = True
+            quoted = False
+            for sign in (match[0] for match in re.finditer(rb'\\.|[][{}"]', line)):
+                if sign == b'"':
+                    quoted = not quoted
+                elif not quoted:
+                    depth += (sign in b"[{") - (sign in b"]}")
+                if depth > MAX_DEPTH:
+                    raise ValueError(f"{path}, line {number}: JSON nested more than {MAX_DEPTH} levels deep")
+    if not begun:
+        raise ValueError(f"{path}: is empty")
+
+
+def _check_csv(path: Path) -> None:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        if len(list(islice(filter(str.strip, file), 2))) < 2:
+            raise ValueError(f"{path}: has no rows below its header")
+
+
+def _check_parquet(path: Path) -> None:
+    """A shard without even a group of rows is passed over, as it should be."""
+    try:
+        facts = pq.read_metadata(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as a parquet file ({error})") from None
+    if not facts.num_rows and (facts.num_row_groups or path.name in METADATA):
+        raise ValueError(f"{path}: has no rows")
 
 
 def captioned_pictures(files: Iterable[Path]) -> tuple[list[Path], list[str]] | None:
@@ -153,19 +184,27 @@ def is_empty_tar(path: Path) -> bool:
     """Whether a tar file has no members, like a shard of img2dataset in which all downloads failed.
 
     Raises:
-        `ValueError`: If the file is not a tar file, or was cut short, which `datasets` takes for its end.
+        `ValueError`: If the file is not a whole tar file.
     """
     try:
         with tarfile.open(path) as tar:
-            if tar.next() is None:
-                return True
-            if isinstance(tar.fileobj, io.BufferedReader):  # not compressed
-                tar.fileobj.seek(-2 * tarfile.BLOCKSIZE, os.SEEK_END)
-                if tar.fileobj.read().strip(b"\0"):
-                    raise tarfile.ReadError("cut short, it does not end as tar files do")
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise ValueError(f"{path}: cannot be read as a tar file ({str(error).splitlines()[0].rstrip(':')})") from None
-    return False
+            return not sum(1 for _ in _members(tar))
+    except _TAR_ERRORS as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(":")
+        raise ValueError(f"{path}: cannot be read as a tar file ({reason})") from None
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar file. `tarfile` takes a damaged header for the end, after which there are only zeros.
+
+    Raises:
+        `tarfile.ReadError`: If the file is damaged or was cut short.
+    """
+    yield from tar
+    tar.fileobj.seek(tar.offset)
+    end, rest = tar.fileobj.read(tarfile.BLOCKSIZE), iter(lambda: tar.fileobj.read(2**20), b"")
+    if end != bytes(tarfile.BLOCKSIZE) or any(part.strip(b"\0") for part in rest):
+        raise tarfile.ReadError(f"damaged or cut short at byte {tar.offset:,}")
 
 
 @dataclass
@@ -195,7 +234,7 @@ def tar_samples(path: Path) -> Iterator[TarSample]:
     samples: dict[str, dict] = {}
     try:
         with tarfile.open(path, "r:") as tar:  # a compressed one has no positions at which images can be read
-            for member in tar:
+            for member in _members(tar):
                 if member.issym() or member.islnk():
                     raise ValueError(f"{path}: the member '{member.name}' is a link, which is not followed")
                 parent, name = os.path.split(member.name)
@@ -209,9 +248,6 @@ def tar_samples(path: Path) -> Iterator[TarSample]:
                     content = tar.extractfile(member).read()
                     where = f"{path}: the member '{member.name}'"
                     sample["fields"] |= {"txt": _decoded(content, where)} if ending == "txt" else _json_fields(content)
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # `tarfile` takes this for the end
-                raise tarfile.ReadError(f"damaged or cut short at byte {tar.offset:,}")
     except (OSError, tarfile.TarError) as error:
         raise ValueError(f"{path}: cannot be read as an uncompressed tar file ({error})") from None
     for sample in samples.values():

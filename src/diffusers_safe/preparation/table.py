@@ -12,7 +12,7 @@ from pathlib import Path
 from datasets import Dataset, Value, load_dataset
 from datasets.exceptions import DatasetsError
 
-from .folders import METADATA, Boundary, captioned_pictures, check_json, described, files_in, tar_samples
+from .folders import METADATA, Boundary, captioned_pictures, check_files, described, files_in, tar_samples
 
 
 NO_DATA = "corresponds to no data"  # what `datasets` says of tables without rows
@@ -176,7 +176,7 @@ def _files(source: str, loader: str, split: str) -> Dataset:
     files = [source] if Path(source).is_file() else sorted(glob.glob(source))
     if not files:
         raise ValueError("no such file")
-    check_json(files)
+    check_files(files)
     try:
         return load_dataset(loader, data_files=[glob.escape(file) for file in files], split=split)
     except ValueError as error:

@@ -91,13 +91,13 @@ def in_float32(pipeline: DiffusionPipeline) -> Iterator[None]:
     try:
         for part in parts:
             if part.dtype != torch.float32:
-                part.to(torch.float32)
+                nn.Module.to(part, torch.float32)  # diffusers' own warns
         yield
     finally:
         for part, device, dtype, training in homes:
             part.train(training).to(device)
             if part.dtype != dtype:
-                part.to(dtype)
+                nn.Module.to(part, dtype)
             for parameter in part.parameters():
                 parameter.requires_grad_(parameter in trainable)
         for part in plain:

@@ -89,7 +89,7 @@ class Samples:
         # A teacher may be elsewhere, and in half precision, while the rest of its pipeline is not.
         home, dtype = denoiser.device, denoiser.dtype
         if pipeline is self.teacher:
-            denoiser.to(denoiser_of(self.pipeline).device, torch.float32)
+            torch.nn.Module.to(denoiser, denoiser_of(self.pipeline).device, torch.float32)  # diffusers' own warns
         with nullcontext() if which is None else self.weights.use(which):
             rows = [
                 sample_images(pipeline, prompts, [self.seed + i] * len(prompts), self.settings, safety_checker=True)
@@ -97,7 +97,7 @@ class Samples:
             ]
         denoiser.train(trains)
         if pipeline is self.teacher:
-            denoiser.to(home, dtype)
+            torch.nn.Module.to(denoiser, home, dtype)
         return rows
 
 

@@ -1,5 +1,6 @@
 """Every form of data opens as the same pictures and captions; unusable data is reported in one line."""
 
+import gzip
 import io
 import json
 import tarfile
@@ -119,6 +120,24 @@ def test_a_table_without_rows_is_named(tmp_path, text):
     datasets.Dataset.from_dict({"image": [], "text": []}).to_parquet(tmp_path / "empty.parquet")
     with pytest.raises(ValueError, match="has no rows"):
         open_dataset(data_files=[str(tmp_path / "empty.parquet")])
+
+
+@pytest.mark.parametrize("option", ["train_data_dir", "dataset_name"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_parquet_table_that_has_no_rows_or_is_damaged_is_named(tmp_path, streaming, option):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    table = tmp_path / "metadata.parquet"
+    opened = partial(open_dataset, **{option: str(tmp_path)}, streaming=streaming, cache_dir=str(tmp_path / ".cache"))
+    pd.DataFrame({"file_name": ["a.png"], "text": ["a"]}).to_parquet(table)
+    opened()
+    whole = table.read_bytes()
+    for empty in (pd.DataFrame({"file_name": [], "text": []}).to_parquet, datasets.Dataset.from_dict({}).to_parquet):
+        empty(table)  # pandas writes a group of rows without rows, `datasets` no group
+        with pytest.raises(ValueError, match="metadata.parquet: has no rows"):
+            opened()
+    table.write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match="metadata.parquet: cannot be read as a parquet file"):
+        opened()
 
 
 def test_rows_that_name_a_forbidden_concept_are_dropped(make_data, emoji):
@@ -354,20 +373,33 @@ def test_links_inside_and_archives_are_read(streaming, emoji, tmp_path):
         assert found == [[emoji[0][1]]]
 
 
+@pytest.mark.parametrize("option", ["train_data_dir", "data_files", "dataset_name"])
 @pytest.mark.parametrize("streaming", [False, True])
-def test_tar_files_that_are_cut_short_or_none_are_refused(tmp_path, streaming):
+def test_tar_files_that_are_damaged_or_cut_short_are_refused(tmp_path, streaming, option):
+    """`datasets` takes what follows for the end, and would train on what comes before."""
     whole = tmp_path / "whole.tar"
     with tarfile.open(whole, "w") as tar:
         for name, content in {"a.png": encoded(Image.new("RGB", (8, 8))), "a.txt": b"a caption"}.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-        header = tar.offset - 2 * tarfile.BLOCKSIZE  # of the last member
-    opened = partial(open_dataset, train_data_dir=str(tmp_path), streaming=streaming)
+        end = tar.offset
+    header, content = end - 2 * tarfile.BLOCKSIZE, whole.read_bytes()  # of the last member
+    source = {option: [str(whole)] if option == "data_files" else str(tmp_path)}
+    opened = partial(open_dataset, **source, streaming=streaming, cache_dir=str(tmp_path / ".cache"))
     opened()
-    whole.write_bytes(whole.read_bytes()[: header + 100])  # `datasets` takes this for the end
-    with pytest.raises(ValueError, match="whole.tar: cannot be read as a tar file .cut short"):
-        opened()
-    whole.write_bytes(b"")
-    with pytest.raises(ValueError, match="whole.tar: cannot be read as a tar file"):
-        opened()
+    damaged = {
+        "damaged": content[: header + 100] + b"XXXX" + content[header + 104 :],
+        "zeroed": content[:header] + bytes(tarfile.BLOCKSIZE) + content[header + tarfile.BLOCKSIZE :],
+        "two": content + content,
+        "cut": content[: header + 100],
+        "cut between members": content[:header],
+        "none": b"",
+        "compressed and cut": gzip.compress(content)[:-30],
+        "compressed and damaged": gzip.compress(content[: header + 100] + b"XXXX" + content[header + 104 :]),
+    }
+    for case, bad in damaged.items():
+        whole.write_bytes(bad)
+        with pytest.raises(ValueError, match="whole.tar: cannot be read as a tar file") as error:
+            opened()
+        assert "\n" not in str(error.value), case

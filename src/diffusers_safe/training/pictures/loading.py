@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterable
 from glob import escape, glob
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ...preparation.folders import (
     METADATA,
     Boundary,
     captioned_pictures,
-    check_json,
+    check_files,
     described,
     files_in,
     is_empty_tar,
@@ -119,7 +118,7 @@ def _boundary(option: str, source: Any, cache_dir: str | None) -> Boundary | Non
 
 def _load_dataset(source: str, **settings):
     if os.path.isdir(source):
-        check_json(files_in(Path(source)))  # `files_in` also checks links
+        check_files(files_in(Path(source)))  # `files_in` also checks links
     return datasets.load_dataset(source, **settings)
 
 
@@ -129,7 +128,7 @@ def _load_data_files(source: list[str], split: str, **settings):
         raise ValueError(f"files of one kind are needed; kinds are {', '.join(BUILDERS)}")
     if missing := [file for file in source if "://" not in file and not glob(file, recursive=True)]:
         raise ValueError(f"{missing[0]}: no such file")
-    check_json(path for file in source for path in glob(file, recursive=True) if os.path.isfile(path))
+    check_files(path for file in source for path in glob(file, recursive=True) if os.path.isfile(path))
     return datasets.load_dataset(kinds.pop(), data_files={split: list(source)}, split=split, **settings)
 
 
@@ -148,11 +147,7 @@ def _load_folder(source: str, split: str, streaming: bool, **settings):
         return _as_stream(datasets.load_from_disk(source), streaming)
     settings |= {"split": split, "streaming": streaming}
     if any((folder / name).is_file() for name in METADATA):
-        check_json(path for path in files if path.name in METADATA)
-        for path in (path for path in files if path.name in METADATA and path.suffix == ".csv"):
-            with open(path, encoding="utf-8", errors="replace") as file:
-                if len(list(islice(filter(str.strip, file), 2))) < 2:
-                    raise ValueError(f"{path}: has no rows below its header")
+        check_files(path for path in files if path.name in METADATA)
         if streaming:
             metadata_of(folder)  # so that files outside of the folder are reported now
         # One pattern, as in diffusers' examples: otherwise `datasets` lists the files 66 times to find splits.
@@ -168,9 +163,10 @@ def _load_folder(source: str, split: str, streaming: bool, **settings):
     if {".parquet"} < kinds.intersection(BUILDERS) and not any(path.name in METADATA for path in files):
         # `datasets` might choose the other files.
         tables = [path for path in files if path.suffix.lower() == ".parquet"]
+        check_files(tables)
         return _load_files("parquet", folder, tables, **settings)
     if kinds.intersection((*BUILDERS, ".zip")):
-        check_json(files)
+        check_files(files)
         return datasets.load_dataset(source, **settings)
     raise ValueError(
         f"no images with captions ({', '.join(METADATA)}, or a .txt file next to each), no tar files and no"
