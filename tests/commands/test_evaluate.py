@@ -57,7 +57,7 @@ def test_folders_of_images_need_no_prompts(tiny_model_folder, tmp_path):
     assert results["protocol"]["prompts"]["source"] == "images of original"
 
 
-def test_a_model_draws_as_the_images_of_the_original_were_drawn(tiny_model_folder, tmp_path):
+def test_a_model_draws_as_the_images_of_the_original_were_drawn(tiny_model_folder, tmp_path, capsys):
     table = tmp_path / "own.csv"
     table.write_text("prompt,guidance_scale,width,height\na cat,3,16,16\na dog,5,24,16\n")
     model = ("--model", tiny_model_folder, "--num_inference_steps", "2")
@@ -65,8 +65,10 @@ def test_a_model_draws_as_the_images_of_the_original_were_drawn(tiny_model_folde
     models = ("--models", f"original={tmp_path / 'a'}", f"b={tiny_model_folder}")
     results = evaluate(tmp_path / "out", *models, "--num_inference_steps", "2", *QUICK[-2:])
     assert results["metrics"]["pixel_distance"]["estimates"]["b"]["pixel_distance"]["value"] < 1e-4  # rounding
-    with pytest.raises(SystemExit, match="24 x 16"):
+    with pytest.raises(SystemExit) as stop:
         evaluate(tmp_path / "third", *models, *QUICK, "--row_settings", "false")
+    assert stop.value.code == 2 and "has 16 x 16 pixels, the original's 24 x 16" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
 
 
 def test_a_preset_stands_in_for_defaults_and_gives_way(tiny_model_folder, tmp_path):
