@@ -2,6 +2,7 @@
 
 import copy
 import os
+import signal
 from functools import cache, partial
 from pathlib import Path
 
@@ -10,6 +11,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if os.environ.get("ATEN_CPU_CAPABILITY") == "default":
     # Or torch asks oneDNN for attention in bfloat16, and then says that without AVX-512 it cannot pack its inputs.
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
+
+# A shell ignores Ctrl-C for what it starts in the background, and programs that tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
