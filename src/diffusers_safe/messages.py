@@ -97,7 +97,7 @@ def _stoppable() -> Iterator[None]:
 
 @contextmanager
 def _handling(handler: Callable, *known: Any) -> Iterator[None]:
-    """Handles both signals, where their handlers are among the known ones: those of somebody else stay."""
+    """Sets a handler for both signals, unless they have one that is not among the known ones."""
     is_main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if is_main else {}
     before = {number: old for number, old in before.items() if old in known}

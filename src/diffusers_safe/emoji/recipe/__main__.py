@@ -5,7 +5,8 @@
 The model that ships today was made by an earlier recipe, which its card describes; this recipe has not been run to its
 end yet. It can be stopped at any time; the same command continues from the newest checkpoint. `--stages` selects
 stages: once the autoencoder is trained, `decoder`, `unet` and `transformer` may run at the same time, in a process
-each, and the judges at any time. Each stage runs in a single process. Do not compile the autoencoder
+each, and the judges at any time. `assemble` writes the models of the selected stages, of `unet` and `transformer` both
+if neither is selected. Each stage runs in a single process. Do not compile the autoencoder
 (docs/architecture.md).
 """
 
@@ -95,12 +96,15 @@ def main(args: RecipeArguments) -> None:
             judge = train(stage(args.judge_steps, rate)).classifier
             refresh_batch_norm(judge, artwork, args.seed)
             judge.save_pretrained(Path(args.output_dir) / "judges" / name)
-    if not {"autoencoder", "decoder", "unet", "transformer", "assemble"} & set(args.stages):
+    stages = set(args.stages)
+    if "assemble" in stages:
+        stages |= {"decoder"} | ({"unet", "transformer"} & stages or {"unet", "transformer"})
+    if not {"autoencoder", "decoder", "unet", "transformer"} & stages:
         return
     pictures, scenes = load_pictures(args.output_dir, args.num_pictures, args.seed, varied=True)
     set_seed(args.seed)
     autoencoder = train(autoencoder_stage(pictures, args.autoencoder_steps, 1e-3)).autoencoder.eval()
-    if not {"decoder", "unet", "transformer", "assemble"} & set(args.stages):
+    if not {"decoder", "unet", "transformer"} & stages:
         return
     moments = encode_pictures(args.output_dir, autoencoder, pictures, args.seed, varied=True)
     mean, deviation = latent_statistics(moments)
@@ -114,18 +118,18 @@ def main(args: RecipeArguments) -> None:
 
     identity = {"pictures": args.num_pictures, "autoencoder": fingerprint(autoencoder)}
     tokenizer = build_tokenizer()
-    if {"decoder", "assemble"} & set(args.stages):
+    if "decoder" in stages:
         set_seed(args.seed)
         train(decoder_stage(autoencoder, pictures, moments, deviation, args.decoder_steps, 5e-4, identity))
-    if {"unet", "assemble"} & set(args.stages):
+    if "unet" in stages:
         set_seed(args.seed)
         unet = train(unet_stage(*latents(), *args.unet_rounds, 1e-3, identity, args.compile_unet))
-        if "assemble" in args.stages:
+        if "assemble" in stages:
             assemble_diffusion(args.output_dir, autoencoder, unet, scaling_factor)
-    if {"transformer", "assemble"} & set(args.stages):
+    if "transformer" in stages:
         set_seed(args.seed)
         transformer = train(transformer_stage(*latents(shift_factor), *args.transformer_rounds, 7e-4, identity))
-        if "assemble" in args.stages:
+        if "assemble" in stages:
             assemble_flow(args.output_dir, autoencoder, transformer, scaling_factor, shift_factor)
 
 
