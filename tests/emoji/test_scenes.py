@@ -64,12 +64,13 @@ def test_without_hold_out_all_combinations_occur():
     assert any(is_held_out(scene.name, scene.background, scene.style) for scene in draw(200, hold_out=False))
 
 
-@pytest.mark.parametrize("varied, sizes, turn", [(False, (52, 52), 0), (True, (38, 54), 20)])
-def test_scenes_are_spread_evenly_and_stay_in_the_picture(varied, sizes, turn):
+@pytest.mark.parametrize("varied, sizes, turn, plain", [(False, (52, 52), 0, 3 / 7), (True, (38, 54), 20, 1 / 2)])
+def test_scenes_are_spread_evenly_and_stay_in_the_picture(varied, sizes, turn, plain):
     scenes = draw(6000, varied=varied)
     counts = Counter(scene.name for scene in scenes)
     assert set(counts) == set(OBJECTS) and min(counts.values()) > 50 and max(counts.values()) < 160
-    assert 0.45 < sum(scene.style is None for scene in scenes) / len(scenes) < 0.58
+    # Held-out combinations are drawn again, so there are a little more plain scenes.
+    assert plain - 0.02 < sum(scene.style is None for scene in scenes) / len(scenes) < plain + 0.08
     mirrored = sum(scene.mirror for scene in scenes) / len(scenes)
     assert 0.45 < mirrored < 0.55 if varied else mirrored == 0
     for scene in scenes:
@@ -121,7 +122,7 @@ def test_sentences_have_one_grammar_and_may_omit_parts(captioned):
     assert {caption for _, caption in sentences} <= forms
     assert 0.75 < np.mean(["background" in caption for _, caption in sentences]) < 0.85
     styled = [caption for scene, caption in sentences if scene.style]
-    assert 0.81 < np.mean(["style" in caption for caption in styled]) < 0.89
+    assert 0.92 < np.mean(["style" in caption for caption in styled]) < 0.98
 
 
 def test_tag_lists_name_no_object_twice(captioned):

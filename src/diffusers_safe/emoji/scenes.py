@@ -51,6 +51,9 @@ BACKGROUNDS = {
     "purple": (146, 92, 182),
 }
 STYLES = ["sketch", "mosaic", "sepia"]
+# Styles of sampled scenes, of equal probability. Sketches need the most examples.
+VARIED_SCENES = [None, None, None, "sketch", "mosaic", "sepia"]
+CENTERED_SCENES = [None, None, None, "sketch", "sketch", "mosaic", "sepia"]
 
 
 def group_members(group: str) -> list[str]:
@@ -116,7 +119,7 @@ class Scene:
 
 
 def draw_scene(rng: np.random.Generator, hold_out: bool = True, varied: bool = True) -> Scene:
-    """Samples a scene: object and background uniformly, half of the scenes plain and half in one of the styles.
+    """Samples a scene: object and background uniformly, the style from one of the lists above.
 
     Args:
         rng (`np.random.Generator`): The only source of randomness.
@@ -124,10 +127,11 @@ def draw_scene(rng: np.random.Generator, hold_out: bool = True, varied: bool = T
         varied (`bool`, defaults to `True`): Whether sizes, places and angles vary and half of the objects are flipped.
             If not, the object is upright in the middle, always of one size.
     """
+    styles = VARIED_SCENES if varied else CENTERED_SCENES
     while True:
         name = OBJECTS[rng.integers(len(OBJECTS))]
         background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
-        style = STYLES[rng.integers(len(STYLES))] if rng.random() < 0.5 else None
+        style = styles[rng.integers(len(styles))]
         if not (hold_out and is_held_out(name, background, style)):
             break
     size, center, turn = 52.0, (32.0, 32.0), 0.0
@@ -149,7 +153,7 @@ def draw_caption(scene: Scene, rng: np.random.Generator) -> str:
     """
     subject = scene.group if rng.random() < 0.25 else scene.name
     background = scene.background if rng.random() < 0.8 else None
-    style = scene.style if rng.random() < 0.85 else None
+    style = scene.style if rng.random() < 0.95 else None
     if rng.random() >= 0.1:
         return prompt_for(subject, background, style)
     tags = [subject]

@@ -43,24 +43,17 @@ STAGES = ("judge", "second_judge", "autoencoder", "decoder", "unet", "transforme
 class RecipeArguments:
     output_dir: str = required("Folder for checkpoints, caches and the finished models.")
     stages: list[str] = option(list(STAGES), f"Stages to run: {', '.join(STAGES)}.", STAGES)
-    num_pictures: int = option(48000, "Number of images, which are rendered once and used by all stages.", at_least=1)
+    num_pictures: int = option(
+        48000, "Number of images for the autoencoder, and as many for UNet and transformer.", at_least=1
+    )
     judge_steps: int = option(4000, "Training steps of each judge, with batch size 64.", at_least=1)
     autoencoder_steps: int = option(6000, "Training steps of the autoencoder, with batch size 16.", at_least=1)
     decoder_steps: int = option(
         3000, "Training steps of the decoder on noisy latents, with batch size 16.", at_least=1
     )
-    unet_coarse_steps: list[int] = option(
-        [3000], "Training steps of the UNet in each round on latents of half the size, with batch size 64."
-    )
-    unet_steps: list[int] = option([5000], "Training steps of the UNet in each following round, with batch size 32.")
-    unet_detail_steps: list[int] = option(
-        [6000], "The same in each last round, with objects in the middle and more samples with little noise."
-    )
+    unet_steps: list[int] = option([2500, 4000], "Training steps of the UNet in each round, with batch size 32.")
     transformer_steps: list[int] = option(
-        [4000], "Training steps of the transformer in each round, with batch size 32."
-    )
-    transformer_detail_steps: list[int] = option(
-        [10000], "The same in each last round, with objects in the middle and more samples with little noise."
+        [3000, 7000], "Training steps of the transformer in each round, with batch size 32."
     )
     compile_unet: bool = option(
         False, "Compile the UNet: steps are faster on a CPU, after minutes of compilation. Needs a C++ compiler."
@@ -73,14 +66,6 @@ class RecipeArguments:
             steps = getattr(self, name)
             if min(steps, default=0) < 1:
                 raise ValueError(f"{name} {steps}: must be at least one number, each at least 1")
-
-    @property
-    def unet_rounds(self) -> tuple[list[int], list[int], list[int]]:
-        return self.unet_coarse_steps, self.unet_steps, self.unet_detail_steps
-
-    @property
-    def transformer_rounds(self) -> tuple[list[int], list[int]]:
-        return self.transformer_steps, self.transformer_detail_steps
 
 
 def main(args: RecipeArguments) -> None:
@@ -101,34 +86,30 @@ def main(args: RecipeArguments) -> None:
         stages |= {"decoder"} | ({"unet", "transformer"} & stages or {"unet", "transformer"})
     if not {"autoencoder", "decoder", "unet", "transformer"} & stages:
         return
-    pictures, scenes = load_pictures(args.output_dir, args.num_pictures, args.seed, varied=True)
+    pictures, _ = load_pictures(args.output_dir, args.num_pictures, args.seed, varied=True)
     set_seed(args.seed)
     autoencoder = train(autoencoder_stage(pictures, args.autoencoder_steps, 1e-3)).autoencoder.eval()
     if not {"decoder", "unet", "transformer"} & stages:
         return
-    moments = encode_pictures(args.output_dir, autoencoder, pictures, args.seed, varied=True)
+    centered, scenes = load_pictures(args.output_dir, args.num_pictures, args.seed, varied=False)
+    moments = encode_pictures(args.output_dir, autoencoder, centered, args.seed)
     mean, deviation = latent_statistics(moments)
     scaling_factor, shift_factor = round(1 / deviation, 5), round(mean, 5)
-    centered, centered_scenes = load_pictures(args.output_dir, args.num_pictures, args.seed, varied=False)
-    centered_moments = encode_pictures(args.output_dir, autoencoder, centered, args.seed, varied=False)
-
-    def latents(shift_factor: float = 0.0) -> tuple[CaptionedLatents, CaptionedLatents]:
-        parts = ((moments, scenes), (centered_moments, centered_scenes))
-        return tuple(CaptionedLatents(*part, tokenizer, scaling_factor, shift_factor) for part in parts)
-
     identity = {"pictures": args.num_pictures, "autoencoder": fingerprint(autoencoder)}
     tokenizer = build_tokenizer()
     if "decoder" in stages:
         set_seed(args.seed)
-        train(decoder_stage(autoencoder, pictures, moments, deviation, args.decoder_steps, 5e-4, identity))
+        train(decoder_stage(autoencoder, pictures, deviation, args.decoder_steps, 5e-4, identity))
     if "unet" in stages:
         set_seed(args.seed)
-        unet = train(unet_stage(*latents(), *args.unet_rounds, 1e-3, identity, args.compile_unet))
+        data = CaptionedLatents(moments, scenes, tokenizer, scaling_factor)
+        unet = train(unet_stage(data, args.unet_steps, 1e-3, identity, args.compile_unet))
         if "assemble" in stages:
             assemble_diffusion(args.output_dir, autoencoder, unet, scaling_factor)
     if "transformer" in stages:
         set_seed(args.seed)
-        transformer = train(transformer_stage(*latents(shift_factor), *args.transformer_rounds, 7e-4, identity))
+        data = CaptionedLatents(moments, scenes, tokenizer, scaling_factor, shift_factor)
+        transformer = train(transformer_stage(data, args.transformer_steps, 7e-4, identity))
         if "assemble" in stages:
             assemble_flow(args.output_dir, autoencoder, transformer, scaling_factor, shift_factor)
 

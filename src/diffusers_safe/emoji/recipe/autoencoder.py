@@ -50,9 +50,9 @@ def autoencoder_stage(pictures: np.ndarray, steps: int, learning_rate: float) ->
     """The stage that trains the autoencoder on images `(N, 64, 64, 3)`, `uint8`."""
 
     def make_batch(rng, size):
-        batch = to_tensor(pictures[np.sort(rng.integers(len(pictures), size=size))]) * 2 - 1
+        batch = _normalized(pictures[np.sort(rng.integers(len(pictures), size=size))])
         noise = rng.standard_normal((size, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE), dtype=np.float32)
-        return {"pictures": batch.contiguous(memory_format=torch.channels_last), "noise": torch.from_numpy(noise)}
+        return {"pictures": batch, "noise": torch.from_numpy(noise)}
 
     return Stage(
         "autoencoder",
@@ -63,6 +63,10 @@ def autoencoder_stage(pictures: np.ndarray, steps: int, learning_rate: float) ->
         mixed_precision="bf16",
         identity={"pictures": len(pictures)},
     )
+
+
+def _normalized(pictures: np.ndarray) -> torch.Tensor:
+    return (to_tensor(pictures) * 2 - 1).contiguous(memory_format=torch.channels_last)
 
 
 class DecoderLoss(nn.Module):
@@ -83,7 +87,6 @@ class DecoderLoss(nn.Module):
 def decoder_stage(
     autoencoder: AutoencoderKL,
     pictures: np.ndarray,
-    moments: np.ndarray,
     deviation: float,
     steps: int,
     learning_rate: float,
@@ -94,21 +97,17 @@ def decoder_stage(
     Args:
         autoencoder (`AutoencoderKL`): Its encoder does not change.
         pictures (`np.ndarray`): Images `(N, 64, 64, 3)`, `uint8`.
-        moments (`np.ndarray`): Their latents, as [`encode_pictures`] returns them.
         deviation (`float`): Standard deviation of all latents; that of the noise is up to `DECODED_NOISE` times it.
         steps (`int`), learning_rate (`float`), identity (`dict`): As [`Stage`] takes them.
     """
 
+    @torch.no_grad()
     def make_batch(rng, size):
-        chosen = np.sort(rng.integers(len(pictures), size=size))
-        mean, std = np.split(moments[chosen].astype(np.float32), 2, axis=1)
-        noise = DECODED_NOISE * deviation * rng.random((size, 1, 1, 1), dtype=np.float32)
-        latents = mean + np.hypot(std, noise) * rng.standard_normal(mean.shape, dtype=np.float32)
-        batch = to_tensor(pictures[chosen]) * 2 - 1
-        return {
-            "latents": torch.from_numpy(latents.astype(np.float32)),
-            "pictures": batch.contiguous(memory_format=torch.channels_last),
-        }
+        batch = _normalized(pictures[np.sort(rng.integers(len(pictures), size=size))])
+        posterior = autoencoder.encode(batch).latent_dist
+        deviations = torch.from_numpy(DECODED_NOISE * deviation * rng.random((size, 1, 1, 1), dtype=np.float32))
+        noise = torch.from_numpy(rng.standard_normal(posterior.mean.shape, dtype=np.float32))
+        return {"latents": posterior.mean + posterior.std.hypot(deviations) * noise, "pictures": batch}
 
     return Stage(
         "decoder",

@@ -17,7 +17,7 @@ from ..scenes import Scene, draw_caption, draw_scene
 
 def load_pictures(output_dir: str | Path, count: int, seed: int, varied: bool) -> tuple[np.ndarray, list[Scene]]:
     """The training images `(count, 64, 64, 3)` and their scenes, rendered once and stored on disk."""
-    path = Path(output_dir) / "cache" / f"pictures-{_kind(varied)}{seed}-{count}.npy"
+    path = Path(output_dir) / "cache" / f"pictures-{'varied-' if varied else ''}{seed}-{count}.npy"
     if path.exists():
         rngs = (np.random.default_rng([seed, i]) for i in range(count))
         return np.load(path, mmap_mode="r"), [draw_scene(rng, varied=varied) for rng in rngs]
@@ -30,17 +30,12 @@ def load_pictures(output_dir: str | Path, count: int, seed: int, varied: bool) -
     return _save_array(path, pictures), scenes
 
 
-def _kind(varied: bool) -> str:
-    return "" if varied else "centered-"
-
-
 @torch.inference_mode()
 def encode_pictures(
-    output_dir: str | Path, autoencoder: AutoencoderKL, pictures: np.ndarray, seed: int, varied: bool
+    output_dir: str | Path, autoencoder: AutoencoderKL, pictures: np.ndarray, seed: int
 ) -> np.ndarray:
     """Mean and standard deviation of the latents, `(N, 2 * channels, 16, 16)` float16, stored on disk."""
-    name = f"latents-{_kind(varied)}{fingerprint(autoencoder)}-{seed}-{len(pictures)}.npy"
-    path = Path(output_dir) / "cache" / name
+    path = Path(output_dir) / "cache" / f"latents-{fingerprint(autoencoder)}-{seed}-{len(pictures)}.npy"
     if path.exists():
         return np.load(path, mmap_mode="r")
     rows = []

@@ -1,7 +1,5 @@
 """Training of the flow-matching transformer and its three text encoders."""
 
-from functools import partial
-
 import numpy as np
 import torch
 from torch import nn
@@ -61,44 +59,41 @@ class TransformerLoss(nn.Module):
 
 def transformer_stage(
     data: CaptionedLatents,
-    centered: CaptionedLatents,
     rounds: list[int],
-    detail_rounds: list[int],
     learning_rate: float,
     identity: dict,
 ) -> Stage:
     """The stage that trains the transformer.
 
-    Noise levels are logit-normal around sigma 0.73, higher than in SD3, because they determine the content, then, in
-    the rounds of details with objects in the middle, uniform. One step
-    in thirty pads the tokens of T5 as the stock pipeline does. The others pad them to `SHORT_LENGTH`, which leaves a
-    third of all tokens.
+    Noise levels are logit-normal around sigma 0.73, higher than in SD3, because they determine the content; in the
+    last round they are uniform. One step in thirty pads the tokens of T5 as the stock pipeline does. The others pad
+    them to `SHORT_LENGTH`, which leaves a third of all tokens.
     """
     t5_tokenizer = build_t5_tokenizer()
 
-    def make_batch(rng: np.random.Generator, size: int, details: bool = False) -> Batch:
-        batch = (centered if details else data).sample(rng, size)
-        uniform = torch.from_numpy(stratified(rng, size))
-        length = STOCK_LENGTH if rng.random() < 1 / 30 else SHORT_LENGTH
-        t5_tokens = t5_tokenizer(
-            batch.pop("captions"), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        return {
-            **batch,
-            "sigmas": (uniform if details else (1.0 + 1.2 * torch.special.ndtri(uniform)).sigmoid()).float(),
-            "t5_input_ids": t5_tokens.input_ids,
-            "t5_kept": torch.from_numpy(rng.random(size) >= T5_DROPOUT).float(),
-        }
+    def round_of(steps: int, last: bool) -> Round:
+        def make_batch(rng: np.random.Generator, size: int) -> Batch:
+            batch = data.sample(rng, size)
+            uniform = torch.from_numpy(stratified(rng, size))
+            length = STOCK_LENGTH if rng.random() < 1 / 30 else SHORT_LENGTH
+            t5_tokens = t5_tokenizer(
+                batch.pop("captions"), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            )
+            return {
+                **batch,
+                "sigmas": (uniform if last else (1.0 + 1.2 * torch.special.ndtri(uniform)).sigmoid()).float(),
+                "t5_input_ids": t5_tokens.input_ids,
+                "t5_kept": torch.from_numpy(rng.random(size) >= T5_DROPOUT).float(),
+            }
+
+        return Round(steps, 32, make_batch)
 
     return Stage(
         "transformer",
         TransformerLoss(
             build_flow_text_encoders(build_tokenizer()), build_t5_encoder(t5_tokenizer), build_transformer()
         ),
-        [
-            *(Round(steps, 32, make_batch) for steps in rounds),
-            *(Round(steps, 32, partial(make_batch, details=True)) for steps in detail_rounds),
-        ],
+        [*(round_of(steps, last=False) for steps in rounds[:-1]), round_of(rounds[-1], last=True)],
         learning_rate,
         mixed_precision="bf16",
         identity=identity,

@@ -1,10 +1,7 @@
 """Training of the UNet of the diffusion model and its text encoder."""
 
-from functools import partial
-
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -40,51 +37,29 @@ class UNetLoss(nn.Module):
 
 def unet_stage(
     data: CaptionedLatents,
-    centered: CaptionedLatents,
-    coarse_rounds: list[int],
     rounds: list[int],
-    detail_rounds: list[int],
     learning_rate: float,
     identity: dict,
     compiled: bool = False,
 ) -> Stage:
-    """The stage that trains the UNet: rounds on latents of half the size, then rounds on full latents.
+    """The stage that trains the UNet. Half of the timesteps are above 750, where the caption matters; in the last
+    round they are uniform."""
 
-    Half of the timesteps are above 750, where the caption matters. In the rounds of details they are uniform, and the
-    objects are in the middle, of one size: a shift by less than the 4 pixels of a latent changes all latents, and the
-    model would have to learn each object in each such place.
-    """
+    def round_of(steps: int, power: int) -> Round:
+        def make_batch(rng: np.random.Generator, size: int) -> Batch:
+            batch = data.sample(rng, size)
+            del batch["captions"]
+            timesteps = 999.99 * (1 - stratified(rng, size) ** power)
+            return {**batch, "timesteps": torch.from_numpy(timesteps.astype(np.int64))}
 
-    def make_batch(rng: np.random.Generator, size: int, details: bool = False) -> Batch:
-        uniform = stratified(rng, size)
-        timesteps = 999.99 * (uniform if details else 1 - uniform**2)
-        batch = (centered if details else data).sample(rng, size)
-        del batch["captions"]
-        return {**batch, "timesteps": torch.from_numpy(timesteps.astype(np.int64))}
-
-    def make_coarse_batch(rng: np.random.Generator, size: int) -> Batch:
-        return {
-            **(batch := make_batch(rng, size)),
-            "latents": half_size(batch["latents"]),
-            "noise": half_size(batch["noise"]),
-        }
+        return Round(steps, 32, make_batch)
 
     return Stage(
         "unet",
         UNetLoss(build_text_encoder(build_tokenizer()), build_unet()),
-        [
-            *(Round(steps, 64, make_coarse_batch) for steps in coarse_rounds),
-            *(Round(steps, 32, make_batch) for steps in rounds),
-            *(Round(steps, 32, partial(make_batch, details=True)) for steps in detail_rounds),
-        ],
+        [*(round_of(steps, 2) for steps in rounds[:-1]), round_of(rounds[-1], 1)],
         learning_rate,
         mixed_precision="bf16",
         compiled=compiled,
         identity=identity,
     )
-
-
-def half_size(latents: torch.Tensor) -> torch.Tensor:
-    """The low frequencies: `(B, C, H, W)` to `(B, C, H / 2, W / 2)`. The scale keeps unit-normal noise unit-normal, so
-    that a timestep hides as much of the content as in full latents."""
-    return 2 * F.avg_pool2d(latents, 2)
