@@ -46,7 +46,7 @@ def reference_uce(run: MethodRun) -> None:
     """The loops of the authors' script: one matrix inverse a layer, one outer product a concept and layer."""
     family = run.family
     prompts = [*run.concepts, NO_TEXT]
-    states, last = family.token_states(prompts), family.last_tokens(prompts)
+    (states, _), last = family.text_states(prompts), family.last_tokens(prompts)
     vectors = [state[place] for state, place in zip(states, last)]
     parameters = dict(family.denoiser.named_parameters())
     with torch.no_grad():

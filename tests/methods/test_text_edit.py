@@ -202,9 +202,9 @@ def test_words_behind_a_concept_of_any_length_are_paired_with_themselves(prompt,
 
         denoiser = tiny_pipeline.unet
 
-        def token_states(self, prompts, device):
+        def text_states(self, prompts, device):
             tokens = tiny_pipeline.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
-            return torch.stack([tokens, torch.arange(tokens.shape[1]).expand_as(tokens)], dim=-1).float()
+            return torch.stack([tokens, torch.arange(tokens.shape[1]).expand_as(tokens)], dim=-1).float(), None
 
         def last_tokens(self, prompts):
             return [len(tiny_pipeline.tokenizer(prompt).input_ids) - 2 for prompt in prompts]
@@ -215,6 +215,21 @@ def test_words_behind_a_concept_of_any_length_are_paired_with_themselves(prompt,
     found = [f"{tokenizer.decode([c]).strip()}-{tokenizer.decode([a]).strip()}" for c, a in zip(erased, anchors)]
     count = len(pairs.split())
     assert found[:count] == pairs.split() and set(found[count:]) == {f"{tokenizer.eos_token}-{tokenizer.eos_token}"}
+
+
+def test_the_pooled_state_of_sdxl_is_read_as_the_anchors_and_sizes_as_before(make_tiny_xl_pipeline):
+    pipeline = make_tiny_xl_pipeline()
+    before = pipeline.unet.add_embedding.linear_1.weight.detach().clone()
+    erase(pipeline, ["knife"], "text_edit", anchor_prompts=["tree"], tolerance=0.1)
+    after = pipeline.unet.add_embedding.linear_1.weight.detach()
+    prompts = ["a knife", "a tree", "a cat"]
+    pooled = pipeline.encode_prompt(prompts, device="cpu", do_classifier_free_guidance=False)[2]
+    width = pooled.shape[1]
+    assert width < before.shape[1] and torch.equal(before[:, width:], after[:, width:])
+    knife, tree, cat = pooled @ before[:, :width].T
+    edited_knife, edited_tree, edited_cat = pooled @ after[:, :width].T
+    assert (edited_knife - tree).norm() < 0.3 * (knife - tree).norm()
+    assert (edited_cat - cat).norm() < 0.5 * (edited_knife - knife).norm()
 
 
 def test_nothing_has_to_be_named(tiny_model_folder, tmp_path, capsys):

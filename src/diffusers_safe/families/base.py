@@ -33,7 +33,8 @@ Erasing, generating and publishing need nothing else; students and safe or erase
   pipeline itself uses as unconditional prompt.
 * [`~ModelFamily.with_sizes`]: for models that take the image's size.
 * Defaults for one sequence of tokens, `encoder_hidden_states`, between a start and an end of text, which
-  cross-attention reads: `token_states`, `last_tokens`, and [`~ModelFamily.text_projections`], what closed forms edit.
+  cross-attention reads: `text_states`, `last_tokens`, and [`~ModelFamily.text_projections`], what closed forms edit,
+  as well as [`~ModelFamily.pooled_projection`].
 * Defaults for an autoencoder `vae` with a Gaussian, `scaling_factor`, `shift_factor`, `latents_mean`, `latents_std`:
   `picture_size`, `encode_pictures`, `draw_latents`.
 
@@ -195,12 +196,18 @@ class ModelFamily(ABC):
     @classmethod
     def text_projections(cls, denoiser: nn.Module) -> list[str]:
         """The weights `(out, width)` of the linear layers that read the token states of a prompt, as
-        [`~ModelFamily.token_states`] has them: what closed forms edit. By default keys and values of cross-attention.
+        [`~ModelFamily.text_states`] has them: what closed forms edit. By default keys and values of cross-attention.
 
         Raises:
             `ValueError`: If the denoiser has none.
         """
         return [name for name in cls.select_parameters(denoiser, "xattn-strict") if name.endswith(".weight")]
+
+    @classmethod
+    def pooled_projection(cls, denoiser: nn.Module) -> str | None:
+        """The weight `(out, width)` of the linear layer that reads the pooled state of a prompt, in its first columns;
+        `None` if there is none."""
+        return None
 
     @classmethod
     def text_values(cls, denoiser: nn.Module) -> list[str]:
@@ -342,14 +349,21 @@ class ModelFamily(ABC):
             encoder.to(home)
         return encoded
 
-    def token_states(self, prompts: list[str], device: torch.device | str = "cpu") -> torch.Tensor:
-        """The states of all tokens of prompts, as the denoiser reads them; `(B, length, width)`. `" "` is the encoded
-        empty text, which the unconditional prompt `""` need not be."""
+    def text_states(
+        self, prompts: list[str], device: torch.device | str = "cpu"
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Prompts as the denoiser reads them: the states of all their tokens, `(B, length, width)`, and the pooled
+        ones, `(B, pooled width)`, if it takes any. `" "` is the encoded empty text, which the unconditional prompt
+        `""` need not be."""
         batches = [prompts[i : i + PROMPTS_AT_ONCE] for i in range(0, len(prompts), PROMPTS_AT_ONCE)]
-        return torch.cat([self.encode(batch, device)["encoder_hidden_states"] for batch in batches])
+        encoded = [self.encode(batch, device) for batch in batches]
+        tokens = torch.cat([batch["encoder_hidden_states"] for batch in encoded])
+        if self.pooled_name not in encoded[0]:
+            return tokens, None
+        return tokens, torch.cat([batch[self.pooled_name] for batch in encoded])
 
     def last_tokens(self, prompts: list[str]) -> list[int]:
-        """The place of each prompt's last token of text in [`~ModelFamily.token_states`], before the end of text;
+        """The place of each prompt's last token of text in [`~ModelFamily.text_states`], before the end of text;
         that of the start of text for an empty one."""
         tokenizer = getattr(self.pipeline, self.tokenizers[0])
         return [len(token_ids(prompt, tokenizer)) - 2 for prompt in prompts]

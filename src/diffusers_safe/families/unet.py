@@ -162,6 +162,10 @@ class UNetFamily(ModelFamily):
         return ["encoder_hid_proj.weight"] if denoiser.encoder_hid_proj else super().text_projections(denoiser)
 
     @classmethod
+    def pooled_projection(cls, denoiser: nn.Module) -> str | None:
+        return "add_embedding.linear_1.weight" if cls.takes_pooled(denoiser.config) else None
+
+    @classmethod
     def from_original(cls, weights: dict[str, torch.Tensor], denoiser: nn.Module) -> dict[str, torch.Tensor]:
         return convert_ldm_unet_checkpoint(weights, denoiser.config)
 

@@ -66,8 +66,9 @@ class EncodedPrompts:
     def __init__(self, run: Run, prompts: list[str]):
         different = list(dict.fromkeys(prompts))
         device = next(run.family.denoiser.parameters()).device
-        states = run.family.token_states(different, device).cpu().double()
-        self._states = dict(zip(different, states))
+        states, pooled = run.family.text_states(different, device)
+        self._states = dict(zip(different, states.cpu().double()))
+        self._pooled = None if pooled is None else dict(zip(different, pooled.cpu().double()))
         self._last = dict(zip(different, run.family.last_tokens(different)))
 
     def last(self, prompts: list[str]) -> torch.Tensor:
@@ -77,6 +78,10 @@ class EncodedPrompts:
     def all(self, prompts: list[str]) -> torch.Tensor:
         """All tokens of all prompts, `(len(prompts) * length, d)`."""
         return torch.cat([self._states[prompt] for prompt in prompts])
+
+    def pooled(self, prompts: list[str]) -> torch.Tensor:
+        """The pooled state of each prompt, `(len(prompts), d)`, of a model that has them."""
+        return torch.stack([self._pooled[prompt] for prompt in prompts])
 
     def tails(self, prompts: list[str], others: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens from the last one of text to the end, paired with those of another prompt; twice `(n, d)`. The
@@ -136,31 +141,34 @@ def least_squares_edit(
 
 
 def edit_text_projections(run: Run, change: torch.Tensor, anchors: list[str]) -> None:
-    """Gives every layer W that reads prompts the weights W (I + `change`), in its own dtype."""
+    """Gives every layer W that reads the tokens of prompts the weights W (I + `change`), in its own dtype."""
     names = run.family.text_projections(run.family.denoiser)
-    edit_layers(run, names, lambda weight: change, anchors)
+    run.edit(edited_weights(run, names, lambda weight: change), anchors)
 
 
-def edit_layers(
-    run: Run, names: list[str], change: Callable[[torch.Tensor], torch.Tensor], anchors: list[str]
-) -> None:
-    """The same for some layers, with the change that a function gives for each W, in float64."""
-    parameters = dict(run.family.denoiser.named_parameters())
-    edited = ((name, weight + weight @ change(weight)) for name, weight in _weights(run, names))
-    run.edit({name: weight.to(parameters[name]) for name, weight in edited}, anchors)
+def edited_weights(
+    run: Run, names: list[str], change: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The weights W (I + E) of some layers, by name and in their own dtypes, with the E that a function gives for each
+    W. Where a layer reads more than E's `(d, d)` takes, E changes how it reads the first `d` inputs."""
+    parameters, edited = dict(run.family.denoiser.named_parameters()), {}
+    for name, weight in _weights(run, names):
+        this = change(weight)
+        weight[:, : len(this)] += weight[:, : len(this)] @ this
+        edited[name] = weight.to(parameters[name])
+    return edited
 
 
-def gram_matrix(run: Run) -> torch.Tensor:
-    """The sum of W^T W over the layers that read prompts, `(d, d)`."""
-    names = run.family.text_projections(run.family.denoiser)
-    return sum(weight.T @ weight for _, weight in _weights(run, names))
+def gram_matrix(run: Run, names: list[str], width: int) -> torch.Tensor:
+    """The sum of W^T W over some layers, of their first `width` inputs, `(width, width)`."""
+    return sum(weight[:, :width].T @ weight[:, :width] for _, weight in _weights(run, names))
 
 
 def _weights(run: Run, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Weights in float64, one at a time: SDXL's 341 million together would take 2.7 GB."""
+    """Copies of weights in float64, one at a time: SDXL's 341 million together would take 2.7 GB."""
     parameters = dict(run.family.denoiser.named_parameters())
     for name in names:
-        yield name, parameters[name].detach().cpu().double()
+        yield name, parameters[name].detach().to("cpu", torch.float64, copy=True)
 
 
 def with_article(name: str) -> str:

@@ -56,7 +56,7 @@ class RECE(ClosedForm):
         first = UCE(tokens="tail", retain_scale=1.0)
         change = first.change(encoded, run.concepts, anchors, [NO_TEXT, *run.retained])
         identity = torch.eye(len(change), dtype=change.dtype)
-        gram = gram_matrix(run)
+        gram = gram_matrix(run, self.edited(run.family.denoiser), len(change))
         concepts, targets, retained = (encoded.all(prompts) for prompts in (run.concepts, anchors, kept))
         for _ in range(self.rounds):
             found = equivalent_embeddings(concepts, identity + change, gram, self.norm_scale)

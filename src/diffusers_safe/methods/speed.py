@@ -8,7 +8,7 @@ from torch import nn
 
 from ..arguments import option
 from ..families import family_of_denoiser
-from .closed_form import NO_TEXT, ClosedForm, EncodedPrompts, check_distinct, edit_layers, vocabulary_prompts
+from .closed_form import NO_TEXT, ClosedForm, EncodedPrompts, check_distinct, edited_weights, vocabulary_prompts
 from .method import Preset, Run, preset_option, register_method
 
 
@@ -51,12 +51,12 @@ class SPEED(ClosedForm):
         erased, targets, retained = (encoded.last(prompts) for prompts in (run.concepts, anchors, kept))
         check_distinct(erased, targets, run.concepts, anchors)
         constraints = _fixed_tokens(encoded.all([NO_TEXT]))
-        edit_layers(
+        edited = edited_weights(
             run,
             self.edited(run.family.denoiser),
             lambda weight: self.change(weight, erased, targets, retained, constraints),
-            anchors,
         )
+        run.edit(edited, anchors)
 
     def change(
         self,

@@ -1,19 +1,21 @@
 """A closed form of this package: the smallest edit that makes a concept read as its anchor in every phrasing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from ..arguments import option
 from ..concepts import names_concept
+from ..families import family_of_denoiser
 from ..messages import note
 from .closed_form import (
     ClosedForm,
     EncodedPrompts,
     check_distinct,
-    edit_text_projections,
+    edited_weights,
     gram_matrix,
     phrase,
     vocabulary_prompts,
@@ -57,7 +59,7 @@ class TextEdit(ClosedForm):
     for each concept, the norms ||W .|| over all layers W that read prompts. The multiplier of each constraint is the
     weight of its concept in a least-squares problem like UCE's (Gandikota et al., arXiv 2308.14761), so no weight has
     to be chosen. It differs from UCE also in the tokens: in a causal text encoder those behind the concept, padding
-    included, carry it as well.
+    included, carry it as well. A layer that reads the pooled state of prompts (SDXL) is edited in the same way.
     """
 
     name = "text_edit"
@@ -80,6 +82,10 @@ class TextEdit(ClosedForm):
         below=1,
     )  # fmt: skip
 
+    def edited(self, denoiser: nn.Module) -> list[str]:
+        pooled = family_of_denoiser(denoiser).pooled_projection(denoiser)
+        return [*super().edited(denoiser), *([pooled] if pooled else [])]
+
     def prompts(self, concepts: list[str]) -> list[str]:
         phrased = [phrase(form, concept) for concept in concepts for form in PHRASINGS[self.phrasings]]
         return [*super().prompts(concepts), *phrased]
@@ -95,14 +101,19 @@ class TextEdit(ClosedForm):
         # What was erased before stays erased: the layers read it as they do now.
         retained = [*run.retained, *(phrase(form, name) for name in run.erased_before for form in forms)]
         encoded = EncodedPrompts(
-            run, [*(text for pair in phrased for side in pair for text in side), *kept, *retained]
+            run, [*(text for pair in phrased for side in pair for text in side), *kept, *retained, ""]
         )
         plain = ([pair[side][0] for pair in phrased] for side in (0, 1))
         check_distinct(*map(encoded.last, plain), run.concepts, anchors)
-        gram = gram_matrix(run)
-        targets = [Target.of(*encoded.aligned(*pair), gram) for pair in phrased]
-        moment = self._kept_moment(run, encoded, kept, retained)
-        change, left = smallest_edit(targets, moment, gram, self.tolerance)
+        edited, left = {}, torch.zeros(len(run.concepts), dtype=torch.float64)
+        for layers, states, paired in self._readers(run, encoded):
+            parts = [states(prompts) for prompts in (kept, retained) if prompts]
+            moment = self._kept_moment(parts, states([""]))
+            gram = gram_matrix(run, layers, len(moment))
+            targets = [Target.of(*paired(*pair), gram) for pair in phrased]
+            change, remaining = smallest_edit(targets, moment, gram, self.tolerance)
+            edited |= edited_weights(run, layers, lambda weight, change=change: change)
+            left = torch.maximum(left, remaining)
         much = [
             f"'{concept}' {share:.0%}"
             for concept, share in zip(run.concepts, left.tolist())
@@ -115,7 +126,16 @@ class TextEdit(ClosedForm):
                 self.tolerance,
                 ", ".join(much),
             )
-        edit_text_projections(run, change, anchors)
+        run.edit(edited, anchors)
+
+    def _readers(self, run: Run, encoded: EncodedPrompts) -> list[tuple[list[str], Callable, Callable]]:
+        """The layers that read the tokens of prompts, and the one that reads the pooled state, if there is one; each
+        with what it reads of prompts, and of pairs of concept and anchor."""
+        tokens, pooled = super().edited(run.family.denoiser), run.family.pooled_projection(run.family.denoiser)
+        readers = [(tokens, encoded.all, encoded.aligned)]
+        if pooled:
+            readers.append(([pooled], encoded.pooled, lambda *pair: tuple(map(encoded.pooled, pair))))
+        return readers
 
     def _chosen_anchors(self, run: Run) -> list[str]:
         if self.anchor_prompts:
@@ -142,12 +162,10 @@ class TextEdit(ClosedForm):
             words = [words[i] for i in sorted([*near, *rest[:: -(-len(rest) // (limit - len(near)))]])]
         return vocabulary_prompts(run, words, CONTEXTS, each=min(count, most // max(len(words), 1)))
 
-    def _kept_moment(self, run: Run, encoded: EncodedPrompts, kept: list[str], retained: list[str]) -> torch.Tensor:
-        """The mean of k k^T over what is kept, `(d, d)`; half of it the retained prompts, if there are any."""
-        parts = [encoded.all(prompts) for prompts in (kept, retained) if prompts]
-        nothing = run.family.token_states([""]).cpu().double().flatten(0, 1)
+    def _kept_moment(self, kept: list[torch.Tensor], nothing: torch.Tensor) -> torch.Tensor:
+        """The mean of k k^T over what is kept, `(d, d)`: parts of equal weight, and the unconditional prompt."""
         share = self.unconditional_weight
-        return (1 - share) * sum(_moment(part) for part in parts) / max(len(parts), 1) + share * _moment(nothing)
+        return (1 - share) * sum(map(_moment, kept)) / max(len(kept), 1) + share * _moment(nothing)
 
 
 def some_forms(forms: Sequence[str], place: int, count: int) -> list[str]:

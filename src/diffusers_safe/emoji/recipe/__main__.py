@@ -51,10 +51,10 @@ class RecipeArguments:
     decoder_steps: int = option(
         3000, "Training steps of the decoder on noisy latents, with batch size 16.", at_least=1
     )
-    unet_steps: list[int] = option([2500, 4000], "Training steps of the UNet in each round, with batch size 32.")
-    transformer_steps: list[int] = option(
-        [3000, 7000], "Training steps of the transformer in each round, with batch size 32."
+    unet_steps: list[int] = option(
+        [4000, 3000], "Training steps of the UNet in each round, with batch size 16, in the last one 32."
     )
+    transformer_steps: list[int] = option([4000, 6000], "The same of the transformer.")
     compile_unet: bool = option(
         False, "Compile the UNet: steps are faster on a CPU, after minutes of compilation. Needs a C++ compiler."
     )

@@ -31,9 +31,7 @@ def load_pictures(output_dir: str | Path, count: int, seed: int, varied: bool) -
 
 
 @torch.inference_mode()
-def encode_pictures(
-    output_dir: str | Path, autoencoder: AutoencoderKL, pictures: np.ndarray, seed: int
-) -> np.ndarray:
+def encode_pictures(output_dir: str | Path, autoencoder: AutoencoderKL, pictures: np.ndarray, seed: int) -> np.ndarray:
     """Mean and standard deviation of the latents, `(N, 2 * channels, 16, 16)` float16, stored on disk."""
     path = Path(output_dir) / "cache" / f"latents-{fingerprint(autoencoder)}-{seed}-{len(pictures)}.npy"
     if path.exists():

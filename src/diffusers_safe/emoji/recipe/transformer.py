@@ -65,13 +65,14 @@ def transformer_stage(
 ) -> Stage:
     """The stage that trains the transformer.
 
-    Noise levels are logit-normal around sigma 0.73, higher than in SD3, because they determine the content; in the
-    last round they are uniform. One step in thirty pads the tokens of T5 as the stock pipeline does. The others pad
-    them to `SHORT_LENGTH`, which leaves a third of all tokens.
+    Noise levels are logit-normal around sigma 0.73, higher than in SD3, because they determine the content, and
+    batches are small; in the last round noise levels are uniform and batches larger, to learn details. One step in
+    thirty pads the tokens of T5 as the stock pipeline does. The others pad them to `SHORT_LENGTH`, which leaves a
+    third of all tokens.
     """
     t5_tokenizer = build_t5_tokenizer()
 
-    def round_of(steps: int, last: bool) -> Round:
+    def round_of(steps: int, batch_size: int, last: bool = False) -> Round:
         def make_batch(rng: np.random.Generator, size: int) -> Batch:
             batch = data.sample(rng, size)
             uniform = torch.from_numpy(stratified(rng, size))
@@ -86,14 +87,14 @@ def transformer_stage(
                 "t5_kept": torch.from_numpy(rng.random(size) >= T5_DROPOUT).float(),
             }
 
-        return Round(steps, 32, make_batch)
+        return Round(steps, batch_size, make_batch)
 
     return Stage(
         "transformer",
         TransformerLoss(
             build_flow_text_encoders(build_tokenizer()), build_t5_encoder(t5_tokenizer), build_transformer()
         ),
-        [*(round_of(steps, last=False) for steps in rounds[:-1]), round_of(rounds[-1], last=True)],
+        [*(round_of(steps, 16) for steps in rounds[:-1]), round_of(rounds[-1], 32, last=True)],
         learning_rate,
         mixed_precision="bf16",
         identity=identity,

@@ -42,22 +42,22 @@ def unet_stage(
     identity: dict,
     compiled: bool = False,
 ) -> Stage:
-    """The stage that trains the UNet. Half of the timesteps are above 750, where the caption matters; in the last
-    round they are uniform."""
+    """The stage that trains the UNet. Half of the timesteps are above 750, where the caption matters, and batches are
+    small; in the last round timesteps are uniform and batches larger, to learn details."""
 
-    def round_of(steps: int, power: int) -> Round:
+    def round_of(steps: int, batch_size: int, power: int) -> Round:
         def make_batch(rng: np.random.Generator, size: int) -> Batch:
             batch = data.sample(rng, size)
             del batch["captions"]
             timesteps = 999.99 * (1 - stratified(rng, size) ** power)
             return {**batch, "timesteps": torch.from_numpy(timesteps.astype(np.int64))}
 
-        return Round(steps, 32, make_batch)
+        return Round(steps, batch_size, make_batch)
 
     return Stage(
         "unet",
         UNetLoss(build_text_encoder(build_tokenizer()), build_unet()),
-        [*(round_of(steps, 2) for steps in rounds[:-1]), round_of(rounds[-1], 1)],
+        [*(round_of(steps, 16, power=2) for steps in rounds[:-1]), round_of(rounds[-1], 32, power=1)],
         learning_rate,
         mixed_precision="bf16",
         compiled=compiled,
