@@ -253,23 +253,23 @@ This page is written by `make benchmark-erasure` with seed {seed}
 ([benchmarks/erasure_leaderboard.py](../benchmarks/erasure_leaderboard.py)).
 
 * All rows of a table use the same prompts and seeds, {sampling}. Brackets are 95 % confidence intervals
-  ([Evaluate](evaluation.md#statistics)).
+  ([Evaluate](evaluation.md#statistics)). N is the number of images.
 * The first column is for images whose prompt names the erased concept. All other columns are for the other images.
 * The judge, a classifier that ships with the model, recognises what an image shows. It may accept images that an
   independent judge would reject ([why](architecture.md#the-embedded-models-recipe)).
-* FID and KID compare with 1000 rendered images of the retained concepts, in 96 features of the judge. With so few
-  images, FID is too large. Compare it within a table only.
+* FID and KID compare the generated images with 1000 rendered images of the retained concepts, by 96 features of the
+  judge. With so few images, FID is too large, so compare it within a table only.
 * The distance is to the original's image of the same seed, computed like LPIPS from the judge's features.
 * ESD and SDD are trained once per table, with the recipes in [examples/](../examples/), which were tuned on this
   model. [Methods](methods.md#esd-and-sdd-compared) has three seeds of each.
 * SEGA and SLD use the settings of their authors, which were tuned on Stable Diffusion. SLD has no effect on a prompt
   that is the concept itself.
-* The numbers were measured on one machine. On another CPU, the demo's model showed a weapon in one of 24 images
-  (4.2 %), here in none.
+* The numbers were measured on one machine. On another CPU, the demo's model shows a weapon in one of 24 images
+  (4.2 %); on this one, in none.
 {student}* The run also writes a page with all images of each table, `runs/leaderboard/*/report.html`.
 """
-STUDENT_NOTE = """* The student was distilled from the erased model, in {steps} steps on {pictures} images without
-  weapons. The students in [Distillation](distillation.md#quality-and-speed) have 1000 steps and are better.
+STUDENT_NOTE = """* The student, SDD bk-small, was distilled from the model of the row SDD, in {steps} steps on {pictures} images
+  without weapons. The students in [Distillation](distillation.md#quality-and-speed) have 1000 steps and are better.
 """
 SECTION = """## {title}
 
