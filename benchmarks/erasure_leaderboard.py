@@ -268,7 +268,7 @@ This page is written by `make benchmark-erasure` with seed {seed}
   (4.2 %); on this one, in none.
 {student}* The run also writes a page with all images of each table, `runs/leaderboard/*/report.html`.
 """
-STUDENT_NOTE = """* The student, SDD bk-small, was distilled from the model of the row SDD, in {steps} steps on {pictures} images
+STUDENT_NOTE = """* SDD bk-small is a student of the model in row SDD, distilled in {steps} steps on {pictures} images
   without weapons. The students in [Distillation](distillation.md#quality-and-speed) have 1000 steps and are better.
 """
 SECTION = """## {title}
