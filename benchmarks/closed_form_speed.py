@@ -46,8 +46,8 @@ def reference_uce(run: MethodRun) -> None:
     """The loops of the authors' script: one matrix inverse a layer, one outer product a concept and layer."""
     family = run.family
     prompts = [*run.concepts, NO_TEXT]
-    (states, _), last = family.text_states(prompts), family.last_tokens(prompts)
-    vectors = [state[place] for state, place in zip(states, last)]
+    (states, _), ((_, ids),) = family.text_states(prompts), family.token_sequences(prompts)
+    vectors = [state[len(one) - 2] for state, one in zip(states, ids)]
     parameters = dict(family.denoiser.named_parameters())
     with torch.no_grad():
         for name in family.text_projections(family.denoiser):

@@ -206,8 +206,8 @@ def test_words_behind_a_concept_of_any_length_are_paired_with_themselves(prompt,
             tokens = tiny_pipeline.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
             return torch.stack([tokens, torch.arange(tokens.shape[1]).expand_as(tokens)], dim=-1).float(), None
 
-        def last_tokens(self, prompts):
-            return [len(tiny_pipeline.tokenizer(prompt).input_ids) - 2 for prompt in prompts]
+        def token_sequences(self, prompts):
+            return [(slice(None), [tiny_pipeline.tokenizer(prompt).input_ids for prompt in prompts])]
 
     encoded = EncodedPrompts(SimpleNamespace(family=Family()), [prompt, other])
     erased, anchors = (side[:, 0].int().tolist() for side in encoded.aligned([prompt], [other]))

@@ -18,6 +18,7 @@ from .registry import (
     register_family,
 )
 from .stable_diffusion import StableDiffusionFamily
+from .stable_diffusion_3 import StableDiffusion3Family
 from .stable_diffusion_xl import StableDiffusionXLFamily
 from .stored import StoredModel, stored_denoiser
 from .text_encoders import TextEncoders
@@ -29,6 +30,7 @@ __all__ = [
     "TRAIN_METHODS",
     "Conditioning",
     "ModelFamily",
+    "StableDiffusion3Family",
     "StableDiffusionFamily",
     "StableDiffusionXLFamily",
     "StoredModel",

@@ -32,9 +32,10 @@ Erasing, generating and publishing need nothing else; students and safe or erase
 * `_encode`: prompts to a `Conditioning`, named tensors that [`~ModelFamily.predict`] takes; `""` must give what the
   pipeline itself uses as unconditional prompt.
 * [`~ModelFamily.with_sizes`]: for models that take the image's size.
-* Defaults for one sequence of tokens, `encoder_hidden_states`, between a start and an end of text, which
-  cross-attention reads: `text_states`, `last_tokens`, and [`~ModelFamily.text_projections`], what closed forms edit,
-  as well as [`~ModelFamily.pooled_projection`].
+* Defaults for one sequence of tokens, `encoder_hidden_states`, which cross-attention reads:
+  [`~ModelFamily.sequences`], and [`~ModelFamily.text_projections`], what closed forms edit, as well as
+  [`~ModelFamily.pooled_projection`].
+* `optional`: text encoders and tokenizers that a pipeline may lack.
 * Defaults for an autoencoder `vae` with a Gaussian, `scaling_factor`, `shift_factor`, `latents_mean`, `latents_std`:
   `picture_size`, `encode_pictures`, `draw_latents`.
 
@@ -79,6 +80,7 @@ from .train_methods import TRAIN_METHODS, resolve_train_method
 
 
 PROMPTS_AT_ONCE = 64  # where only their states are wanted
+PROMPTS_OF_PIPELINES = 8  # where a pipeline keeps the hidden states of every layer
 # What a denoiser needs to know of a prompt besides latents and timesteps: named tensors, the batch first.
 Conditioning = dict[str, torch.Tensor]
 # A component's config, with its class as `_class_name`, by the component's name; None where the pipeline has none.
@@ -107,6 +109,7 @@ class ModelFamily(ABC):
     kohya_prefix: str
     text_encoders: tuple[str, ...] = ()
     tokenizers: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     token_names: tuple[str, ...] = ()
     pooled_name: str | None = None
     train_methods: dict[str, Rule] = {}
@@ -114,9 +117,13 @@ class ModelFamily(ABC):
     def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None):
         self.check(_loaded_configs(pipeline), resolution)
         for name in self.tokenizers:
-            if getattr(pipeline, name, None) is None:
+            if name not in self.optional and getattr(pipeline, name, None) is None:
                 raise ValueError(f"{name}: this pipeline has none; {type(pipeline).__name__} needs one to be trained")
         self.pipeline, self.resolution = pipeline, resolution
+        self.text_encoders, self.tokenizers = (
+            tuple(name for name in names if getattr(pipeline, name, None) is not None)
+            for names in (self.text_encoders, self.tokenizers)
+        )
 
     # --- configs -----------------------------------------------------------------------------------------------------
 
@@ -362,11 +369,20 @@ class ModelFamily(ABC):
             return tokens, None
         return tokens, torch.cat([batch[self.pooled_name] for batch in encoded])
 
-    def last_tokens(self, prompts: list[str]) -> list[int]:
-        """The place of each prompt's last token of text in [`~ModelFamily.text_states`], before the end of text;
-        that of the start of text for an empty one."""
-        tokenizer = getattr(self.pipeline, self.tokenizers[0])
-        return [len(token_ids(prompt, tokenizer)) - 2 for prompt in prompts]
+    @property
+    def sequences(self) -> dict[str, slice]:
+        """The sequences of tokens that [`~ModelFamily.text_states`] consist of: tokenizer and place. Encoders whose
+        states are joined along the width are one sequence."""
+        return {self.tokenizers[0]: slice(None)}
+
+    def token_sequences(self, prompts: list[str]) -> list[tuple[slice, list[list[int]]]]:
+        """For each of [`~ModelFamily.sequences`] its place, and the ids of each prompt's tokens, with those of start
+        and end of text and without padding."""
+        tokenizers = {name: getattr(self.pipeline, name) for name in self.sequences}
+        return [
+            (place, [token_ids(prompt, tokenizers[name]) for prompt in prompts])
+            for name, place in self.sequences.items()
+        ]
 
     @torch.no_grad()
     def text_vectors(self, prompts: list[str]) -> torch.Tensor:
@@ -398,6 +414,18 @@ class ModelFamily(ABC):
     @abstractmethod
     def _encode(self, prompts: list[str], device: torch.device | str) -> Conditioning:
         """Encodes prompts that fit, with encoders that are on the device."""
+
+    @staticmethod
+    def encode_different(
+        prompts: list[str], encode: Callable[[list[str]], tuple[torch.Tensor, ...]]
+    ) -> tuple[torch.Tensor, ...]:
+        """Encodes each different prompt once and a few at a time, for pipelines that keep the states of every layer;
+        returns the tensors of `encode` for all prompts."""
+        different, encoded = list(dict.fromkeys(prompts)), {}
+        for i in range(0, len(different), PROMPTS_OF_PIPELINES):
+            batch = different[i : i + PROMPTS_OF_PIPELINES]
+            encoded |= zip(batch, zip(*encode(batch)))
+        return tuple(torch.stack(tensors) for tensors in zip(*map(encoded.get, prompts)))
 
     def with_sizes(
         self, conditioning: Conditioning, original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor

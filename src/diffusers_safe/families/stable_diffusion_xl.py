@@ -10,7 +10,6 @@ from .registry import register_family
 from .unet import UNetFamily
 
 
-PROMPTS_AT_ONCE = 8  # the pipeline keeps the hidden states of every layer of both encoders
 NUM_TIME_IDS = 6  # original height and width, crop's top and left, target height and width
 
 
@@ -47,15 +46,7 @@ class StableDiffusionXLFamily(UNetFamily):
             )
 
     def _encode(self, prompts: list[str], device: torch.device | str) -> Conditioning:
-        different = list(dict.fromkeys(prompt for prompt in prompts if prompt))
-        batches = [different[i : i + PROMPTS_AT_ONCE] for i in range(0, len(different), PROMPTS_AT_ONCE)]
-        encoded = {}
-        for batch in batches:
-            encoded |= zip(batch, zip(*self._encode_some(batch, device)))
-        if "" in prompts:
-            (hidden_states,), (pooled,) = self._encode_nothing(device)
-            encoded[""] = (hidden_states, pooled)
-        encoder_hidden_states, pooled = (torch.stack(tensors) for tensors in zip(*map(encoded.get, prompts)))
+        encoder_hidden_states, pooled = self.encode_different(prompts, lambda batch: self._encode_some(batch, device))
         _, *latent_size = self.latent_shape
         height, width = (size * vae_scale_factor(self.pipeline.vae.config) for size in latent_size)
         time_ids = torch.tensor([height, width, 0, 0, height, width]).to(encoder_hidden_states)
@@ -66,15 +57,15 @@ class StableDiffusionXLFamily(UNetFamily):
         }
 
     def _encode_some(self, prompts: list[str], device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-        encoded = self.pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
-        return encoded[0], encoded[2]
-
-    def _encode_nothing(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-        # The negative embeddings of a call without negative prompt: zeros, if the pipeline is set so.
-        _, negative, _, negative_pooled = self.pipeline.encode_prompt(
-            "", device=device, do_classifier_free_guidance=True
+        # With "", the negative embeddings of a call without negative prompt: zeros, if the pipeline is set so.
+        hidden_states, nothing, pooled, nothing_pooled = self.pipeline.encode_prompt(
+            prompts, device=device, do_classifier_free_guidance="" in prompts
         )
-        return negative, negative_pooled
+        if "" in prompts:
+            place = prompts.index("")
+            hidden_states, pooled = hidden_states.clone(), pooled.clone()
+            hidden_states[place], pooled[place] = nothing[place], nothing_pooled[place]
+        return hidden_states, pooled
 
     @property
     def encoding_identity(self) -> dict[str, str]:

@@ -89,6 +89,8 @@ class StoredModel:
         """
         found = []
         for name in self.family.tokenizers:
+            if name in self.family.optional and self._index.get(name, (None,))[0] is None:
+                continue
             with naming(f"{self._what}: {name}"):
                 found.append(AutoTokenizer.from_pretrained(self.name_or_path, subfolder=name, **self._hub))
                 check_component(found[-1], f"{self._what}: {name}")

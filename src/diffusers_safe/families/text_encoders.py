@@ -32,7 +32,8 @@ class TextEncoders(nn.Module):
     def skeleton(cls, family: type[ModelFamily], config: ComponentConfig) -> "TextEncoders":
         """Their structure: on the meta device, without weights."""
         with torch.device("meta"):
-            return cls({name: _from_config(config(name)) for name in family.text_encoders})
+            found = {name: config(name) for name in family.text_encoders}
+            return cls({name: _from_config(one) for name, one in found.items() if one is not None})
 
     def forward(self, prompts: list[str], device: torch.device | str) -> Conditioning:
         return self.family.encode_with_gradients(prompts, device)

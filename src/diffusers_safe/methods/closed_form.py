@@ -7,7 +7,7 @@ All of it is computed in float64 on the CPU; in a batch of vectors `(n, d)` each
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -67,17 +67,20 @@ class EncodedPrompts:
         different = list(dict.fromkeys(prompts))
         device = next(run.family.denoiser.parameters()).device
         states, pooled = run.family.text_states(different, device)
-        self._states = dict(zip(different, states.cpu().double()))
+        states = states.cpu().double()
         self._pooled = None if pooled is None else dict(zip(different, pooled.cpu().double()))
-        self._last = dict(zip(different, run.family.last_tokens(different)))
+        sequences = [map(TokenSequence, states[:, place], ids) for place, ids in run.family.token_sequences(different)]
+        self._sequences = dict(zip(different, zip(*sequences)))
 
     def last(self, prompts: list[str]) -> torch.Tensor:
-        """The last token of text of each prompt, `(len(prompts), d)`."""
-        return torch.stack([self._states[prompt][self._last[prompt]] for prompt in prompts])
+        """The last token of text of each prompt, `(len(prompts), d)`; of several sequences that of each, those of the
+        first before those of the second."""
+        sequences = zip(*(self._sequences[prompt] for prompt in prompts))
+        return torch.stack([one.states[one.last] for sequence in sequences for one in sequence])
 
     def all(self, prompts: list[str]) -> torch.Tensor:
         """All tokens of all prompts, `(len(prompts) * length, d)`."""
-        return torch.cat([self._states[prompt] for prompt in prompts])
+        return torch.cat([one.states for prompt in prompts for one in self._sequences[prompt]])
 
     def pooled(self, prompts: list[str]) -> torch.Tensor:
         """The pooled state of each prompt, `(len(prompts), d)`, of a model that has them."""
@@ -86,25 +89,47 @@ class EncodedPrompts:
     def tails(self, prompts: list[str], others: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens from the last one of text to the end, paired with those of another prompt; twice `(n, d)`. The
         longer tail is cut."""
-        pairs = [(self._states[a][self._last[a] :], self._states[b][self._last[b] :])
-                 for a, b in zip(prompts, others, strict=True)]  # fmt: skip
+        pairs = [(a.states[a.last :], b.states[b.last :]) for a, b in self._pairs(prompts, others)]
         lengths = [min(len(tail), len(other)) for tail, other in pairs]
         return tuple(torch.cat([pair[side][:length] for pair, length in zip(pairs, lengths)]) for side in (0, 1))
 
     def aligned(self, prompts: list[str], others: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens of each prompt from the first that differs, paired with those of another prompt of the same
-        form: words behind the concept with the same words, padding with padding; twice `(n, d)`."""
-        pairs = [self._aligned(*pair) for pair in zip(prompts, others, strict=True)]
+        """The tokens of each prompt whose states differ, paired with those of another prompt of the same form: words
+        around the concept with the same words, padding with padding; twice `(n, d)`."""
+        pairs = [_aligned(*pair) for pair in self._pairs(prompts, others)]
         return tuple(torch.cat(side) for side in zip(*pairs))
 
-    def _aligned(self, prompt: str, other: str) -> tuple[torch.Tensor, torch.Tensor]:
-        states, anchors = self._states[prompt], self._states[other]
-        differ = (states != anchors).any(dim=1)
-        first, last = int(differ.int().argmax()), len(states) - 1
-        # A concept of more tokens than the anchor's: its surplus tokens read as the anchor's first one.
-        shift = self._last[other] - self._last[prompt]
-        places = torch.arange(first, len(states))
-        return states[places], anchors[(places + shift).clamp(first, last)]
+    def _pairs(self, prompts: list[str], others: list[str]) -> list[tuple["TokenSequence", "TokenSequence"]]:
+        both = zip(prompts, others, strict=True)
+        return [pair for prompt, other in both for pair in zip(self._sequences[prompt], self._sequences[other])]
+
+
+class TokenSequence(NamedTuple):
+    """A prompt in one text encoder.
+
+    Attributes:
+        states (`torch.Tensor`): Of all tokens, padding included, `(length, d)`.
+        ids (`list[int]`): Of the tokens, with those of start and end of text and without padding.
+    """
+
+    states: torch.Tensor
+    ids: list[int]
+
+    @property
+    def last(self) -> int:
+        """The place of the last token of text; that of the first token of all for an empty text."""
+        return min(max(len(self.ids) - 2, 0), len(self.states) - 1)
+
+
+def _aligned(prompt: TokenSequence, other: TokenSequence) -> tuple[torch.Tensor, torch.Tensor]:
+    same = [mine == theirs for mine, theirs in zip(prompt.ids, other.ids)]
+    first, last = same.index(False) if False in same else len(same), len(prompt.states) - 1
+    places = torch.arange(len(prompt.states))
+    # A concept of more tokens than the anchor's: its surplus tokens read as the anchor's first one.
+    shifted = (places + other.last - prompt.last).clamp(min(first, last), last)
+    anchors = other.states[torch.where(places < first, places, shifted)]
+    differ = (prompt.states != anchors).any(dim=1)  # in a causal encoder, those before the concept do not
+    return prompt.states[differ], anchors[differ]
 
 
 def least_squares_edit(
@@ -209,9 +234,11 @@ def check_distinct(erased: torch.Tensor, anchors: torch.Tensor, concepts: list[s
     Raises:
         `ValueError`: If a concept encodes as its anchor does, or there are more concepts than dimensions.
     """
-    for vector, anchor, concept, name in zip(erased, anchors, concepts, names, strict=True):
-        if torch.equal(vector, anchor):
+    # Several sequences of tokens give several rows for each concept.
+    same = (erased == anchors).all(dim=1).view(-1, len(concepts)).all(dim=0).tolist()
+    for is_same, concept, name in zip(same, concepts, names, strict=True):
+        if is_same:
             becomes = f"the anchor '{name}'" if is_visible(name) else "the empty prompt"
             raise ValueError(f"concepts '{concept}': encodes as {becomes} does; give another of anchor_prompts")
-    if len(erased) > (width := erased.shape[1]):
-        raise ValueError(f"concepts: {len(erased)} at once are more than the {width} dimensions of encoded prompts")
+    if len(concepts) > (width := erased.shape[1]):
+        raise ValueError(f"concepts: {len(concepts)} at once are more than the {width} dimensions of encoded prompts")
