@@ -24,13 +24,16 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from diffusers_safe.emoji.architecture import MAX_TOKENS, build_scheduler, build_tokenizer
+from diffusers_safe.emoji.architecture import MAX_TOKENS, build_scheduler, build_t5_tokenizer, build_tokenizer
 from diffusers_safe.erasure.job import make_options
 from diffusers_safe.erasure.loop import ErasureLoop
 from diffusers_safe.families import make_family
@@ -117,6 +120,47 @@ def build_tiny_sd_2_pipeline(seed: int = 0, layers_per_block: int = 2) -> Stable
             scheduler=DDIMScheduler.from_config(pipeline.scheduler.config, **schedule),
         )
     return pipeline
+
+
+def build_tiny_sd3_pipeline(seed: int = 0, t5: bool = True) -> StableDiffusion3Pipeline:
+    """A Stable Diffusion 3.5 pipeline with random weights: two CLIP encoders of widths 32 and 48 and T5 of width 96,
+    dual attention in the first of two blocks; latents 4 x 8 x 8, images of 64 x 64."""
+    parts = build_tiny_pipeline(seed)
+    parts.vae.register_to_config(scaling_factor=1.5, shift_factor=0.06)
+    config = {**parts.text_encoder.config.to_dict(), "num_hidden_layers": 2, "projection_dim": 16}
+    tokenizer_3 = build_t5_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 3)
+        clip = [CLIPTextModelWithProjection(CLIPTextConfig(**{**config, "hidden_size": width})) for width in (32, 48)]
+        text_encoder_3 = T5EncoderModel(
+            T5Config(vocab_size=len(tokenizer_3), d_model=96, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
+        )
+        transformer = SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            caption_projection_dim=16,
+            joint_attention_dim=96,
+            pooled_projection_dim=32,
+            pos_embed_max_size=8,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        )
+    return StableDiffusion3Pipeline(
+        vae=parts.vae,
+        text_encoder=clip[0],
+        tokenizer=parts.tokenizer,
+        text_encoder_2=clip[1],
+        tokenizer_2=build_tokenizer(),
+        text_encoder_3=text_encoder_3.eval() if t5 else None,
+        tokenizer_3=tokenizer_3 if t5 else None,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
 
 
 def build_tiny_xl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
@@ -207,6 +251,12 @@ def make_tiny_sd_2_pipeline(layers_per_block):
 def make_tiny_xl_pipeline():
     """The function `(seed=0) -> StableDiffusionXLPipeline`."""
     return build_tiny_xl_pipeline
+
+
+@pytest.fixture(scope="session")
+def make_tiny_sd3_pipeline():
+    """The function `(seed=0, t5=True) -> StableDiffusion3Pipeline`."""
+    return build_tiny_sd3_pipeline
 
 
 @pytest.fixture

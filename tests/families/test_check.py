@@ -182,7 +182,7 @@ def test_check_model_gives_the_denoisers_structure_without_its_weights(families,
     "class_name",
     [
         "FluxPipeline",
-        "StableDiffusion3Pipeline",
+        "StableDiffusion3Img2ImgPipeline",
         "StableDiffusionInpaintPipeline",
         "StableDiffusionXLImg2ImgPipeline",  # the refiner's
         "LatentConsistencyModelPipeline",
@@ -190,7 +190,8 @@ def test_check_model_gives_the_denoisers_structure_without_its_weights(families,
 )
 def test_other_families_are_refused_by_name(class_name, tmp_path):
     Path(tmp_path, "model_index.json").write_text(json.dumps({"_class_name": class_name}))
-    supported = "supported pipelines are StableDiffusionPipeline, StableDiffusionXLPipeline$"
+    kinds = ("StableDiffusionPipeline", "StableDiffusion3Pipeline", "StableDiffusionXLPipeline")
+    supported = f"supported pipelines are {', '.join(kinds)}$"
     with pytest.raises(ValueError, match=f"^{class_name}: .*{supported}"):
         StoredModel(str(tmp_path))
     with pytest.raises(ValueError, match=f"^{class_name}: .*{supported}"):

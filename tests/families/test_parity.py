@@ -1,4 +1,4 @@
-"""What training shows the UNet is, call by call, what the stock pipeline's own `__call__` shows it."""
+"""What training shows the denoiser is, call by call, what the stock pipeline's own `__call__` shows it."""
 
 import pytest
 import torch
@@ -7,11 +7,12 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
 )
 
 from diffusers_safe.diffusion.trajectories import Trajectories, concatenate
-from diffusers_safe.families import make_family
+from diffusers_safe.families import denoiser_of, make_family
 
 
 STEPS, GUIDANCE_SCALE, PROMPT = 6, 3.0, "a knife"
@@ -21,15 +22,22 @@ SCHEDULERS = {
     "euler": EulerDiscreteScheduler,
     "dpm++": DPMSolverMultistepScheduler,
     "edm-dpm++": EDMDPMSolverMultistepScheduler,  # of Playground v2.5, an SDXL
+    "flow": FlowMatchEulerDiscreteScheduler,
 }
 CASES = [("sd-1", name) for name in ("ddim", "pndm", "euler", "dpm++")]
 CASES += [("sd-2", name) for name in ("ddim", "euler", "dpm++")]
 CASES += [("xl", name) for name in ("euler", "dpm++", "edm-dpm++")]
+CASES += [("sd-3", "flow")]
 
 
 @pytest.fixture
-def make_pipeline(make_tiny_pipeline, make_tiny_sd_2_pipeline, make_tiny_xl_pipeline):
-    makers = {"sd-1": make_tiny_pipeline, "sd-2": make_tiny_sd_2_pipeline, "xl": make_tiny_xl_pipeline}
+def make_pipeline(make_tiny_pipeline, make_tiny_sd_2_pipeline, make_tiny_xl_pipeline, make_tiny_sd3_pipeline):
+    makers = {
+        "sd-1": make_tiny_pipeline,
+        "sd-2": make_tiny_sd_2_pipeline,
+        "xl": make_tiny_xl_pipeline,
+        "sd-3": make_tiny_sd3_pipeline,
+    }
 
     def make(family, scheduler):
         pipeline = makers[family]()
@@ -40,17 +48,19 @@ def make_pipeline(make_tiny_pipeline, make_tiny_sd_2_pipeline, make_tiny_xl_pipe
     return make
 
 
-def recorded(unet, run):
-    """Every input of the UNet while `run()` runs: sample, timesteps, hidden states and added conditions, by name."""
+def recorded(denoiser, run):
+    """Every input of the denoiser while `run()` runs: sample, timesteps, hidden states and added conditions, by
+    name."""
     calls = []
 
     def record(module, args, kwargs):
         given = {**dict(zip(("sample", "timestep", "encoder_hidden_states"), args)), **kwargs}
+        given["sample"] = given.pop("hidden_states", given.get("sample"))  # a transformer's name
         given["timestep"] = given["timestep"].expand(len(given["sample"]))
         given.update(given.pop("added_cond_kwargs", None) or {})
         calls.append({name: value.clone() for name, value in given.items() if torch.is_tensor(value)})
 
-    hook = unet.register_forward_pre_hook(record, with_kwargs=True)
+    hook = denoiser.register_forward_pre_hook(record, with_kwargs=True)
     run()
     hook.remove()
     return calls
@@ -58,7 +68,7 @@ def recorded(unet, run):
 
 def inputs_of_the_pipeline(pipeline, noise, **sizes):
     options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE_SCALE, "output_type": "latent", **sizes}
-    return recorded(pipeline.unet, lambda: pipeline(PROMPT, latents=noise, **options))
+    return recorded(denoiser_of(pipeline), lambda: pipeline(PROMPT, latents=noise, **options))
 
 
 def inputs_of_training(family, generator):
@@ -92,16 +102,16 @@ def check_the_same(pipeline, resolution=None, **sizes):
 
 
 @pytest.mark.parametrize("family, scheduler", CASES)
-def test_every_input_of_the_unet_is_that_of_the_pipelines_own_call(make_pipeline, family, scheduler):
+def test_every_input_of_the_denoiser_is_that_of_the_pipelines_own_call(make_pipeline, family, scheduler):
     inputs = check_the_same(make_pipeline(family, scheduler))
     assert 0.8 < inputs[0]["sample"].std() < 1.2  # scaled, where Euler's latents start at 14
     assert ("time_ids" in inputs[0]) == (family == "xl")
 
 
-@pytest.mark.parametrize("family", ["sd-1", "xl"])
-@pytest.mark.parametrize("pixels", [32, 88])
-def test_at_another_resolution_too(make_pipeline, family, pixels):
-    inputs = check_the_same(make_pipeline(family, "euler"), pixels, height=pixels, width=pixels)
+@pytest.mark.parametrize("family, scheduler", [("sd-1", "euler"), ("xl", "euler"), ("sd-3", "flow")])
+@pytest.mark.parametrize("pixels", [32, 80])
+def test_at_another_resolution_too(make_pipeline, family, scheduler, pixels):
+    inputs = check_the_same(make_pipeline(family, scheduler), pixels, height=pixels, width=pixels)
     assert inputs[0]["sample"].shape == (2, 4, pixels // 8, pixels // 8)
 
 
@@ -110,3 +120,15 @@ def test_a_model_that_learned_an_encoded_empty_prompt_gets_that(make_pipeline):
     pipeline.register_to_config(force_zeros_for_empty_prompt=False)
     (uncond, _) = check_the_same(pipeline)[0]["encoder_hidden_states"]
     assert uncond.abs().max() > 0
+
+
+@pytest.mark.parametrize("t5", [True, False])
+def test_a_schedule_that_is_shifted_by_the_size_and_a_pipeline_without_t5(make_tiny_sd3_pipeline, t5):
+    pipeline = make_tiny_sd3_pipeline(t5=t5)
+    pipeline.set_progress_bar_config(disable=True)
+    plain = check_the_same(pipeline, 80, height=80, width=80)
+    config = {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 36}
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, **config)
+    shifted = check_the_same(pipeline, 80, height=80, width=80)
+    assert not torch.equal(shifted[1]["timestep"], plain[1]["timestep"])
+    assert plain[0]["encoder_hidden_states"][:, 32:].any() == t5

@@ -330,5 +330,5 @@ def test_its_structure_is_read_wherever_its_denoiser_is(folder, tmp_path, pipeli
         found = stored_denoiser(place, "from_student")
         assert type(found) is type(pipeline.transformer) and found.device.type == "meta"
         assert [*found.state_dict()] == [*pipeline.transformer.state_dict()]
-    with pytest.raises(ValueError, match="no folder or Hub repository with a unet or transformer"):
+    with pytest.raises(ValueError, match="no folder or Hub repository with a transformer or unet"):
         stored_denoiser(str(tmp_path / "nothing"), "from_student")

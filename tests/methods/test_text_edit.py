@@ -198,13 +198,13 @@ def test_a_style_has_phrasings_of_its_own(tiny_pipeline):
 ])  # fmt: skip
 def test_words_behind_a_concept_of_any_length_are_paired_with_themselves(prompt, other, pairs, tiny_pipeline):
     class Family:
-        """States that tell which token they are of, and where."""
+        """States that tell which token they are of, and what is before them."""
 
         denoiser = tiny_pipeline.unet
 
         def text_states(self, prompts, device):
             tokens = tiny_pipeline.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
-            return torch.stack([tokens, torch.arange(tokens.shape[1]).expand_as(tokens)], dim=-1).float(), None
+            return torch.stack([tokens, tokens.cumsum(dim=1)], dim=-1).float(), None
 
         def token_sequences(self, prompts):
             return [(slice(None), [tiny_pipeline.tokenizer(prompt).input_ids for prompt in prompts])]
