@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusion3Pipeline
 from torch.testing import assert_close
 
-from diffusers_safe import cli, erase
+from diffusers_safe import ErasedStableDiffusion3Pipeline, cli, erase
 from diffusers_safe.families import StableDiffusion3Family, StoredModel, make_family
 
 
@@ -184,3 +184,13 @@ def test_the_whole_way_of_a_stored_model(folder, tmp_path, capsys):
     cli.main(["generate", "--model", out, "--prompts", "a knife", "--output_dir", str(tmp_path / "images"),
               "--num_inference_steps", "2"])  # fmt: skip
     assert len(list((tmp_path / "images").rglob("*.png"))) == 1
+
+    erased = ErasedStableDiffusion3Pipeline.from_pretrained(out)
+    assert erased.erasure.concepts == ["knife"]
+    stock = {
+        name: draw(StableDiffusion3Pipeline.from_pretrained(path))
+        for name, path in (("base", folder), ("erased", out))
+    }
+    assert_close(draw(erased), stock["erased"], rtol=1e-3, atol=1e-4)
+    with erased.erasure_disabled():
+        assert_close(draw(erased), stock["base"], rtol=1e-3, atol=1e-4)

@@ -1,6 +1,6 @@
 """Pipelines with Safe Latent Diffusion, and pipelines with erased weights."""
 
-from .erased import ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline
+from .erased import ErasedStableDiffusion3Pipeline, ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline
 from .output import StableDiffusionSafePipelineOutput
 from .safe_latent_diffusion import disable_safe_latent_diffusion, enable_safe_latent_diffusion
 from .stable_diffusion import (
@@ -12,6 +12,7 @@ from .stable_diffusion_xl import StableDiffusionXLPipelineSafe
 
 
 __all__ = [
+    "ErasedStableDiffusion3Pipeline",
     "ErasedStableDiffusionPipeline",
     "ErasedStableDiffusionXLPipeline",
     "StableDiffusionImg2ImgPipelineSafe",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from ..families import TEXT_ENCODERS, ModelFamily, family_of_pipeline
 from ..formats import (
@@ -269,4 +269,9 @@ class ErasedStableDiffusionPipeline(ErasedPipelineMixin, StableDiffusionPipeline
 
 class ErasedStableDiffusionXLPipeline(ErasedPipelineMixin, StableDiffusionXLPipeline):
     """[`~diffusers.StableDiffusionXLPipeline`] with concepts erased from its weights, see
+    [`ErasedStableDiffusionPipeline`]."""
+
+
+class ErasedStableDiffusion3Pipeline(ErasedPipelineMixin, StableDiffusion3Pipeline):
+    """[`~diffusers.StableDiffusion3Pipeline`] with concepts erased from its weights, see
     [`ErasedStableDiffusionPipeline`]."""
