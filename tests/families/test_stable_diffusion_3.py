@@ -5,9 +5,12 @@ import json
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusion3Pipeline
+from PIL import Image
 from torch.testing import assert_close
 
-from diffusers_safe import ErasedStableDiffusion3Pipeline, cli, erase
+from diffusers_safe import ErasedStableDiffusion3Pipeline, cli, enable_safe_latent_diffusion, erase
+from diffusers_safe.attacks.token import added_token, read_token
+from diffusers_safe.attacks.token_learning import TOKEN, InversionSettings, learn_token
 from diffusers_safe.families import StableDiffusion3Family, StoredModel, make_family
 
 
@@ -41,10 +44,10 @@ def states(pipeline, prompt):
     return torch.cat([clip, pipeline.text_encoder_3(tokens)[0]], dim=1), torch.cat(pooled, dim=-1)
 
 
-def draw(pipeline):
+def draw(pipeline, prompt="a knife"):
     """Latents, without rounding."""
     options = {"num_inference_steps": 2, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
-    return pipeline("a knife", **options).images
+    return pipeline(prompt, **options).images
 
 
 def test_encode_gives_all_encoders_and_the_pooled_states_of_the_empty_prompt_too(pipeline):
@@ -170,6 +173,27 @@ def test_published_closed_forms_edit_the_tokens_alone(method, count, pipeline):
 def test_a_method_that_edits_values_alone_says_that_there_are_none(pipeline):
     with pytest.raises(ValueError, match="no values of cross-attention that could be edited"):
         erase(pipeline, ["knife"], "speed")
+
+
+def test_safe_latent_diffusion_is_refused_with_the_reason(pipeline):
+    with pytest.raises(ValueError, match="^StableDiffusion3Pipeline: .* does not support it: its settings are known"):
+        enable_safe_latent_diffusion(pipeline)
+
+
+def test_a_word_is_learned_in_both_clip_encoders(pipeline, tmp_path):
+    pictures = [Image.new("RGB", (64, 64), color) for color in ("red", "blue")]
+    captions = [f"a {TOKEN}"] * 2
+    before = {name: value.clone() for name, value in pipeline.text_encoder_2.state_dict().items()}
+    path = learn_token(pipeline, pictures, captions, tmp_path, InversionSettings(steps=2), "knife")
+    token, vectors, _ = read_token(path)
+    assert [len(vector) for vector in vectors] == [32, 48]
+    plain = draw(pipeline)
+    with added_token(pipeline, token, vectors):
+        ids = pipeline.tokenizer_2(f"a {token}").input_ids
+        assert len(ids) == 4 and torch.equal(pipeline.text_encoder_2.get_input_embeddings().weight[ids[2]], vectors[1])
+        assert not torch.equal(draw(pipeline, f"a {token}"), draw(pipeline, "a"))
+    assert torch.equal(draw(pipeline), plain)
+    assert all(torch.equal(value, before[name]) for name, value in pipeline.text_encoder_2.state_dict().items())
 
 
 def test_the_whole_way_of_a_stored_model(folder, tmp_path, capsys):

@@ -74,7 +74,7 @@ def added_token(pipeline: DiffusionPipeline, token: str, vectors: list[torch.Ten
     """A pipeline with one more word; tokenizers and text encoders are as before afterwards, to the bit.
 
     Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]): One that has `load_textual_inversion`.
+        pipeline ([`~diffusers.DiffusionPipeline`]): Of a family of `families`.
         token (`str`): The word, which its tokenizers do not know.
         vectors (`list[torch.Tensor]`): `(width,)` for each of its text encoders.
 
@@ -87,13 +87,24 @@ def added_token(pipeline: DiffusionPipeline, token: str, vectors: list[torch.Ten
         for (name, (tokenizer, encoder)), vector in zip(parts.items(), vectors, strict=True):
             tokenizer = deepcopy(tokenizer)
             setattr(pipeline, name, tokenizer)
-            pipeline.load_textual_inversion(
-                vector.detach().cpu(), token=token, tokenizer=tokenizer, text_encoder=encoder
-            )
+            _add(token, vector, tokenizer, encoder)
         yield
     finally:
         for one in kept:
             one.put_back(pipeline)
+
+
+@torch.no_grad()
+def _add(token: str, vector: torch.Tensor, tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel) -> None:
+    # Like diffusers' `load_textual_inversion`, which Stable Diffusion 3's pipelines do not have.
+    rows, width = encoder.get_input_embeddings().weight.shape
+    if vector.shape != (width,):
+        raise ValueError(f"token {token}: its vector has the shape {tuple(vector.shape)}, the text encoder ({width},)")
+    if token in tokenizer.get_vocab():
+        raise ValueError(f"token {token}: the tokenizer knows it already")
+    tokenizer.add_tokens(token)
+    encoder.resize_token_embeddings(max(rows, len(tokenizer)), mean_resizing=False)
+    encoder.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(token)] = vector.detach().to(encoder.dtype)
 
 
 class _Kept:

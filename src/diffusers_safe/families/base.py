@@ -54,6 +54,7 @@ Erasing, generating and publishing need nothing else; students and safe or erase
 * [`~ModelFamily.rename_lora`]: older names in LoRA files, if there are any.
 * `pooled_name`, [`~ModelFamily.takes_pooled`]: the denoiser's argument for pooled prompt embeddings, which Safe Latent
   Diffusion sets.
+* `unsteered`: why Safe Latent Diffusion does not support pipelines around this denoiser, if it does not.
 * Smaller students are defined for UNets only (`families/students.py`).
 * Optional, outside: a pipeline class that loads erasures (`ErasedPipelineMixin` before the stock class, nothing else).
 """
@@ -112,6 +113,7 @@ class ModelFamily(ABC):
     optional: tuple[str, ...] = ()
     token_names: tuple[str, ...] = ()
     pooled_name: str | None = None
+    unsteered: str | None = None
     train_methods: dict[str, Rule] = {}
 
     def __init__(self, pipeline: DiffusionPipeline, resolution: int | None = None):

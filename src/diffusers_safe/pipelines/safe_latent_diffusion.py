@@ -213,7 +213,7 @@ def enable_safe_latent_diffusion(
     if isinstance(pipeline, SafeLatentDiffusionMixin):
         raise ValueError(f"{stock.__name__}: Safe Latent Diffusion is enabled already")
     lacks = [name for name in ("encode_prompt", "do_classifier_free_guidance") if not hasattr(stock, name)]
-    if family_around(pipeline) is None:
+    if (family := family_around(pipeline)) is None:
         kinds = dict.fromkeys(
             f"{family.denoiser_name} of the class {family.denoiser_class.__name__}" for family in families()
         )
@@ -222,7 +222,8 @@ def enable_safe_latent_diffusion(
         raise ValueError(
             f"{stock.__name__} has no {' and no '.join(lacks)}: Safe Latent Diffusion does not support it"
         )
-    if why := next((_REFUSED[base.__name__] for base in stock.__mro__ if base.__name__ in _REFUSED), None):
+    reasons = [family.unsteered, *(_REFUSED.get(base.__name__) for base in stock.__mro__)]
+    if why := next(filter(None, reasons), None):
         raise ValueError(f"{stock.__name__}: Safe Latent Diffusion does not support it: {why}")
     _check_parts(pipeline)
     config = SafetyConfig.named(config) if isinstance(config, str) else SafetyConfig(**config)
