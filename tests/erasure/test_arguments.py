@@ -45,7 +45,7 @@ BAD_VALUES = {
     "loss_space": ("image", "prediction, velocity"),
     "negative_guidance_scale": (-0.5, "at least 0"),
     "target_prompt": ("a big Knife", "names knife"),
-    "save": ("all", "full, partial, both, unet"),
+    "save": ("all", "full, partial, both, unet, transformer"),
     "rank": (0, "at least 1"),
     "lora_alpha": (4.0, "needs --rank"),
     "seed": (-1, "at least 0"),
@@ -69,8 +69,8 @@ def test_bad_values_name_argument_value_and_what_is_allowed(arguments, name):
 @pytest.mark.parametrize("changes, message", [
     ({"rank": -4}, "rank -4: must be at least 1"),
     ({"rank": 4, "lora_alpha": 0.0}, "lora_alpha 0.0: must be greater than 0"),
-    ({"rank": 4, "save": "partial"}, "save 'partial': allowed with --rank are lora, full, both, unet"),
-    ({"save": "lora"}, "save 'lora': allowed without --rank are full, partial, both, unet"),
+    ({"rank": 4, "save": "partial"}, "save 'partial': allowed with --rank are lora, full, both, unet, transformer"),
+    ({"save": "lora"}, "save 'lora': allowed without --rank are full, partial, both, unet, transformer"),
 ])  # fmt: skip
 def test_bad_values_around_rank(arguments, changes, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
