@@ -23,12 +23,12 @@ from diffusers_safe.emoji.recipe import __main__ as recipe
 from diffusers_safe.emoji.recipe import pictures as recipe_pictures
 from diffusers_safe.emoji.recipe.__main__ import RecipeArguments
 from diffusers_safe.emoji.recipe.autoencoder import DECODED_NOISE, decoder_stage
-from diffusers_safe.emoji.recipe.pictures import CaptionedLatents, load_pictures, stratified
+from diffusers_safe.emoji.recipe.pictures import CaptionedLatents, Lesson, load_pictures, stratified
 from diffusers_safe.emoji.recipe.stage import Round, Stage, learning_rate_factor, train_stage
-from diffusers_safe.emoji.recipe.transformer import SHORT_LENGTH, STOCK_LENGTH, transformer_stage
-from diffusers_safe.emoji.recipe.unet import unet_stage
+from diffusers_safe.emoji.recipe.transformer import SHORT_LENGTH, STOCK_LENGTH, TRANSFORMER_LESSONS, transformer_stage
+from diffusers_safe.emoji.recipe.unet import UNET_LESSONS, unet_stage
 from diffusers_safe.emoji.render import render_many
-from diffusers_safe.emoji.scenes import draw_caption
+from diffusers_safe.emoji.scenes import UPRIGHT, VARIED, draw_caption
 
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -41,8 +41,8 @@ def arguments(folder, **changes):
         "judge_steps": 1,
         "autoencoder_steps": 1,
         "decoder_steps": 1,
-        "unet_steps": [1, 1],
-        "transformer_steps": [1, 1],
+        "unet_steps": [1] * len(UNET_LESSONS),
+        "transformer_steps": [1] * len(TRANSFORMER_LESSONS),
     }
     return RecipeArguments(output_dir=str(folder), **{**tiny, **changes})
 
@@ -57,8 +57,9 @@ def arguments(folder, **changes):
         ("num_pictures", 0, "at least 1"),
         ("autoencoder_steps", 0, "at least 1"),
         ("judge_steps", -1, "at least 1"),
-        ("unet_steps", [2, 0], "at least 1"),
-        ("transformer_steps", [], "at least 1"),
+        ("unet_steps", [2, 2], "10 numbers, each at least 1"),
+        ("unet_steps", [1] * 9 + [0], "10 numbers, each at least 1"),
+        ("transformer_steps", [], "4 numbers, each at least 1"),
     ],
 )
 def test_invalid_values_are_reported(tmp_path, name, value, allowed):
@@ -85,7 +86,7 @@ class ToyLoss(nn.Module):
         return (self.layers(pictures) - target).square().mean()
 
 
-def toy_stage(*rounds, kill_at=None, seen=None, ema_decay=0.9):
+def toy_stage(*rounds, kill_at=None, seen=None, ema_decay=0.9, decays=(False, True)):
     calls = iter(range(10**6))
 
     def make_batch(rng, size):
@@ -96,7 +97,9 @@ def toy_stage(*rounds, kill_at=None, seen=None, ema_decay=0.9):
             seen.append(pictures.clone())
         return {"pictures": pictures, "target": pictures.mean((1, 2, 3))[:, None]}
 
-    return Stage("toy", ToyLoss(), [Round(steps, 4, make_batch) for steps in rounds], 1e-2, ema_decay)
+    last = len(rounds) - 1
+    made = [Round(steps, 4, make_batch, decays[place == last]) for place, steps in enumerate(rounds)]
+    return Stage("toy", ToyLoss(), made, 1e-2, ema_decay)
 
 
 def same(first, second):
@@ -164,7 +167,7 @@ def test_the_learning_rate_warms_up_and_decays_to_zero():
     factors = [learning_rate_factor(step, 1000) for step in range(1000)]
     assert factors[0] == pytest.approx(1 / 200) and factors[199:601] == [1.0] * 402
     assert factors[800] == pytest.approx(0.5) and 0 < factors[999] < 0.01
-    earlier = [learning_rate_factor(step, 1000, last=False) for step in range(1000)]
+    earlier = [learning_rate_factor(step, 1000, decays=False) for step in range(1000)]
     assert earlier == factors[:600] + [1.0] * 400
 
 
@@ -210,7 +213,7 @@ def train_round_1(folder):
     return folder / "toy" / "round-1" / "ema.pt"
 
 
-def test_only_the_last_round_depends_on_its_number_of_steps(tmp_path):
+def test_only_a_round_whose_learning_rate_decays_depends_on_its_number_of_steps(tmp_path):
     with pytest.raises(Kill):
         train_stage(toy_stage(9, 2, kill_at=4), tmp_path, checkpoint_minutes=0)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -229,17 +232,19 @@ def test_only_the_last_round_depends_on_its_number_of_steps(tmp_path):
 
 
 def test_pictures_are_rendered_once_and_depend_on_the_seed(tmp_path, monkeypatch):
-    pictures, scenes = load_pictures(tmp_path, 7, 3, True)
+    pictures, scenes = load_pictures(tmp_path, 7, 3, VARIED)
     expected, expected_scenes = render_many(3, 0, 7)
     assert np.array_equal(pictures, expected) and scenes == expected_scenes
     with monkeypatch.context() as patch:
         patch.delattr(recipe_pictures, "render_many")
-        again, same_scenes = load_pictures(tmp_path, 7, 3, True)
+        again, same_scenes = load_pictures(tmp_path, 7, 3, VARIED)
     assert np.array_equal(again, expected) and same_scenes == expected_scenes
-    more, _ = load_pictures(tmp_path, 8, 3, True)
+    more, _ = load_pictures(tmp_path, 8, 3, VARIED)
     assert np.array_equal(more[:7], expected) and len(more) == 8
-    centered, _ = load_pictures(tmp_path, 7, 3, False)
-    assert np.array_equal(centered, render_many(3, 0, 7, varied=False)[0]) and not np.array_equal(centered, expected)
+    upright, _ = load_pictures(tmp_path, 7, 3, UPRIGHT)
+    assert np.array_equal(upright, render_many(3, 0, 7, variation=UPRIGHT)[0]) and not np.array_equal(
+        upright, expected
+    )
 
 
 def captioned_latents():
@@ -278,10 +283,17 @@ def test_stratified_numbers_have_one_in_each_part():
     assert sorted((values * 8).astype(int)) == list(range(8))
 
 
-def test_noise_levels_are_high_until_the_last_round_and_t5_tokens_mostly_short():
-    data = captioned_latents()
-    unet, transformer = unet_stage(data, [1, 1], 1e-3, {}), transformer_stage(data, [1, 1], 1e-3, {})
-    (flow_round, last_flow_round), (unet_round, last_unet_round) = transformer.rounds, unet.rounds
+def test_lessons_decide_images_noise_levels_sizes_and_decay_and_t5_tokens_are_mostly_short():
+    data, asked = captioned_latents(), []
+    lessons = [Lesson(1, VARIED), Lesson(1, UPRIGHT, details=True, decays=True), Lesson(1, VARIED, 64, coarse=True)]
+
+    def latents(variation):
+        asked.append(variation)
+        return data
+
+    unet, transformer = unet_stage(lessons, latents, 1e-3, {}), transformer_stage(lessons[:2], latents, 1e-3, {})
+    assert [(r.batch_size, r.decays) for r in unet.rounds] == [(32, False), (32, True), (64, False)] and not asked
+    (flow_round, last_flow_round), (unet_round, last_unet_round, coarse_round) = transformer.rounds, unet.rounds
     batches = [flow_round.make_batch(np.random.default_rng(seed), 16) for seed in range(90)]
     lengths = [batch["t5_input_ids"].shape[1] for batch in batches]
     assert set(lengths) == {SHORT_LENGTH, STOCK_LENGTH} and lengths.count(STOCK_LENGTH) < 10
@@ -290,6 +302,11 @@ def test_noise_levels_are_high_until_the_last_round_and_t5_tokens_mostly_short()
     for round_, median in ((unet_round, 750), (last_unet_round, 500)):
         timesteps = round_.make_batch(np.random.default_rng(0), 64)["timesteps"]
         assert timesteps.median() == pytest.approx(median, abs=20) and 0 <= timesteps.min() and timesteps.max() <= 999
+    assert asked[-2:] == [VARIED, UPRIGHT]
+    whole, small = (round_.make_batch(np.random.default_rng(0), 64) for round_ in (unet_round, coarse_round))
+    assert small["latents"].shape == (64, 8, 8, 8) and torch.equal(small["timesteps"], whole["timesteps"])
+    assert small["noise"].std().item() == pytest.approx(1, abs=0.02)
+    assert small["latents"][3, 2, 1, 0].item() == pytest.approx(whole["latents"][3, 2, 2:4, 0:2].sum().item() / 2)
     sigmas = last_flow_round.make_batch(np.random.default_rng(0), 64)["sigmas"]
     assert sigmas.quantile(0.25) == pytest.approx(0.25, abs=0.03) and sigmas.median() == pytest.approx(0.5, abs=0.03)
 
@@ -315,8 +332,9 @@ def test_the_finished_folders_are_stock_pipelines_in_half_precision(tmp_path):
         (picture,) = pipeline("a knife", num_inference_steps=1, generator=torch.Generator().manual_seed(0)).images
         assert picture.size == (64, 64)
 
-        (path,) = (tmp_path / "cache").glob("latents-*.npy")
-        latents = np.load(path).astype(np.float64)
+        moments = [np.load(path).astype(np.float64) for path in (tmp_path / "cache").glob("latents-*.npy")]
+        assert len(moments) == 5  # of the images of the decoder's statistics and of each kind of round
+        latents = np.concatenate(moments)
         mean, std = np.split(latents, 2, axis=1)
         sampled = mean + std * np.random.default_rng(0).standard_normal(mean.shape)
         config = pipeline.vae.config
@@ -325,7 +343,7 @@ def test_the_finished_folders_are_stock_pipelines_in_half_precision(tmp_path):
             assert config.shift_factor == pytest.approx(sampled.mean(), abs=0.02)
         for path in (tmp_path / name).rglob("*.safetensors"):
             assert {value.dtype for value in load_file(path).values()} == {torch.float16}
-    averaged = torch.load(tmp_path / "unet" / "round-2" / "ema.pt", weights_only=True)
+    averaged = torch.load(tmp_path / "unet" / "round-10" / "ema.pt", weights_only=True)
     unet = load_file(tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     decoder = torch.load(tmp_path / "decoder" / "round-1" / "ema.pt", weights_only=True)
     for name in ("model", "model_flow"):
@@ -346,7 +364,7 @@ def command(folder):
     return [
         sys.executable, "-m", "diffusers_safe.emoji.recipe", "--output_dir", str(folder), "--num_pictures", "12",
         "--judge_steps", "1", "--autoencoder_steps", "5", "--decoder_steps", "1",
-        "--unet_steps", "3", "4", "--transformer_steps", "4", "1", "--checkpoint_minutes", "0",
+        "--unet_steps", "3", "4", *["1"] * 8, "--transformer_steps", "4", *["1"] * 3, "--checkpoint_minutes", "0",
     ]  # fmt: skip
 
 
@@ -369,7 +387,7 @@ def test_the_command_killed_in_three_stages_gives_the_same_result(tmp_path):
     subprocess.run(command(stopped), check=True, env=environment, cwd=tmp_path, capture_output=True)
 
     ends = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").glob("*/round-*/ema.pt"))
-    rounds = {"autoencoder": 1, "decoder": 1, "judge": 1, "second_judge": 1, "transformer": 2, "unet": 2}
+    rounds = {"autoencoder": 1, "decoder": 1, "judge": 1, "second_judge": 1, "transformer": 4, "unet": 10}
     assert Counter(end.parts[0] for end in ends) == rounds
     for end in ends:
         first, second = (torch.load(tmp_path / run / end, weights_only=True) for run in ("whole", "stopped"))

@@ -3,12 +3,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from diffusers_safe.emoji.recipe.pictures import MORE_SKETCHES, NEARLY_UPRIGHT
 from diffusers_safe.emoji.scenes import (
     BACKGROUNDS,
     GROUP_OF,
     GROUPS,
     OBJECTS,
     STYLES,
+    UPRIGHT,
+    VARIED,
     Scene,
     draw_caption,
     draw_scene,
@@ -64,18 +67,20 @@ def test_without_hold_out_all_combinations_occur():
     assert any(is_held_out(scene.name, scene.background, scene.style) for scene in draw(200, hold_out=False))
 
 
-@pytest.mark.parametrize("varied, sizes, turn, plain", [(False, (52, 52), 0, 3 / 7), (True, (38, 54), 20, 1 / 2)])
-def test_scenes_are_spread_evenly_and_stay_in_the_picture(varied, sizes, turn, plain):
-    scenes = draw(6000, varied=varied)
+@pytest.mark.parametrize("variation", [UPRIGHT, VARIED, MORE_SKETCHES, NEARLY_UPRIGHT])
+def test_scenes_are_spread_evenly_and_stay_in_the_picture(variation):
+    scenes = draw(6000, variation=variation)
+    plain = variation.styles.count(None) / len(variation.styles)
     counts = Counter(scene.name for scene in scenes)
     assert set(counts) == set(OBJECTS) and min(counts.values()) > 50 and max(counts.values()) < 160
     # Held-out combinations are drawn again, so there are a little more plain scenes.
     assert plain - 0.02 < sum(scene.style is None for scene in scenes) / len(scenes) < plain + 0.08
     mirrored = sum(scene.mirror for scene in scenes) / len(scenes)
-    assert 0.45 < mirrored < 0.55 if varied else mirrored == 0
+    assert 0.45 < mirrored < 0.55 if variation.mirrored else mirrored == 0
     for scene in scenes:
-        assert sizes[0] <= scene.size <= sizes[1] and abs(scene.turn) <= turn and 0.92 <= scene.shade <= 1.06
-        assert all(scene.size / 2 - 2 <= middle <= 64 - scene.size / 2 + 2 for middle in scene.center)
+        assert variation.sizes[0] <= scene.size <= variation.sizes[1] and 0.92 <= scene.shade <= 1.06
+        reach = 34 - scene.size / 2 if variation.reach is None else variation.reach
+        assert abs(scene.turn) <= variation.turn and all(abs(middle - 32) <= reach for middle in scene.center)
         assert scene.group == GROUP_OF[scene.name]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from .scenes import BACKGROUNDS, Scene, draw_scene
+from .scenes import BACKGROUNDS, VARIED, Scene, Variation, draw_scene
 
 
 RESOLUTION = 64
@@ -45,14 +45,14 @@ def render(scene: Scene, artwork: str = "noto") -> Image.Image:
 
 
 def render_many(
-    seed: int, start: int, count: int, hold_out: bool = True, varied: bool = True
+    seed: int, start: int, count: int, hold_out: bool = True, variation: Variation = VARIED
 ) -> tuple[np.ndarray, list[Scene]]:
     """Renders images `start` to `start + count - 1` of a seed.
 
     Returns:
         `tuple[np.ndarray, list[Scene]]`: Images of shape `(count, 64, 64, 3)`, `uint8`, and their scenes.
     """
-    scenes = [draw_scene(np.random.default_rng([seed, i]), hold_out, varied) for i in range(start, start + count)]
+    scenes = [draw_scene(np.random.default_rng([seed, i]), hold_out, variation) for i in range(start, start + count)]
     pictures = np.stack([np.asarray(render(scene)) for scene in scenes])
     return pictures, scenes
 

@@ -51,9 +51,6 @@ BACKGROUNDS = {
     "purple": (146, 92, 182),
 }
 STYLES = ["sketch", "mosaic", "sepia"]
-# Styles of sampled scenes, of equal probability. Sketches need the most examples.
-VARIED_SCENES = [None, None, None, "sketch", "mosaic", "sepia"]
-CENTERED_SCENES = [None, None, None, "sketch", "sketch", "mosaic", "sepia"]
 
 
 def group_members(group: str) -> list[str]:
@@ -90,6 +87,30 @@ def is_held_out(name: str, background: str, style: str | None) -> bool:
 
 
 @dataclass(frozen=True)
+class Variation:
+    """What differs among sampled scenes. All values are sampled uniformly.
+
+    Attributes:
+        sizes (`tuple[float, float]`): Least and largest side of the sprite, in pixels of a 64 x 64 image.
+        reach (`float` or `None`): How far its center is from the middle at most, in pixels, horizontally and
+            vertically; `None`: 2 pixels farther than where the sprite touches the edge.
+        turn (`float`): Largest rotation in degrees.
+        mirrored (`bool`): Whether half of the sprites are flipped left to right.
+        styles (`tuple`): Styles, `None` for plain emoji.
+    """
+
+    sizes: tuple[float, float] = (52.0, 52.0)
+    reach: float | None = 0.0
+    turn: float = 0.0
+    mirrored: bool = False
+    styles: tuple[str | None, ...] = (None, None, None, "sketch", "mosaic", "sepia")
+
+
+VARIED = Variation(sizes=(38.0, 54.0), reach=None, turn=20.0, mirrored=True)
+UPRIGHT = Variation()
+
+
+@dataclass(frozen=True)
 class Scene:
     """An image before it is rendered.
 
@@ -118,29 +139,25 @@ class Scene:
         return GROUP_OF[self.name]
 
 
-def draw_scene(rng: np.random.Generator, hold_out: bool = True, varied: bool = True) -> Scene:
-    """Samples a scene: object and background uniformly, the style from one of the lists above.
+def draw_scene(rng: np.random.Generator, hold_out: bool = True, variation: Variation = VARIED) -> Scene:
+    """Samples a scene: object and background uniformly, all else as a [`Variation`] says.
 
     Args:
         rng (`np.random.Generator`): The only source of randomness.
         hold_out (`bool`, defaults to `True`): Whether to leave out the combinations of `is_held_out`.
-        varied (`bool`, defaults to `True`): Whether sizes, places and angles vary and half of the objects are flipped.
-            If not, the object is upright in the middle, always of one size.
+        variation (`Variation`, defaults to `VARIED`): Sizes, places, angles and styles.
     """
-    styles = VARIED_SCENES if varied else CENTERED_SCENES
     while True:
         name = OBJECTS[rng.integers(len(OBJECTS))]
         background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
-        style = styles[rng.integers(len(styles))]
+        style = variation.styles[rng.integers(len(variation.styles))]
         if not (hold_out and is_held_out(name, background, style)):
             break
-    size, center, turn = 52.0, (32.0, 32.0), 0.0
-    if varied:
-        size = rng.uniform(38, 54)
-        reach = (64 - size) / 2 + 2
-        center = (32 + rng.uniform(-reach, reach), 32 + rng.uniform(-reach, reach))
-        turn = rng.uniform(-20, 20)
-    mirror = bool(rng.random() < 0.5) and varied
+    size = rng.uniform(*variation.sizes)
+    reach = (64 - size) / 2 + 2 if variation.reach is None else variation.reach
+    center = (32 + rng.uniform(-reach, reach), 32 + rng.uniform(-reach, reach))
+    turn = rng.uniform(-variation.turn, variation.turn)
+    mirror = variation.mirrored and bool(rng.random() < 0.5)
     return Scene(name, background, style, size, center, turn, mirror, rng.uniform(0.92, 1.06))
 
 

@@ -175,5 +175,6 @@ def presets_table() -> str:
     for name in names:
         rows.append(f"| `{name}` | {' | '.join(f'{preset.options[name]}' for preset in ESD_PRESETS.values())} |")
     scales = {name: preset.options["negative_guidance_scale"] for name, preset in ESD_PRESETS.items()}
-    rows.append(f"| `negative_guidance_scale` with `erase_from` | {' | '.join(map(str, {**scales, **ERASE_FROM_SCALES}.values()))} |")
+    values = " | ".join(map(str, {**scales, **ERASE_FROM_SCALES}.values()))
+    rows.append(f"| `negative_guidance_scale` with `erase_from` | {values} |")
     return "\n".join(rows)

@@ -10,11 +10,14 @@ if neither is selected. Each stage runs in a single process. Do not compile the 
 (docs/architecture.md).
 """
 
+import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline, StableDiffusionPipeline
@@ -27,12 +30,13 @@ from ...output_folders import check_output_dir
 from ...provenance import fingerprint
 from ..architecture import build_flow_scheduler, build_sampler, build_t5_tokenizer, build_tokenizer
 from ..render import ARTWORK
+from ..scenes import VARIED, Scene, Variation
 from .autoencoder import autoencoder_stage, decoder_stage
 from .judges import judge_stage, refresh_batch_norm, second_judge_stage
-from .pictures import CaptionedLatents, encode_pictures, latent_statistics, load_pictures
+from .pictures import MORE_SKETCHES, CaptionedLatents, encode_pictures, latent_statistics, load_pictures
 from .stage import train_stage
-from .transformer import TransformerLoss, transformer_stage
-from .unet import UNetLoss, unet_stage
+from .transformer import TRANSFORMER_LESSONS, TransformerLoss, transformer_stage
+from .unet import UNET_LESSONS, UNetLoss, unet_stage
 
 
 STAGES = ("judge", "second_judge", "autoencoder", "decoder", "unet", "transformer", "assemble")
@@ -43,18 +47,18 @@ STAGES = ("judge", "second_judge", "autoencoder", "decoder", "unet", "transforme
 class RecipeArguments:
     output_dir: str = required("Folder for checkpoints, caches and the finished models.")
     stages: list[str] = option(list(STAGES), f"Stages to run: {', '.join(STAGES)}.", STAGES)
-    num_pictures: int = option(
-        48000, "Number of images for the autoencoder, and as many for UNet and transformer.", at_least=1
-    )
+    num_pictures: int = option(48000, "Number of images of each kind, which are rendered once.", at_least=1)
     judge_steps: int = option(4000, "Training steps of each judge, with batch size 64.", at_least=1)
     autoencoder_steps: int = option(6000, "Training steps of the autoencoder, with batch size 16.", at_least=1)
     decoder_steps: int = option(
         3000, "Training steps of the decoder on noisy latents, with batch size 16.", at_least=1
     )
     unet_steps: list[int] = option(
-        [4000, 3000], "Training steps of the UNet in each round, with batch size 16, in the last one 32."
+        [lesson.steps for lesson in UNET_LESSONS], "Training steps of the UNet in each of its rounds."
     )
-    transformer_steps: list[int] = option([4000, 6000], "The same of the transformer.")
+    transformer_steps: list[int] = option(
+        [lesson.steps for lesson in TRANSFORMER_LESSONS], "Training steps of the transformer in each of its rounds."
+    )
     compile_unet: bool = option(
         False, "Compile the UNet: steps are faster on a CPU, after minutes of compilation. Needs a C++ compiler."
     )
@@ -62,10 +66,10 @@ class RecipeArguments:
     seed: int = option(0, "Seed of images, batches, noise and initial weights.", at_least=0, below=2**32)
 
     def __post_init__(self):
-        for name in (field.name for field in fields(self) if field.type == list[int]):
+        for name, lessons in (("unet_steps", UNET_LESSONS), ("transformer_steps", TRANSFORMER_LESSONS)):
             steps = getattr(self, name)
-            if min(steps, default=0) < 1:
-                raise ValueError(f"{name} {steps}: must be at least one number, each at least 1")
+            if len(steps) != len(lessons) or min(steps) < 1:
+                raise ValueError(f"{name} {steps}: must be {len(lessons)} numbers, each at least 1")
 
 
 def main(args: RecipeArguments) -> None:
@@ -86,30 +90,39 @@ def main(args: RecipeArguments) -> None:
         stages |= {"decoder"} | ({"unet", "transformer"} & stages or {"unet", "transformer"})
     if not {"autoencoder", "decoder", "unet", "transformer"} & stages:
         return
-    pictures, _ = load_pictures(args.output_dir, args.num_pictures, args.seed, varied=True)
+    pictures, _ = load_pictures(args.output_dir, args.num_pictures, args.seed, VARIED)
     set_seed(args.seed)
     autoencoder = train(autoencoder_stage(pictures, args.autoencoder_steps, 1e-3)).autoencoder.eval()
     if not {"decoder", "unet", "transformer"} & stages:
         return
-    centered, scenes = load_pictures(args.output_dir, args.num_pictures, args.seed, varied=False)
-    moments = encode_pictures(args.output_dir, autoencoder, centered, args.seed)
-    mean, deviation = latent_statistics(moments)
-    scaling_factor, shift_factor = round(1 / deviation, 5), round(mean, 5)
+    encoder, tokenizer = copy.deepcopy(autoencoder), build_tokenizer()
     identity = {"pictures": args.num_pictures, "autoencoder": fingerprint(autoencoder)}
-    tokenizer = build_tokenizer()
+
+    @cache
+    def encoded(variation: Variation) -> tuple[np.ndarray, list[Scene]]:
+        rendered, scenes = load_pictures(args.output_dir, args.num_pictures, args.seed, variation)
+        return encode_pictures(args.output_dir, encoder, rendered, args.seed, variation), scenes
+
+    @cache
+    def latents(variation: Variation, shift_factor: float = 0.0) -> CaptionedLatents:
+        return CaptionedLatents(*encoded(variation), tokenizer, scaling_factor, shift_factor)
+
+    mean, deviation = latent_statistics(encoded(MORE_SKETCHES)[0])
+    scaling_factor, shift_factor = round(1 / deviation, 5), round(mean, 5)
     if "decoder" in stages:
         set_seed(args.seed)
         train(decoder_stage(autoencoder, pictures, deviation, args.decoder_steps, 5e-4, identity))
     if "unet" in stages:
         set_seed(args.seed)
-        data = CaptionedLatents(moments, scenes, tokenizer, scaling_factor)
-        unet = train(unet_stage(data, args.unet_steps, 1e-3, identity, args.compile_unet))
+        lessons = [replace(lesson, steps=steps) for lesson, steps in zip(UNET_LESSONS, args.unet_steps)]
+        unet = train(unet_stage(lessons, latents, 1e-3, identity, args.compile_unet))
         if "assemble" in stages:
             assemble_diffusion(args.output_dir, autoencoder, unet, scaling_factor)
     if "transformer" in stages:
         set_seed(args.seed)
-        data = CaptionedLatents(moments, scenes, tokenizer, scaling_factor, shift_factor)
-        transformer = train(transformer_stage(data, args.transformer_steps, 7e-4, identity))
+        lessons = [replace(lesson, steps=steps) for lesson, steps in zip(TRANSFORMER_LESSONS, args.transformer_steps)]
+        shifted = partial(latents, shift_factor=shift_factor)
+        transformer = train(transformer_stage(lessons, shifted, 7e-4, identity))
         if "assemble" in stages:
             assemble_flow(args.output_dir, autoencoder, transformer, scaling_factor, shift_factor)
 

@@ -1,6 +1,8 @@
 """Training data of the stages: images that are rendered once, and their latents."""
 
+import hashlib
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,28 +14,37 @@ from transformers import CLIPTokenizer
 from ...provenance import fingerprint
 from ..classifier import to_tensor
 from ..render import RESOLUTION, render_many
-from ..scenes import Scene, draw_caption, draw_scene
+from ..scenes import Scene, Variation, draw_caption, draw_scene
 
 
-def load_pictures(output_dir: str | Path, count: int, seed: int, varied: bool) -> tuple[np.ndarray, list[Scene]]:
+def load_pictures(
+    output_dir: str | Path, count: int, seed: int, variation: Variation
+) -> tuple[np.ndarray, list[Scene]]:
     """The training images `(count, 64, 64, 3)` and their scenes, rendered once and stored on disk."""
-    path = Path(output_dir) / "cache" / f"pictures-{'varied-' if varied else ''}{seed}-{count}.npy"
+    path = Path(output_dir) / "cache" / f"pictures-{_digest(variation)}-{seed}-{count}.npy"
     if path.exists():
         rngs = (np.random.default_rng([seed, i]) for i in range(count))
-        return np.load(path, mmap_mode="r"), [draw_scene(rng, varied=varied) for rng in rngs]
+        return np.load(path, mmap_mode="r"), [draw_scene(rng, variation=variation) for rng in rngs]
     pictures = np.empty((count, RESOLUTION, RESOLUTION, 3), dtype=np.uint8)
     scenes = []
     for start in tqdm(range(0, count, 500), "rendering"):
         size = min(500, count - start)
-        pictures[start : start + size], more = render_many(seed, start, size, varied=varied)
+        pictures[start : start + size], more = render_many(seed, start, size, variation=variation)
         scenes += more
     return _save_array(path, pictures), scenes
 
 
+def _digest(variation: Variation) -> str:
+    return hashlib.sha256(repr(variation).encode()).hexdigest()[:8]
+
+
 @torch.inference_mode()
-def encode_pictures(output_dir: str | Path, autoencoder: AutoencoderKL, pictures: np.ndarray, seed: int) -> np.ndarray:
+def encode_pictures(
+    output_dir: str | Path, autoencoder: AutoencoderKL, pictures: np.ndarray, seed: int, variation: Variation
+) -> np.ndarray:
     """Mean and standard deviation of the latents, `(N, 2 * channels, 16, 16)` float16, stored on disk."""
-    path = Path(output_dir) / "cache" / f"latents-{fingerprint(autoencoder)}-{seed}-{len(pictures)}.npy"
+    name = f"latents-{_digest(variation)}-{fingerprint(autoencoder)}-{seed}-{len(pictures)}.npy"
+    path = Path(output_dir) / "cache" / name
     if path.exists():
         return np.load(path, mmap_mode="r")
     rows = []
@@ -78,6 +89,35 @@ class CaptionedLatents:
             "input_ids": tokens,
             "captions": captions,
         }
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A round of the training of a denoiser.
+
+    Attributes:
+        steps (`int`): Number of optimizer steps.
+        variation (`Variation`): Of the images.
+        batch_size (`int`, defaults to 32): Number of samples per step.
+        coarse (`bool`, defaults to `False`): Latents of half the size.
+        details (`bool`, defaults to `False`): Noise levels are uniform; otherwise they are high, because those decide
+            the content.
+        decays (`bool`, defaults to `False`): The learning rate decays to zero.
+    """
+
+    steps: int
+    variation: Variation
+    batch_size: int = 32
+    coarse: bool = False
+    details: bool = False
+    decays: bool = False
+
+
+# A shift that is no multiple of 4 pixels, the autoencoder's factor, changes all latents, and details of moving objects
+# stay blurred. The images therefore vary less from round to round.
+NEARLY_UPRIGHT = Variation(sizes=(48.0, 56.0), reach=3.0, turn=4.0, mirrored=True)
+MIRRORED = Variation(mirrored=True)
+MORE_SKETCHES = Variation(styles=(None, None, None, "sketch", "sketch", "mosaic", "sepia"))
 
 
 def stratified(rng: np.random.Generator, size: int) -> np.ndarray:

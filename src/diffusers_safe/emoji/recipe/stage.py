@@ -31,11 +31,13 @@ class Round:
         batch_size (`int`): Number of samples per step.
         make_batch (`Callable`): Function `(rng, size) -> dict` that returns the arguments of the module. It must
             depend on the generator only.
+        decays (`bool`, defaults to `True`): Whether the learning rate decays to zero.
     """
 
     steps: int
     batch_size: int
     make_batch: Callable[[np.random.Generator, int], Batch]
+    decays: bool = True
 
 
 @dataclass
@@ -47,7 +49,6 @@ class Stage:
         module (`nn.Module`): Its forward takes the output of `make_batch` and returns the loss.
         rounds (`list[Round]`): Parts of the training. Each starts from the averaged weights of the previous one with a
             new optimizer. Its result is a single small file, so that a long training can continue on another machine.
-            In the last round the learning rate decays to zero.
         learning_rate (`float`): Peak learning rate of AdamW.
         ema_decay (`float`, defaults to 0.999): Decay of the EMA of the weights, which is the result.
         mixed_precision (`str`, defaults to `"no"`): `"bf16"` if the matrices are large enough to benefit from it. It
@@ -67,9 +68,9 @@ class Stage:
     identity: dict = field(default_factory=dict)
 
 
-def learning_rate_factor(step: int, steps: int, last: bool = True, warmup: int = 200, decay: float = 0.4) -> float:
-    """Warm-up, then constant. In the last round, linear decay to zero over the last share `decay` of the steps."""
-    return min(1.0, (step + 1) / warmup, max(0.0, (steps - step) / (steps * decay)) if last else 1.0)
+def learning_rate_factor(step: int, steps: int, decays: bool = True, warmup: int = 200, decay: float = 0.4) -> float:
+    """Warm-up, then constant; if it `decays`, linearly to zero over the last share `decay` of the steps."""
+    return min(1.0, (step + 1) / warmup, max(0.0, (steps - step) / (steps * decay)) if decays else 1.0)
 
 
 def train_stage(stage: Stage, output_dir: str | Path, seed: int = 0, checkpoint_minutes: float = 5.0) -> nn.Module:
@@ -94,9 +95,9 @@ def train_stage(stage: Stage, output_dir: str | Path, seed: int = 0, checkpoint_
 
 
 def _train_round(stage: Stage, folder: Path, number: int, seed: int, checkpoint_minutes: float) -> None:
-    this, last = stage.rounds[number - 1], number == len(stage.rounds)
+    this = stage.rounds[number - 1]
     steps = this.steps
-    _check_same_run(folder, stage, this, steps if last else None, seed)
+    _check_same_run(folder, stage, this, seed)
     finished = folder / "ema.pt"
     if finished.exists():
         stage.module.load_state_dict(torch.load(finished, weights_only=True))
@@ -133,7 +134,7 @@ def _train_round(stage: Stage, folder: Path, number: int, seed: int, checkpoint_
     for step in bar:
         batch = this.make_batch(np.random.default_rng([seed, *stage.name.encode(), number, step]), this.batch_size)
         for group in optimizer.param_groups:
-            group["lr"] = stage.learning_rate * learning_rate_factor(step, steps, last)
+            group["lr"] = stage.learning_rate * learning_rate_factor(step, steps, this.decays)
         loss = prepared(**{key: value.to(accelerator.device) for key, value in batch.items()})
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(module.parameters(), 1.0)
@@ -164,10 +165,10 @@ def computes_in_bfloat16() -> bool:
     return torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
-def _check_same_run(folder: Path, stage: Stage, this: Round, steps: int | None, seed: int) -> None:
+def _check_same_run(folder: Path, stage: Stage, this: Round, seed: int) -> None:
     settings = {
         "seed": seed,
-        "steps": steps,  # only if the learning rate depends on them
+        "steps": this.steps if this.decays else None,  # only if the learning rate depends on them
         "learning_rate": stage.learning_rate,
         "batch_size": this.batch_size,
         "ema_decay": stage.ema_decay,

@@ -1,5 +1,7 @@
 """Training of the flow-matching transformer and its three text encoders."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 from torch import nn
@@ -12,7 +14,8 @@ from ..architecture import (
     build_tokenizer,
     build_transformer,
 )
-from .pictures import CaptionedLatents, stratified
+from ..scenes import VARIED, Variation
+from .pictures import MORE_SKETCHES, CaptionedLatents, Lesson, stratified
 from .stage import Batch, Round, Stage
 
 
@@ -57,44 +60,49 @@ class TransformerLoss(nn.Module):
         return (velocity.float() - (noise - latents)).square().mean()
 
 
+TRANSFORMER_LESSONS = (
+    *(Lesson(steps, VARIED) for steps in (446, 3045, 928)),
+    Lesson(8000, MORE_SKETCHES, details=True, decays=True),
+)
+
+
 def transformer_stage(
-    data: CaptionedLatents,
-    rounds: list[int],
+    lessons: Sequence[Lesson],
+    data: Callable[[Variation], CaptionedLatents],
     learning_rate: float,
     identity: dict,
 ) -> Stage:
-    """The stage that trains the transformer.
+    """The stage that trains the transformer in these rounds; `data` gives the samples with a variation.
 
-    Noise levels are logit-normal around sigma 0.73, higher than in SD3, because they determine the content, and
-    batches are small; in the last round noise levels are uniform and batches larger, to learn details. One step in
-    thirty pads the tokens of T5 as the stock pipeline does. The others pad them to `SHORT_LENGTH`, which leaves a
-    third of all tokens.
+    High noise levels are logit-normal around sigma 0.73, higher than in SD3. One step in thirty pads the tokens of T5
+    as the stock pipeline does. The others pad them to `SHORT_LENGTH`, which leaves a third of all tokens.
     """
     t5_tokenizer = build_t5_tokenizer()
 
-    def round_of(steps: int, batch_size: int, last: bool = False) -> Round:
+    def round_of(lesson: Lesson) -> Round:
         def make_batch(rng: np.random.Generator, size: int) -> Batch:
-            batch = data.sample(rng, size)
+            batch = data(lesson.variation).sample(rng, size)
             uniform = torch.from_numpy(stratified(rng, size))
             length = STOCK_LENGTH if rng.random() < 1 / 30 else SHORT_LENGTH
             t5_tokens = t5_tokenizer(
                 batch.pop("captions"), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
             )
+            sigmas = uniform if lesson.details else (1.0 + 1.2 * torch.special.ndtri(uniform)).sigmoid()
             return {
                 **batch,
-                "sigmas": (uniform if last else (1.0 + 1.2 * torch.special.ndtri(uniform)).sigmoid()).float(),
+                "sigmas": sigmas.float(),
                 "t5_input_ids": t5_tokens.input_ids,
                 "t5_kept": torch.from_numpy(rng.random(size) >= T5_DROPOUT).float(),
             }
 
-        return Round(steps, batch_size, make_batch)
+        return Round(lesson.steps, lesson.batch_size, make_batch, lesson.decays)
 
     return Stage(
         "transformer",
         TransformerLoss(
             build_flow_text_encoders(build_tokenizer()), build_t5_encoder(t5_tokenizer), build_transformer()
         ),
-        [*(round_of(steps, 16) for steps in rounds[:-1]), round_of(rounds[-1], 32, last=True)],
+        [round_of(lesson) for lesson in lessons],
         learning_rate,
         mixed_precision="bf16",
         identity=identity,

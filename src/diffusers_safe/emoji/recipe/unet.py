@@ -1,12 +1,16 @@
 """Training of the UNet of the diffusion model and its text encoder."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..architecture import build_scheduler, build_text_encoder, build_tokenizer, build_unet
-from .pictures import CaptionedLatents, stratified
+from ..scenes import UPRIGHT, VARIED, Variation
+from .pictures import MIRRORED, MORE_SKETCHES, NEARLY_UPRIGHT, CaptionedLatents, Lesson, stratified
 from .stage import Batch, Round, Stage
 
 
@@ -35,31 +39,49 @@ class UNetLoss(nn.Module):
         return (error / self.alphas_cumprod[timesteps]).mean()
 
 
+UNET_LESSONS = (
+    *(Lesson(steps, VARIED, batch_size=64, coarse=True) for steps in (1884, 957, 2000)),
+    *(Lesson(steps, VARIED) for steps in (2254, 2500)),
+    *(Lesson(steps, NEARLY_UPRIGHT, details=True) for steps in (978, 2661)),
+    Lesson(2220, MIRRORED, details=True),
+    Lesson(2500, UPRIGHT, details=True, decays=True),
+    Lesson(2000, MORE_SKETCHES, details=True, decays=True),
+)
+
+
 def unet_stage(
-    data: CaptionedLatents,
-    rounds: list[int],
+    lessons: Sequence[Lesson],
+    data: Callable[[Variation], CaptionedLatents],
     learning_rate: float,
     identity: dict,
     compiled: bool = False,
 ) -> Stage:
-    """The stage that trains the UNet. Half of the timesteps are above 750, where the caption matters, and batches are
-    small; in the last round timesteps are uniform and batches larger, to learn details."""
+    """The stage that trains the UNet in these rounds; `data` gives the samples with a variation."""
 
-    def round_of(steps: int, batch_size: int, power: int) -> Round:
+    def round_of(lesson: Lesson) -> Round:
         def make_batch(rng: np.random.Generator, size: int) -> Batch:
-            batch = data.sample(rng, size)
+            batch = data(lesson.variation).sample(rng, size)
             del batch["captions"]
-            timesteps = 999.99 * (1 - stratified(rng, size) ** power)
+            # Half of the timesteps are above 750, where the caption matters.
+            timesteps = 999.99 * (1 - stratified(rng, size) ** (1 if lesson.details else 2))
+            if lesson.coarse:
+                batch |= {name: half_size(batch[name]) for name in ("latents", "noise")}
             return {**batch, "timesteps": torch.from_numpy(timesteps.astype(np.int64))}
 
-        return Round(steps, batch_size, make_batch)
+        return Round(lesson.steps, lesson.batch_size, make_batch, lesson.decays)
 
     return Stage(
         "unet",
         UNetLoss(build_text_encoder(build_tokenizer()), build_unet()),
-        [*(round_of(steps, 16, power=2) for steps in rounds[:-1]), round_of(rounds[-1], 32, power=1)],
+        [round_of(lesson) for lesson in lessons],
         learning_rate,
         mixed_precision="bf16",
         compiled=compiled,
         identity=identity,
     )
+
+
+def half_size(latents: torch.Tensor) -> torch.Tensor:
+    """The low frequencies: `(B, C, H, W)` to `(B, C, H / 2, W / 2)`. The scale keeps unit-normal noise unit-normal, so
+    that a timestep hides as much of the content as in full latents."""
+    return 2 * F.avg_pool2d(latents, 2)
