@@ -67,7 +67,7 @@ class EncodedPrompts:
         different = list(dict.fromkeys(prompts))
         device = next(run.family.denoiser.parameters()).device
         states, pooled = run.family.text_states(different, device)
-        states = states.cpu().double()
+        states = states.cpu()  # float64 where they are used: with T5, a prompt has a million values
         self._pooled = None if pooled is None else dict(zip(different, pooled.cpu().double()))
         sequences = [map(TokenSequence, states[:, place], ids) for place, ids in run.family.token_sequences(different)]
         self._sequences = dict(zip(different, zip(*sequences)))
@@ -76,15 +76,25 @@ class EncodedPrompts:
         """The last token of text of each prompt, `(len(prompts), d)`; of several sequences that of each, those of the
         first before those of the second."""
         sequences = zip(*(self._sequences[prompt] for prompt in prompts))
-        return torch.stack([one.states[one.last] for sequence in sequences for one in sequence])
+        return torch.stack([one.encoded[one.last].double() for sequence in sequences for one in sequence])
 
     def all(self, prompts: list[str]) -> torch.Tensor:
         """All tokens of all prompts, `(len(prompts) * length, d)`."""
         return torch.cat([one.states for prompt in prompts for one in self._sequences[prompt]])
 
-    def pooled(self, prompts: list[str]) -> torch.Tensor:
-        """The pooled state of each prompt, `(len(prompts), d)`, of a model that has them."""
-        return torch.stack([self._pooled[prompt] for prompt in prompts])
+    def moment(self, prompts: list[str]) -> torch.Tensor:
+        """The mean of k k^T over all tokens k of all prompts, `(d, d)`."""
+        states = [one.states for prompt in prompts for one in self._sequences[prompt]]
+        return sum(k.T @ k for k in states) / sum(map(len, states))
+
+    def pooled(self, prompts: list[str], others: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pooled state of each prompt, paired with that of another prompt; twice `(n, d)`."""
+        return tuple(torch.stack([self._pooled[prompt] for prompt in side]) for side in (prompts, others))
+
+    def pooled_moment(self, prompts: list[str]) -> torch.Tensor:
+        """The mean of k k^T over the pooled states k of prompts, `(d, d)`."""
+        states = torch.stack([self._pooled[prompt] for prompt in prompts])
+        return states.T @ states / len(states)
 
     def tails(self, prompts: list[str], others: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens from the last one of text to the end, paired with those of another prompt; twice `(n, d)`. The
@@ -108,17 +118,22 @@ class TokenSequence(NamedTuple):
     """A prompt in one text encoder.
 
     Attributes:
-        states (`torch.Tensor`): Of all tokens, padding included, `(length, d)`.
+        encoded (`torch.Tensor`): Of all tokens, padding included, `(length, d)`.
         ids (`list[int]`): Of the tokens, with those of start and end of text and without padding.
     """
 
-    states: torch.Tensor
+    encoded: torch.Tensor
     ids: list[int]
+
+    @property
+    def states(self) -> torch.Tensor:
+        """In float64."""
+        return self.encoded.double()
 
     @property
     def last(self) -> int:
         """The place of the last token of text; that of the first token of all for an empty text."""
-        return min(max(len(self.ids) - 2, 0), len(self.states) - 1)
+        return min(max(len(self.ids) - 2, 0), len(self.encoded) - 1)
 
 
 def _aligned(prompt: TokenSequence, other: TokenSequence) -> tuple[torch.Tensor, torch.Tensor]:
