@@ -45,7 +45,7 @@ UNET_LESSONS = (
     *(Lesson(steps, NEARLY_UPRIGHT, details=True) for steps in (978, 2661)),
     Lesson(2220, MIRRORED, details=True),
     Lesson(2500, UPRIGHT, details=True, decays=True),
-    Lesson(2000, MORE_SKETCHES, details=True, decays=True),
+    Lesson(1700, MORE_SKETCHES, details=True, decays=True),
 )
 
 
