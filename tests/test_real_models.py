@@ -22,7 +22,7 @@ def test_code_on_pages_names_its_source_and_that_it_was_not_run():
     for block in real:
         head = block[: REAL.search(block).start()]
         assert "Not run here." in head, head
-        assert re.search(r"arXiv \d{4}\.\d{5}|github\.com|no paper", head), head
+        assert re.search(r"arXiv \d{4}\.\d{5}|github\.com|not the protocol of a paper", head), head
 
 
 def test_programs_that_name_a_real_model_say_that_it_was_not_run():

@@ -127,7 +127,7 @@ def test_a_whole_pipeline_becomes_small_again(partial, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["{partial}", "--to", "gguf"], "to 'gguf': unknown; allowed are full, unet, partial, lora"),
+        (["{partial}", "--to", "gguf"], "to 'gguf': unknown; allowed are full, unet, transformer, partial, lora"),
         (["{partial}", "--to", "full", "--rank", "4"], "rank 4: needs --to lora"),
         (["{partial}", "--to", "full", "--only_weights"], "only_weights: needs --to lora"),
         (["{partial}", "--to", "lora", "--rank", "0"], "rank 0: must be at least 1"),

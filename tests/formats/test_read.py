@@ -196,7 +196,7 @@ def test_files_that_are_nothing(tiny_pipeline, tmp_path):
     "metadata, match",
     [
         ({"format": "diffusers-safe-partial-9"}, "format 'diffusers-safe-partial-9'; allowed are"),
-        ({"format": "erasing-esd-v2", "component": "transformer"}, "component 'transformer'"),
+        ({"format": "erasing-esd-v2", "component": "vae"}, "component 'vae'"),
         ({"format": "diffusers-safe-partial-1", "concepts": "knife"}, "metadata concepts 'knife'"),
         ({"format": "diffusers-safe-partial-1", "concepts": "[" * 100_000}, "metadata concepts"),
     ],
