@@ -7,7 +7,7 @@ The source is a file, a folder or a Hub id: a whole pipeline, a denoiser, a file
 or of ESD, 2023 and 2025), a CompVis checkpoint, a LoRA. An erasure.json is written with the result.
 
   full        a stock pipeline folder
-  DENOISER    the whole denoiser, a stock diffusers folder
+  DENOISERS
   partial     the changed weights only, with the base model's fingerprint
   lora        for load_lora_weights of a stock pipeline; the approximation error is printed
 """
@@ -22,8 +22,8 @@ from ..messages import exit_with_error
 
 @exit_with_error()
 def main(argv: list[str] | None = None, prog: str | None = None) -> None:
-    rows = "".join(f"  {name:11} the whole denoiser, a stock diffusers folder\n" for name in denoiser_names())
-    description = __doc__.replace("  DENOISER    the whole denoiser, a stock diffusers folder\n", rows)
+    rows = [f"{name:11} the whole denoiser, a stock diffusers folder" for name in denoiser_names()]
+    description = __doc__.replace("DENOISERS", "\n  ".join(rows))
     check = ExportOptions.check_surroundings
     options = parse_dataclass(ExportOptions, description, argv, prog, check, positional="source")
     lora = run_export(options)

@@ -8,7 +8,7 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import c
 from torch import nn
 from transformers import CLIPTextConfig
 
-from .base import ComponentConfig, Conditioning, ModelFamily, Rule, vae_scale_factor
+from .base import ComponentConfig, Conditioning, ModelFamily, Rule, check_channels, vae_scale_factor
 from .registry import register_family
 
 
@@ -68,15 +68,10 @@ class StableDiffusion3Family(ModelFamily):
             raise ValueError(f"transformer joint_attention_dim {joint}: must be {wanted}")
         if (found := transformer["pooled_projection_dim"]) != pooled:
             raise ValueError(f"transformer pooled_projection_dim {found}: must be {pooled}, as the text encoders give")
-        for name in ("in_channels", "out_channels"):
-            if transformer[name] != vae["latent_channels"]:
-                raise ValueError(
-                    f"transformer {name} {transformer[name]}: must be {vae['latent_channels']}, as latents have; a "
-                    "model for inpainting or with image control cannot be trained"
-                )
+        check_channels("transformer", transformer, vae, "a model for inpainting or with image control")
         _check_scheduler(config("scheduler"), transformer["patch_size"])
         step = vae_scale_factor(vae) * transformer["patch_size"]
-        most = vae_scale_factor(vae) * transformer["patch_size"] * transformer["pos_embed_max_size"]
+        most = step * transformer["pos_embed_max_size"]
         if resolution is not None and (resolution < step or resolution % step or resolution > most):
             near = min(max(round(resolution / step), 1) * step, most)
             raise ValueError(

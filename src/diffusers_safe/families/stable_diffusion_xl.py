@@ -57,15 +57,19 @@ class StableDiffusionXLFamily(UNetFamily):
         }
 
     def _encode_some(self, prompts: list[str], device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-        # With "", the negative embeddings of a call without negative prompt: zeros, if the pipeline is set so.
-        hidden_states, nothing, pooled, nothing_pooled = self.pipeline.encode_prompt(
-            prompts, device=device, do_classifier_free_guidance="" in prompts
+        encoded = self.pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
+        hidden_states, pooled = encoded[0], encoded[2]
+        if "" not in prompts:
+            return hidden_states, pooled
+        # The negative embeddings of a call without negative prompt: zeros, if the pipeline is set so.
+        _, nothing, _, nothing_pooled = self.pipeline.encode_prompt(
+            "", device=device, do_classifier_free_guidance=True
         )
-        if "" in prompts:
-            place = prompts.index("")
-            hidden_states, pooled = hidden_states.clone(), pooled.clone()
-            hidden_states[place], pooled[place] = nothing[place], nothing_pooled[place]
-        return hidden_states, pooled
+        is_empty = torch.tensor([not prompt for prompt in prompts], device=hidden_states.device)
+        return (
+            torch.where(is_empty[:, None, None], nothing, hidden_states),
+            torch.where(is_empty[:, None], nothing_pooled, pooled),
+        )
 
     @property
     def encoding_identity(self) -> dict[str, str]:

@@ -10,7 +10,7 @@ from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from torch import nn
 from transformers import CLIPTextConfig
 
-from .base import ComponentConfig, ModelFamily, Rule, vae_scale_factor
+from .base import ComponentConfig, ModelFamily, Rule, check_channels, vae_scale_factor
 
 
 UNET_TEXT_WIDTH = 1280  # diffusers' default
@@ -74,7 +74,8 @@ class UNetFamily(ModelFamily):
         width = unet.get("cross_attention_dim", UNET_TEXT_WIDTH)
         if unet.get("encoder_hid_dim_type") is None and width != sum(widths):
             raise ValueError(f"unet cross_attention_dim {width}: must be {sum(widths)}, as the text encoders give")
-        cls._check_inputs(unet, vae.get("latent_channels", 4))
+        check_channels("unet", unet, vae, "a UNet for inpainting, editing or upscaling")
+        cls._check_inputs(unet)
         _check_scheduler(config("scheduler"))
         scale = vae_scale_factor(vae)
         if resolution is not None and (resolution < scale or resolution % scale):
@@ -87,13 +88,7 @@ class UNetFamily(ModelFamily):
             raise ValueError("resolution: this model's UNet does not say its own (no sample_size); it must be given")
 
     @classmethod
-    def _check_inputs(cls, unet: dict[str, Any], latent_channels: int) -> None:
-        for name in ("in_channels", "out_channels"):
-            if unet[name] != latent_channels:
-                raise ValueError(
-                    f"unet {name} {unet[name]}: must be {latent_channels}, as latents have; a UNet for inpainting, "
-                    "editing or upscaling cannot be trained"
-                )
+    def _check_inputs(cls, unet: dict[str, Any]) -> None:
         if (dim := unet.get("time_cond_proj_dim")) is not None:
             raise ValueError(
                 f"unet time_cond_proj_dim {dim}: must be none; this model takes its guidance scale as an input, as "

@@ -84,8 +84,9 @@ class EncodedPrompts:
 
     def moment(self, prompts: list[str]) -> torch.Tensor:
         """The mean of k k^T over all tokens k of all prompts, `(d, d)`."""
-        states = [one.states for prompt in prompts for one in self._sequences[prompt]]
-        return sum(k.T @ k for k in states) / sum(map(len, states))
+        sequences = [one for prompt in prompts for one in self._sequences[prompt]]
+        total = sum(k.T @ k for k in (one.states for one in sequences))  # one at a time in float64
+        return total / sum(len(one.encoded) for one in sequences)
 
     def pooled(self, prompts: list[str], others: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """The pooled state of each prompt, paired with that of another prompt; twice `(n, d)`."""
@@ -138,13 +139,13 @@ class TokenSequence(NamedTuple):
 
 def _aligned(prompt: TokenSequence, other: TokenSequence) -> tuple[torch.Tensor, torch.Tensor]:
     same = [mine == theirs for mine, theirs in zip(prompt.ids, other.ids)]
-    first, last = same.index(False) if False in same else len(same), len(prompt.states) - 1
-    places = torch.arange(len(prompt.states))
+    first, last = same.index(False) if False in same else len(same), len(prompt.encoded) - 1
+    places, states = torch.arange(last + 1), prompt.states
     # A concept of more tokens than the anchor's: its surplus tokens read as the anchor's first one.
     shifted = (places + other.last - prompt.last).clamp(min(first, last), last)
     anchors = other.states[torch.where(places < first, places, shifted)]
-    differ = (prompt.states != anchors).any(dim=1)  # in a causal encoder, those before the concept do not
-    return prompt.states[differ], anchors[differ]
+    differ = (states != anchors).any(dim=1)  # in a causal encoder, those before the concept do not
+    return states[differ], anchors[differ]
 
 
 def least_squares_edit(

@@ -59,7 +59,8 @@ class TextEdit(ClosedForm):
     for each concept, the norms ||W .|| over all layers W that read prompts. The multiplier of each constraint is the
     weight of its concept in a least-squares problem like UCE's (Gandikota et al., arXiv 2308.14761), so no weight has
     to be chosen. It differs from UCE also in the tokens: in a causal text encoder those behind the concept, padding
-    included, carry it as well. A layer that reads the pooled state of prompts (SDXL) is edited in the same way.
+    included, carry it as well. A layer that reads the pooled state of prompts (SDXL, SD3) is edited in the
+    same way.
     """
 
     name = "text_edit"

@@ -2,11 +2,11 @@
 
     python -m diffusers_safe.emoji.recipe --output_dir runs/emoji
 
-The model that ships today was made by an earlier recipe, which its card describes; this recipe has not been run to its
-end yet. It can be stopped at any time; the same command continues from the newest checkpoint. `--stages` selects
-stages: once the autoencoder is trained, `decoder`, `unet` and `transformer` may run at the same time, in a process
-each, and the judges at any time. `assemble` writes the models of the selected stages, of `unet` and `transformer` both
-if neither is selected. Each stage runs in a single process. Do not compile the autoencoder
+The model that ships today was made by an earlier recipe, which its card describes; of this recipe, the transformer's
+last round has not been run yet. It can be stopped at any time; the same command continues from the newest checkpoint.
+`--stages` selects stages: once the autoencoder is trained, `decoder`, `unet` and `transformer` may run at the same
+time, in a process each, and the judges at any time. `assemble` writes the models of the selected stages, of `unet` and
+`transformer` both if neither is selected. Each stage runs in a single process. Do not compile the autoencoder
 (docs/architecture.md).
 """
 
@@ -95,7 +95,7 @@ def main(args: RecipeArguments) -> None:
     autoencoder = train(autoencoder_stage(pictures, args.autoencoder_steps, 1e-3)).autoencoder.eval()
     if not {"decoder", "unet", "transformer"} & stages:
         return
-    encoder, tokenizer = copy.deepcopy(autoencoder), build_tokenizer()
+    tokenizer, encoder = build_tokenizer(), copy.deepcopy(autoencoder)  # whose decoder is trained in place
     identity = {"pictures": args.num_pictures, "autoencoder": fingerprint(autoencoder)}
 
     @cache
