@@ -23,7 +23,7 @@ setup(
             "sprites/*/*.txt",
             "model/*",
             "model/*/*",
-            "judge/*",
+            "judges/*/*",
         ],
     },
     python_requires=">=3.10",

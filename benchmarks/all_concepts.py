@@ -4,10 +4,11 @@
     python benchmarks/all_concepts.py --output_dir runs/all-concepts-quick --quick
 
 Settings of methods may be chosen on one half of the concepts only ("choosing": every second object, the groups weapon,
-fruit and vehicle, the style sketch); the table shows the other half ("reporting") apart. A concept is left where the
-judge recognises it on an image that was asked to show it. Others are images of other objects, in all contexts, that
-show what they were asked for, as a share of those of the base model with the same prompts and seeds. One line a
-concept and method is kept in `rows.jsonl`; finished ones are not repeated.
+fruit and vehicle, the style sketch); the table shows the other half ("reporting") apart. A concept is left where a
+judge recognises it in an image whose prompt asks for it. Others are images of other objects, in all contexts, that
+show what their prompts ask for, as a share of those of the base model with the same prompts and seeds. Each share is
+given for both judges of the embedded model. `rows.jsonl` has a line for each concept and method; finished ones are not
+repeated.
 """
 
 import json
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 from diffusers_safe import erase
 from diffusers_safe.arguments import option, required
 from diffusers_safe.command_line import parse_dataclass
-from diffusers_safe.emoji import CLASSIFIER_FOLDER, MODEL_FOLDER
+from diffusers_safe.emoji import JUDGE_FOLDERS, MODEL_FOLDER
 from diffusers_safe.emoji.classifier import EmojiClassifier
 from diffusers_safe.emoji.evaluation import SETTINGS
 from diffusers_safe.emoji.scenes import (
@@ -57,6 +58,7 @@ CONTESTANTS = {
 }
 CHOOSING = {*OBJECTS[::2], "weapon", "fruit", "vehicle", "sketch"}
 AT_ONCE = (5, 10, 30)
+HALVES = ("both", "choosing", "reporting")
 QUICK = (*OBJECTS[1:24:6], "dog", "plant", "mosaic")
 BATCH_SIZE = 32
 
@@ -71,17 +73,20 @@ class AllConceptsArguments:
     )
     erased_images: int = option(24, "Images of each erased concept; of several at once, 4 of each.", at_least=1)
     other_images: int = option(1, "Images of each other object.", at_least=1)
+    half: str = option("both", "Only the concepts for choosing settings, or those for reporting.", HALVES)
     num_inference_steps: int = option(SETTINGS.num_inference_steps, "Sampling steps.", at_least=1)
-    quick: bool = option(False, f"Only {', '.join(QUICK)}, each alone, with every second other object.")
+    others_step: int = option(1, "Images of every n-th other object only.", at_least=1)
+    quick: bool = option(False, f"Only {', '.join(QUICK)}, each alone.")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """An image to generate: its prompt, and what the judge should see on it."""
+    """An image to generate: its prompt and seed, and what a judge should see in it."""
 
     prompt: str
     head: str
     label: str
+    seed: int
 
 
 def contexts(name: str) -> list[tuple[str | None, str | None]]:
@@ -98,76 +103,83 @@ def asked_for(concepts: list[str], args: AllConceptsArguments) -> tuple[list[Ask
         if concept in STYLES:
             names = [name for name in OBJECTS if not all(is_held_out(name, b, concept) for b in BACKGROUNDS)]
             shown = names[:: max(1, len(names) // count)][:count]
-            erased += [Asked(prompt_for(name, style=concept), "style", concept) for name in shown]
+            pairs = [(prompt_for(name, style=concept), "style") for name in shown]
         else:
             head = "group" if concept in GROUPS else "object"
             shown = islice(cycle(contexts(concept)), count)
-            erased += [Asked(prompt_for(concept, background, style), head, concept) for background, style in shown]
+            pairs = [(prompt_for(concept, background, style), head) for background, style in shown]
+        erased += [Asked(prompt, head, concept, seed) for seed, (prompt, head) in enumerate(pairs)]
     touched = {*concepts, *(name for concept in concepts if concept in GROUPS for name in group_members(concept))}
-    names = [name for name in OBJECTS if name not in touched]
-    for place, name in enumerate(names[:: 2 if args.quick else 1]):
+    names = [(place, name) for place, name in enumerate(OBJECTS) if name not in touched]
+    for place, name in names[:: args.others_step]:
         free = [(b, s) for b, s in contexts(name) if s not in concepts]
         shown = islice(cycle(free[place % len(free) :] + free[: place % len(free)]), args.other_images)
-        others += [Asked(prompt_for(name, background, style), "object", name) for background, style in shown]
+        prompts = [prompt_for(name, background, style) for background, style in shown]
+        others += [Asked(prompt, "object", name, 100 * place + number) for number, prompt in enumerate(prompts)]
     return erased, others
 
 
 @cache
-def _judge() -> EmojiClassifier:
-    return EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER)
+def _judges() -> dict[str, EmojiClassifier]:
+    return {folder.name: EmojiClassifier.from_pretrained(folder) for folder in JUDGE_FOLDERS}
 
 
-def recognised(pipeline: StableDiffusionPipeline, asked: list[Asked], args: AllConceptsArguments) -> list[bool]:
-    """Whether each image shows what it was asked for; the seed of an image is its place in the list."""
+def recognised(pipeline: StableDiffusionPipeline, asked: list[Asked], args: AllConceptsArguments) -> list[list[bool]]:
+    """For each image, whether the judges see in it what its prompt asks for."""
     pictures = []
     for start in range(0, len(asked), BATCH_SIZE):
         batch = asked[start : start + BATCH_SIZE]
-        generators = [torch.Generator().manual_seed(start + place) for place in range(len(batch))]
         images = pipeline(
             [one.prompt for one in batch],
             num_inference_steps=args.num_inference_steps,
             guidance_scale=SETTINGS.guidance_scale,
-            generator=generators,
+            generator=[torch.Generator().manual_seed(one.seed) for one in batch],
             output_type="np",
         ).images
         pictures.append((images * 255).round().astype(np.uint8))
-    seen = _judge().classify(np.concatenate(pictures))
-    labels = {**seen, "group": [GROUP_OF.get(name) for name in seen["object"]]}
-    return [labels[one.head][place] == one.label for place, one in enumerate(asked)]
+    answers = []
+    for judge in _judges().values():
+        seen = judge.classify(np.concatenate(pictures))
+        labels = {**seen, "group": [GROUP_OF.get(name) for name in seen["object"]]}
+        answers.append([labels[one.head][place] == one.label for place, one in enumerate(asked)])
+    return list(map(list, zip(*answers)))
 
 
 def measure(label: str, concepts: list[str], args: AllConceptsArguments) -> dict:
-    """Erases concepts and counts what the judge sees, before and after."""
+    """Erases concepts and counts what each judge sees, before and after."""
     method, options, of_styles = CONTESTANTS[label]
     pipeline = load()
     erased, others = asked_for(concepts, args)
-    base = _base_model(tuple(others), args)
+    base = _of_base_model(others, args)
     started = time.perf_counter()
     options = {**options, **(of_styles if concepts[0] in STYLES else {})}
     erasure = erase(pipeline, concepts, method, progress_bar=False, **options)
     seconds = time.perf_counter() - started
-    left, kept = recognised(pipeline, erased, args), recognised(pipeline, others, args)
     return {
         "method": label,
         "concepts": concepts,
-        "left": sum(left),
-        "erased_images": len(left),
-        "others": sum(kept),
-        "others_before": base,
-        "other_images": len(kept),
+        "left": _count(recognised(pipeline, erased, args)),
+        "erased_images": len(erased),
+        "others": _count(recognised(pipeline, others, args)),
+        "others_before": _count(base),
+        "other_images": len(others),
         "seconds": round(seconds, 2),
         **{name: round(value, 4) for name, value in erasure.measured.items()},
     }
 
 
-_counts: dict[tuple[Asked, ...], int] = {}
+def _count(answers: list[list[bool]]) -> dict[str, int]:
+    return {name: sum(column) for name, column in zip(_judges(), zip(*answers))}
 
 
-def _base_model(others: tuple[Asked, ...], args: AllConceptsArguments) -> int:
-    """How many of these images of the base model show what they were asked for."""
-    if others not in _counts:
-        _counts[others] = sum(recognised(load(), list(others), args))
-    return _counts[others]
+_base: dict[Asked, list[bool]] = {}
+
+
+def _of_base_model(others: list[Asked], args: AllConceptsArguments) -> list[list[bool]]:
+    """What the judges see in these images of the base model, each of which is generated once."""
+    if missing := [one for one in others if one not in _base]:
+        _base.update(zip(missing, recognised(load(), missing, args)))
+    return [_base[one] for one in others]
 
 
 def load() -> StableDiffusionPipeline:
@@ -178,28 +190,35 @@ def load() -> StableDiffusionPipeline:
 
 def work(args: AllConceptsArguments) -> list[tuple[str, list[str]]]:
     """Every pair of a method and the concepts that it erases."""
-    alone = QUICK if args.quick else (*OBJECTS, *GROUPS, *STYLES)
+    alone = [[one] for one in (QUICK if args.quick else (*OBJECTS, *GROUPS, *STYLES))]
     several = [] if args.quick else [half[:count] for count in AT_ONCE for half in (OBJECTS[::2], OBJECTS[1::2])]
-    return [(label, concepts) for label in args.methods for concepts in [*([one] for one in alone), *several]]
+    chosen = [concepts for concepts in [*alone, *several] if args.half in ("both", half_of(concepts))]
+    return [(label, concepts) for concepts in chosen for label in args.methods]
+
+
+def half_of(concepts: list[str]) -> str:
+    return "choosing" if CHOOSING.issuperset(concepts) else "reporting"
 
 
 def table(rows: list[dict]) -> str:
-    """Means over concepts with bootstrap intervals over concepts, in Markdown."""
+    """Means over concepts with bootstrap intervals over concepts, in Markdown; two judges as `first / second`."""
     lines = [
-        "| method | concepts | N | concept left | worst concept | others, % of base | seconds |",
+        "| method | concepts | N | concept left, % | worst concept, % | others, % of base | seconds |",
         "|---|---|---|---|---|---|---|",
     ]
     for label in dict.fromkeys(row["method"] for row in rows):
         for title, chosen in _parts([row for row in rows if row["method"] == label]):
-            left = [100 * row["left"] / row["erased_images"] for row in chosen]
-            others = [100 * row["others"] / max(row["others_before"], 1) for row in chosen]
-            worst = max(zip(left, chosen), key=lambda pair: pair[0])
-            name = ", ".join(worst[1]["concepts"][:1]) if len(chosen) > 1 else ""
+            left, worst, others = [], [], []
+            for judge in chosen[0]["left"]:
+                shares = [100 * row["left"][judge] / row["erased_images"] for row in chosen]
+                share, row = max(zip(shares, chosen), key=lambda pair: pair[0])
+                left.append(_with_interval(shares))
+                worst.append(f"{share:.0f}" + (f" {row['concepts'][0]}" if share and len(chosen) > 1 else ""))
+                kept = [100 * row["others"][judge] / max(row["others_before"][judge], 1) for row in chosen]
+                others.append(_with_interval(kept))
             seconds = statistics.median(row["seconds"] for row in chosen)
-            lines.append(
-                f"| {label} | {title} | {len(chosen)} | {_with_interval(left)} | {worst[0]:.0f} {name} | "
-                f"{_with_interval(others)} | {seconds:.1f} |"
-            )
+            cells = [label, title, len(chosen), *map(" / ".join, (left, worst, others)), f"{seconds:.1f}"]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -208,10 +227,9 @@ def _parts(rows: list[dict]) -> list[tuple[str, list[dict]]]:
     parts = {}
     for row in rows:
         concepts = row["concepts"]
-        half = "choosing" if CHOOSING.issuperset(concepts) else "reporting"
         alone = "objects" if concepts[0] in OBJECTS else "groups, styles"
         kind = alone if len(concepts) == 1 else f"{len(concepts)} at once"
-        parts.setdefault(f"{kind}, {half}", []).append(row)
+        parts.setdefault(f"{kind}, {half_of(concepts)}", []).append(row)
     return sorted(parts.items())
 
 
@@ -225,7 +243,7 @@ def _with_interval(values: list[float]) -> str:
 
 def main() -> None:
     args = parse_dataclass(AllConceptsArguments, __doc__, check=lambda args: check_claim(args.output_dir))
-    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "methods")}
+    settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "methods", "half")}
     with exit_with_error(), claimed(args.output_dir) as folder:
         path = folder / "rows.jsonl"
         lines = [line for _, line in json_lines(path)] if path.exists() else []

@@ -25,6 +25,8 @@ def test_every_concept_is_erased_alone_and_the_halves_are_disjoint():
     todo = work(arguments(methods=["text edit"]))
     assert [concepts for _, concepts in todo[:70]] == [[name] for name in (*OBJECTS, *GROUPS, *STYLES)]
     assert [len(concepts) for _, concepts in todo[70:]] == [5, 5, 10, 10, 30, 30]
+    halves = [work(arguments(methods=["text edit"], half=half)) for half in ("choosing", "reporting")]
+    assert [len(half) for half in halves] == [37, 39] and not any(pair in halves[0] for pair in halves[1])
     assert len(CHOOSING) == 34 and not CHOOSING & {*OBJECTS[1::2]}
     for _, concepts in todo[70:]:
         assert CHOOSING.issuperset(concepts) or not CHOOSING & set(concepts)
@@ -39,12 +41,19 @@ def test_what_is_asked_for(concepts):
     touched = {*concepts, *(group_members("weapon") if concepts == ["weapon"] else [])}
     assert [one.label for one in others] == [name for name in OBJECTS if name not in touched]
     assert not any("sketch" in one.prompt for one in others) or concepts != ["sketch"]
-    assert len({one.prompt for one in others}) == len(others)
+    assert len({one.prompt for one in others}) == len({one.seed for one in others}) == len(others)
+    # The images of other objects are the same whatever is erased, so that the base model generates them once.
+    assert concepts == ["sketch"] or {*others} <= {
+        *asked_for(["cookie"], arguments())[1],
+        *asked_for(["egg"], arguments())[1],
+    }
 
 
 def test_the_table_has_the_halves_apart_and_names_the_worst_concept():
     def row(concepts, left, others=59, method="UCE"):
-        counts = {"left": left, "erased_images": 24, "others": others, "others_before": 59, "other_images": 59}
+        shares = {"left": left, "others": others, "others_before": 59}
+        counts = {name: {"judge": value, "second_judge": value + 1} for name, value in shares.items()}
+        counts |= {"erased_images": 24, "other_images": 60}
         return {"method": method, "concepts": concepts, **counts, "seconds": 0.5}
 
     text = table(
@@ -56,8 +65,8 @@ def test_the_table_has_the_halves_apart_and_names_the_worst_concept():
         ["UCE", "5 at once, reporting", "1"], ["UCE", "objects, choosing", "2"], ["UCE", "objects, reporting", "1"],
         ["X", "objects, choosing", "1"],
     ]  # fmt: skip
-    assert lines[1][3].startswith("12.5 [") and lines[1][4] == "25 bomb" and lines[2][3] == "50.0"
-    assert lines[3][5] == "50.8"
+    assert lines[1][3].startswith("12.5 [") and lines[1][4] == "25 bomb / 29 bomb" and lines[2][3] == "50.0 / 54.2"
+    assert lines[3][5] == "50.8 / 51.7"
 
 
 @pytest.mark.slow

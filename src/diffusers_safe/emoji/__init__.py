@@ -1,4 +1,4 @@
-"""The embedded model: a small Stable Diffusion model that generates emoji, and a classifier that judges its images."""
+"""The embedded model, a small Stable Diffusion model that generates emoji, and two classifiers that judge its images."""
 
 from pathlib import Path
 
@@ -7,5 +7,5 @@ from ..embedded import EMBEDDED_MODELS
 
 MODEL_NAME = "emoji"
 MODEL_FOLDER = EMBEDDED_MODELS[MODEL_NAME]  # a stock StableDiffusionPipeline
-JUDGE_FOLDERS = [Path(__file__).parent / "judge"]  # folders of EmojiClassifiers; evaluations use the first
-CLASSIFIER_FOLDER = JUDGE_FOLDERS[0]
+JUDGE_FOLDERS = [Path(__file__).parent / "judges" / name for name in ("judge", "second_judge")]
+CLASSIFIER_FOLDER = JUDGE_FOLDERS[0]  # the judge of the evaluations; the second one checks it

@@ -17,7 +17,7 @@ from .metrics import EmojiDistance, EmojiRecognition, erased_name
 from .scenes import BACKGROUNDS, GROUP_OF, GROUPS, OBJECTS, STYLES, group_members, is_held_out, prompt_for
 
 
-SETTINGS = GenerationSettings(num_inference_steps=25, guidance_scale=6.0)
+SETTINGS = GenerationSettings(num_inference_steps=15, guidance_scale=3.0)
 ERASED_IMAGES = 24  # minimum for all erased prompts together: 0 of 24 means below 14 % with 95 % confidence
 
 

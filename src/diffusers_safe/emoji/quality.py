@@ -34,7 +34,7 @@ from .evaluation import SETTINGS, prompt_rows
 from .quality_card import check_card, quality_table, write_card
 from .quality_speed import autoencoder_psnr, measure_speed
 from .render import render_many
-from .scenes import BACKGROUNDS, GROUPS, OBJECTS, STYLES, Scene, is_held_out, prompt_for, shows
+from .scenes import BACKGROUNDS, GROUPS, OBJECTS, STYLES, VARIED, Scene, is_held_out, prompt_for, shows
 
 
 IMAGES_PER_GROUP = 4  # times the number of images of an object
@@ -65,7 +65,8 @@ def evaluate_model(
         seed (`int`, defaults to 0): Determines the seeds of all images.
         settings (`GenerationSettings`, *optional*): Sampling settings.
         batch_size (`int`, defaults to 32): Number of images generated at once.
-        num_renders (`int`, defaults to 2000): Number of new renders for the tests of judges and autoencoder.
+        num_renders (`int`, defaults to 2000): Number of new renders, of varied sizes, places and angles, for
+            the tests of judges and autoencoder.
         overwrite (`bool`, defaults to `False`): Replace images and results of another model in `folder`.
 
     Returns:
@@ -94,7 +95,7 @@ def evaluate_model(
     with claimed(folder, **_claim(images_per_object, seed, overwrite)):
         manifest = generate(pipeline, rows, folder / "images", settings, batch_size, "images", overwrite=overwrite)
     images = load_images(folder / "images", manifest)
-    renders, scenes = render_many(RENDER_SEED, 0, num_renders, hold_out=False)
+    renders, scenes = render_many(RENDER_SEED, 0, num_renders, hold_out=False, variation=VARIED)
     results, objects = {"judges": {}}, []
     for name, judge in judges.items():
         seen = judge.classify(images)

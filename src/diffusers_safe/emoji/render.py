@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from .scenes import BACKGROUNDS, VARIED, Scene, Variation, draw_scene
+from .scenes import BACKGROUNDS, UPRIGHT, Scene, Variation, draw_scene
 
 
 RESOLUTION = 64
@@ -45,7 +45,7 @@ def render(scene: Scene, artwork: str = "noto") -> Image.Image:
 
 
 def render_many(
-    seed: int, start: int, count: int, hold_out: bool = True, variation: Variation = VARIED
+    seed: int, start: int, count: int, hold_out: bool = True, variation: Variation = UPRIGHT
 ) -> tuple[np.ndarray, list[Scene]]:
     """Renders images `start` to `start + count - 1` of a seed.
 

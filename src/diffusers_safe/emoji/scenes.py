@@ -139,13 +139,13 @@ class Scene:
         return GROUP_OF[self.name]
 
 
-def draw_scene(rng: np.random.Generator, hold_out: bool = True, variation: Variation = VARIED) -> Scene:
+def draw_scene(rng: np.random.Generator, hold_out: bool = True, variation: Variation = UPRIGHT) -> Scene:
     """Samples a scene: object and background uniformly, all else as a [`Variation`] says.
 
     Args:
         rng (`np.random.Generator`): The only source of randomness.
         hold_out (`bool`, defaults to `True`): Whether to leave out the combinations of `is_held_out`.
-        variation (`Variation`, defaults to `VARIED`): Sizes, places, angles and styles.
+        variation (`Variation`, defaults to `UPRIGHT`): Sizes, places, angles and styles.
     """
     while True:
         name = OBJECTS[rng.integers(len(OBJECTS))]

@@ -103,6 +103,11 @@ class PromptEncoding(ABC):
         tokenizers = [getattr(self.pipeline, name) for name in self.tokenizers]
         return [word for word in words if any(not unknown_words(word, tokenizer) for tokenizer in tokenizers)]
 
+    def whole_words(self, words: list[str]) -> list[str]:
+        """The words that a tokenizer of the model takes as one token, which it does with frequent words."""
+        tokenizers = [getattr(self.pipeline, name) for name in self.tokenizers]
+        return [word for word in words if any(len(tokenizer.tokenize(word)) == 1 for tokenizer in tokenizers)]
+
     def known_forms(self, forms: Sequence[str]) -> list[str]:
         """The phrasings, such as `"a photo of {x}"`, whose own words the model knows."""
         return [form for form in forms if self.known_words([re.sub(r"\{\w\}", "", form)])]

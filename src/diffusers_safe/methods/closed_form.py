@@ -16,7 +16,7 @@ from ..arguments import option
 from ..concepts import is_visible, names_concept
 from ..families import family_of_denoiser
 from .method import Method, Run
-from .vocabulary import OBJECTS
+from .vocabulary import OBJECTS, words_of_kind
 
 
 NO_TEXT = " "  # encoded as the empty text; "" is what a pipeline guides away from, which for SDXL is zeros
@@ -225,8 +225,12 @@ def phrase(form: str, name: str) -> str:
 
 
 def vocabulary_words(run: Run) -> list[str]:
-    """The words of the vocabulary that the model knows, but those that name a concept."""
-    return run.family.known_words([word for word in OBJECTS if not _names_any(word, run.concepts)])
+    """The words of the vocabulary that the model knows, without those that name a concept or are of a kind that is a
+    concept: where weapons are erased, knives are not kept."""
+    gone = {word for concept in run.concepts for word in words_of_kind(concept)}
+    return run.family.known_words(
+        [word for word in OBJECTS if word not in gone and not _names_any(word, run.concepts)]
+    )
 
 
 def vocabulary_prompts(

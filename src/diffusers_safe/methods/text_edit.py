@@ -22,7 +22,7 @@ from .closed_form import (
     vocabulary_words,
 )
 from .method import Run, register_method
-from .vocabulary import NO_ANCHORS, OBJECTS, STYLES
+from .vocabulary import KINDS, NO_ANCHORS, OBJECTS, STYLES, words_of_kind
 
 
 # {x} is a name, {a} the same with its article. Models that do not know a form's words go without it.
@@ -142,12 +142,17 @@ class TextEdit(ClosedForm):
         if self.anchor_prompts:
             return self.anchors(run.concepts)
         gone = [*run.concepts, *run.erased_before]
+        gone += [word for concept in gone for word in words_of_kind(concept)]
         words = [word for word in (OBJECTS if self.phrasings == "object" else STYLES) if word not in NO_ANCHORS]
-        candidates = run.family.known_words([word for word in words if not _are_related(word, gone)])
-        if not candidates:
+        words = run.family.whole_words([word for word in words if not _are_related(word, gone)])
+        if not words:
             raise ValueError("anchor_prompts: the model knows no word of the vocabulary; give an anchor")
-        nearest = _similarity(run, run.concepts, candidates).argmax(dim=1).tolist()
-        chosen = [candidates[i] for i in nearest]
+        kinds = [word for word in words if word in KINDS]
+        chosen = []
+        for concept in run.concepts:  # a kind becomes another kind
+            candidates = kinds if words_of_kind(concept) and kinds else words
+            nearest = int(_similarity(run, [concept], candidates).argmax())
+            chosen.append(candidates[nearest])
         for concept, anchor in zip(run.concepts, chosen):
             note("'%s' becomes '%s' (--anchor_prompts chooses another)", concept, anchor)
         return chosen

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..classifier import HEADS, NOTHING, EmojiClassifier, SecondEmojiClassifier, scene_labels, to_tensor
 from ..render import ARTWORK, render
-from ..scenes import draw_scene
+from ..scenes import VARIED, draw_scene
 from .stage import Round, Stage
 
 
@@ -51,7 +51,7 @@ def second_judge_stage(steps: int, learning_rate: float) -> Stage:
 
 def judge_batch(rng: np.random.Generator, size: int, artwork: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """Augmented images `(size, 3, 64, 64)` in [0, 1], and their classes for each head (-1: ignored)."""
-    scenes = [draw_scene(rng, hold_out=False) for _ in range(size)]
+    scenes = [draw_scene(rng, hold_out=False, variation=VARIED) for _ in range(size)]
     rendered = [np.asarray(render(scene, artwork[rng.integers(len(artwork))])) for scene in scenes]
     pictures, labels = to_tensor(np.stack(rendered)), scene_labels(scenes)
     originals = pictures.clone()
