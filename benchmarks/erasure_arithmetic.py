@@ -1,63 +1,44 @@
-"""The cost of an optimizer step of erasure training, and the savings and effects of reusing trajectories.
+"""The cost of an optimizer step of erasure training, and the savings by reusing trajectories.
 
-    python benchmarks/erasure_arithmetic.py --output_dir runs/reuse
-    python benchmarks/erasure_arithmetic.py --skip_erasure
+    python benchmarks/erasure_arithmetic.py
 
-The first part counts the forward passes per sample and the seconds of a step at batch size 1 with the papers'
-sampling: SDD as a plain loop written from the paper, our loop, and our loop with reused trajectories; then ESD, whose
-frozen sampler allows a pool. The variants alternate in each round, so that changes of the machine's speed affect all
+It counts the forward passes per sample and the seconds of a step at batch size 1 with the papers' sampling: SDD as a
+plain loop written from the paper, our loop, and our loop with reused trajectories; then ESD, whose frozen sampler
+allows a pool. The variants alternate in each round, so that changes of the machine's speed affect all
 of them; ratios are computed within each round. Goal: with reuse at most a fifth of the forward passes.
-
-The second part erases "weapon" from the embedded model with the demo's settings, but with the papers' sampling of 50
-steps, once exactly and once with reuse, and evaluates both: about 30 minutes on two CPU cores. Finished trainings and
-images are not repeated.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
-from erasure_table import GROUP, demo_options, erasure_table, train_demo
+from erasure_table import GROUP
 from plain_loop import PlainLoop
 from torch import nn
 from tqdm.auto import tqdm
 
 from diffusers_safe.arguments import option
 from diffusers_safe.command_line import parse_dataclass
-from diffusers_safe.comparison.models import LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
-from diffusers_safe.emoji.demo import retained_prompts
-from diffusers_safe.erasure.job import make_options, parse_options
+from diffusers_safe.erasure.job import make_options
 from diffusers_safe.erasure.loop import ErasureLoop
-from diffusers_safe.erasure.plan import make_plan
 from diffusers_safe.families import make_family
 from diffusers_safe.messages import exit_with_error
-from diffusers_safe.output_folders import check_claim, claimed
 
 
 @dataclass
 class ArithmeticArguments:
-    output_dir: str | None = option(None, "Folder for the erasures. Finished ones are not repeated.")
-    model: str = option(str(MODEL_FOLDER), "Model of the first part: folder or Hub id.")
+    model: str = option(str(MODEL_FOLDER), "Model: folder or Hub id.")
     rounds: int = option(3, "Number of rounds; the first is not counted.", at_least=2)
     num_inference_steps: int = option(50, "Number of steps of the sampling schedule.", at_least=1)
     latents_per_trajectory: int = option(
         16, "Latents per trajectory with reuse; also the number of steps per round.", at_least=1
     )
     trajectory_pool: int = option(64, "Number of trajectories in the pool.", at_least=1)
-    skip_erasure: bool = option(False, "Skip the second part.")
-    images_per_prompt: int = option(4, "Images per prompt in the second part.", at_least=1)
-    train_seed: int = option(0, "Seed of the trainings.")
-    image_seed: int = option(0, "Seed of the images.")
-
-    def __post_init__(self):
-        if not self.skip_erasure and self.output_dir is None:
-            raise ValueError("output_dir: is missing; give it, or --skip_erasure true")
 
 
 @dataclass
@@ -119,7 +100,7 @@ def seconds(variant: Variant, steps: range) -> float:
 
 
 def compare_steps(args: ArithmeticArguments) -> str:
-    """The table of the first part."""
+    """The table of the variants."""
     variants, length = make_variants(args), args.latents_per_trajectory
     times = {name: [] for name in variants}
     for turn in tqdm(range(args.rounds), "rounds"):
@@ -141,43 +122,10 @@ def compare_steps(args: ArithmeticArguments) -> str:
     return "\n".join(lines) + f"\n\n{how}, {Accelerator().device}, {torch.get_num_threads()} threads."
 
 
-def compare_erasure(args: ArithmeticArguments) -> str:
-    """The table of the second part, and the forward passes of the two trainings."""
-    papers = {
-        "num_inference_steps": args.num_inference_steps,
-        "sampling_fraction": 1.0,
-        "latents_per_trajectory": 1,  # the demo reuses trajectories
-        "trajectory_pool": 0,
-    }
-    reuse = {"latents_per_trajectory": args.latents_per_trajectory, "trajectory_pool": args.trajectory_pool}
-    models = [LoadedModel("before", StableDiffusionPipeline.from_pretrained(MODEL_FOLDER))]
-    folder = Path(args.output_dir) / f"trained-{args.train_seed}"
-    costs = []
-    for name, changes in {"exact": papers, "reuse": {**papers, **reuse}}.items():
-        model = folder / f"model-{name}"
-        words = [*demo_options(model, args.train_seed, changes), "--dry_run", "true"]
-        forwards = sum(make_plan(parse_options("sdd", words)).forwards.values())
-        started = time.monotonic()
-        models.append(LoadedModel(name, train_demo(model, args.train_seed, changes)))
-        costs.append(
-            f"{name}: {forwards:.1f} forward passes per sample, {time.monotonic() - started:.0f} s (0: existed)"
-        )
-    images = folder / f"images-{args.images_per_prompt}-{args.image_seed}"
-    table = erasure_table(models, images, args.images_per_prompt, args.image_seed, retained_prompts(GROUP))
-    return "\n".join([table, *costs])
-
-
 def main(argv: list[str] | None = None) -> None:
-    def check(args: ArithmeticArguments) -> None:
-        if not args.skip_erasure:
-            check_claim(args.output_dir)
-
-    args = parse_dataclass(ArithmeticArguments, __doc__, argv, check=check)
+    args = parse_dataclass(ArithmeticArguments, __doc__, argv)
     with exit_with_error():
         print(compare_steps(args))
-        if not args.skip_erasure:
-            with claimed(args.output_dir):
-                print("\n" + compare_erasure(args))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,9 @@
 """A table that compares ways to remove the group "weapon" from the embedded model: erasure against retention."""
 
-import shlex
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
-
 from diffusers_safe.comparison.models import LoadedModel
-from diffusers_safe.emoji import MODEL_FOLDER
-from diffusers_safe.emoji.demo import erasure_command
 from diffusers_safe.emoji.evaluation import evaluate_erasure
 from diffusers_safe.emoji.scenes import group_members
 from diffusers_safe.output_folders import write_own
@@ -17,35 +11,6 @@ from diffusers_safe.report.statistics import Estimate
 
 
 GROUP = "weapon"
-
-
-def demo_command(folder: Path, seed: int, changes: dict) -> list[str]:
-    """The training command of the demo with other values of some options."""
-    # Later options on the command line override earlier ones.
-    options = [word for option, value in changes.items() for word in (f"--{option}", str(value))]
-    return erasure_command(MODEL_FOLDER, GROUP, folder, seed) + options
-
-
-def demo_options(folder: Path, seed: int, changes: dict) -> list[str]:
-    """The options of [`demo_command`], without the program."""
-    command = demo_command(folder, seed, changes)
-    return command[command.index("diffusers_safe.training.sdd") + 1 :]
-
-
-def train_demo(folder: Path, seed: int, changes: dict) -> StableDiffusionPipeline:
-    """The model of the demo with other values of some options. It is trained unless it exists.
-
-    Raises:
-        `ValueError`: If the existing model was trained with other options.
-    """
-    note, settings = folder.with_suffix(".txt"), shlex.join(demo_options(folder, seed, changes))
-    if not (folder / "model_index.json").exists():
-        if code := subprocess.run(demo_command(folder, seed, changes)).returncode:
-            raise SystemExit(code)
-        write_own(note, settings)
-    elif note.read_text() != settings:
-        raise ValueError(f"{folder}: was trained with other settings, see {note}; give another --output_dir")
-    return StableDiffusionPipeline.from_pretrained(folder)
 
 
 def erasure_table(

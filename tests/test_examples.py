@@ -8,8 +8,6 @@ from diffusers import DiffusionPipeline
 
 from diffusers_safe.distillation import run as distillation
 from diffusers_safe.emoji.dataset import emoji_dataset
-from diffusers_safe.emoji.demo import erasure_command
-from diffusers_safe.erasure.job import parse_options
 from diffusers_safe.formats import LORA_NAME
 from diffusers_safe.training import esd, sdd
 
@@ -86,14 +84,3 @@ def test_the_recipe_of_a_student_runs(on_cpu, teacher_folder, tmp_path):
     distillation.main(["--config", str(STUDENT), *words])
     assert DiffusionPipeline.from_pretrained(tmp_path / "out").unet.config.mid_block_type is None
     assert "train_distill.py --config examples/emoji-student.yaml" in STUDENT.read_text()
-
-
-def test_the_recipe_of_the_demo_is_the_demo(tiny_model_folder, tmp_path):
-    command = erasure_command(tiny_model_folder, "weapon", tmp_path, seed=0)
-    demo = parse_options("sdd", command[command.index("diffusers_safe.training.sdd") + 1 :])
-    words = ["--pretrained_model_name_or_path", tiny_model_folder, "--output_dir", str(tmp_path)]
-    recipe = parse_options("sdd", ["--config", str(EXAMPLES / "emoji-weapon-sdd.yaml"), *words])
-    other = {"validation_prompts", "checkpointing_steps"}
-    assert {name: value for name, value in recipe.recorded.items() if name not in other} == {
-        name: value for name, value in demo.recorded.items() if name not in other
-    }

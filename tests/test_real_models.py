@@ -5,7 +5,6 @@ import re
 import pytest
 import yaml
 
-from diffusers_safe.emoji import demo
 from diffusers_safe.erasure.job import parse_options
 from scripts import ROOT
 
@@ -90,17 +89,3 @@ def test_esd_in_the_docs_is_the_authors_recipe(tiny_model_folder, tmp_path):
 def test_esd_u_of_the_paper_is_its_own_selection(name):
     recipe = yaml.safe_load((ROOT / "examples" / f"{name}.yaml").read_text())
     assert (recipe["preset"], recipe["train_method"]) == ("paper", "noxattn")
-
-
-def test_the_demo_and_the_docs_say_the_same_of_its_settings():
-    help_text, readme, erasing, tutorial = (
-        " ".join(text.split())
-        for text in (
-            demo.__doc__,
-            *((ROOT / page).read_text() for page in ("README.md", "docs/erasing.md", "docs/tutorial.md")),
-        )
-    )
-    assert "For another model, start from the defaults of train_sdd.py" in help_text
-    assert "its settings were found on the embedded model and fit that one only" in readme
-    assert "fit its small model, not yours: start from the defaults" in erasing
-    assert "fit its small model, not yours: start from the defaults" in tutorial

@@ -58,7 +58,7 @@ def test_forward_passes_of_a_step(load, tiny_model_folder, capsys):
     main = load("erasure_arithmetic").main
     main(
         f"--model {tiny_model_folder} --rounds 2 --num_inference_steps 4 --latents_per_trajectory 4 "
-        "--trajectory_pool 2 --skip_erasure true".split()
+        "--trajectory_pool 2".split()
     )
     plain, exact, several, esd, pooled = rows(capsys.readouterr().out)
     assert plain[1] == exact[1] and exact[2] == "1.00"
@@ -91,9 +91,8 @@ def test_without_a_gpu_an_error_is_reported(load):
 @pytest.mark.parametrize(
     "name, words, message",
     [
-        ("erasure_arithmetic", "--rounds 1 --skip_erasure true", "rounds 1: must be at least 2"),
-        ("erasure_arithmetic", "", "output_dir: is missing"),
-        ("erasure_arithmetic", "--skip_erasure true --trajectory_pool 0", "trajectory_pool 0: must be at least 1"),
+        ("erasure_arithmetic", "--rounds 1", "rounds 1: must be at least 2"),
+        ("erasure_arithmetic", "--trajectory_pool 0", "trajectory_pool 0: must be at least 1"),
         ("erasure_memory", "--size big", "size 'big': unknown; allowed are sd-1, tiny"),
         ("erasure_memory", "--latent_size 7", "latent_size 7: must be a multiple of 8"),
         ("erasure_gpu", "--mixed_precision fp8", "mixed_precision 'fp8': unknown; allowed are no, fp16, bf16"),
@@ -128,16 +127,6 @@ def results_of(gone, lost, retained=False):
     }
     results = {"protocol": {"original": "before"}, "metrics": {"emoji_recognition": found}}
     return json.loads(json.dumps(results, default=asdict))
-
-
-def test_seeds_are_pooled(load):
-    methods = load("erasure_methods")
-    seeds = [methods.Numbers(results_of(*numbers), "after") for numbers in ((0, 0), (3, 1))]
-    row = methods.pooled_row("a", seeds)
-    assert "100.0 % [92.6, 100.0], N=48 | 6.2 % [2.1, 16.8], N=48 | 100.0 % | -12.5 points" in row
-    (cells,) = rows(f"|\n|\n{methods.table_row('a', 3, seeds[1])}")
-    assert cells[:3] == ["a", "3", "100.0 % [86.2, 100.0], N=24"] and cells[5].startswith("-25.0 points")
-    assert cells[6] == "" and len(cells) == len(rows(f"|\n|\n{methods.HEAD[0]}")[0])
 
 
 @pytest.mark.parametrize("retained", [None, ["cat"]])

@@ -42,7 +42,7 @@ def test_a_config_names_the_method(method, tiny_model_folder, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(f"method: {method}\nconcepts: [knife]\n")
     words = [*model(tiny_model_folder, tmp_path / "out"), "--config", tmp_path / "run.yaml", "--dry_run"]
     cli.main(["erase", *map(str, words)])
-    assert f"knife by {(method or 'sdd').upper()}" in capsys.readouterr().out
+    assert f"knife by {'ESD' if method else 'text edit'}" in capsys.readouterr().out
     if method:
         other = ["--method", "concept_ablation", "--anchor_prompt", "a"]
         assert f"method is {method}, here it must be concept_ablation" in refused(capsys, *other, *words)
@@ -51,7 +51,9 @@ def test_a_config_names_the_method(method, tiny_model_folder, tmp_path, capsys):
 def test_bad_values_are_one_line(tiny_model_folder, tmp_path, capsys):
     words = model(tiny_model_folder, tmp_path / "out")
     assert "method '': unknown" in refused(capsys, "--method", "", *words)
-    assert "learning_rate 1e+38: must be at most 1,000" in refused(capsys, "--learning_rate", "1e38", *words)
+    assert "learning_rate 1e+38: must be at most 1,000" in refused(
+        capsys, "--method", "sdd", "--learning_rate", "1e38", *words
+    )
     assert "anchor_prompt: is blank" in refused(
         capsys, "--method", "concept_ablation", "--anchor_prompt", "\u200b", *words
     )

@@ -1,4 +1,4 @@
-"""The embedded model and its judge: their files, and what they generate and recognise."""
+"""The embedded model and its judges: their files, and what they generate and recognise."""
 
 import json
 
@@ -8,10 +8,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from diffusers_safe.emoji import CLASSIFIER_FOLDER, MODEL_FOLDER
+from diffusers_safe.emoji import JUDGE_FOLDERS, MODEL_FOLDER
 from diffusers_safe.emoji.classifier import EmojiClassifier
 from diffusers_safe.emoji.evaluation import SETTINGS
 from diffusers_safe.emoji.render import render_many
+from diffusers_safe.emoji.scenes import UPRIGHT, VARIED
 
 
 PROMPTS = {
@@ -41,18 +42,19 @@ def draw(pipeline, prompts, seed=0):
     return np.stack([np.asarray(image) for image in images])
 
 
-def test_the_judge_recognises_generated_images(pipeline):
+def test_both_judges_recognise_generated_images(pipeline):
     pictures = draw(pipeline, list(PROMPTS))
-    seen = EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER).classify(pictures)
-    right = [seen[head][i] == label for i, (head, label) in enumerate(PROMPTS.values())]
-    assert sum(right) >= 5, seen["object"]
-    # The prompt decides, not the seed: one picture for all prompts would not pass.
-    assert len(set(seen["object"])) >= 5
+    for folder in JUDGE_FOLDERS:
+        seen = EmojiClassifier.from_pretrained(folder).classify(pictures)
+        right = [seen[head][i] == label for i, (head, label) in enumerate(PROMPTS.values())]
+        assert sum(right) >= 5, seen["object"]
 
 
-def test_the_judge_recognises_fresh_renders():
-    pictures, scenes = render_many(1, 0, 60)
-    seen = EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER).classify(pictures)
+@pytest.mark.parametrize("variation", [UPRIGHT, VARIED], ids=["upright", "varied"])
+@pytest.mark.parametrize("folder", JUDGE_FOLDERS, ids=lambda folder: folder.name)
+def test_a_judge_recognises_fresh_renders(folder, variation):
+    pictures, scenes = render_many(1, 0, 60, variation=variation)
+    seen = EmojiClassifier.from_pretrained(folder).classify(pictures)
     assert np.mean([name == scene.name for name, scene in zip(seen["object"], scenes)]) >= 0.95
     assert np.mean([name == scene.background for name, scene in zip(seen["background"], scenes)]) >= 0.9
 
@@ -62,7 +64,7 @@ def test_it_is_stable_diffusion_scaled_down(pipeline):
     assert tuple(unet.down_block_types) == ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     assert tuple(unet.up_block_types) == ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     assert unet.mid_block_type == "UNetMidBlock2DCrossAttn" and unet.layers_per_block == 2
-    assert unet.in_channels == unet.out_channels == 4
+    assert unet.in_channels == unet.out_channels == 8 == pipeline.vae.config.latent_channels
     assert not unet.use_linear_projection and unet.class_embed_type is None and unet.addition_embed_type is None
     scheduler = pipeline.scheduler.config
     assert scheduler.prediction_type == "epsilon" and scheduler.num_train_timesteps == 1000
@@ -81,7 +83,7 @@ def shipped():
 
 def test_everything_shipped_is_small_and_safe_to_load():
     files = shipped()
-    assert sum(path.stat().st_size for path in files) <= 24_000_000
+    assert sum(path.stat().st_size for path in files) <= 60_000_000
     allowed = {".py", ".png", ".txt", ".md", ".json", ".safetensors"}
     assert {path.suffix for path in files} <= allowed  # no pickles
     assert not any(path.name.startswith(".") for path in files)
@@ -89,7 +91,7 @@ def test_everything_shipped_is_small_and_safe_to_load():
 
 def test_all_weights_are_in_half_precision_and_finite():
     files = [path for path in shipped() if path.suffix == ".safetensors"]
-    assert {path.parent.name for path in files} == {"unet", "vae", "text_encoder", CLASSIFIER_FOLDER.name}
+    assert {path.parent.name for path in files} == {"unet", "vae", "text_encoder", "judge", "second_judge"}
     for path in files:
         for name, value in load_file(path).items():
             counter = name.endswith("num_batches_tracked")

@@ -14,6 +14,7 @@ from diffusers_safe.provenance import fingerprint
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 QUICK = {
+    "method": "sdd",
     "max_train_steps": 2,
     "num_inference_steps": 3,
     "learning_rate": 1e-2,

@@ -19,7 +19,13 @@ from scripts import ROOT, environment, log_rows
 
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
-QUICK = {"max_train_steps": 2, "num_inference_steps": 2, "watch_prompts": ["a cat"], "progress_bar": False}
+QUICK = {
+    "method": "sdd",
+    "max_train_steps": 2,
+    "num_inference_steps": 2,
+    "watch_prompts": ["a cat"],
+    "progress_bar": False,
+}
 
 
 def train(model, folder, **options):

@@ -19,7 +19,13 @@ from diffusers_safe.weights.trained import select_parameters
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 REQUIRED = {"concept_ablation": {"anchor_prompt": "a tool"}}  # options without a default
-QUICK = {"max_train_steps": 2, "num_inference_steps": 3, "learning_rate": 1e-3, "watch_prompts": ["a cat"]}
+QUICK = {
+    "method": "sdd",
+    "max_train_steps": 2,
+    "num_inference_steps": 3,
+    "learning_rate": 1e-3,
+    "watch_prompts": ["a cat"],
+}
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.trains])

@@ -1,18 +1,19 @@
 """`diffusers-safe erase`: erase concepts from a model by any method.
 
-    diffusers-safe erase --recipe emoji-cat --output_dir runs/emoji-cat
+    diffusers-safe erase --pretrained_model_name_or_path emoji --concepts banana --output_dir runs/no-bananas
     diffusers-safe erase --method esd --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 \\
         --concepts "Van Gogh" --output_dir runs/van-gogh
 
-With several devices: `accelerate launch -m diffusers_safe.cli erase ...`. The second command was not run here.
+With several devices: `accelerate launch -m diffusers_safe.cli erase ...`. Each method has its own
+options. The second command was not run here.
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from ..command_line import report_errors_in_one_line
-from ..erasure.recipes import DEFAULT_METHOD, find_recipe, recipes
+from ..erasure.recipes import find_recipe, recipes
 from ..erasure.run import run_command
-from ..methods import METHODS, find_method
+from ..methods import DEFAULT_METHOD, METHODS, find_method
 from ..yaml_files import read_yaml
 
 

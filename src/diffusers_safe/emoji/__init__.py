@@ -1,4 +1,4 @@
-"""The embedded model, a small Stable Diffusion model that generates emoji, and two classifiers that judge its images."""
+"""The embedded model, a small Stable Diffusion model that generates emoji, and two judges of its images."""
 
 from pathlib import Path
 

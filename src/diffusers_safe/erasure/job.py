@@ -16,7 +16,7 @@ from ..embedded import locate_model
 from ..families import TEXT_ENCODERS, ModelFamily, StoredModel, TextEncoders, denoiser_names
 from ..formats import fetch, read_erased_weights
 from ..messages import num_launched
-from ..methods import Method, find_method
+from ..methods import Method, find_method, method_label
 from ..training.job import JobOptions, TrainingOptions
 from ..weights.lora import layers_to_adapt
 from ..weights.trained import check_plain, select_parameters
@@ -138,7 +138,7 @@ def erasure_options(method: type[Method]) -> type[ErasureOptions]:
     base = TrainedErasureOptions if method.trains else ErasureOptions
     return make_dataclass(
         f"{method.__name__}Options",
-        [("method", method, group(f"{method.name.upper()}: {method.title}", first=True))],
+        [("method", method, group(f"{method_label(method.name)}: {method.title}", first=True))],
         bases=(base,),
         kw_only=True,
         namespace={"DEFAULTS": {**base.DEFAULTS, **method.defaults}, "PRESETS": method.preset_values()},

@@ -8,7 +8,7 @@ from torch import nn
 from ..diffusion.trajectories import Trajectories
 from ..families import StoredModel
 from ..families.cost import training_cost
-from ..methods import TrainingBatch
+from ..methods import TrainingBatch, method_label
 from ..methods.retention import retention_loss
 from ..training.loop import make_weights
 from ..training.plan import Plan, blank_batch, training_memory, trajectory_forwards
@@ -17,7 +17,7 @@ from .job import ErasureOptions, TrainedErasureOptions, trained_module
 
 def make_plan(options: ErasureOptions, num_processes: int = 1) -> Plan | str:
     """The plan of a run; reads configs and the tokenizer, no weights."""
-    goal = f"{', '.join(options.concept.concepts)} by {options.method.name.upper()}"
+    goal = f"{', '.join(options.concept.concepts)} by {method_label(options.method.name)}"
     if not options.method.trains:
         name = options.model.pretrained_model_name_or_path
         denoiser = StoredModel(name, options.model.resolution, **options.model.index_arguments).denoiser

@@ -12,7 +12,6 @@ from ..values import plain_word, suggested
 
 _PACKAGE = Path(__file__).parents[1]
 FOLDER = _PACKAGE / "recipes" if (_PACKAGE / "recipes").is_dir() else _PACKAGE.parents[1] / "examples"
-DEFAULT_METHOD = "sdd"
 
 
 def recipes() -> dict[str, Path]:
@@ -22,14 +21,14 @@ def recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe; the method may be left out of the name, and `1.4` of `sd-1.4`.
+    """The file of a recipe; `-sdd` may be left out of the name, and `1.4` of `sd-1.4`.
 
     Raises:
         `ValueError`: If there is none.
     """
     known = recipes()
     name = plain_word(name)
-    for wanted in (name, f"{name}-{DEFAULT_METHOD}"):
+    for wanted in (name, f"{name}-sdd"):
         for recipe, path in known.items():
             if wanted in (recipe, recipe.replace("sd-1.4-", "sd-")):
                 return path

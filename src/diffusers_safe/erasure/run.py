@@ -18,7 +18,7 @@ from ..formats import fetch, read_erased_weights
 from ..generation.generate import GenerationSettings
 from ..hub import check_push, push_or_exit, push_result
 from ..messages import exit_with_error, is_first_process, note, num_launched
-from ..methods import Objective, find_method
+from ..methods import DEFAULT_METHOD, Objective, find_method
 from ..methods.predictor import Predictor
 from ..model_errors import ModelError
 from ..progress import ProgressCallback
@@ -45,7 +45,7 @@ MOST_PROMPTS = 4  # of the grid, where no validation prompts are given
 def erase(
     pipeline: DiffusionPipeline | str,
     concepts: list[str],
-    method: str = "sdd",
+    method: str = DEFAULT_METHOD,
     *,
     output_dir: str | None = None,
     progress_bar: bool = True,
@@ -65,7 +65,7 @@ def erase(
         pipeline ([`~diffusers.DiffusionPipeline`] or `str`): A loaded pipeline of a supported family, whose denoiser
             is changed, or a folder or Hub id.
         concepts (`list[str]` or `str`): What to erase, at least one name; a text is one concept.
-        method (`str`, defaults to `"sdd"`): A name of [`~diffusers_safe.methods.METHODS`].
+        method (`str`, defaults to `"text_edit"`): A name of [`~diffusers_safe.methods.METHODS`].
         output_dir (`str`, *optional*): Where to save the result, erasure.json, a log and checkpoints; without it
             nothing is written.
         progress_bar (`bool`, defaults to `True`): Whether to show progress and time left.

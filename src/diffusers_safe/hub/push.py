@@ -16,6 +16,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
+from ..methods import method_label
 from ..provenance import FILE_NAME, STUDENT_FILE, Provenance, load_record
 from .base import find_base
 from .cards import CARD_NAME, card_on_hub, is_ours, write_card
@@ -71,7 +72,7 @@ def push_result(
     check_push(hub_model_id, token)
     record = load_record(folder)
     if isinstance(record, Provenance):
-        card, done = erasure_card, f"Erase {listed(record.concepts, 5)} with {record.method.upper()}"
+        card, done = erasure_card, f"Erase {listed(record.concepts, 5)} with {method_label(record.method)}"
     else:
         card, done = student_card, f"Distil {Path(record.teacher).name} into {Path(record.student).name}"
     base = find_base(record.base_model, record.revision, token)

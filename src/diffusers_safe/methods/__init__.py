@@ -1,10 +1,21 @@
 """Erasure methods, a file each, and their registry."""
 
-from .method import METHODS, GradientMethod, Method, Preset, Run, find_method, register_method
+from .method import (
+    DEFAULT_METHOD,
+    METHODS,
+    GradientMethod,
+    Method,
+    Preset,
+    Run,
+    find_method,
+    method_label,
+    register_method,
+)
 from .objective import Objective, TrainingBatch
 
 
 __all__ = [
+    "DEFAULT_METHOD",
     "METHODS",
     "GradientMethod",
     "Method",
@@ -13,5 +24,6 @@ __all__ = [
     "Run",
     "TrainingBatch",
     "find_method",
+    "method_label",
     "register_method",
 ]

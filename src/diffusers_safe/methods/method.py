@@ -25,6 +25,7 @@ from .objective import Objective
 
 
 ENTRY_POINTS = "diffusers_safe.methods"
+DEFAULT_METHOD = "text_edit"
 
 
 class Run(Protocol):
@@ -195,6 +196,11 @@ class _Methods(Mapping[str, type[Method]]):
 
 
 METHODS: Mapping[str, type[Method]] = _Methods()
+
+
+def method_label(name: str) -> str:
+    """The name of a method in texts, such as `ESD` or `text edit`."""
+    return name.replace("_", " ") if "_" in name else name.upper()
 
 
 def find_method(name: str) -> type[Method]:
