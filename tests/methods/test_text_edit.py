@@ -229,7 +229,7 @@ def test_the_pooled_state_of_sdxl_is_read_as_the_anchors_and_sizes_as_before(mak
     knife, tree, cat = pooled @ before[:, :width].T
     edited_knife, edited_tree, edited_cat = pooled @ after[:, :width].T
     assert (edited_knife - tree).norm() < 0.3 * (knife - tree).norm()
-    assert (edited_cat - cat).norm() < 0.5 * (edited_knife - knife).norm()
+    assert (edited_cat - cat).norm() < 0.75 * (edited_knife - knife).norm()
 
 
 def test_nothing_has_to_be_named(tiny_model_folder, tmp_path, capsys):

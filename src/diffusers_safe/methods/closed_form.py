@@ -60,17 +60,25 @@ class EncodedPrompts:
 
     Args:
         run (`Run`): Its family encodes them.
-        prompts (`list[str]`): All that will be asked for.
+        prompts (`list[str]`): What will be asked for.
     """
 
     def __init__(self, run: Run, prompts: list[str]):
-        different = list(dict.fromkeys(prompts))
-        device = next(run.family.denoiser.parameters()).device
-        states, pooled = run.family.text_states(different, device)
+        self._run, self._pooled, self._sequences = run, {}, {}
+        self.add(prompts)
+
+    def add(self, prompts: list[str]) -> None:
+        """Encodes more prompts."""
+        family = self._run.family
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._sequences]
+        if not new:
+            return
+        states, pooled = family.text_states(new, next(family.denoiser.parameters()).device)
         states = states.cpu()  # float64 where they are used: with T5, a prompt has a million values
-        self._pooled = None if pooled is None else dict(zip(different, pooled.cpu().double()))
-        sequences = [map(TokenSequence, states[:, place], ids) for place, ids in run.family.token_sequences(different)]
-        self._sequences = dict(zip(different, zip(*sequences)))
+        if pooled is not None:
+            self._pooled.update(zip(new, pooled.cpu().double()))
+        sequences = [map(TokenSequence, states[:, place], ids) for place, ids in family.token_sequences(new)]
+        self._sequences.update(zip(new, zip(*sequences)))
 
     def last(self, prompts: list[str]) -> torch.Tensor:
         """The last token of text of each prompt, `(len(prompts), d)`; of several sequences that of each, those of the

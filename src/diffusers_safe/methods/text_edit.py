@@ -39,8 +39,10 @@ PHRASINGS = {
 CONTEXTS = PHRASINGS["object"]  # of what is kept, in turn: as many for each word as there are concepts
 # Prompts to encode, which takes most of the time with text encoders of usual size.
 MOST_WORDS = 128
-MOST_KEPT = 64  # for each of up to four concepts
+MOST_KEPT = 64  # for each of up to `FEW` concepts
 MOST_PHRASED = 384  # of concepts and anchors; at least two of each
+FEW = 4  # concepts at once, for which other anchors are tried
+MOST_ANCHORS = 4
 MOST_ROUNDS = 60
 MOST_WEIGHT = 0.4  # of all concepts together against all that is kept
 NEGLIGIBLE = 1e-3  # singular values of a concept's tokens, of the largest
@@ -92,55 +94,72 @@ class TextEdit(ClosedForm):
         return [*super().prompts(concepts), *phrased]
 
     def erase(self, run: Run) -> None:
-        anchors = self._chosen_anchors(run)
         forms = run.family.known_forms(PHRASINGS[self.phrasings])
-        phrased = [
-            tuple([phrase(form, name) for form in some_forms(forms, place, len(run.concepts))] for name in pair)
-            for place, pair in enumerate(zip(run.concepts, anchors))
-        ]
+        concepts = _phrased(forms, run.concepts)
         kept = self._kept_prompts(run)
         # What was erased before stays erased: the layers read it as they do now.
         retained = [*run.retained, *(phrase(form, name) for name in run.erased_before for form in forms)]
-        encoded = EncodedPrompts(
-            run, [*(text for pair in phrased for side in pair for text in side), *kept, *retained, ""]
-        )
-        plain = ([pair[side][0] for pair in phrased] for side in (0, 1))
-        check_distinct(*map(encoded.last, plain), run.concepts, anchors)
-        edited, left = {}, torch.zeros(len(run.concepts), dtype=torch.float64)
-        for layers, moment_of, paired in self._readers(run, encoded):
-            parts = [moment_of(prompts) for prompts in (kept, retained) if prompts]
-            moment = self._kept_moment(parts, moment_of([""]))
-            gram = gram_matrix(run, layers, len(moment))
-            targets = [Target.of(*paired(*pair), gram) for pair in phrased]
-            change, remaining = smallest_edit(targets, moment, gram, self.tolerance)
-            edited |= edited_weights(run, layers, lambda weight, change=change: change)
+        encoded = EncodedPrompts(run, [*(text for texts in concepts for text in texts), *kept, *retained, ""])
+        readers = self._readers(run, encoded, [prompts for prompts in (kept, retained) if prompts])
+        ranked = [[anchor] for anchor in self.anchors(run.concepts)] if self.anchor_prompts else self._near_words(run)
+        places, best = [0] * len(ranked), None
+        while True:  # an anchor that cannot be reached is replaced by the next nearest
+            anchors = [words[place] for words, place in zip(ranked, places)]
+            texts = _phrased(forms, anchors)
+            encoded.add([text for one in texts for text in one])
+            plain = ([one[0] for one in side] for side in (concepts, texts))
+            check_distinct(*map(encoded.last, plain), run.concepts, anchors)
+            edit = self._edit(readers, concepts, texts, anchors)
+            best = edit if best is None else min(best, edit, key=lambda edit: edit.excess(self.tolerance))
+            far = [i for i in edit.out_of_reach(self.tolerance) if places[i] + 1 < len(ranked[i])]
+            if not far:
+                break
+            for i in far:
+                places[i] += 1
+        self._report(run.concepts, best)
+        edited = {}
+        for reader, change in zip(readers, best.changes):
+            edited |= edited_weights(run, reader.layers, lambda weight, change=change: change)
+        run.edit(edited, best.anchors)
+
+    def _readers(self, run: Run, encoded: EncodedPrompts, kept: list[list[str]]) -> list["Reader"]:
+        """The layers that read the tokens of prompts, and the one that reads the pooled state, if there is one."""
+        tokens, pooled = super().edited(run.family.denoiser), run.family.pooled_projection(run.family.denoiser)
+        sources = [(tokens, encoded.moment, encoded.aligned)]
+        if pooled:
+            sources.append(([pooled], encoded.pooled_moment, encoded.pooled))
+        readers, share = [], self.unconditional_weight
+        for layers, moment_of, paired in sources:
+            parts = sum(map(moment_of, kept)) / max(len(kept), 1)
+            moment = (1 - share) * parts + share * moment_of([""])
+            readers.append(Reader(layers, moment, gram_matrix(run, layers, len(moment)), paired))
+        return readers
+
+    def _edit(
+        self, readers: list["Reader"], concepts: list[list[str]], texts: list[list[str]], anchors: list[str]
+    ) -> "Edit":
+        changes, left = [], torch.zeros(len(concepts), dtype=torch.float64)
+        for reader in readers:
+            targets = [Target.of(*reader.paired(*pair), reader.gram) for pair in zip(concepts, texts)]
+            change, remaining = smallest_edit(targets, reader.kept, reader.gram, self.tolerance)
+            changes.append(change)
             left = torch.maximum(left, remaining)
-        much = [
-            f"'{concept}' {share:.0%}"
-            for concept, share in zip(run.concepts, left.tolist())
-            if share > 1.1 * self.tolerance
-        ]
-        if much:
+        return Edit(anchors, changes, left)
+
+    def _report(self, concepts: list[str], edit: "Edit") -> None:
+        if not self.anchor_prompts:
+            for concept, anchor in zip(concepts, edit.anchors):
+                note("'%s' becomes '%s' (--anchor_prompts chooses another)", concept, anchor)
+        if much := [f"'{concepts[i]}' {edit.left[i]:.0%}" for i in edit.out_of_reach(self.tolerance)]:
             note(
                 "more than tolerance %g of the difference from the anchor remains, because other prompts would change "
                 "too much: %s",
                 self.tolerance,
                 ", ".join(much),
             )
-        run.edit(edited, anchors)
 
-    def _readers(self, run: Run, encoded: EncodedPrompts) -> list[tuple[list[str], Callable, Callable]]:
-        """The layers that read the tokens of prompts, and the one that reads the pooled state, if there is one; each
-        with the mean of k k^T over what it reads of prompts, and what it reads of pairs of concept and anchor."""
-        tokens, pooled = super().edited(run.family.denoiser), run.family.pooled_projection(run.family.denoiser)
-        readers = [(tokens, encoded.moment, encoded.aligned)]
-        if pooled:
-            readers.append(([pooled], encoded.pooled_moment, encoded.pooled))
-        return readers
-
-    def _chosen_anchors(self, run: Run) -> list[str]:
-        if self.anchor_prompts:
-            return self.anchors(run.concepts)
+    def _near_words(self, run: Run) -> list[list[str]]:
+        """For each concept, the words of the vocabulary that may replace it, the nearest first."""
         gone = [*run.concepts, *run.erased_before]
         gone += [word for concept in gone for word in words_of_kind(concept)]
         words = [word for word in (OBJECTS if self.phrasings == "object" else STYLES) if word not in NO_ANCHORS]
@@ -148,30 +167,60 @@ class TextEdit(ClosedForm):
         if not words:
             raise ValueError("anchor_prompts: the model knows no word of the vocabulary; give an anchor")
         kinds = [word for word in words if word in KINDS]
-        chosen = []
+        count, ranked = MOST_ANCHORS if len(run.concepts) <= FEW else 1, []
         for concept in run.concepts:  # a kind becomes another kind
             candidates = kinds if words_of_kind(concept) and kinds else words
-            nearest = int(_similarity(run, [concept], candidates).argmax())
-            chosen.append(candidates[nearest])
-        for concept, anchor in zip(run.concepts, chosen):
-            note("'%s' becomes '%s' (--anchor_prompts chooses another)", concept, anchor)
-        return chosen
+            order = _similarity(run, [concept], candidates)[0].argsort(descending=True, stable=True)[:count]
+            ranked.append([candidates[i] for i in order.tolist()])
+        return ranked
 
     def _kept_prompts(self, run: Run) -> list[str]:
         """Words of the vocabulary in varying contexts: all that the model knows or, of too many, those nearest to the
         concepts and as many of all others."""
         words, count = vocabulary_words(run), len(run.concepts)
-        most = MOST_KEPT * min(count, 4)
+        most = MOST_KEPT * min(count, FEW)
         if len(words) > (limit := min(MOST_WORDS, most)):
             near = _similarity(run, run.concepts, words).amax(dim=0).argsort(descending=True)[: limit // 2].tolist()
             rest = [place for place in range(len(words)) if place not in set(near)]
             words = [words[i] for i in sorted([*near, *rest[:: -(-len(rest) // (limit - len(near)))]])]
         return vocabulary_prompts(run, words, CONTEXTS, each=min(count, most // max(len(words), 1)))
 
-    def _kept_moment(self, kept: list[torch.Tensor], nothing: torch.Tensor) -> torch.Tensor:
-        """The mean of k k^T over what is kept, `(d, d)`: parts of equal weight, and the unconditional prompt."""
-        share = self.unconditional_weight
-        return (1 - share) * sum(kept) / max(len(kept), 1) + share * nothing
+
+class Reader(NamedTuple):
+    """Layers that read the same part of prompts.
+
+    Attributes:
+        layers (`list[str]`): Their weights.
+        kept (`torch.Tensor`): Mean of k k^T over what they read of the prompts to keep, `(d, d)`.
+        gram (`torch.Tensor`): Sum of W^T W, `(d, d)`.
+        paired (`Callable`): What they read of prompts and, in pairs, of others; twice `(n, d)`.
+    """
+
+    layers: list[str]
+    kept: torch.Tensor
+    gram: torch.Tensor
+    paired: Callable[[list[str], list[str]], tuple[torch.Tensor, torch.Tensor]]
+
+
+class Edit(NamedTuple):
+    """An edit: the anchor of each concept, E of each [`Reader`], and the share of each concept's difference from its
+    anchor that remains."""
+
+    anchors: list[str]
+    changes: list[torch.Tensor]
+    left: torch.Tensor
+
+    def out_of_reach(self, tolerance: float) -> list[int]:
+        """The concepts of which clearly more remains."""
+        return (self.left > 1.1 * tolerance).nonzero().flatten().tolist()
+
+    def excess(self, tolerance: float) -> float:
+        return float((self.left - tolerance).clamp_min(0).sum())
+
+
+def _phrased(forms: Sequence[str], names: list[str]) -> list[list[str]]:
+    """The phrasings of each name."""
+    return [[phrase(form, name) for form in some_forms(forms, place, len(names))] for place, name in enumerate(names)]
 
 
 def some_forms(forms: Sequence[str], place: int, count: int) -> list[str]:
