@@ -44,10 +44,10 @@ test-portable: setup
 test-slow: $(TESTED)
 	$(BIN)/python -m pytest -m slow
 
-# About 40 minutes on 2 cores; QUICK=1 one object only, about 6.
+# About an hour on 2 cores; QUICK=1 fewer methods on one object only.
 benchmark-erasure: setup
 	$(BIN)/python benchmarks/erasure_leaderboard.py \
-		$(if $(QUICK),--quick --output_dir runs/leaderboard-quick,--output_dir runs/leaderboard --docs docs)
+		$(if $(QUICK),--quick --output_dir runs/leaderboard-quick,--output_dir runs/leaderboard)
 
 quality: setup
 	$(BIN)/ruff check $(CODE)

@@ -264,8 +264,7 @@ This page is written by `make benchmark-erasure` with seed {seed}
 * All rows of a table use the same prompts and seeds, {sampling}. Brackets are 95 % confidence intervals
   ([Evaluate](evaluation.md#statistics)). N is the number of images.
 * The first column is for images whose prompt names the erased concept. All other columns are for the other images.
-* The judge, a classifier that ships with the model, recognises what an image shows. It may accept images that an
-  independent judge would reject ([why](architecture.md#the-embedded-models-recipe)).
+* The judge, a classifier that ships with the model, recognises what an image shows.
 * FID and KID compare the generated images with 1000 rendered images of the retained concepts, by 96 features of the
   judge. With so few images, FID is too large, so compare it within a table only.
 * The distance is to the original's image of the same seed, computed like LPIPS from the judge's features.
