@@ -48,12 +48,21 @@ def write_configs(folder: Path, pipeline_class: str, unet: dict) -> None:
     tokenizer.model_max_length = TOKENS
     for name in ("tokenizer", "tokenizer_2"):
         tokenizer.save_pretrained(folder / name)
-    CLIPTextConfig().save_pretrained(folder / "text_encoder")
-    CLIPTextConfig(projection_dim=1280).save_pretrained(folder / "text_encoder_2")
+    CLIPTextConfig(hidden_size=768).save_pretrained(folder / "text_encoder")
+    CLIPTextConfig(hidden_size=1280, projection_dim=1280).save_pretrained(folder / "text_encoder_2")
     parts = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": scheduler.__name__}
     index = {name: ["diffusers", class_name] for name, class_name in parts.items()}
     index |= {name: ["transformers", "CLIPTextModel"] for name in ("text_encoder", "text_encoder_2")}
     (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline_class, **index}))
+
+
+def write_models(folder: Path) -> dict[str, Path]:
+    """Writes the configs of all models; returns their folders."""
+    models = {name: folder / pipeline_class for name, (pipeline_class, _) in FAMILIES.items()}
+    for name, (pipeline_class, unet) in FAMILIES.items():
+        models[name].mkdir()
+        write_configs(models[name], pipeline_class, unet)
+    return models
 
 
 def plan_row(recipe: Path, models: dict[str, Path]) -> str:
@@ -79,11 +88,7 @@ def main() -> None:
     print("| recipe | trained | steps | forward passes per sample | PFLOP | at 100 TFLOP/s | memory, float32 |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        models = {}
-        for name, (pipeline_class, unet) in FAMILIES.items():
-            models[name] = Path(folder) / pipeline_class
-            models[name].mkdir()
-            write_configs(models[name], pipeline_class, unet)
+        models = write_models(Path(folder))
         for recipe in sorted(EXAMPLES.glob("*.yaml")):
             print(plan_row(recipe, models))
 

@@ -37,9 +37,11 @@ def test_invalid_arguments_of_the_table_of_students_are_refused(load, monkeypatc
 
 
 @pytest.mark.slow
-def test_every_kind_of_recipe_has_a_plan(load, monkeypatch):
+def test_every_kind_of_recipe_has_a_plan(load, monkeypatch, tmp_path):
     plans = load("recipe_plans")
     monkeypatch.chdir(FOLDER.parent)
-    for name, steps in (("emoji-student", "1,000"), ("emoji-weapon-sdd", "140"), ("emoji-cat-esd-x", "80")):
-        row = plans.plan_row(plans.EXAMPLES / f"{name}.yaml", {})
+    models = plans.write_models(tmp_path)
+    steps_of = {"emoji-student": "1,000", "emoji-weapon-sdd": "140", "emoji-cat-esd-x": "80"}
+    for name, steps in {**steps_of, "sd-1.4-nudity-sdd": "1,500", "sdxl-artist-lora": "200"}.items():
+        row = plans.plan_row(plans.EXAMPLES / f"{name}.yaml", models)
         assert row.startswith(f"| [{name}]({name}.yaml) |") and f"| {steps} |" in row
