@@ -138,18 +138,19 @@ def test_ctrl_c_saves_and_the_resumed_run_ends_where_an_undisturbed_one_does(era
     assert log_rows(out) == log_rows(erased)
 
 
-def test_sigterm_ends_the_program_with_130_after_a_checkpoint(
-    on_cpu, tiny_model_folder, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_program_after_a_checkpoint(
+    number, code, on_cpu, tiny_model_folder, tmp_path, monkeypatch, capsys
 ):
     def step_and_be_stopped(loop, step):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         return {"erase": 0.0}
 
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     monkeypatch.setattr(ErasureLoop, "train_step", step_and_be_stopped)
     with pytest.raises(SystemExit) as stop:
         main(options(tiny_model_folder, tmp_path / "out", checkpointing_steps=0))
-    assert stop.value.code == 130
+    assert stop.value.code == code
     assert f"--resume_from_checkpoint {tmp_path / 'out' / 'checkpoint-1'}" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-1", "log.jsonl", RECORD}
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]

@@ -191,7 +191,8 @@ class TrainingLoop(ABC):
     def run(self, progress_bar: bool = True, callback: ProgressCallback | None = None) -> None:
         """Trains to the end and leaves the published weights in the denoiser.
 
-        A first Ctrl-C or SIGTERM saves a checkpoint after the current step and ends the program with code 130.
+        A first Ctrl-C or SIGTERM saves a checkpoint after the current step and ends the program with code 130 or
+        143.
 
         Args:
             progress_bar (`bool`, defaults to `True`): Whether to show one.
@@ -243,7 +244,7 @@ class TrainingLoop(ABC):
         folder, checkpoints = self.options.output.output_dir, self.options.checkpoints
         if folder is None:
             return
-        stopping, every = self._anyone(stop.requested), checkpoints.checkpointing_steps
+        stopping, every = self._anyone(bool(stop.signal)), checkpoints.checkpointing_steps
         if stopping or (every and step % every == 0):
             limit = checkpoints.checkpoints_total_limit
             saved = save_checkpoint(self.accelerator, Path(folder), step, limit)
@@ -251,7 +252,7 @@ class TrainingLoop(ABC):
                 bar.close()
                 if self.accelerator.is_main_process:
                     print(f"stopped; continue with --resume_from_checkpoint {saved}")
-                raise SystemExit(130)
+                raise SystemExit(128 + (stop.signal or signal.SIGINT))  # 130 where another process was asked
 
     def _anyone(self, wish: bool) -> bool:
         """Whether any process has the wish; all must act alike, or they would wait for each other forever."""
@@ -290,7 +291,7 @@ class _StopRequest:
     """
 
     def __init__(self, listens: bool):
-        self.requested = False
+        self.signal = 0
         self._listens = listens and threading.current_thread() is threading.main_thread()
 
     def __enter__(self):
@@ -300,7 +301,7 @@ class _StopRequest:
         return self
 
     def _ask(self, number, frame):
-        self.requested = True
+        self.signal = number
         signal.signal(number, self._before[number])
 
     def __exit__(self, *_):
