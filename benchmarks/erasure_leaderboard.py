@@ -268,7 +268,7 @@ This page is written by `make benchmark-erasure` with seed {seed}
 * FID and KID compare the generated images with 1000 rendered images of the retained concepts, by 96 features of the
   judge. With so few images, FID is too large, so compare it within a table only.
 * The distance is to the original's image of the same seed, computed like LPIPS from the judge's features.
-* UCE, RECE, SPEED and text edit have their default settings, for the style those for styles. ESD and SDD are trained
+* UCE, RECE, SPEED and text edit have their default settings (RECE: preset `object`; for the style those for styles). ESD and SDD are trained
   once per table, with the recipes in [examples/](../examples/), which were tuned on an earlier version of this model.
 * SEGA and SLD use the settings of their authors, which were tuned on Stable Diffusion. SLD has no effect on a prompt
   that is the concept itself.

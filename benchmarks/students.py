@@ -25,7 +25,7 @@ from diffusers_safe.arguments import option, required
 from diffusers_safe.command_line import parse_dataclass
 from diffusers_safe.comparison.models import LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
-from diffusers_safe.emoji.evaluation import evaluate_erasure
+from diffusers_safe.emoji.evaluation import SETTINGS, evaluate_erasure
 from diffusers_safe.emoji.scenes import group_members
 from diffusers_safe.families import make_family
 from diffusers_safe.families.cost import macs
@@ -110,7 +110,7 @@ def student(name: str, args: StudentsArguments) -> StableDiffusionPipeline:
 
 
 def seconds_an_image(pipelines: dict[str, StableDiffusionPipeline], rounds: int) -> dict[str, list[float]]:
-    """Seconds per image of each pipeline in each round: batches of 4, 25 steps, with guidance."""
+    """Seconds per image of each pipeline in each round: batches of 4, the steps of evaluations, with guidance."""
     seconds = {name: [] for name in pipelines}
     for pipeline in pipelines.values():
         pipeline.set_progress_bar_config(disable=True)
@@ -118,7 +118,11 @@ def seconds_an_image(pipelines: dict[str, StableDiffusionPipeline], rounds: int)
     for _ in range(rounds):
         for name, pipeline in pipelines.items():
             start = time.perf_counter()
-            pipeline(["a cat"] * 4, num_inference_steps=25, guidance_scale=6.0)
+            pipeline(
+                ["a cat"] * 4,
+                num_inference_steps=SETTINGS.num_inference_steps,
+                guidance_scale=SETTINGS.guidance_scale,
+            )
             seconds[name].append((time.perf_counter() - start) / 4)
     return seconds
 

@@ -17,7 +17,7 @@ COMMANDS = {
     ),
     "erase": (
         "diffusers_safe.commands.erase",
-        "erase concepts from a model: by SDD, ESD or another method",
+        "erase concepts from a model: by text edit, SDD, ESD or another method",
     ),
     "generate": (
         "diffusers_safe.commands.generate",

@@ -82,6 +82,7 @@ def test_models_have_names_and_the_embedded_one_is_the_original(tiny_model_folde
     ]
     assert [row.prompt for row in one.rows[::4]] == Erased("weapon").prompts
     assert one.source == {"source": "--emoji weapon"}
+    assert (one.settings.num_inference_steps, one.settings.guidance_scale) == (15, 3.0)
     assert one.rows[0].labels == {"subject": "weapon", "part": "erased"}
     style = AttackArguments(
         model=[tiny_model_folder], emoji="sketch", prompts=["a cat in sketch style"], attacks=["seeds"]

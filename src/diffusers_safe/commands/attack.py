@@ -43,7 +43,7 @@ from ..metrics.base import check_once
 from ..output_folders import OVERWRITE_HELP, check_claim
 from ..report.builder import FEW_IMAGES, PICTURES
 from ..report.results import PAGE_NAME, headline_table
-from .evaluate import named, read_models
+from .evaluate import GUIDANCE_HELP, STEPS_HELP, named, read_models
 
 
 # Attack -> its options, or prefixes of their names.
@@ -131,15 +131,14 @@ class AttackArguments(EvaluationOptions):
     )
 
     overwrite: bool = field(default=False, metadata={"help": OVERWRITE_HELP})
-    guidance_scale: float | None = field(
-        default=None,
-        metadata={"help": "Scale of classifier-free guidance; at 1 or less it is off. Default: 7.5; with --emoji 6."},
-    )
+    num_inference_steps: int | None = field(default=None, metadata={"help": STEPS_HELP})
+    guidance_scale: float | None = field(default=None, metadata={"help": GUIDANCE_HELP})
 
     def __post_init__(self):
-        if self.guidance_scale is None:
-            settings = GenerationSettings() if self.emoji is None else EMOJI_SETTINGS
-            self.guidance_scale = settings.guidance_scale
+        settings = GenerationSettings() if self.emoji is None else EMOJI_SETTINGS
+        for name in ("num_inference_steps", "guidance_scale"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(settings, name))
         super().__post_init__()
         if not self.attacks:
             raise ValueError(f"attacks: none given; known are {', '.join(ATTACKS)}")

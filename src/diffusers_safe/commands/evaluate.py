@@ -55,6 +55,11 @@ from .generate import PRESET_HELP, PRESETS
 
 
 _OPTIONS = {item.name: item for item in fields(EvaluationOptions)}
+STEPS_HELP = f"Number of sampling steps. Default: 25; with --emoji {EMOJI_SETTINGS.num_inference_steps}."
+GUIDANCE_HELP = (
+    "Scale of classifier-free guidance; at 1 or less it is off. Default: 7.5; with --emoji "
+    f"{EMOJI_SETTINGS.guidance_scale:g}."
+)
 # Defaults with --emoji.
 _OF_EMOJI = {
     "images_per_prompt": 3,
@@ -99,13 +104,8 @@ class EvaluateArguments(EvaluationOptions):
         default=None,
         metadata={"help": "Number of images per prompt, with consecutive seeds. Default: 1; with --emoji 3."},
     )
-    num_inference_steps: int | None = field(
-        default=None, metadata={"help": "Number of sampling steps. Default: 25, also with --emoji."}
-    )
-    guidance_scale: float | None = field(
-        default=None,
-        metadata={"help": "Scale of classifier-free guidance; at 1 or less it is off. Default: 7.5; with --emoji 6."},
-    )
+    num_inference_steps: int | None = field(default=None, metadata={"help": STEPS_HELP})
+    guidance_scale: float | None = field(default=None, metadata={"help": GUIDANCE_HELP})
     blur: str | None = field(
         default=None,
         metadata={
