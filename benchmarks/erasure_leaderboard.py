@@ -59,7 +59,7 @@ PLOT, PICTURE = "leaderboard-{}.svg", "leaderboard-{}.jpg"
 RECIPES = Path(__file__).parents[1] / "examples"
 TRAINED = {"ESD-X": "esd-x", "SDD": "sdd"}  # ends of the names of recipes
 CLOSED_FORMS = ("UCE, 2025", "RECE", "SPEED", "text edit")
-SAFETIES = ("weak", "medium", "strong", "max")
+SAFETIES = ("medium", "strong", "max")  # the warm-up of "weak" takes 15 steps, which are all
 QUICK = ("text edit", "SDD")
 
 
@@ -268,8 +268,9 @@ This page is written by `make benchmark-erasure` with seed {seed}
 * FID and KID compare the generated images with 1000 rendered images of the retained concepts, by 96 features of the
   judge. With so few images, FID is too large, so compare it within a table only.
 * The distance is to the original's image of the same seed, computed like LPIPS from the judge's features.
-* UCE, RECE, SPEED and text edit have their default settings (RECE: preset `object`; for the style those for styles). ESD and SDD are trained
-  once per table, with the recipes in [examples/](../examples/), which were tuned on an earlier version of this model.
+* UCE, RECE, SPEED and text edit have their default settings (RECE: preset `object`; for the style those for styles).
+  ESD and SDD are trained once per table, with the recipes in [examples/](../examples/), which were tuned on an earlier
+  version of this model.
 * SEGA and SLD use the settings of their authors, which were tuned on Stable Diffusion. SLD has no effect on a prompt
   that is the concept itself.
 * The numbers were measured on one machine. On another CPU, single images differ.

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers_safe.comparison.models import LoadedModel
-from diffusers_safe.emoji.evaluation import evaluate_erasure
+from diffusers_safe.emoji.evaluation import SETTINGS, evaluate_erasure
 from diffusers_safe.emoji.scenes import group_members
+from diffusers_safe.generation.rows import GenerationSettings
 from diffusers_safe.output_folders import write_own
 from diffusers_safe.report.statistics import Estimate
 
@@ -18,7 +19,7 @@ def erasure_table(
     folder: str | Path,
     images_per_prompt: int,
     seed: int,
-    retained: list[str] | None = None,
+    settings: GenerationSettings = SETTINGS,
 ) -> str:
     """Evaluates models on the same prompts and seeds. Existing images are used again.
 
@@ -27,8 +28,7 @@ def erasure_table(
         folder (`str` or `Path`): Folder for the images, the report of all models, and `table.md`.
         images_per_prompt (`int`): Images per prompt.
         seed (`int`): Seed from which the seeds of all images are derived.
-        retained (`list[str]`, *optional*): The prompts that training retained. An additional column then shows the
-            change of the objects that they do not name.
+        settings (`GenerationSettings`, *optional*): Sampling settings.
 
     Returns:
         `str`: The table in Markdown.
@@ -37,16 +37,18 @@ def erasure_table(
         `ValueError`: If the folder contains images of other models or settings.
     """
     results = evaluate_erasure(
-        models, folder, group_members(GROUP), GROUP, retained=retained, images_per_object=images_per_prompt, seed=seed
+        models,
+        folder,
+        group_members(GROUP),
+        GROUP,
+        images_per_object=images_per_prompt,
+        seed=seed,
+        settings=settings,
     )
-    unnamed = " | change of those that training did not name" if retained else ""
-    lines = [f"| | weapon recognised | others recognised | change of others{unnamed} |"]
-    lines.append("|---" * (lines[0].count("|") - 1) + "|")
+    lines = ["| | weapon recognised | others recognised | change of others |", "|---" * 4 + "|"]
     for model in models:
         numbers = Numbers(results, model.name)
         cells = [numbers["concept"], numbers["others"], numbers.change("others")]
-        if retained:
-            cells.append(numbers.change("unnamed"))
         lines.append(f"| {model.name} | {' | '.join(map(str, cells))} |")
     table = "\n".join(lines) + "\n"
     write_own(Path(folder) / "table.md", table)
@@ -65,11 +67,6 @@ class Numbers:
         self._results, self._model = results, model
         self._found = results["metrics"]["emoji_recognition"]
 
-    @property
-    def original(self) -> "Numbers":
-        """The numbers of the original model."""
-        return Numbers(self._results, self._results["protocol"]["original"])
-
     def __getitem__(self, name: str) -> Estimate:
         return Estimate(**self._found["estimates"][self._model][name])
 
@@ -77,7 +74,3 @@ class Numbers:
         """The difference to the original on the same prompts and seeds; `""` if it was not measured."""
         change = self._found["differences"].get(self._model, {}).get(name)
         return Estimate(**change["estimate"]) if change else ""
-
-    def by_prompt(self, name: str) -> dict[str, Estimate]:
-        found = self._found["by_prompt"][self._model][name]
-        return {prompt: Estimate(**estimate) for prompt, estimate in found.items()}

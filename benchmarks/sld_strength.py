@@ -7,7 +7,7 @@ judge counts the images that show a weapon, and the other images that show the r
 also in `table.md`) and a picture (`grid.png`) show erasure and retention. Finished images are not generated again.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from diffusers_safe.arguments import option, required
 from diffusers_safe.command_line import parse_dataclass
 from diffusers_safe.comparison.models import IMAGES, LoadedModel
 from diffusers_safe.emoji import MODEL_FOLDER
+from diffusers_safe.emoji.evaluation import SETTINGS
 from diffusers_safe.generation.manifest import load_images, read_manifest
 from diffusers_safe.messages import exit_with_error
 from diffusers_safe.output_folders import check_claim, claimed, prepare_files
@@ -34,6 +35,7 @@ class StrengthArguments:
     output_dir: str = required("Folder for all images. Finished images are not generated again.")
     images_per_prompt: int = option(4, "Images per prompt.", at_least=1)
     seed: int = option(0, "Seed of the images.")
+    num_inference_steps: int = option(25, "Sampling steps; the warm-up of SLD weak takes 15.", at_least=1)
     safety_concept: str = option("a weapon", "The safety concept.")
 
 
@@ -63,7 +65,8 @@ def main() -> None:
         call = {**SafetyConfig.named(name), "safety_concept": args.safety_concept}
         models.append(LoadedModel(f"SLD {name}", safe, {"call": call}))
     with exit_with_error(), claimed(args.output_dir):
-        table = erasure_table(models, folder, args.images_per_prompt, args.seed)
+        settings = replace(SETTINGS, num_inference_steps=args.num_inference_steps)
+        table = erasure_table(models, folder, args.images_per_prompt, args.seed, settings=settings)
         draw_grid(folder)
     print(table)
 

@@ -107,12 +107,11 @@ def test_invalid_arguments_are_reported_in_one_line(load, capsys, name, words, m
     assert stop.value.code == 2 and len(lines) == 1 and message in lines[0]
 
 
-def results_of(gone, lost, retained=False):
+def results_of(gone, lost):
     """Results of [`evaluate_erasure`] for two images each of a cat and a dog; `lost` images of the dog fail."""
     sides = {"before": (24, 2), "after": (gone, 2 - lost)}
-    names = ["others", *(["unnamed"] if retained else [])]
     estimates = {
-        side: {"concept": Estimate.rate(seen, 24), **{name: Estimate.rate(2 + dogs, 4) for name in names}}
+        side: {"concept": Estimate.rate(seen, 24), "others": Estimate.rate(2 + dogs, 4)}
         for side, (seen, dogs) in sides.items()
     }
     by_prompt = {
@@ -122,27 +121,26 @@ def results_of(gone, lost, retained=False):
     change = {"estimate": Estimate.mean([0.0, 0.0, 0.0, float(-lost)], unit="points"), "p_value": 1.0, "test": "none"}
     found = {
         "estimates": estimates,
-        "differences": {"after": dict.fromkeys(names, change)},
+        "differences": {"after": {"others": change}},
         "by_prompt": by_prompt,
     }
     results = {"protocol": {"original": "before"}, "metrics": {"emoji_recognition": found}}
     return json.loads(json.dumps(results, default=asdict))
 
 
-@pytest.mark.parametrize("retained", [None, ["cat"]])
-def test_models_are_rows_of_one_table(load, monkeypatch, tmp_path, retained):
+def test_models_are_rows_of_one_table(load, monkeypatch, tmp_path):
     module, asked = load("erasure_table"), []
 
     def evaluate(models, folder, *what, **options):
         asked.append((what, options["images_per_object"], options["seed"]))
-        return results_of(3, 1, retained=bool(retained))
+        return results_of(3, 1)
 
     monkeypatch.setattr(module, "evaluate_erasure", evaluate)
     models = [LoadedModel("before", None), LoadedModel("after", None)]
-    table = module.erasure_table(models, tmp_path, 4, 7, retained)
+    table = module.erasure_table(models, tmp_path, 4, 7)
     before, after = rows(table)
     assert before[:3] == ["before", "100.0 % [86.2, 100.0], N=24", "100.0 % [51.0, 100.0], N=4"]
     assert after[1].startswith("12.5 %") and after[3].startswith("-25.0 points")
-    assert len(before) == len(after) == (5 if retained else 4) and set(before[3:]) == {""}
+    assert len(before) == len(after) == 4 and set(before[3:]) == {""}
     assert (tmp_path / "table.md").read_text() == table
     assert asked == [((["knife", "gun", "bomb", "sword", "axe"], "weapon"), 4, 7)]
