@@ -64,8 +64,7 @@ class Numbers:
     """
 
     def __init__(self, results: dict, model: str):
-        self._results, self._model = results, model
-        self._found = results["metrics"]["emoji_recognition"]
+        self._model, self._found = model, results["metrics"]["emoji_recognition"]
 
     def __getitem__(self, name: str) -> Estimate:
         return Estimate(**self._found["estimates"][self._model][name])

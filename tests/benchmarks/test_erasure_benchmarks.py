@@ -114,17 +114,12 @@ def results_of(gone, lost):
         side: {"concept": Estimate.rate(seen, 24), "others": Estimate.rate(2 + dogs, 4)}
         for side, (seen, dogs) in sides.items()
     }
-    by_prompt = {
-        side: {"others": {"a cat": Estimate.rate(2, 2), "a dog": Estimate.rate(dogs, 2)}}
-        for side, (_, dogs) in sides.items()
-    }
     change = {"estimate": Estimate.mean([0.0, 0.0, 0.0, float(-lost)], unit="points"), "p_value": 1.0, "test": "none"}
     found = {
         "estimates": estimates,
         "differences": {"after": {"others": change}},
-        "by_prompt": by_prompt,
     }
-    results = {"protocol": {"original": "before"}, "metrics": {"emoji_recognition": found}}
+    results = {"metrics": {"emoji_recognition": found}}
     return json.loads(json.dumps(results, default=asdict))
 
 
