@@ -73,7 +73,7 @@ def test_help_shows_examples_as_they_are_written(capsys):
     assert "\n    - {name: theirs, images: path/to/a/folder/of/pngs}\n" in told and "(default: None)" not in told
 
 
-@pytest.mark.parametrize("place", ["diffusers_safe.cli.importlib.import_module", "diffusers_safe.emoji.demo.run"])
+@pytest.mark.parametrize("place", ["diffusers_safe.cli.importlib.import_module", "diffusers_safe.commands.demo.run"])
 def test_ctrl_c_ends_in_one_line(capsys, monkeypatch, tmp_path, place):
     def interrupt(*_):
         raise KeyboardInterrupt

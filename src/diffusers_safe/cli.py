@@ -12,7 +12,7 @@ from .values import suggested
 # command -> (module with `main(argv, prog)`, what it does); imported only when it is called
 COMMANDS = {
     "demo": (
-        "diffusers_safe.emoji.demo",
+        "diffusers_safe.commands.demo",
         "erase a concept from the embedded emoji model, measure it, write a report",
     ),
     "erase": (

@@ -11,9 +11,11 @@ from diffusers_safe.comparison.evaluate import evaluate
 from diffusers_safe.comparison.evaluation_report import categories_of
 from diffusers_safe.comparison.models import LoadedModel
 from diffusers_safe.comparison.paper_results import PUBLISHED, PublishedProtocol, published_numbers
+from diffusers_safe.families import make_family
 from diffusers_safe.generation.folders import ImageFolder
 from diffusers_safe.generation.generate import generate
 from diffusers_safe.generation.manifest import load_images, read_manifest
+from diffusers_safe.generation.models import SteeredModel
 from diffusers_safe.generation.rows import GenerationSettings, PromptRow
 from diffusers_safe.metrics.base import Metric, Quantity
 from diffusers_safe.metrics.pixel_distance import PixelDistance
@@ -424,6 +426,21 @@ def test_images_of_another_size_are_told_before_anything_is_generated(tmp_path, 
         evaluate(subjects, rows, [Bright(0), PixelDistance()], tmp_path / "out", QUICK)
     assert error.value.exit_code == 2 and not (tmp_path / "out").exists()
     evaluate([ImageFolder("theirs", theirs)], rows, [Bright(0)], tmp_path / "out", QUICK)  # compares nothing
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_models_own_size_is_known_before_it_generates(
+    loaded, tmp_path, tiny_pipeline, tiny_model_folder, monkeypatch
+):
+    rows = rows_of(3, 1)
+    theirs = save_pngs(tmp_path / "theirs", rows)
+    model = LoadedModel("a", tiny_pipeline) if loaded else SteeredModel("a", str(tiny_model_folder))
+    side = make_family(tiny_pipeline).picture_size
+    monkeypatch.setattr(type(model), "load", lambda *_: pytest.fail("was loaded"))
+    with pytest.raises(ValueError, match=f"image 0_0 has 16 x 16 .*'s {side} x {side}"):
+        evaluate(
+            [model, ImageFolder("theirs", theirs)], rows, [PixelDistance()], tmp_path / "out", GenerationSettings(1)
+        )
 
 
 def test_a_folder_that_cannot_hold_scores_is_told_first(tmp_path, monkeypatch):

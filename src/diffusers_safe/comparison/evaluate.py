@@ -30,7 +30,7 @@ from ..report.results import Results, publish
 from ..values import choose
 from .evaluation_report import describe_evaluation, evaluation_report
 from .measured import Measured, MetricFacts, measure, metric_results
-from .models import IMAGES, ModelSource, as_images, check_models, model_facts, without_folder
+from .models import IMAGES, ModelSource, as_images, check_models, default_size, model_facts, without_folder
 from .protocol import make_protocol, prompts_digest
 from .used_folder import check_models_of_folder, report_claim, say_what_was_replaced
 
@@ -194,12 +194,17 @@ def _check_sizes(
     settings: GenerationSettings,
 ) -> None:
     """Checks the sizes of existing images against the original's, as far as these are known."""
-    asked = {row.id: (row.width or settings.width, row.height or settings.height) for row in rows}
+    compared = [metric for metric in metrics if metric.same_size]
+    if not found or not compared:
+        return
     sizes = {name: {row["id"]: row["size"] for row in model.rows} for name, model in found.items()}
-    originals = sizes.get(models[0].name, asked)
-    for metric in (metric for metric in metrics if metric.same_size):
+    for model in (model for model in models if model.name not in sizes):
+        width, height = default_size(model) if settings.width is None else (settings.width, settings.height)
+        sizes[model.name] = {row.id: (row.width or width, row.height or height) for row in rows}
+    originals = sizes[models[0].name]
+    for metric in compared:
         for model in models[1:]:
-            for name, size in sizes.get(model.name, asked).items():
+            for name, size in sizes[model.name].items():
                 if None not in (*size, *originals[name]):
                     check_sizes(f"{metric.name} of {model.name}", name, size, originals[name])
 

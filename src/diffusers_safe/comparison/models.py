@@ -9,6 +9,7 @@ from typing import Protocol
 from diffusers import DiffusionPipeline
 
 from ..embedded import embedded_name
+from ..families import StoredModel, make_family
 from ..generation.folders import ImageFolder
 from ..generation.rows import GenerationSettings
 
@@ -41,6 +42,19 @@ class LoadedModel:
 
     def load(self, settings: GenerationSettings) -> tuple[DiffusionPipeline, GenerationSettings]:
         return self.pipeline, replace(settings, **self.changes)
+
+
+def default_size(model: ModelSource) -> tuple[int | None, int | None]:
+    """Width and height of a model's images if none are asked for, as far as its configs tell."""
+    try:
+        if isinstance(model, LoadedModel):
+            side = make_family(model.pipeline).picture_size
+            return side, side
+        if isinstance(name := getattr(model, "model", None), str):
+            return StoredModel(name, revision=getattr(model, "revision", None)).image_size
+    except ValueError:  # of no supported family, or a single file
+        pass
+    return None, None
 
 
 def check_models(models: Sequence[ModelSource | ImageFolder]) -> None:

@@ -13,6 +13,7 @@ from ..embedded import locate_model
 from ..loading import check_component
 from ..model_errors import ModelError, naming
 from ..model_files import read_config, read_index
+from .base import vae_scale_factor
 from .files import check_files
 from .prompts import check_lengths, warn_of_unknown_words
 from .registry import denoiser_names, families, family_of_class, find_family
@@ -80,6 +81,13 @@ class StoredModel:
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of one latent."""
         return self.family.shape(self.config, self.resolution)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Width and height of an image in pixels."""
+        _, height, width = self.latent_shape
+        scale = vae_scale_factor(self.config("vae"))
+        return width * scale, height * scale
 
     @cached_property
     def tokenizers(self) -> list[PreTrainedTokenizerBase]:

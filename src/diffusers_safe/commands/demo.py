@@ -11,15 +11,15 @@ from pathlib import Path
 
 from ..arguments import option, typed
 from ..command_line import parse_dataclass
-from ..commands import erase
 from ..comparison.models import LoadedModel
+from ..emoji import MODEL_FOLDER, MODEL_NAME
+from ..emoji.evaluation import Erased, evaluate_erasure
+from ..emoji.scenes import GROUPS, OBJECTS, STYLES
 from ..families import load_pipeline
 from ..messages import exit_with_error
 from ..output_folders import OVERWRITE_HELP, check_claim, check_output_dir, claimed, record_written
 from ..report.results import headline_table
-from . import MODEL_FOLDER, MODEL_NAME
-from .evaluation import Erased, evaluate_erasure
-from .scenes import GROUPS, OBJECTS, STYLES
+from . import erase
 
 
 def erasure_command(concept: str, output_dir: str | Path) -> list[str]:

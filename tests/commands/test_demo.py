@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from diffusers_safe.cli import main
-from diffusers_safe.emoji import demo
-from diffusers_safe.emoji.demo import DemoArguments, erasure_command
+from diffusers_safe.commands import demo
+from diffusers_safe.commands.demo import DemoArguments, erasure_command
 from diffusers_safe.erasure.job import parse_options
 
 
