@@ -63,7 +63,7 @@ def test_version(capsys, argv):
 
 def test_a_student_may_be_spelled_with_underscores(tmp_path, capsys):
     main(["students", "--teacher", "emoji", "--student", "bk_small", "--output_dir", str(tmp_path / "student")])
-    assert "bk-small, 4,916,420 parameters" in capsys.readouterr().out
+    assert "bk-small, 6,095,848 parameters" in capsys.readouterr().out
 
 
 def test_help_shows_examples_as_they_are_written(capsys):

@@ -8,6 +8,7 @@ import pytest
 
 from diffusers_safe import cli
 from diffusers_safe.distillation import run as distillation
+from diffusers_safe.methods import DEFAULT_METHOD
 from diffusers_safe.methods import method as registry
 from diffusers_safe.training import esd, sdd
 from scripts import ROOT
@@ -60,8 +61,8 @@ def commands():
 def help_of(words, capsys):
     with pytest.raises(SystemExit) as stop:
         if words[0] == "diffusers-safe":
-            method = words[2:4] if words[1] == "erase" else []
-            cli.main([words[1], *method, "--help"])
+            method = words[words.index("--method") + 1] if "--method" in words else DEFAULT_METHOD
+            cli.main([words[1], *(["--method", method] if words[1] == "erase" else []), "--help"])
         else:
             next(main for script, main in SCRIPTS.items() if script in words)(["--help"])
     assert stop.value.code == 0
@@ -75,7 +76,8 @@ def test_commands_have_the_options_that_they_are_given(capsys):
     for words in found:
         name = words[1] if words[0] == "diffusers-safe" else next(word for word in words if word in SCRIPTS)
         start = words.index(name)
-        name = " ".join(words[start : start + 3]) if name == "erase" else name
+        if name == "erase":
+            name = f"erase {words[words.index('--method') + 1] if '--method' in words else DEFAULT_METHOD}"
         if name not in helps:
             helps[name] = help_of(words, capsys)
         for option in [word for word in words[start:] if word.startswith("--") and word != "--method"]:

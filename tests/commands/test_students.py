@@ -41,7 +41,7 @@ def test_a_teacher_by_name(capsys):
     assert table["bk-tiny"][:5] == ["323,384,964", "37.6%", "242.8", "60.4%", "616.8 MiB"]
 
 
-@pytest.mark.parametrize("student, parameters", [("sd_tiny", "3,323,460"), ("bk-base", "5,903,940")])
+@pytest.mark.parametrize("student, parameters", [("sd_tiny", "4,478,312"), ("bk-base", "7,099,752")])
 def test_a_student_of_the_embedded_model_is_a_stock_pipeline(tmp_path, capsys, student, parameters):
     students("--teacher", "emoji", "--student", student, "--output_dir", tmp_path / "out")
     told = capsys.readouterr().out
