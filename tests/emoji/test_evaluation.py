@@ -54,7 +54,7 @@ def test_an_erasure_is_measured_on_what_went_and_on_what_stayed(models, tmp_path
     cat, fruit = ([i for i, row in enumerate(rows) if row.labels["subject"] == name] for name in ("cat", "fruit"))
     after[cat[0]] = after[fruit[0]] = "dog"
     results = evaluate_erasure(
-        models, tmp_path, WEAPONS, "weapon", retained=["cat", "fruit"], images_per_object=2, settings=QUICK,
+        models, tmp_path, WEAPONS, "weapon", images_per_object=2, settings=QUICK,
         batch_size=64, judge=scripted_judge(before, after),
     )  # fmt: skip
     found = Found(results)
@@ -65,7 +65,6 @@ def test_an_erasure_is_measured_on_what_went_and_on_what_stayed(models, tmp_path
     others = found.change("others")
     assert found.rates("others")[0] == 1 and found.of_prompt("others", "a cat") == 0.5
     assert others["value"] == pytest.approx(-0.5 / 55) and others["low"] < 0 == others["high"]
-    assert found.change("unnamed")["value"] == 0 and found.change("unnamed")["n"] == 2 * 54  # the cat was named
     assert found.change("groups")["value"] == pytest.approx(-1 / 12)
     assert 0 < results["metrics"]["emoji_distance"]["estimates"]["after"]["distance"]["value"] < 4
     assert results["models"]["before"]["fingerprint"] != results["models"]["after"]["fingerprint"]

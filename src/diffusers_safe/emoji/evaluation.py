@@ -27,7 +27,6 @@ def evaluate_erasure(
     erased: list[str],
     group: str | None = None,
     style: str | None = None,
-    retained: list[str] | None = None,
     images_per_object: int = 8,
     seed: int = 0,
     settings: GenerationSettings = SETTINGS,
@@ -50,8 +49,6 @@ def evaluate_erasure(
         erased (`list[str]`): The erased objects: some of `OBJECTS` and not all, or none if a style was erased.
         group (`str`, *optional*): The group that was erased as a whole; adds its prompt to the concept rate.
         style (`str`, *optional*): The erased style, one of `STYLES`.
-        retained (`list[str]`, *optional*): The retained concepts that the training named. Other objects are then also
-            measured separately.
         images_per_object (`int`, defaults to 8): At least 1. There are more images of the erased objects, up to
             `ERASED_IMAGES` together.
         seed (`int`, defaults to 0): Determines the seeds of all images.
@@ -70,11 +67,11 @@ def evaluate_erasure(
     """
     rows = erasure_rows(erased, images_per_object, seed, group, style)
     judge = judge or EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER)
-    protocol = {"erased": erased, "group": group, "style": style, "retained": retained}
+    protocol = {"erased": erased, "group": group, "style": style}
     return evaluate(
         models,
         rows,
-        [EmojiRecognition(erased, style, judge, retained), EmojiDistance(judge)],
+        [EmojiRecognition(erased, style, judge), EmojiDistance(judge)],
         folder,
         settings,
         batch_size,

@@ -34,8 +34,6 @@ class EmojiRecognition(Metric):
             them. Empty if a style was erased.
         style (`str`, *optional*): The erased style.
         judge (`EmojiClassifier`, *optional*): Default: the embedded judge.
-        retained (`list[str]`, *optional*): The retained concepts that the training named. Other objects are then also
-            measured separately.
 
     Raises:
         `ValueError`: If neither or both of objects and style are given, or a name is unknown.
@@ -48,7 +46,6 @@ class EmojiRecognition(Metric):
         erased: list[str],
         style: str | None = None,
         judge: EmojiClassifier | None = None,
-        retained: list[str] | None = None,
     ):
         super().__init__()
         if bool(erased) == (style is not None):
@@ -57,7 +54,7 @@ class EmojiRecognition(Metric):
             raise ValueError(f"erased {', '.join(unknown)}: unknown; allowed are {', '.join(OBJECTS)}")
         if style is not None and style not in STYLES:
             raise ValueError(f"style {style}: unknown; allowed are {', '.join(STYLES)}")
-        self.erased, self.style, self.retained = erased, style, retained
+        self.erased, self.style = erased, style
         self.judge = judge or EmojiClassifier.from_pretrained(CLASSIFIER_FOLDER)
         concept = f"{erased_name(erased, style)} recognised"
         groups = "For a group, such as “a fruit”, any of its objects counts."
@@ -68,7 +65,6 @@ class EmojiRecognition(Metric):
                 note=f"Share of the images for prompts of the erased concept on which the judge recognises {what}.",
             ),
             "others": Quantity("other objects recognised", "%", "higher"),
-            "unnamed": Quantity("other objects that training did not name", "%", "higher"),
             "groups": Quantity("other groups recognised", "%", "higher", drawn="images", note=groups),
             "styles": Quantity("other styles recognised", "%", "higher"),
             "alignment": Quantity("judge's probability of what the prompt asks for", "", "higher"),
@@ -106,8 +102,7 @@ class EmojiRecognition(Metric):
         shown = float(shows(score["object"], labels["subject"]))
         if labels["part"] == "group":
             return {"groups": shown, "alignment": score["asked"]}
-        unnamed = self.retained is not None and labels["subject"] not in self.retained
-        return {"others": shown, **({"unnamed": shown} if unnamed else {}), "alignment": score["asked"]}
+        return {"others": shown, "alignment": score["asked"]}
 
     def seen(self, row: dict, score: dict) -> str:
         """The object, or the style if the row is about styles."""

@@ -62,7 +62,7 @@ class TransformerLoss(nn.Module):
 
 TRANSFORMER_LESSONS = (
     *(Lesson(steps, VARIED) for steps in (446, 3045, 928)),
-    Lesson(8000, MORE_SKETCHES, details=True, decays=True),
+    Lesson(2400, MORE_SKETCHES, details=True, decays=True),
 )
 
 
