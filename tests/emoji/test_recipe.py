@@ -233,7 +233,7 @@ def test_only_a_round_whose_learning_rate_decays_depends_on_its_number_of_steps(
 
 def test_pictures_are_rendered_once_and_depend_on_the_seed(tmp_path, monkeypatch):
     pictures, scenes = load_pictures(tmp_path, 7, 3, VARIED)
-    expected, expected_scenes = render_many(3, 0, 7)
+    expected, expected_scenes = render_many(3, 0, 7, variation=VARIED)
     assert np.array_equal(pictures, expected) and scenes == expected_scenes
     with monkeypatch.context() as patch:
         patch.delattr(recipe_pictures, "render_many")

@@ -211,7 +211,7 @@ def _accuracy(judge: EmojiClassifier, renders: np.ndarray, scenes: list[Scene]) 
 @dataclass
 class QualityArguments:
     output_dir: str = field(metadata={"help": "Folder of images and results.json; a stopped run continues there."})
-    model: str = field(default=MODEL_NAME, metadata={"help": "The embedded model, emoji, or folder of a pipeline."})
+    model: str = field(default=MODEL_NAME, metadata={"help": "Name of an embedded model, or folder of a pipeline."})
     judges: list[str] = field(
         default_factory=lambda: list(map(str, JUDGE_FOLDERS)),
         metadata={"help": "Folders of judges. The first is the one that evaluations use."},
