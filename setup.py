@@ -23,6 +23,8 @@ setup(
             "sprites/*/*.txt",
             "model/*",
             "model/*/*",
+            "model_flow/*",
+            "model_flow/*/*",
             "judges/*/*",
         ],
     },

@@ -6,6 +6,7 @@ from pathlib import Path
 
 EMBEDDED_MODELS = {
     "emoji": Path(__file__).parent / "emoji" / "model",  # a StableDiffusionPipeline
+    "emoji-flow": Path(__file__).parent / "emoji" / "model_flow",  # a StableDiffusion3Pipeline
 }
 
 
