@@ -279,7 +279,7 @@ def test_the_python_api_raises_one_line(kind, model, tiny_model_folder, tmp_path
     erased = tmp_path / "weights.safetensors"
     save_file(load_file(Path(tiny_model_folder) / UNET), erased)
     for call in (
-        lambda: erase(str(model), ["knife"], max_train_steps=1, output_dir=str(tmp_path / "out")),
+        lambda: erase(str(model), ["knife"], "sdd", max_train_steps=1, output_dir=str(tmp_path / "out")),
         lambda: ErasedStableDiffusionPipeline.from_pretrained(erased, base_model=model),
         lambda: ErasedStableDiffusionPipeline.from_pretrained(model, base_model=tiny_model_folder),
     ):

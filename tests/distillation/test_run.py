@@ -193,7 +193,15 @@ def test_forbidden_concepts_are_left_out_of_the_data_and_moved_to_nothing(
     captions = [json.loads(line)["text"] for line in (pictures / "metadata.jsonl").read_text().splitlines()]
     word = captions[0].split()[1]
     forbidden = sum(names_concept(caption, word) for caption in captions)
-    loop = make_loop(tiny_model_folder, pictures, tmp_path, forbidden_concepts=[word], sdd_weight=1.0, task_weight=0.0)
+    loop = make_loop(
+        tiny_model_folder,
+        pictures,
+        tmp_path,
+        forbidden_concepts=[word],
+        sdd_weight=1000.0,
+        task_weight=0.0,
+        learning_rate=1e-4,
+    )
     assert sum(loop.data.skipped().dropped.values()) == forbidden
     terms = loop.batch_terms(0, range(4))
     assert terms.keys() == {"output", "feature", "sdd"} and terms["sdd"] > 0

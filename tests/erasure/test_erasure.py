@@ -13,7 +13,7 @@ from diffusers_safe.provenance import fingerprint
 
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
-QUICK = {
+SDD = {
     "method": "sdd",
     "max_train_steps": 2,
     "num_inference_steps": 3,
@@ -31,7 +31,7 @@ def model(tiny_model_folder, tmp_path):
 @pytest.mark.parametrize("rank", [None, 2])
 def test_it_is_saved_in_every_form_and_disabled_in_between(rank, model, tmp_path):
     base = fingerprint(StableDiffusionPipeline.from_pretrained(model).unet)
-    erasure = erase(str(model), ["knife"], rank=rank, **QUICK)
+    erasure = erase(str(model), ["knife"], rank=rank, **SDD)
     with erasure.disabled() as pipeline:
         if rank is None:
             assert fingerprint(pipeline.unet) == base
@@ -50,7 +50,7 @@ def test_it_is_saved_in_every_form_and_disabled_in_between(rank, model, tmp_path
 
 
 def test_the_base_model_is_not_written_over(model):
-    erasure = erase(str(model), ["knife"], **QUICK)
+    erasure = erase(str(model), ["knife"], **SDD)
     for place in (model, model / "unet", model / "erased"):
         with pytest.raises(ValueError, match="the base model"):
             erasure.save(place, overwrite=True)
@@ -58,7 +58,7 @@ def test_the_base_model_is_not_written_over(model):
 
 
 def test_a_pipeline_that_moved_meanwhile_is_whole(model):
-    erasure = erase(str(model), ["knife"], **QUICK)
+    erasure = erase(str(model), ["knife"], **SDD)
     with erasure.disabled() as pipeline:
         pipeline.to(torch.bfloat16)
     assert {value.dtype for value in erasure.pipeline.unet.parameters()} == {torch.bfloat16}
@@ -66,8 +66,8 @@ def test_a_pipeline_that_moved_meanwhile_is_whole(model):
 
 def test_a_second_erasure_of_a_pipeline_does_not_pass_for_one_of_the_base_model(model, tmp_path, caplog):
     pipeline = load_pipeline(str(model))
-    first = erase(pipeline, ["knife"], **QUICK)
-    second = erase(pipeline, ["a gun"], **QUICK)
+    first = erase(pipeline, ["knife"], **SDD)
+    second = erase(pipeline, ["a gun"], **SDD)
     assert second.record.base_model == "a pipeline in memory" and "was erased before" in caplog.text
     with pytest.raises(ValueError, match="was erased again since"):
         first.save(tmp_path / "first")
@@ -76,7 +76,7 @@ def test_a_second_erasure_of_a_pipeline_does_not_pass_for_one_of_the_base_model(
 
 def test_a_fused_lora_is_saved_once(model, tmp_path):
     pipeline = load_pipeline(str(model))
-    erasure = erase(pipeline, ["knife"], rank=2, **QUICK)
+    erasure = erase(pipeline, ["knife"], rank=2, **SDD)
     erasure.save(tmp_path / "before", "full")
     pipeline.fuse_lora()
     erasure.save(tmp_path / "after", "full")
@@ -86,7 +86,7 @@ def test_a_fused_lora_is_saved_once(model, tmp_path):
 
 
 def test_a_fused_lora_is_not_disabled(model):
-    erasure = erase(load_pipeline(str(model)), ["knife"], rank=2, **QUICK)
+    erasure = erase(load_pipeline(str(model)), ["knife"], rank=2, **SDD)
     inputs = (torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 4, 32))
     base = load_pipeline(str(model)).unet(*inputs).sample
     erasure.pipeline.fuse_lora()
@@ -103,7 +103,7 @@ def test_a_fused_lora_is_not_disabled(model):
     lambda pipeline: pipeline.set_adapters("erasure", 0.1),
 ])  # fmt: skip
 def test_a_weaker_lora_is_not_saved_as_the_erasure(change, model, tmp_path):
-    erasure = erase(load_pipeline(str(model)), ["knife"], rank=2, **QUICK)
+    erasure = erase(load_pipeline(str(model)), ["knife"], rank=2, **SDD)
     change(erasure.pipeline)
     with pytest.raises(ValueError, match="it was unloaded, disabled or scaled; undo that first"):
         erasure.save(str(tmp_path / "out"), "full")
@@ -112,7 +112,7 @@ def test_a_weaker_lora_is_not_saved_as_the_erasure(change, model, tmp_path):
 
 def test_a_lora_that_is_gone_is_not_saved(model, tmp_path):
     pipeline = load_pipeline(str(model))
-    erasure = erase(pipeline, ["knife"], rank=2, **QUICK)
+    erasure = erase(pipeline, ["knife"], rank=2, **SDD)
     pipeline.unload_lora_weights()
     with pytest.raises(ValueError, match="not active in the pipeline as it was trained"):
         erasure.save(tmp_path / "x")
@@ -137,14 +137,14 @@ def test_one_erasure_of_a_pipeline_at_a_time(model):
     pipeline = load_pipeline(str(model))
 
     def again(progress):
-        erase(pipeline, ["a dog"], **QUICK)
+        erase(pipeline, ["a dog"], **SDD)
 
     with pytest.raises(ValueError, match="is being erased, or its erasure is disabled"):
-        erase(pipeline, ["a cat"], callback=again, **QUICK)
-    erasure = erase(pipeline, ["a cat"], **QUICK)
+        erase(pipeline, ["a cat"], callback=again, **SDD)
+    erasure = erase(pipeline, ["a cat"], **SDD)
     with erasure.disabled(), pytest.raises(ValueError, match="is being erased, or its erasure is disabled"):
-        erase(pipeline, ["a dog"], **QUICK)
-    assert erase(pipeline, ["a dog"], **QUICK).record.concepts == ["a dog"]
+        erase(pipeline, ["a dog"], **SDD)
+    assert erase(pipeline, ["a dog"], **SDD).record.concepts == ["a dog"]
 
 
 @pytest.mark.parametrize("place", ["tokenizer/tokenizer_config.json", "unet/config.json", "notes"])
@@ -153,4 +153,4 @@ def test_a_pipe_in_a_models_folder_is_an_error(place, model):
     path.unlink(missing_ok=True)
     os.mkfifo(path)
     with pytest.raises(ValueError, match="is not a regular file"):
-        erase(str(model), ["knife"], **QUICK)
+        erase(str(model), ["knife"], **SDD)

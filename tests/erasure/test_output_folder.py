@@ -19,7 +19,7 @@ from scripts import ROOT, environment, log_rows
 
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
-QUICK = {
+SDD = {
     "method": "sdd",
     "max_train_steps": 2,
     "num_inference_steps": 2,
@@ -29,7 +29,7 @@ QUICK = {
 
 
 def train(model, folder, **options):
-    return erase(model, ["knife"], output_dir=str(folder), **{**QUICK, **options})
+    return erase(model, ["knife"], output_dir=str(folder), **{**SDD, **options})
 
 
 def contents(folder):

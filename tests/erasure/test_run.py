@@ -20,12 +20,12 @@ from diffusers_safe.weights.trained import select_parameters
 pytestmark = pytest.mark.usefixtures("on_cpu")
 REQUIRED = {"concept_ablation": {"anchor_prompt": "a tool"}}  # options without a default
 QUICK = {
-    "method": "sdd",
     "max_train_steps": 2,
     "num_inference_steps": 3,
     "learning_rate": 1e-3,
     "watch_prompts": ["a cat"],
 }
+SDD = {**QUICK, "method": "sdd"}
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.trains])
@@ -64,7 +64,7 @@ def test_the_pipeline_keeps_its_dtype_and_learns_in_float32(tiny_pipeline):
     tiny_pipeline.to(torch.bfloat16)
     before = tiny_pipeline.unet.state_dict()
     before = {name: value.clone() for name, value in before.items()}
-    erase(tiny_pipeline, ["knife"], progress_bar=False, **{**QUICK, "ema_decay": 0.0})
+    erase(tiny_pipeline, ["knife"], progress_bar=False, **{**SDD, "ema_decay": 0.0})
     after = tiny_pipeline.unet.state_dict()
     assert all(value.dtype == torch.bfloat16 for value in after.values())
     assert any(not torch.equal(value, before[name]) for name, value in after.items())
@@ -74,7 +74,7 @@ def test_a_pipeline_in_half_precision_draws_its_validation_prompts_and_is_as_it_
     tiny_pipeline.to(torch.bfloat16)
     tiny_pipeline.vae.train()
     erase(
-        tiny_pipeline, ["knife"], output_dir=str(tmp_path), validation_prompts=["a knife"], progress_bar=False, **QUICK
+        tiny_pipeline, ["knife"], output_dir=str(tmp_path), validation_prompts=["a knife"], progress_bar=False, **SDD
     )
     assert (tmp_path / "validation" / "step-2.png").is_file()
     parts = (tiny_pipeline.unet, tiny_pipeline.vae, tiny_pipeline.text_encoder)
@@ -87,7 +87,7 @@ def test_calls_with_other_precisions_follow_each_other_and_leave_a_plain_denoise
     inputs = (torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 4, 32))
     for precision in ("bf16", None):
         pipeline = erase(
-            make_tiny_pipeline(), ["knife"], mixed_precision=precision, progress_bar=False, **QUICK
+            make_tiny_pipeline(), ["knife"], mixed_precision=precision, progress_bar=False, **SDD
         ).pipeline
         plain = make_tiny_pipeline().unet
         plain.load_state_dict(pipeline.unet.state_dict())
@@ -97,34 +97,34 @@ def test_calls_with_other_precisions_follow_each_other_and_leave_a_plain_denoise
 
 
 def test_adapters_of_another_are_refused_and_nothing_changes(tiny_pipeline):
-    erase(tiny_pipeline, ["knife"], rank=2, progress_bar=False, **QUICK)
+    erase(tiny_pipeline, ["knife"], rank=2, progress_bar=False, **SDD)
     before = {name: value.clone() for name, value in tiny_pipeline.unet.state_dict().items()}
     for options in ({"rank": 2}, {}):
         with pytest.raises(ValueError, match="adapters already .erasure.; fuse or unload them first"):
-            erase(tiny_pipeline, ["gun"], progress_bar=False, **QUICK, **options)
+            erase(tiny_pipeline, ["gun"], progress_bar=False, **SDD, **options)
     assert all(torch.equal(value, before[name]) for name, value in tiny_pipeline.unet.state_dict().items())
     assert not tiny_pipeline.unet.training
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_it_trains_where_the_caller_has_gradients_off(mode, make_tiny_pipeline):
-    expected = fingerprint(erase(make_tiny_pipeline(), ["knife"], progress_bar=False, **QUICK).pipeline.unet)
+    expected = fingerprint(erase(make_tiny_pipeline(), ["knife"], progress_bar=False, **SDD).pipeline.unet)
     pipeline = make_tiny_pipeline()
     with mode():
-        erase(pipeline, ["knife"], progress_bar=False, **QUICK)
+        erase(pipeline, ["knife"], progress_bar=False, **SDD)
         assert not torch.is_grad_enabled()
     assert fingerprint(pipeline.unet) == expected
 
 
 def test_it_runs_in_a_thread(tiny_pipeline):
     with ThreadPoolExecutor(1) as threads:
-        result = threads.submit(erase, tiny_pipeline, ["knife"], progress_bar=False, **QUICK).result()
+        result = threads.submit(erase, tiny_pipeline, ["knife"], progress_bar=False, **SDD).result()
     assert result.pipeline is tiny_pipeline
 
 
 def test_nothing_is_written_without_an_output_folder(tiny_pipeline, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    erase(tiny_pipeline, ["knife"], progress_bar=False, **{**QUICK, "checkpointing_steps": 1})
+    erase(tiny_pipeline, ["knife"], progress_bar=False, **{**SDD, "checkpointing_steps": 1})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -176,7 +176,7 @@ def test_bad_input_is_told_before_anything_is_trained_moved_or_written(
         monkeypatch.setattr(part, "to", lambda *arguments: touched.append(arguments))
     out = None if "resume_from_checkpoint" in changes else str(tmp_path / "out")
     with pytest.raises(ValueError, match=message):
-        erase(**{"pipeline": tiny_pipeline, "concepts": ["knife"], "output_dir": out, **changes})
+        erase(**{"pipeline": tiny_pipeline, "concepts": ["knife"], "method": "sdd", "output_dir": out, **changes})
     monkeypatch.undo()
     assert described(tiny_pipeline) == before and touched == []
     assert not (tmp_path / "out").exists()
@@ -211,13 +211,13 @@ def stop_at(step, *_):
 def test_a_run_that_fails_leaves_the_pipeline_as_it_was(make_tiny_pipeline, tmp_path, rank):
     pipeline = make_tiny_pipeline()
     before = described(pipeline)
-    options = {**QUICK, "rank": rank, "mixed_precision": "bf16", "gradient_checkpointing": True}
+    options = {**SDD, "rank": rank, "mixed_precision": "bf16", "gradient_checkpointing": True}
     with pytest.raises(Stopped):
         erase(pipeline, ["knife"], progress_bar=False, callback=stop_at, **options)
     assert described(pipeline) == before
 
     folder = str(tmp_path)
-    erase(make_tiny_pipeline(), ["knife"], output_dir=folder, checkpointing_steps=1, progress_bar=False, **QUICK)
+    erase(make_tiny_pipeline(), ["knife"], output_dir=folder, checkpointing_steps=1, progress_bar=False, **SDD)
     options |= {"seed": 1, "mixed_precision": None, "resume_from_checkpoint": f"{folder}/checkpoint-1"}
     with pytest.raises(ValueError, match="the checkpoint is of another run"):
         erase(pipeline, ["knife"], output_dir=f"{folder}/other", progress_bar=False, **options)
@@ -232,10 +232,10 @@ def test_the_callers_random_generators_go_on_where_they_were(tiny_pipeline):
     random.seed(1), np.random.seed(2), torch.manual_seed(3)
     before = random_states()
     seen = []
-    erase(tiny_pipeline, ["knife"], progress_bar=False, callback=lambda *_: seen.append(random_states()), **QUICK)
+    erase(tiny_pipeline, ["knife"], progress_bar=False, callback=lambda *_: seen.append(random_states()), **SDD)
     assert random_states() == before != seen[0]  # a run has its own
     with pytest.raises(Stopped):
-        erase(tiny_pipeline, ["knife"], progress_bar=False, callback=stop_at, **QUICK)
+        erase(tiny_pipeline, ["knife"], progress_bar=False, callback=stop_at, **SDD)
     assert random_states() == before
 
 
@@ -243,7 +243,7 @@ def test_gradients_are_recomputed_during_the_run_only(tiny_pipeline):
     seen = []
     erase(
         tiny_pipeline, ["knife"], progress_bar=False, gradient_checkpointing=True,
-        callback=lambda *_: seen.append(tiny_pipeline.unet.is_gradient_checkpointing), **QUICK,
+        callback=lambda *_: seen.append(tiny_pipeline.unet.is_gradient_checkpointing), **SDD,
     )  # fmt: skip
     assert seen == [True, True] and not tiny_pipeline.unet.is_gradient_checkpointing
 
@@ -253,7 +253,13 @@ def test_a_concept_whose_predictions_are_those_of_no_text_is_reported(make_tiny_
     for name, parameter in deaf.unet.named_parameters():
         if "attn2.to_out" in name:
             torch.nn.init.zeros_(parameter.data)
-    quick = {"num_inference_steps": 2, "max_train_steps": 1, "progress_bar": False, "watch_prompts": []}
+    quick = {
+        "method": "sdd",
+        "num_inference_steps": 2,
+        "max_train_steps": 1,
+        "progress_bar": False,
+        "watch_prompts": [],
+    }
     erase(deaf, ["knife"], **quick)
     assert caplog.messages == [
         "concepts 'knife': its predictions equal the empty prompt's, so there is nothing to erase"
@@ -264,7 +270,13 @@ def test_a_concept_whose_predictions_are_those_of_no_text_is_reported(make_tiny_
 
 
 def test_values_of_other_types_that_mean_the_same(make_tiny_pipeline):
-    quick = {"num_inference_steps": 2, "max_train_steps": 1, "progress_bar": False, "watch_prompts": []}
+    quick = {
+        "method": "sdd",
+        "num_inference_steps": 2,
+        "max_train_steps": 1,
+        "progress_bar": False,
+        "watch_prompts": [],
+    }
     plain, texts = (
         fingerprint(erase(make_tiny_pipeline(), concepts, **quick, **options).pipeline.unet)
         for concepts, options in (

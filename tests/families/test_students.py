@@ -77,7 +77,10 @@ def predict(unet):
     """A forward of any tiny UNet."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(7)
-        sample, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, unet.config.cross_attention_dim)
+        sample, text = (
+            torch.randn(2, unet.config.in_channels, 8, 8),
+            torch.randn(2, 5, unet.config.cross_attention_dim),
+        )
         added = {"text_embeds": torch.randn(2, 24), "time_ids": torch.rand(2, 6)}
     return unet(sample, torch.tensor([1, 500]), text, added_cond_kwargs=added).sample
 

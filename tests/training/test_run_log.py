@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
 
 def test_the_tracker_gets_losses_by_concept_rate_and_speed(tiny_pipeline, tmp_path):
     erase(
-        tiny_pipeline, ["knife", "gun"], output_dir=str(tmp_path), report_to="tensorboard", progress_bar=False,
+        tiny_pipeline, ["knife", "gun"], "sdd", output_dir=str(tmp_path), report_to="tensorboard", progress_bar=False,
         max_train_steps=4, num_inference_steps=3, learning_rate=1e-3, lr_scheduler="linear", watch_prompts=["a cat"],
         retain_unconditional=True, prompt_order="matched",
     )  # fmt: skip

@@ -75,8 +75,8 @@ def test_what_is_drawn_of_a_run(tiny_pipeline, weights, arguments):
 
 
 def test_validation_draws_when_it_is_due_and_changes_nothing(on_cpu, make_tiny_pipeline, tmp_path):
-    run = {"max_train_steps": 5, "num_inference_steps": 3, "learning_rate": 1e-3, "watch_prompts": ["a cat"],
-           "progress_bar": False}  # fmt: skip
+    run = {"method": "sdd", "max_train_steps": 5, "num_inference_steps": 3, "learning_rate": 1e-3,
+           "watch_prompts": ["a cat"], "progress_bar": False}  # fmt: skip
     quiet = erase(make_tiny_pipeline(), ["knife"], **run)
     drawn = erase(
         make_tiny_pipeline(), ["knife"], output_dir=str(tmp_path), report_to="tensorboard", validation_steps=2,
