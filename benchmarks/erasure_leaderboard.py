@@ -39,7 +39,7 @@ from diffusers_safe.comparison.models import as_images
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.evaluation import SETTINGS, Erased, erasure_rows
 from diffusers_safe.emoji.metrics import EmojiDistance, EmojiFID, EmojiRecognition, write_references
-from diffusers_safe.emoji.scenes import GROUPS, STYLES
+from diffusers_safe.emoji.scenes import STYLES
 from diffusers_safe.files import write_text
 from diffusers_safe.generation.folders import ImageFolder
 from diffusers_safe.generation.generate import generate
@@ -84,11 +84,6 @@ class Task:
         """The erased concept, as arguments of [`erasure_rows`]."""
         erased = Erased(self.name)
         return {"erased": erased.objects, "group": erased.group, "style": erased.style}
-
-    @property
-    def concepts(self) -> list[str]:
-        """The erased concepts, for the closed forms."""
-        return [self.name] if self.name in STYLES else [*self.erased["erased"], *([self.name] * (self.name in GROUPS))]
 
 
 TASKS = {
@@ -157,7 +152,8 @@ class Leaderboard:
             if method in CLOSED_FORMS and not (self.model(task, method) / "model_index.json").exists():
                 name, options, of_styles = CONTESTANTS[method]
                 options = {**options, **(of_styles if TASKS[task].name in STYLES else {})}
-                erase(str(MODEL_FOLDER), TASKS[task].concepts, name, output_dir=self.model(task, method), **options)
+                concepts = Erased(TASKS[task].name).concepts
+                erase(str(MODEL_FOLDER), concepts, name, output_dir=self.model(task, method), **options)
         with ThreadPoolExecutor(self.workers) as pool:
             list(pool.map(self._train, [pair for pair in todo if pair[1] in TRAINED]))
 

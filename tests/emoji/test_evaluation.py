@@ -140,6 +140,7 @@ def test_a_name_of_what_was_erased_is_a_group_an_object_or_a_style():
     assert (sketch.objects, sketch.prompts, sketch.style) == ([], [], "sketch")
     assert weapon.rows(1, 3) == erasure_rows(weapon.objects, 1, 3, "weapon")
     assert sketch.rows(1, 3) == erasure_rows([], 1, 3, style="sketch")
+    assert weapon.concepts == [*weapon.objects, "weapon"] and (axe.concepts, sketch.concepts) == (["axe"], ["sketch"])
     assert axe.recognition().erased == ["axe"] and sketch.recognition().style == "sketch"
     with pytest.raises(ValueError, match="emoji 'zebra': unknown; allowed are weapon, animal"):
         Erased("zebra")

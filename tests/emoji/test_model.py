@@ -95,7 +95,8 @@ def test_everything_shipped_is_small_and_safe_to_load():
 
 def test_all_weights_are_in_half_precision_and_finite():
     files = [path for path in shipped() if path.suffix == ".safetensors"]
-    assert {path.parent.name for path in files} >= {"unet", "vae", "text_encoder", "judge", "second_judge"}
+    denoisers, encoders = {"unet", "transformer"}, {"text_encoder", "text_encoder_2", "text_encoder_3"}
+    assert {path.parent.name for path in files} == {*denoisers, *encoders, "vae", "judge", "second_judge"}
     for path in files:
         for name, value in load_file(path).items():
             counter = name.endswith("num_batches_tracked")

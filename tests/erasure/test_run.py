@@ -26,6 +26,13 @@ QUICK = {
     "watch_prompts": ["a cat"],
 }
 SDD = {**QUICK, "method": "sdd"}
+ONE_STEP = {
+    "method": "sdd",
+    "num_inference_steps": 2,
+    "max_train_steps": 1,
+    "progress_bar": False,
+    "watch_prompts": [],
+}
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.trains])
@@ -253,32 +260,18 @@ def test_a_concept_whose_predictions_are_those_of_no_text_is_reported(make_tiny_
     for name, parameter in deaf.unet.named_parameters():
         if "attn2.to_out" in name:
             torch.nn.init.zeros_(parameter.data)
-    quick = {
-        "method": "sdd",
-        "num_inference_steps": 2,
-        "max_train_steps": 1,
-        "progress_bar": False,
-        "watch_prompts": [],
-    }
-    erase(deaf, ["knife"], **quick)
+    erase(deaf, ["knife"], **ONE_STEP)
     assert caplog.messages == [
         "concepts 'knife': its predictions equal the empty prompt's, so there is nothing to erase"
     ]
     caplog.clear()
-    erase(make_tiny_pipeline(), "knife", **quick)
+    erase(make_tiny_pipeline(), "knife", **ONE_STEP)
     assert not caplog.messages
 
 
 def test_values_of_other_types_that_mean_the_same(make_tiny_pipeline):
-    quick = {
-        "method": "sdd",
-        "num_inference_steps": 2,
-        "max_train_steps": 1,
-        "progress_bar": False,
-        "watch_prompts": [],
-    }
     plain, texts = (
-        fingerprint(erase(make_tiny_pipeline(), concepts, **quick, **options).pipeline.unet)
+        fingerprint(erase(make_tiny_pipeline(), concepts, **ONE_STEP, **options).pipeline.unet)
         for concepts, options in (
             (["knife"], {"learning_rate": 1e-3, "retain_prompts": ["dog"], "seed": 3}),
             ("knife", {"learning_rate": "1e-3", "retain_prompts": "dog", "seed": np.int64(3)}),

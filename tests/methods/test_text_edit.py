@@ -220,7 +220,7 @@ def test_words_behind_a_concept_of_any_length_are_paired_with_themselves(prompt,
 def test_the_pooled_state_of_sdxl_is_read_as_the_anchors_and_sizes_as_before(make_tiny_xl_pipeline):
     pipeline = make_tiny_xl_pipeline()
     before = pipeline.unet.add_embedding.linear_1.weight.detach().clone()
-    erase(pipeline, ["knife"], "text_edit", anchor_prompts=["tree"], tolerance=0.1)
+    erase(pipeline, ["knife"], "text_edit", anchor_prompts=["tree"], tolerance=0.1, retain_prompts=["a cat"])
     after = pipeline.unet.add_embedding.linear_1.weight.detach()
     prompts = ["a knife", "a tree", "a cat"]
     pooled = pipeline.encode_prompt(prompts, device="cpu", do_classifier_free_guidance=False)[2]
@@ -229,7 +229,7 @@ def test_the_pooled_state_of_sdxl_is_read_as_the_anchors_and_sizes_as_before(mak
     knife, tree, cat = pooled @ before[:, :width].T
     edited_knife, edited_tree, edited_cat = pooled @ after[:, :width].T
     assert (edited_knife - tree).norm() < 0.3 * (knife - tree).norm()
-    assert (edited_cat - cat).norm() < 0.75 * (edited_knife - knife).norm()
+    assert (edited_cat - cat).norm() < 0.2 * (edited_knife - knife).norm()
 
 
 def test_nothing_has_to_be_named(tiny_model_folder, tmp_path, capsys):

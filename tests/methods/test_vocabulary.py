@@ -38,6 +38,10 @@ class Family:
 
     whole_words = known_words
 
+    def text_vectors(self, prompts):
+        self.encoded = prompts
+        return torch.zeros(len(prompts), 1)
+
 
 def test_words_of_an_erased_kind_are_not_kept():
     words = vocabulary_words(SimpleNamespace(family=Family(), concepts=["weapons"]))
@@ -47,18 +51,18 @@ def test_words_of_an_erased_kind_are_not_kept():
 
 
 def test_a_kind_becomes_another_kind_and_no_word_of_its_own(monkeypatch):
-    asked = []
+    sizes, family = [], Family()
 
-    def similarity(run, concepts, words):
-        asked.append(words)
+    def similarity(concepts, words):
+        sizes.append(len(words))
         return torch.zeros(1, len(words))
 
     monkeypatch.setattr(text_edit, "_similarity", similarity)
-    run = SimpleNamespace(family=Family(), concepts=["animals", "boat"], erased_before=["fruit"])
+    run = SimpleNamespace(family=family, concepts=["animals", "boat"], erased_before=["fruit"])
     ranked = TextEdit()._near_words(run)
     assert [words[0] for words in ranked] == ["plant", "tree"] and [*map(len, ranked)] == [4, 4]
-    kinds, words = asked
-    assert {*kinds} == {*KINDS} - {"animal", "fruit"} - NO_ANCHORS
+    words = family.encoded[2:]  # once for all concepts
+    assert sizes == [len({*KINDS} - {"animal", "fruit"} - NO_ANCHORS), len(words)]
     assert not {"cat", "apple", "boat", "gun"} & {*words} and {"car", "vehicle"} < {*words}
 
 

@@ -25,10 +25,9 @@ from . import erase
 def erasure_command(concept: str, output_dir: str | Path) -> list[str]:
     """The arguments of `diffusers-safe erase` that erase a group of emoji with its members, an object, or a style."""
     erased = Erased(concept)
-    concepts = [concept] if erased.style else [*erased.objects, *([concept] if erased.group else [])]
     return [
         *("--method", "text_edit", "--pretrained_model_name_or_path", MODEL_NAME),
-        *("--concepts", *concepts),
+        *("--concepts", *erased.concepts),
         *(("--phrasings", "style") if erased.style else ()),
         *("--output_dir", str(output_dir)),
     ]

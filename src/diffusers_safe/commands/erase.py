@@ -4,8 +4,8 @@
     diffusers-safe erase --method esd --pretrained_model_name_or_path CompVis/stable-diffusion-v1-4 \\
         --concepts "Van Gogh" --output_dir runs/van-gogh
 
-With several devices: `accelerate launch -m diffusers_safe.cli erase ...`. Each method has its own
-options. The second command was not run here.
+Each method has its own options. The second command was not run here. With several devices:
+`accelerate launch -m diffusers_safe.cli erase ...`.
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter

@@ -113,6 +113,11 @@ class Erased:
         return self.name if self.name in STYLES else None
 
     @property
+    def concepts(self) -> list[str]:
+        """The concepts to name to a method: of a group, its members as well."""
+        return [self.style] if self.style else [*self.objects, *([self.group] if self.group else [])]
+
+    @property
     def prompts(self) -> list[str]:
         """The prompts that ask for the objects."""
         return [prompt_for(name) for name in self.objects]

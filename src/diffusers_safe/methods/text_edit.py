@@ -166,12 +166,14 @@ class TextEdit(ClosedForm):
         words = run.family.whole_words([word for word in words if not _are_related(word, gone)])
         if not words:
             raise ValueError("anchor_prompts: the model knows no word of the vocabulary; give an anchor")
-        kinds = [word for word in words if word in KINDS]
+        concepts, vectors = run.family.text_vectors([*run.concepts, *words]).split([len(run.concepts), len(words)])
+        places = list(range(len(words)))
+        kinds = [place for place in places if words[place] in KINDS]
         count, ranked = MOST_ANCHORS if len(run.concepts) <= FEW else 1, []
-        for concept in run.concepts:  # a kind becomes another kind
-            candidates = kinds if words_of_kind(concept) and kinds else words
-            order = _similarity(run, [concept], candidates)[0].argsort(descending=True, stable=True)[:count]
-            ranked.append([candidates[i] for i in order.tolist()])
+        for concept, vector in zip(run.concepts, concepts):  # a kind becomes another kind
+            candidates = kinds if words_of_kind(concept) and kinds else places
+            order = _similarity(vector[None], vectors[candidates])[0].argsort(descending=True, stable=True)[:count]
+            ranked.append([words[candidates[i]] for i in order.tolist()])
         return ranked
 
     def _kept_prompts(self, run: Run) -> list[str]:
@@ -180,7 +182,9 @@ class TextEdit(ClosedForm):
         words, count = vocabulary_words(run), len(run.concepts)
         most = MOST_KEPT * min(count, FEW)
         if len(words) > (limit := min(MOST_WORDS, most)):
-            near = _similarity(run, run.concepts, words).amax(dim=0).argsort(descending=True)[: limit // 2].tolist()
+            vectors = run.family.text_vectors([*run.concepts, *words])
+            near = _similarity(vectors[:count], vectors[count:]).amax(dim=0).argsort(descending=True)
+            near = near[: limit // 2].tolist()
             rest = [place for place in range(len(words)) if place not in set(near)]
             words = [words[i] for i in sorted([*near, *rest[:: -(-len(rest) // (limit - len(near)))]])]
         return vocabulary_prompts(run, words, CONTEXTS, each=min(count, most // max(len(words), 1)))
@@ -231,9 +235,9 @@ def some_forms(forms: Sequence[str], place: int, count: int) -> list[str]:
     return [forms[0], *(others[(place * (number - 1) + i) % len(others)] for i in range(number - 1))]
 
 
-def _similarity(run: Run, concepts: list[str], words: list[str]) -> torch.Tensor:
-    """How near concepts and words are in the text encoder, `(len(concepts), len(words))`."""
-    vectors = run.family.text_vectors([*concepts, *words])
+def _similarity(concepts: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """The cosine of the vectors of concepts and of words around the mean of both, `(len(concepts), len(words))`."""
+    vectors = torch.cat([concepts, words])
     vectors = torch.nn.functional.normalize(vectors - vectors.mean(dim=0), dim=1)
     return vectors[: len(concepts)] @ vectors[len(concepts) :].T
 

@@ -2,8 +2,8 @@
 
     python -m diffusers_safe.emoji.recipe --output_dir runs/emoji
 
-The model that ships today was made by an earlier recipe, which its card describes; of this recipe, the transformer's
-last round has not been run yet. It can be stopped at any time; the same command continues from the newest checkpoint.
+It made the models that ship, whose cards say what differs. It takes days on a CPU. It can be stopped at any time; the
+same command continues from the newest checkpoint.
 `--stages` selects stages: once the autoencoder is trained, `decoder`, `unet` and `transformer` may run at the same
 time, in a process each, and the judges at any time. `assemble` writes the models of the selected stages, of `unet` and
 `transformer` both if neither is selected. Each stage runs in a single process. Do not compile the autoencoder
