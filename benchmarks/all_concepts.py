@@ -17,6 +17,8 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from itertools import cycle, islice
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,15 +48,42 @@ from diffusers_safe.output_folders import check_claim, claimed, write_own
 from diffusers_safe.report.statistics import bootstrap_mean_interval
 
 
-# Method and options. Styles have options of their own where a method tells them from objects.
+class Contestant(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        method (`str`): One of `METHODS`.
+        options (`dict`): What differs from the method's defaults.
+        of_styles (`dict`): The same for styles, where a method tells them from objects.
+        starts_edited (`bool`): Whether it starts from the result of text edit.
+    """
+
+    method: str
+    options: dict = {}
+    of_styles: dict = {}
+    starts_edited: bool = False
+
+    @property
+    def trains(self) -> bool:
+        return METHODS[self.method].trains
+
+
+# Of all methods that train, the same for every concept. The defaults are for Stable Diffusion: a hundred times slower.
+TRAINING = {
+    "train_method": "xattn", "retain_unconditional": True, "retain_weight": 3, "loss_space": "velocity",
+    "num_inference_steps": SETTINGS.num_inference_steps, "latents_per_trajectory": 2, "trajectory_pool": 120,
+    "train_batch_size": 8, "learning_rate": 1e-3, "lr_scheduler": "cosine", "max_train_steps": 80, "seed": 0,
+}  # fmt: skip
+SDD = {**TRAINING, "prompt_order": "matched", "sdd_target": "frozen", "sampling_fraction": 0.4, "ema_decay": 0.9}
 CONTESTANTS = {
-    "UCE, 2025": ("uce", {}, {"preset": "2025-style"}),
-    "UCE, 2023": ("uce", {"preset": "2023"}, {}),
-    "RECE": ("rece", {"preset": "object"}, {"preset": "style"}),
-    "SPEED": ("speed", {}, {"preset": "style"}),
-    "text edit": ("text_edit", {}, {"phrasings": "style"}),
-    "ESD": ("esd", {}, {}),
-    "SDD": ("sdd", {}, {}),
+    "UCE, 2025": Contestant("uce", {}, {"preset": "2025-style"}),
+    "UCE, 2023": Contestant("uce", {"preset": "2023"}),
+    "RECE": Contestant("rece", {"preset": "object"}, {"preset": "style"}),
+    "SPEED": Contestant("speed", {}, {"preset": "style"}),
+    "text edit": Contestant("text_edit", {}, {"phrasings": "style"}),
+    "ESD": Contestant("esd", {**TRAINING, "sampling_model": "frozen"}),
+    "SDD": Contestant("sdd", SDD),
+    "text edit, then SDD": Contestant("sdd", {**SDD, "max_train_steps": 8, "trajectory_pool": 32}, starts_edited=True),
 }
 CHOOSING = {*OBJECTS[::2], "weapon", "fruit", "vehicle", "sketch"}
 AT_ONCE = (5, 10, 30)
@@ -67,7 +96,7 @@ BATCH_SIZE = 32
 class AllConceptsArguments:
     output_dir: str = required("Folder for the rows and the table. Finished rows are not repeated.")
     methods: list[str] = option(
-        [name for name, (method, *_) in CONTESTANTS.items() if not METHODS[method].trains],
+        [name for name, contestant in CONTESTANTS.items() if not contestant.trains],
         f"Rows: {', '.join(CONTESTANTS)}. Default: those without training.",
         CONTESTANTS,
     )
@@ -96,6 +125,12 @@ def contexts(name: str) -> list[tuple[str | None, str | None]]:
     return [(b, s) for b, s in pairs if name in GROUPS or b is None or not is_held_out(name, b, s)]
 
 
+def untouched(concepts: list[str]) -> list[str]:
+    """The objects that are neither concepts nor members of a group that is one."""
+    touched = {*concepts, *(name for concept in concepts if concept in GROUPS for name in group_members(concept))}
+    return [name for name in OBJECTS if name not in touched]
+
+
 def asked_for(concepts: list[str], args: AllConceptsArguments) -> tuple[list[Asked], list[Asked]]:
     """The images of the erased concepts, and those of others."""
     erased, others, count = [], [], args.erased_images if len(concepts) == 1 else 4
@@ -109,9 +144,8 @@ def asked_for(concepts: list[str], args: AllConceptsArguments) -> tuple[list[Ask
             shown = islice(cycle(contexts(concept)), count)
             pairs = [(prompt_for(concept, background, style), head) for background, style in shown]
         erased += [Asked(prompt, head, concept, seed) for seed, (prompt, head) in enumerate(pairs)]
-    touched = {*concepts, *(name for concept in concepts if concept in GROUPS for name in group_members(concept))}
-    names = [(place, name) for place, name in enumerate(OBJECTS) if name not in touched]
-    for place, name in names[:: args.others_step]:
+    for name in untouched(concepts)[:: args.others_step]:
+        place = OBJECTS.index(name)
         free = [(b, s) for b, s in contexts(name) if s not in concepts]
         shown = islice(cycle(free[place % len(free) :] + free[: place % len(free)]), args.other_images)
         prompts = [prompt_for(name, background, style) for background, style in shown]
@@ -147,14 +181,18 @@ def recognised(pipeline: StableDiffusionPipeline, asked: list[Asked], args: AllC
 
 def measure(label: str, concepts: list[str], args: AllConceptsArguments) -> dict:
     """Erases concepts and counts what each judge sees, before and after."""
-    method, options, of_styles = CONTESTANTS[label]
     pipeline = load()
     erased, others = asked_for(concepts, args)
     base = _of_base_model(others, args)
-    started = time.perf_counter()
-    options = {**options, **(of_styles if concepts[0] in STYLES else {})}
-    erasure = erase(pipeline, concepts, method, progress_bar=False, **options)
-    seconds = time.perf_counter() - started
+    with TemporaryDirectory() as folder:
+        options = _options(CONTESTANTS[label], concepts)
+        started = time.perf_counter()
+        if CONTESTANTS[label].starts_edited:
+            options["start_from"] = f"{folder}/edited"
+            edit = CONTESTANTS["text edit"]
+            erase(load(), concepts, edit.method, output_dir=options["start_from"], **_options(edit, concepts))
+        erasure = erase(pipeline, concepts, CONTESTANTS[label].method, **options)
+        seconds = time.perf_counter() - started
     return {
         "method": label,
         "concepts": concepts,
@@ -166,6 +204,16 @@ def measure(label: str, concepts: list[str], args: AllConceptsArguments) -> dict
         "seconds": round(seconds, 2),
         **{name: round(value, 4) for name, value in erasure.measured.items()},
     }
+
+
+def _options(contestant: Contestant, concepts: list[str]) -> dict:
+    """Its options for these concepts. Methods that train retain objects; none is counted with `--others_step 2`."""
+    options = {"progress_bar": False, **contestant.options}
+    if concepts[0] in STYLES:
+        options |= contestant.of_styles
+    if contestant.trains:
+        options["retain_prompts"] = [prompt_for(name) for name in untouched(concepts)[1::2]]
+    return options
 
 
 def _count(answers: list[list[bool]]) -> dict[str, int]:
