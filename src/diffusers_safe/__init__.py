@@ -27,6 +27,7 @@ _HOMES = {
     "Progress": "progress",
     "SAFETY_CONCEPT": "pipelines.guidance",
     "SafetyConfig": "pipelines.guidance",
+    "StableDiffusion3PipelineSafe": "pipelines",
     "StableDiffusionImg2ImgPipelineSafe": "pipelines",
     "StableDiffusionInpaintPipelineSafe": "pipelines",
     "StableDiffusionPipelineSafe": "pipelines",

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, StableDiffusion3Pipeline
 from PIL import Image
 from torch.testing import assert_close
 
-from diffusers_safe import ErasedStableDiffusion3Pipeline, cli, enable_safe_latent_diffusion, erase
+from diffusers_safe import ErasedStableDiffusion3Pipeline, cli, erase
 from diffusers_safe.attacks.token import added_token, read_token
 from diffusers_safe.attacks.token_learning import TOKEN, InversionSettings, learn_token
 from diffusers_safe.families import StableDiffusion3Family, StoredModel, make_family
@@ -173,11 +173,6 @@ def test_published_closed_forms_edit_the_tokens_alone(method, count, pipeline):
 def test_a_method_that_edits_values_alone_says_that_there_are_none(pipeline):
     with pytest.raises(ValueError, match="no values of cross-attention that could be edited"):
         erase(pipeline, ["knife"], "speed")
-
-
-def test_safe_latent_diffusion_is_refused_with_the_reason(pipeline):
-    with pytest.raises(ValueError, match="^StableDiffusion3Pipeline: .* does not support it: its settings are known"):
-        enable_safe_latent_diffusion(pipeline)
 
 
 def test_a_word_is_learned_in_both_clip_encoders(pipeline, tmp_path):

@@ -12,6 +12,7 @@ from diffusers import (
     ControlNetModel,
     FluxPipeline,
     SanaPipeline,
+    StableDiffusion3Pipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -21,11 +22,13 @@ from diffusers.utils import hub_utils
 
 from diffusers_safe import (
     SafetyConfig,
+    StableDiffusion3PipelineSafe,
     StableDiffusionXLPipelineSafe,
     disable_safe_latent_diffusion,
     enable_safe_latent_diffusion,
 )
 from diffusers_safe.generation.generate import pipeline_fingerprint
+from diffusers_safe.pipelines import safe_denoiser
 from diffusers_safe.pipelines.guidance import SafetyState, guide_safely
 from diffusers_safe.pipelines.safe_denoiser import SafeDenoiser
 
@@ -240,50 +243,91 @@ def test_everything_of_the_batch_is_widened():
     assert torch.equal(prediction, torch.cat([uncond, expected]))
 
 
-# --- SDXL ------------------------------------------------------------------------------------------------------------
+# --- SDXL and SD3 ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def xl_parts(make_tiny_xl_pipeline):
-    return make_tiny_xl_pipeline().components
+@pytest.fixture(params=["xl", "sd3", "sd3 without T5"], scope="module")
+def pooled(request, make_tiny_xl_pipeline, make_tiny_sd3_pipeline):
+    """Components of a model with pooled prompt embeddings, its stock class and its safe one."""
+    if request.param == "xl":
+        return make_tiny_xl_pipeline().components, StableDiffusionXLPipeline, StableDiffusionXLPipelineSafe
+    parts = make_tiny_sd3_pipeline(t5=request.param == "sd3").components
+    return parts, StableDiffusion3Pipeline, StableDiffusion3PipelineSafe
 
 
-def test_sdxl_is_stock_without_sld_and_steers_with_it(xl_parts, tmp_path):
-    stock = StableDiffusionXLPipeline(**xl_parts, add_watermarker=False)
-    safe = StableDiffusionXLPipelineSafe(**xl_parts, add_watermarker=False, safety_concept="a weapon")
-    plain = draw(stock, ["a knife", "a cat"], num_images_per_prompt=2).images
+def test_a_safe_class_is_stock_without_sld_and_steers_with_it(pooled, tmp_path):
+    parts, stock, safe_class = pooled
+    prompts = {"prompt": ["a knife", "a cat"], "num_images_per_prompt": 2}
+    safe = safe_class(**parts, safety_concept="a weapon")
+    plain = draw(stock(**parts), **prompts).images
     with pytest.warns(UserWarning, match="off"):
-        assert same(draw(safe, ["a knife", "a cat"], num_images_per_prompt=2, sld_guidance_scale=1).images, plain)
-    output = draw(safe, ["a knife", "a cat"], num_images_per_prompt=2, **SafetyConfig.MAX)
+        assert same(draw(safe, **prompts, sld_guidance_scale=1).images, plain)
+    output = draw(safe, **prompts, **SafetyConfig.MAX)
     assert output.applied_safety_concept == "a weapon" and not same(output.images, plain)
-    enabled = enable_safe_latent_diffusion(StableDiffusionXLPipeline(**xl_parts), "a weapon", SafetyConfig.MAX)
-    assert same(draw(enabled, ["a knife", "a cat"], num_images_per_prompt=2).images, output.images)
+    enabled = enable_safe_latent_diffusion(stock(**parts), "a weapon", SafetyConfig.MAX)
+    assert same(draw(enabled, **prompts).images, output.images)
 
     safe.save_pretrained(tmp_path)
-    again = StableDiffusionXLPipelineSafe.from_pretrained(tmp_path, add_watermarker=False)
-    images = draw(again, ["a knife", "a cat"], num_images_per_prompt=2, **SafetyConfig.MAX).images
-    assert np.allclose(images, output.images, atol=1e-3)
+    again = safe_class.from_pretrained(tmp_path, **{name: None for name, part in parts.items() if part is None})
+    assert np.allclose(draw(again, **prompts, **SafetyConfig.MAX).images, output.images, atol=1e-3)
 
 
-def test_the_sdxl_call_takes_everything_the_stock_call_takes():
-    mine, theirs = (
-        inspect.signature(cls.__call__).parameters
-        for cls in (StableDiffusionXLPipelineSafe, StableDiffusionXLPipeline)
-    )
+def test_the_call_takes_everything_the_stock_call_takes(pooled):
+    mine, theirs = (inspect.signature(cls.__call__).parameters for cls in (pooled[2], pooled[1]))
     added = ["safety_concept", "safety_prompt_embeds", "safety_pooled_prompt_embeds"]
     assert [name for name in mine if name not in theirs] == [*SafetyConfig().keys(), *added]
     for name, parameter in theirs.items():
         assert (mine[name].default, mine[name].kind) == (parameter.default, parameter.kind), name
 
 
-def test_sdxl_takes_the_concept_as_embeddings_with_pooled_ones(xl_parts):
-    safe = StableDiffusionXLPipelineSafe(**xl_parts, add_watermarker=False, safety_concept="a weapon")
-    embeds, _, pooled, _ = safe.encode_prompt("a weapon", device="cpu", do_classifier_free_guidance=False)
-    given = {"safety_prompt_embeds": embeds, "safety_pooled_prompt_embeds": pooled}
+def test_the_concept_may_be_embeddings_with_pooled_ones(pooled):
+    safe = pooled[2](**pooled[0], safety_concept="a weapon")
+    others = {
+        name: None for name in ("prompt_2", "prompt_3") if name in inspect.signature(safe.encode_prompt).parameters
+    }
+    embeds, _, of_text, _ = safe.encode_prompt("a weapon", **others, device="cpu", do_classifier_free_guidance=False)
+    given = {"safety_prompt_embeds": embeds, "safety_pooled_prompt_embeds": of_text}
     with_embeds = draw(safe, **SafetyConfig.MAX, **given).images
-    assert np.allclose(with_embeds, draw(safe, **SafetyConfig.MAX).images, atol=1e-6)
+    assert same(with_embeds, draw(safe, **SafetyConfig.MAX).images)
+    assert not same(with_embeds, draw(safe).images)
     with pytest.raises(ValueError, match="safety_pooled_prompt_embeds"):
         draw(safe, safety_prompt_embeds=embeds)
+
+
+def test_sd3_is_steered_at_every_call_by_its_velocities(make_tiny_sd3_pipeline, monkeypatch):
+    parts, seen, guided = make_tiny_sd3_pipeline().components, [], []
+    safe = StableDiffusion3PipelineSafe(**parts, safety_concept="a weapon")
+    forward = safe.transformer.forward
+
+    def watched(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        seen.append((kwargs, output[0]))
+        return output
+
+    def watching(*args):
+        guided.append(args[:3])
+        return guide_safely(*args)
+
+    monkeypatch.setattr(safe.transformer, "forward", watched)
+    monkeypatch.setattr(safe_denoiser, "guide_safely", watching)
+    draw(safe, ["a knife", "a cat"], max_sequence_length=48, **SafetyConfig.MAX)
+    monkeypatch.undo()
+    with torch.no_grad():
+        tokens, _, pooled_states, _ = safe.encode_prompt(
+            "a weapon", None, None, do_classifier_free_guidance=False, max_sequence_length=48
+        )
+    assert len(seen) == len(guided) == 3
+    for (given, velocities), predictions in zip(seen, guided):
+        assert torch.equal(velocities, torch.cat(predictions)) and len(velocities) == 6
+        torch.testing.assert_close(given["encoder_hidden_states"][4:], tokens.expand(2, -1, -1))
+        torch.testing.assert_close(given["pooled_projections"][4:], pooled_states.expand(2, -1))
+        assert torch.equal(given["hidden_states"][2:4], given["hidden_states"][4:])
+
+
+def test_sd3_is_not_steered_together_with_guidance_by_skipped_layers(make_tiny_sd3_pipeline):
+    safe = StableDiffusion3PipelineSafe(**make_tiny_sd3_pipeline().components)
+    with pytest.raises(ValueError, match="skip_guidance_layers: Safe Latent Diffusion does not go with it"):
+        draw(safe, num_inference_steps=20, skip_guidance_layers=[0])
 
 
 # --- ControlNet ------------------------------------------------------------------------------------------------------

@@ -43,7 +43,6 @@ class StableDiffusion3Family(ModelFamily):
     optional = ("text_encoder_3", "tokenizer_3")
     token_names = ("clip_l", "clip_g")
     pooled_name = "pooled_projections"
-    unsteered = "its settings are known for models that predict noise, not for a flow's velocity"
     train_methods: dict[str, Rule] = {
         "xattn": lambda name, _: ".attn." in name,
         "xattn-strict": lambda name, _: ".attn.add_k_proj." in name or ".attn.add_v_proj." in name,

@@ -8,6 +8,7 @@ from .stable_diffusion import (
     StableDiffusionInpaintPipelineSafe,
     StableDiffusionPipelineSafe,
 )
+from .stable_diffusion_3 import StableDiffusion3PipelineSafe
 from .stable_diffusion_xl import StableDiffusionXLPipelineSafe
 
 
@@ -15,6 +16,7 @@ __all__ = [
     "ErasedStableDiffusion3Pipeline",
     "ErasedStableDiffusionPipeline",
     "ErasedStableDiffusionXLPipeline",
+    "StableDiffusion3PipelineSafe",
     "StableDiffusionImg2ImgPipelineSafe",
     "StableDiffusionInpaintPipelineSafe",
     "StableDiffusionPipelineSafe",

@@ -24,6 +24,7 @@ from ..hub.cards import CARD_NAME, card_on_hub, is_ours, make_card, write_card
 from ..output_folders import RESULT, claimed
 from ..provenance import Provenance
 from .guidance import SAFETY_CONFIGS, SafetyConfig
+from .output import StableDiffusionSafePipelineOutput
 from .safe_latent_diffusion import SafeLatentDiffusionMixin, check_concept, check_either, check_known
 
 
@@ -150,13 +151,20 @@ class SafePipelineMixin(RepositoryMixin, SafeLatentDiffusionMixin):
 
     def _call_with_concept(self, call: Callable, arguments: dict[str, Any]) -> tuple[Any, str | None]:
         """`_call_safely` for a `__call__` with all its arguments."""
-        arguments |= check_known(self, arguments.pop("kwargs"))
+        arguments |= check_known(self, arguments.pop("kwargs", {}))
         config = SafetyConfig(**{name: arguments.pop(name) for name in SafetyConfig().keys()})
         concept = arguments.pop("safety_concept")
         embeds, pooled = (arguments.pop(f"safety_{name}", None) for name in ("prompt_embeds", "pooled_prompt_embeds"))
         check_either(concept, embeds, pooled)
         concept = self.safety_concept if concept is None else concept
         return self._call_safely(call, arguments, config, concept, embeds, pooled)
+
+    def _generate(self, call: Callable, arguments: dict[str, Any]) -> StableDiffusionSafePipelineOutput | tuple:
+        """Runs the stock `call` with these arguments, for pipelines without a safety checker."""
+        return_dict = arguments["return_dict"]
+        (images,), applied = self._call_with_concept(call, {**arguments, "return_dict": False})
+        output = StableDiffusionSafePipelineOutput(images, None, applied, None)
+        return output if return_dict else (images, None, applied, None)
 
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
         # Called by `save_pretrained` when all models are written.

@@ -70,6 +70,8 @@ class SafeDenoiser:
         self.calls += 1
         if not self._pipeline.do_classifier_free_guidance:
             return self._denoiser(*args, **kwargs)
+        if kwargs.get("skip_layers") is not None:
+            raise ValueError("skip_guidance_layers: Safe Latent Diffusion does not go with it; leave one of them out")
         sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
         count = len(sample) // 2
         is_pair = len(sample) == 2 * count and (self._state.step > 0 or sample[:count].equal(sample[count:]))

@@ -27,7 +27,7 @@ _REFUSED = {
     "LatentConsistencyModelImg2ImgPipeline": _NO_GUIDANCE,
     "LEditsPPPipelineStableDiffusionXL": "its guidance is that of edits, not of a prompt",
 }
-_TEXT_PARTS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+_TEXT_PARTS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "text_encoder_3": "tokenizer_3"}
 
 
 class SafeLatentDiffusionMixin:
@@ -138,34 +138,27 @@ class SafeLatentDiffusionMixin:
             if concept not in carried:
                 raise ValueError("there is no text encoder for the safety concept: pass safety_prompt_embeds")
             return carried[concept]
-        lora_scale = (arguments.get("cross_attention_kwargs") or {}).get("scale")
-        return self._encode_concept(concept, self._execution_device, lora_scale, arguments.get("clip_skip"))
+        attention = arguments.get("cross_attention_kwargs") or arguments.get("joint_attention_kwargs") or {}
+        given = {name: arguments.get(name) for name in ("clip_skip", "max_sequence_length")}
+        return self._encode_concept(concept, self._execution_device, lora_scale=attention.get("scale"), **given)
 
     def _carry_concept(
-        self,
-        prompt_embeds: torch.Tensor,
-        device: torch.device | None,
-        lora_scale: float | None,
-        clip_skip: int | None,
+        self, prompt_embeds: torch.Tensor, device: torch.device | None, options: dict[str, Any]
     ) -> None:
         """Notes the encoded concept on prompt embeddings that a pipeline without text encoder may be called with."""
         if self._has_text_encoder and type(getattr(self, self._denoiser_family.denoiser_name)) is not SafeDenoiser:
-            conditions = self._encode_concept(self.safety_concept, device, lora_scale, clip_skip)
+            conditions = self._encode_concept(self.safety_concept, device, **options)
             prompt_embeds.safety_conditions = {self.safety_concept: conditions}
 
-    def _encode_concept(
-        self, concept: str, device: torch.device | None, lora_scale: float | None, clip_skip: int | None
-    ) -> dict[str, torch.Tensor]:
+    def _encode_concept(self, concept: str, device: torch.device | None, **options: Any) -> dict[str, torch.Tensor]:
+        """Options that are `None`, or that the pipeline's `encode_prompt` does not take, are left out."""
         encode_prompt = super().encode_prompt
         known = inspect.signature(encode_prompt).parameters
-        options = {
-            "device": device,
-            "num_images_per_prompt": 1,
-            "do_classifier_free_guidance": False,
-            "lora_scale": lora_scale,
-            "clip_skip": clip_skip,
-        }
-        encoded = encode_prompt(concept, **{name: value for name, value in options.items() if name in known})
+        options = {name: value for name, value in options.items() if name in known and value is not None}
+        options |= {name: None for name in ("prompt_2", "prompt_3") if name in known}  # as the first
+        guidance = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        options |= {name: value for name, value in guidance.items() if name in known}
+        encoded = encode_prompt(concept, device=device, **options)
         return self._name_conditions(encoded[0], encoded[2] if len(encoded) == 4 else None)
 
     def _name_conditions(self, embeds: torch.Tensor, pooled: torch.Tensor | None) -> dict[str, torch.Tensor]:

@@ -54,7 +54,8 @@ def _encode_prompt(stock: type[DiffusionPipeline]) -> Callable:
     def encode_prompt(self, *args, **kwargs):
         encoded = stock.encode_prompt(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs).arguments
-        self._carry_concept(encoded[0], given.get("device"), given.get("lora_scale"), given.get("clip_skip"))
+        options = {name: given.get(name) for name in ("lora_scale", "clip_skip", "max_sequence_length")}
+        self._carry_concept(encoded[0], given.get("device"), options)
         return encoded
 
     return encode_prompt
@@ -83,7 +84,7 @@ def _call(stock: type[DiffusionPipeline], takes_pooled: bool) -> Callable:
         sld_mom_beta (`float`, defaults to 0.4): In [0, 1).
         safety_concept (`str`, *optional*): Instead of the pipeline's own, for this call.
         safety_prompt_embeds (`torch.Tensor`, *optional*): `(1, tokens, width)`, or one for each image: the concept as
-            embeddings. SDXL needs `safety_pooled_prompt_embeds` with them, `(1, width)`.
+            embeddings. SDXL and SD3 need `safety_pooled_prompt_embeds` with them, `(1, width)`.
         args, kwargs: All other arguments are those of [`~diffusers.{stock.__name__}`].
 
     Returns:

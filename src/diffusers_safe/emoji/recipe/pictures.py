@@ -76,9 +76,7 @@ class CaptionedLatents:
         self.moments, self.scenes, self.tokenizer = moments, scenes, tokenizer
         self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
 
-    def sample(
-        self, rng: np.random.Generator, size: int, groups: float = 0.25
-    ) -> dict[str, torch.Tensor | list[str]]:
+    def sample(self, rng: np.random.Generator, size: int, groups: float = 0.25) -> dict[str, torch.Tensor | list[str]]:
         """`latents` and `noise` `(size, C, 16, 16)`, and `captions` with their `input_ids`; one in ten is empty, and a
         share `groups` of the others names the group instead of the object."""
         chosen = np.sort(rng.integers(len(self.scenes), size=size))
