@@ -185,12 +185,13 @@ def measure(label: str, concepts: list[str], args: AllConceptsArguments) -> dict
     erased, others = asked_for(concepts, args)
     base = _of_base_model(others, args)
     with TemporaryDirectory() as folder:
-        options = _options(CONTESTANTS[label], concepts)
+        options = contestant_options(CONTESTANTS[label], concepts)
         started = time.perf_counter()
         if CONTESTANTS[label].starts_edited:
             options["start_from"] = f"{folder}/edited"
             edit = CONTESTANTS["text edit"]
-            erase(load(), concepts, edit.method, output_dir=options["start_from"], **_options(edit, concepts))
+            edit_options = contestant_options(edit, concepts)
+            erase(load(), concepts, edit.method, output_dir=options["start_from"], **edit_options)
         erasure = erase(pipeline, concepts, CONTESTANTS[label].method, **options)
         seconds = time.perf_counter() - started
     return {
@@ -206,7 +207,7 @@ def measure(label: str, concepts: list[str], args: AllConceptsArguments) -> dict
     }
 
 
-def _options(contestant: Contestant, concepts: list[str]) -> dict:
+def contestant_options(contestant: Contestant, concepts: list[str]) -> dict:
     """Its options for these concepts. Methods that train retain objects; none is counted with `--others_step 2`."""
     options = {"progress_bar": False, **contestant.options}
     if concepts[0] in STYLES:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
-from erasure_table import GROUP
 from plain_loop import PlainLoop
 from torch import nn
 from tqdm.auto import tqdm
@@ -28,6 +27,9 @@ from diffusers_safe.erasure.job import make_options
 from diffusers_safe.erasure.loop import ErasureLoop
 from diffusers_safe.families import make_family
 from diffusers_safe.messages import exit_with_error
+
+
+CONCEPT = "weapon"
 
 
 @dataclass
@@ -60,13 +62,13 @@ def counted_forwards(*denoisers: nn.Module) -> list[int]:
 
 def plain_variant(args: ArithmeticArguments) -> Variant:
     pipeline = StableDiffusionPipeline.from_pretrained(args.model)
-    loop = PlainLoop(pipeline, GROUP, args.num_inference_steps, Accelerator().device)
+    loop = PlainLoop(pipeline, CONCEPT, args.num_inference_steps, Accelerator().device)
     return Variant(loop.train_step, counted_forwards(loop.student, loop.average))
 
 
 def our_variant(args: ArithmeticArguments, method: str, **options) -> Variant:
     options = {"num_inference_steps": args.num_inference_steps, "watch_prompts": [], **options}
-    options |= {"pretrained_model_name_or_path": args.model, "concepts": [GROUP], "output_dir": None}
+    options |= {"pretrained_model_name_or_path": args.model, "concepts": [CONCEPT], "output_dir": None}
     training = make_options(method, **options)
     family = make_family(StableDiffusionPipeline.from_pretrained(args.model))
     loop = ErasureLoop(Accelerator(), family, training.method.objective(training.concept.concepts), training)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from all_concepts import CONTESTANTS
+from all_concepts import CONTESTANTS, contestant_options
 from erasure_table import Numbers
 
 from diffusers_safe import erase
@@ -39,7 +39,6 @@ from diffusers_safe.comparison.models import as_images
 from diffusers_safe.emoji import MODEL_FOLDER
 from diffusers_safe.emoji.evaluation import SETTINGS, Erased, erasure_rows
 from diffusers_safe.emoji.metrics import EmojiDistance, EmojiFID, EmojiRecognition, write_references
-from diffusers_safe.emoji.scenes import STYLES
 from diffusers_safe.files import write_text
 from diffusers_safe.generation.folders import ImageFolder
 from diffusers_safe.generation.generate import generate
@@ -150,10 +149,9 @@ class Leaderboard:
         todo = [(task, method) for task in self.args.tasks for method in self.methods]
         for task, method in todo:
             if method in CLOSED_FORMS and not (self.model(task, method) / "model_index.json").exists():
-                name, options, of_styles = CONTESTANTS[method]
-                options = {**options, **(of_styles if TASKS[task].name in STYLES else {})}
-                concepts = Erased(TASKS[task].name).concepts
-                erase(str(MODEL_FOLDER), concepts, name, output_dir=self.model(task, method), **options)
+                concepts, contestant = Erased(TASKS[task].name).concepts, CONTESTANTS[method]
+                options = contestant_options(contestant, concepts)
+                erase(str(MODEL_FOLDER), concepts, contestant.method, output_dir=self.model(task, method), **options)
         with ThreadPoolExecutor(self.workers) as pool:
             list(pool.map(self._train, [pair for pair in todo if pair[1] in TRAINED]))
 

@@ -1,17 +1,13 @@
-"""A table that compares ways to remove the group "weapon" from the embedded model: erasure against retention."""
+"""A table that compares ways to remove a concept from an embedded model: erasure against retention."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers_safe.comparison.models import LoadedModel
-from diffusers_safe.emoji.evaluation import SETTINGS, evaluate_erasure
-from diffusers_safe.emoji.scenes import group_members
+from diffusers_safe.emoji.evaluation import SETTINGS, Erased, evaluate_erasure
 from diffusers_safe.generation.rows import GenerationSettings
 from diffusers_safe.output_folders import write_own
 from diffusers_safe.report.statistics import Estimate
-
-
-GROUP = "weapon"
 
 
 def erasure_table(
@@ -20,6 +16,7 @@ def erasure_table(
     images_per_prompt: int,
     seed: int,
     settings: GenerationSettings = SETTINGS,
+    concept: str = "weapon",
 ) -> str:
     """Evaluates models on the same prompts and seeds. Existing images are used again.
 
@@ -29,6 +26,7 @@ def erasure_table(
         images_per_prompt (`int`): Images per prompt.
         seed (`int`): Seed from which the seeds of all images are derived.
         settings (`GenerationSettings`, *optional*): Sampling settings.
+        concept (`str`, defaults to `"weapon"`): What is removed, as in [`Erased`].
 
     Returns:
         `str`: The table in Markdown.
@@ -36,16 +34,18 @@ def erasure_table(
     Raises:
         `ValueError`: If the folder contains images of other models or settings.
     """
+    erased = Erased(concept)
     results = evaluate_erasure(
         models,
         folder,
-        group_members(GROUP),
-        GROUP,
+        erased.objects,
+        erased.group,
+        erased.style,
         images_per_object=images_per_prompt,
         seed=seed,
         settings=settings,
     )
-    lines = ["| | weapon recognised | others recognised | change of others |", "|---" * 4 + "|"]
+    lines = [f"| | {concept} recognised | others recognised | change of others |", "|---" * 4 + "|"]
     for model in models:
         numbers = Numbers(results, model.name)
         cells = [numbers["concept"], numbers["others"], numbers.change("others")]

@@ -11,7 +11,7 @@ from diffusers_safe.methods import METHODS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import all_concepts  # noqa: E402
-from all_concepts import CHOOSING, CONTESTANTS, AllConceptsArguments, _options, asked_for, table, work  # noqa: E402
+from all_concepts import CHOOSING, CONTESTANTS, AllConceptsArguments, asked_for, contestant_options, table, work  # noqa: E402
 
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -100,9 +100,10 @@ def test_contestants_are_methods():
 
 @pytest.mark.parametrize("concept", ["gun", "plant", "mosaic"])
 def test_methods_that_train_retain_objects_that_are_not_counted(concept):
-    retained = _options(CONTESTANTS["SDD"], [concept])["retain_prompts"]
+    retained = contestant_options(CONTESTANTS["SDD"], [concept])["retain_prompts"]
     counted = {one.label for one in asked_for([concept], arguments(others_step=2))[1]}
     assert len(retained) > 20 and not {prompt.split()[1] for prompt in retained} & counted
     assert not any(concept in prompt or "tulip" in prompt for prompt in retained) or concept != "plant"
-    assert "retain_prompts" not in _options(CONTESTANTS["UCE, 2025"], [concept])
-    assert _options(CONTESTANTS["text edit"], [concept]).get("phrasings") == ("style" if concept in STYLES else None)
+    assert "retain_prompts" not in contestant_options(CONTESTANTS["UCE, 2025"], [concept])
+    phrasings = contestant_options(CONTESTANTS["text edit"], [concept]).get("phrasings")
+    assert phrasings == ("style" if concept in STYLES else None)

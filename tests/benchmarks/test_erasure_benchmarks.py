@@ -138,4 +138,8 @@ def test_models_are_rows_of_one_table(load, monkeypatch, tmp_path):
     assert after[1].startswith("12.5 %") and after[3].startswith("-25.0 points")
     assert len(before) == len(after) == 4 and set(before[3:]) == {""}
     assert (tmp_path / "table.md").read_text() == table
-    assert asked == [((["knife", "gun", "bomb", "sword", "axe"], "weapon"), 4, 7)]
+    assert module.erasure_table(models, tmp_path, 4, 7, concept="sketch").startswith("| | sketch recognised |")
+    assert asked == [
+        ((["knife", "gun", "bomb", "sword", "axe"], "weapon", None), 4, 7),
+        (([], None, "sketch"), 4, 7),
+    ]
