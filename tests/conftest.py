@@ -25,6 +25,8 @@ from diffusers import (
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -163,6 +165,39 @@ def build_tiny_sd3_pipeline(seed: int = 0, t5: bool = True) -> StableDiffusion3P
     )
 
 
+def build_tiny_flux_pipeline(seed: int = 0) -> FluxPipeline:
+    """A FLUX.1-dev pipeline with random weights: CLIP of width 32 and T5 of width 48, a block with two streams and a
+    single block; latents 4 x 8 x 8 for images of 64 x 64. Its own resolution is 1024 x 1024, as FLUX's."""
+    parts = build_tiny_pipeline(seed)
+    parts.vae.register_to_config(scaling_factor=1.5, shift_factor=0.06)
+    tokenizer_2 = build_t5_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 4)
+        text_encoder_2 = T5EncoderModel(
+            T5Config(vocab_size=len(tokenizer_2), d_model=48, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
+        )
+        transformer = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            pooled_projection_dim=32,
+            guidance_embeds=True,
+            axes_dims_rope=(2, 2, 4),
+        )
+    return FluxPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        text_encoder_2=text_encoder_2.eval(),
+        tokenizer_2=tokenizer_2,
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )
+
+
 def build_tiny_xl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
     """A Stable Diffusion XL pipeline with random weights: its three levels, its two encoders of different widths (32
     and 48, projected to 24) and tokenizers that pad differently, its scheduler; latents 4 x 8 x 8."""
@@ -257,6 +292,12 @@ def make_tiny_xl_pipeline():
 def make_tiny_sd3_pipeline():
     """The function `(seed=0, t5=True) -> StableDiffusion3Pipeline`."""
     return build_tiny_sd3_pipeline
+
+
+@pytest.fixture(scope="session")
+def make_tiny_flux_pipeline():
+    """The function `(seed=0) -> FluxPipeline`."""
+    return build_tiny_flux_pipeline
 
 
 @pytest.fixture

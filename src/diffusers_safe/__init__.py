@@ -21,6 +21,7 @@ logging.getLogger("transformers.utils.import_utils").addFilter(
 # Public name -> where it is. Read when asked for: nothing heavy happens at import.
 _HOMES = {
     "Erasure": "erasure.erasure",
+    "ErasedFluxPipeline": "pipelines",
     "ErasedStableDiffusion3Pipeline": "pipelines",
     "ErasedStableDiffusionPipeline": "pipelines",
     "ErasedStableDiffusionXLPipeline": "pipelines",

@@ -160,10 +160,10 @@ def test_a_folder_that_is_no_pipeline(capsys, tmp_path, arguments):
 
 def test_a_family_that_is_not_supported(capsys, tmp_path, arguments):
     options = {name: " ".join(value) if isinstance(value, list) else value for name, value in arguments().items()}
-    (tmp_path / "flux").mkdir()
-    (tmp_path / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    code, lines = run(capsys, **{**options, "pretrained_model_name_or_path": tmp_path / "flux"})
-    assert code == 2 and "FluxPipeline" in lines[0] and "StableDiffusionPipeline" in lines[0]
+    (tmp_path / "sana").mkdir()
+    (tmp_path / "sana" / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
+    code, lines = run(capsys, **{**options, "pretrained_model_name_or_path": tmp_path / "sana"})
+    assert code == 2 and "SanaPipeline" in lines[0] and "StableDiffusionPipeline" in lines[0]
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,8 @@ def test_check_model_gives_the_denoisers_structure_without_its_weights(families,
 @pytest.mark.parametrize(
     "class_name",
     [
-        "FluxPipeline",
+        "Flux2KleinPipeline",
+        "FluxKontextPipeline",
         "StableDiffusion3Img2ImgPipeline",
         "StableDiffusionInpaintPipeline",
         "StableDiffusionXLImg2ImgPipeline",  # the refiner's
@@ -190,7 +191,7 @@ def test_check_model_gives_the_denoisers_structure_without_its_weights(families,
 )
 def test_other_families_are_refused_by_name(class_name, tmp_path):
     Path(tmp_path, "model_index.json").write_text(json.dumps({"_class_name": class_name}))
-    kinds = ("StableDiffusionPipeline", "StableDiffusion3Pipeline", "StableDiffusionXLPipeline")
+    kinds = ("StableDiffusionPipeline", "StableDiffusion3Pipeline", "StableDiffusionXLPipeline", "FluxPipeline")
     supported = f"supported pipelines are {', '.join(kinds)}$"
     with pytest.raises(ValueError, match=f"^{class_name}: .*{supported}"):
         StoredModel(str(tmp_path))

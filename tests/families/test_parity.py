@@ -27,16 +27,24 @@ SCHEDULERS = {
 CASES = [("sd-1", name) for name in ("ddim", "pndm", "euler", "dpm++")]
 CASES += [("sd-2", name) for name in ("ddim", "euler", "dpm++")]
 CASES += [("xl", name) for name in ("euler", "dpm++", "edm-dpm++")]
-CASES += [("sd-3", "flow")]
+CASES += [("sd-3", "flow"), ("flux", "flow")]
+RESOLUTIONS = {"flux": 64}  # instead of the model's own
 
 
 @pytest.fixture
-def make_pipeline(make_tiny_pipeline, make_tiny_sd_2_pipeline, make_tiny_xl_pipeline, make_tiny_sd3_pipeline):
+def make_pipeline(
+    make_tiny_pipeline,
+    make_tiny_sd_2_pipeline,
+    make_tiny_xl_pipeline,
+    make_tiny_sd3_pipeline,
+    make_tiny_flux_pipeline,
+):
     makers = {
         "sd-1": make_tiny_pipeline,
         "sd-2": make_tiny_sd_2_pipeline,
         "xl": make_tiny_xl_pipeline,
         "sd-3": make_tiny_sd3_pipeline,
+        "flux": make_tiny_flux_pipeline,
     }
 
     def make(family, scheduler):
@@ -66,9 +74,9 @@ def recorded(denoiser, run):
     return calls
 
 
-def inputs_of_the_pipeline(pipeline, noise, **sizes):
+def inputs_of_the_pipeline(pipeline, generator, **sizes):
     options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE_SCALE, "output_type": "latent", **sizes}
-    return recorded(denoiser_of(pipeline), lambda: pipeline(PROMPT, latents=noise, **options))
+    return recorded(denoiser_of(pipeline), lambda: pipeline(PROMPT, generator=generator, **options))
 
 
 def inputs_of_training(family, generator):
@@ -79,19 +87,24 @@ def inputs_of_training(family, generator):
 
     def run():
         prompts, empty = family.encode([PROMPT]), family.encode([""])
-        trajectories = Trajectories(family.make_scheduler, family.latent_shape, STEPS, GUIDANCE_SCALE)
+        trajectories = Trajectories(
+            family.make_scheduler, family.latent_shape, STEPS, GUIDANCE_SCALE, family.guidance_name
+        )
         stops = [[trajectories.positions[-1]]]
         latents, timesteps = trajectories.sample(predict, prompts, empty, stops, [generator])
         with torch.no_grad():
-            predict(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), concatenate(empty, prompts))
+            if (name := family.guidance_name) is not None:
+                predict(latents, timesteps, {**prompts, name: torch.full((1,), GUIDANCE_SCALE)})
+            else:
+                predict(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), concatenate(empty, prompts))
 
     return recorded(family.denoiser, run)
 
 
-def check_the_same(pipeline, resolution=None, **sizes):
+def check_the_same(pipeline, resolution=None):
     family = make_family(pipeline, resolution)
-    noise = torch.randn((1, *family.latent_shape), generator=torch.Generator().manual_seed(7))
-    theirs = inputs_of_the_pipeline(pipeline, noise, **sizes)
+    sizes = {} if resolution is None else {"height": resolution, "width": resolution}
+    theirs = inputs_of_the_pipeline(pipeline, torch.Generator().manual_seed(7), **sizes)
     ours = inputs_of_training(family, torch.Generator().manual_seed(7))
     assert len(ours) == len(theirs) >= STEPS
     for mine, expected in zip(ours, theirs):
@@ -103,16 +116,17 @@ def check_the_same(pipeline, resolution=None, **sizes):
 
 @pytest.mark.parametrize("family, scheduler", CASES)
 def test_every_input_of_the_denoiser_is_that_of_the_pipelines_own_call(make_pipeline, family, scheduler):
-    inputs = check_the_same(make_pipeline(family, scheduler))
+    inputs = check_the_same(make_pipeline(family, scheduler), RESOLUTIONS.get(family))
     assert 0.8 < inputs[0]["sample"].std() < 1.2  # scaled, where Euler's latents start at 14
     assert ("time_ids" in inputs[0]) == (family == "xl")
+    assert ("guidance" in inputs[0]) == (family == "flux")
 
 
-@pytest.mark.parametrize("family, scheduler", [("sd-1", "euler"), ("xl", "euler"), ("sd-3", "flow")])
+@pytest.mark.parametrize("family, scheduler", [("sd-1", "euler"), ("xl", "euler"), ("sd-3", "flow"), ("flux", "flow")])
 @pytest.mark.parametrize("pixels", [32, 80])
 def test_at_another_resolution_too(make_pipeline, family, scheduler, pixels):
-    inputs = check_the_same(make_pipeline(family, scheduler), pixels, height=pixels, width=pixels)
-    assert inputs[0]["sample"].shape == (2, 4, pixels // 8, pixels // 8)
+    sample = check_the_same(make_pipeline(family, scheduler), pixels)[0]["sample"]
+    assert sample.shape == ((1, (pixels // 16) ** 2, 16) if family == "flux" else (2, 4, pixels // 8, pixels // 8))
 
 
 def test_a_model_that_learned_an_encoded_empty_prompt_gets_that(make_pipeline):
@@ -126,9 +140,9 @@ def test_a_model_that_learned_an_encoded_empty_prompt_gets_that(make_pipeline):
 def test_a_schedule_that_is_shifted_by_the_size_and_a_pipeline_without_t5(make_tiny_sd3_pipeline, t5):
     pipeline = make_tiny_sd3_pipeline(t5=t5)
     pipeline.set_progress_bar_config(disable=True)
-    plain = check_the_same(pipeline, 80, height=80, width=80)
+    plain = check_the_same(pipeline, 80)
     config = {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 36}
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, **config)
-    shifted = check_the_same(pipeline, 80, height=80, width=80)
+    shifted = check_the_same(pipeline, 80)
     assert not torch.equal(shifted[1]["timestep"], plain[1]["timestep"])
     assert plain[0]["encoder_hidden_states"][:, 32:].any() == t5

@@ -131,11 +131,11 @@ def test_a_subclass_of_the_pipeline_is_of_its_family(pipeline):
 
 
 def test_another_pipeline_is_refused_by_name():
-    class FluxPipeline:
+    class SanaPipeline:
         pass
 
-    with pytest.raises(ValueError, match="FluxPipeline.*not supported.*StableDiffusionPipeline"):
-        make_family(FluxPipeline())
+    with pytest.raises(ValueError, match="SanaPipeline.*not supported.*StableDiffusionPipeline"):
+        make_family(SanaPipeline())
 
 
 def test_check_model(tiny_model_folder, tmp_path):
@@ -148,7 +148,7 @@ def test_check_model(tiny_model_folder, tmp_path):
             StoredModel(str(path))
         assert str(path) in str(error.value) and "model_index.json" in str(error.value)
         assert "\n" not in str(error.value)
-    (tmp_path / "flux").mkdir()
-    (tmp_path / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(ValueError, match="FluxPipeline.*StableDiffusionPipeline"):
-        StoredModel(str(tmp_path / "flux"))
+    (tmp_path / "sana").mkdir()
+    (tmp_path / "sana" / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
+    with pytest.raises(ValueError, match="SanaPipeline.*StableDiffusionPipeline"):
+        StoredModel(str(tmp_path / "sana"))

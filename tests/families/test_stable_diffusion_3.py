@@ -1,14 +1,11 @@
-"""Stable Diffusion 3: three encoders, pooled states, joint attention, and everything that is done with a model."""
-
-import json
+"""Stable Diffusion 3: three encoders, pooled states, joint attention."""
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusion3Pipeline
 from PIL import Image
 from torch.testing import assert_close
 
-from diffusers_safe import ErasedStableDiffusion3Pipeline, cli, erase
+from diffusers_safe import erase
 from diffusers_safe.attacks.token import added_token, read_token
 from diffusers_safe.attacks.token_learning import TOKEN, InversionSettings, learn_token
 from diffusers_safe.families import StableDiffusion3Family, StoredModel, make_family
@@ -20,13 +17,6 @@ PROMPTS = ["a knife", "", "knife, gun, bomb"]
 @pytest.fixture
 def pipeline(make_tiny_sd3_pipeline):
     return make_tiny_sd3_pipeline()
-
-
-@pytest.fixture(scope="module")
-def folder(make_tiny_sd3_pipeline, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sd3")
-    make_tiny_sd3_pipeline().save_pretrained(folder)
-    return str(folder)
 
 
 def states(pipeline, prompt):
@@ -121,32 +111,6 @@ def test_a_resolution_that_patches_or_positions_do_not_allow_is_refused(resoluti
     assert make_family(pipeline, 128).latent_shape == (4, 16, 16)
 
 
-def test_a_scheduler_of_diffusion_is_refused(pipeline):
-    pipeline.scheduler = DDIMScheduler()
-    with pytest.raises(ValueError, match="scheduler DDIMScheduler: is not for flow matching"):
-        make_family(pipeline)
-
-
-@pytest.mark.parametrize("method, options", [
-    ("esd", {"max_train_steps": 2, "num_inference_steps": 4}),
-    ("sdd", {"max_train_steps": 2, "num_inference_steps": 4}),
-    ("sdd", {"max_train_steps": 2, "num_inference_steps": 4, "rank": 2}),
-    ("concept_ablation", {"max_train_steps": 2, "num_inference_steps": 4, "anchor_prompt": "a tree"}),
-    ("esd", {"max_train_steps": 2, "num_inference_steps": 4, "train_method": "text-encoders"}),
-])  # fmt: skip
-def test_the_result_of_a_training_is_what_a_stock_pipeline_loads(method, options, pipeline, folder, tmp_path):
-    out = tmp_path / "out"
-    erasure = erase(pipeline, ["knife"], method, progress_bar=False, output_dir=str(out), **options)
-    assert erasure.record.concepts == ["knife"] and erasure.weights
-    stock = StableDiffusion3Pipeline.from_pretrained(out if (out / "model_index.json").exists() else folder)
-    if "rank" in options:
-        stock.load_lora_weights(out)
-    pipelines = [StableDiffusion3Pipeline.from_pretrained(folder), stock, erasure.pipeline]
-    before, stored, erased = (draw(one) for one in pipelines)
-    assert_close(stored, erased, rtol=1e-3, atol=1e-4)
-    assert not torch.equal(before, erased)
-
-
 def test_closed_forms_edit_the_layers_that_read_text_in_all_their_tokens(pipeline):
     family = make_family(pipeline)
     weight = pipeline.transformer.context_embedder.weight.detach().clone()
@@ -165,16 +129,6 @@ def test_closed_forms_edit_the_layers_that_read_text_in_all_their_tokens(pipelin
     assert after < 0.5 * before
 
 
-@pytest.mark.parametrize("method, count", [("uce", 1), ("rece", 1)])
-def test_published_closed_forms_edit_the_tokens_alone(method, count, pipeline):
-    assert len(erase(pipeline, ["knife", "gun"], method).weights) == count
-
-
-def test_a_method_that_edits_values_alone_says_that_there_are_none(pipeline):
-    with pytest.raises(ValueError, match="no values of cross-attention that could be edited"):
-        erase(pipeline, ["knife"], "speed")
-
-
 def test_a_word_is_learned_in_both_clip_encoders(pipeline, tmp_path):
     pictures = [Image.new("RGB", (64, 64), color) for color in ("red", "blue")]
     captions = [f"a {TOKEN}"] * 2
@@ -189,27 +143,3 @@ def test_a_word_is_learned_in_both_clip_encoders(pipeline, tmp_path):
         assert not torch.equal(draw(pipeline, f"a {token}"), draw(pipeline, "a"))
     assert torch.equal(draw(pipeline), plain)
     assert all(torch.equal(value, before[name]) for name, value in pipeline.text_encoder_2.state_dict().items())
-
-
-def test_the_whole_way_of_a_stored_model(folder, tmp_path, capsys):
-    known = ["--pretrained_model_name_or_path", folder, "--concepts", "knife"]
-    cli.main(["erase", "--method", "sdd", *known, "--output_dir", str(tmp_path / "dry"), "--dry_run"])
-    printed = capsys.readouterr().out
-    assert "train" in printed and "PFLOP" in printed and not (tmp_path / "dry").exists()
-    cli.main(["erase", "--method", "text_edit", *known, "--output_dir", str(tmp_path / "out"), "--save", "both"])
-    record = json.loads((tmp_path / "out" / "erasure.json").read_text())
-    assert record["concepts"] == ["knife"]
-    out = str(tmp_path / "out")
-    cli.main(["generate", "--model", out, "--prompts", "a knife", "--output_dir", str(tmp_path / "images"),
-              "--num_inference_steps", "2"])  # fmt: skip
-    assert len(list((tmp_path / "images").rglob("*.png"))) == 1
-
-    erased = ErasedStableDiffusion3Pipeline.from_pretrained(out)
-    assert erased.erasure.concepts == ["knife"]
-    stock = {
-        name: draw(StableDiffusion3Pipeline.from_pretrained(path))
-        for name, path in (("base", folder), ("erased", out))
-    }
-    assert_close(draw(erased), stock["erased"], rtol=1e-3, atol=1e-4)
-    with erased.erasure_disabled():
-        assert_close(draw(erased), stock["base"], rtol=1e-3, atol=1e-4)

@@ -137,9 +137,8 @@ def test_a_pipeline_that_never_guides_is_told_of_in_the_first_call(tiny_pipeline
 
 
 def test_a_pipeline_that_does_not_guide_is_refused_at_once():
-    # Flux: guidance is an input of the distilled model, there is nothing to replace.
     with pytest.raises(ValueError, match="FluxPipeline has no do_classifier_free_guidance.*does not support"):
-        enable_safe_latent_diffusion(object.__new__(FluxPipeline))
+        enable_safe_latent_diffusion(object.__new__(FluxPipeline))  # without its parts
     with pytest.raises(ValueError, match="SanaPipeline has no unet of the class UNet2DCond.*does not support"):
         enable_safe_latent_diffusion(object.__new__(SanaPipeline))
 

@@ -26,6 +26,8 @@ class Trajectories:
         latent_shape (`tuple[int, int, int]`): `(C, H, W)`.
         num_inference_steps (`int`, defaults to 50): Length of the schedule.
         guidance_scale (`float`, defaults to 3.0): Classifier-free guidance while sampling; at most 1 turns it off.
+        guidance_name (`str`, *optional*): [`ModelFamily.guidance_name`]: where the scale is an input of the denoiser,
+            which then predicts once per step.
 
     Attributes:
         positions (`list[int]`): The numbers of steps after which a sample can stop: 0 (initial noise) and, for
@@ -38,15 +40,21 @@ class Trajectories:
         latent_shape: tuple[int, int, int],
         num_inference_steps: int = 50,
         guidance_scale: float = 3.0,
+        guidance_name: str | None = None,
     ):
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps {num_inference_steps}: must be at least 1")
         self._scheduler = partial(make_scheduler, num_inference_steps)
         self.latent_shape = latent_shape
         self.num_inference_steps = num_inference_steps
-        self.guidance_scale = guidance_scale
+        self.guidance_scale, self.guidance_name = guidance_scale, guidance_name
         timesteps = self._scheduler().timesteps.tolist()
         self.positions = [i for i, t in enumerate(timesteps) if t not in timesteps[i + 1 :]]
+
+    @property
+    def forwards_per_step(self) -> int:
+        """How many predictions a sample needs for each step."""
+        return 2 if self.guidance_scale > 1 and self.guidance_name is None else 1
 
     def stop_choices(self, fraction: float = 1.0, count: int = 1) -> list[list[int]]:
         """All ways to stop `count` times within the first `fraction` of `positions`, a number in (0, 1]: spread evenly
@@ -117,7 +125,10 @@ class Trajectories:
     def _guided(self, predict, model_input, t, prompts, empty, active) -> torch.Tensor:
         conditional = select(prompts, active)
         count = len(active)
-        if self.guidance_scale <= 1:
+        if self.guidance_name is not None:
+            scale = torch.full_like(conditional[self.guidance_name], self.guidance_scale)
+            conditional = {**conditional, self.guidance_name: scale}
+        if self.forwards_per_step == 1:
             return predict(model_input, t.expand(count), conditional)
         both = concatenate(repeat(empty, count), conditional)
         uncond, cond = predict(model_input.repeat(2, 1, 1, 1), t.expand(2 * count), both).chunk(2)

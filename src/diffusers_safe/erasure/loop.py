@@ -58,7 +58,11 @@ class ErasureLoop(TrainingLoop):
         prompts = encoded_prompts(options)
         self.predictor = Predictor(family, self.weights, prompts, accelerator.device, self.student)
         self.trajectories = Trajectories(
-            family.make_scheduler, family.latent_shape, sampling.num_inference_steps, sampling.sampling_guidance_scale
+            family.make_scheduler,
+            family.latent_shape,
+            sampling.num_inference_steps,
+            sampling.sampling_guidance_scale,
+            family.guidance_name,
         )
         self.erasing = self._make_source("erase", objective.trajectory_weights, self._to_erase)
         self.retaining = self._make_source("retain", "frozen", self._to_retain)

@@ -51,7 +51,11 @@ def make_plan(options: ErasureOptions, num_processes: int = 1) -> Plan | str:
     if options.run.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     trajectories = Trajectories(
-        stored.make_scheduler, stored.latent_shape, sampling.num_inference_steps, sampling.sampling_guidance_scale
+        stored.make_scheduler,
+        stored.latent_shape,
+        sampling.num_inference_steps,
+        sampling.sampling_guidance_scale,
+        stored.family.guidance_name,
     )
     forwards = _forwards(options, trajectories, options.run.num_samples * num_processes)
     forward, backward, activations = training_cost(denoiser, batch)

@@ -13,7 +13,14 @@ from diffusers import DiffusionPipeline
 from ..arguments import declared_options, typed
 from ..concepts import names_concept
 from ..diffusion.trajectories import Trajectories
-from ..families import StoredModel, denoiser_of, family_around, load_pipeline, make_family
+from ..families import (
+    StoredModel,
+    denoiser_of,
+    family_around,
+    family_of_pipeline,
+    load_pipeline,
+    make_family,
+)
 from ..formats import fetch, read_erased_weights
 from ..generation.generate import GenerationSettings
 from ..hub import check_push, push_or_exit, push_result
@@ -389,6 +396,6 @@ def make_samples(pipeline: DiffusionPipeline, weights: TrainedWeights, options: 
         kept = [*retention.watch_prompts, *retention.retain_prompts][:MOST_PROMPTS]
     size = options.model.resolution
     steps = options.sampling.num_inference_steps if options.method.trains else GenerationSettings().num_inference_steps
-    settings = GenerationSettings(steps, height=size, width=size)
+    settings = GenerationSettings(steps, family_of_pipeline(pipeline).guidance_scale, size, size)
     count, seed = options.validation.num_validation_images, options.output.seed
     return Samples(pipeline, weights, erased, kept, count, seed, settings)

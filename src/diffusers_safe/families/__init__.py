@@ -25,10 +25,15 @@ from .text_encoders import TextEncoders
 from .train_methods import TEXT_ENCODERS, TRAIN_METHODS, resolve_train_method
 
 
+# isort: split
+from .flux import FluxFamily  # last, because a file that fits several families is taken for the first one's
+
+
 __all__ = [
     "TEXT_ENCODERS",
     "TRAIN_METHODS",
     "Conditioning",
+    "FluxFamily",
     "ModelFamily",
     "StableDiffusion3Family",
     "StableDiffusionFamily",

@@ -20,8 +20,8 @@ Erasing, generating and publishing need nothing else; students and safe or erase
 
 **Configs, before weights are read** (class methods)
 
-* [`~ModelFamily.check`]: refuses what cannot be trained, in one line: wrong widths, inputs for other tasks,
-  distilled guidance, a scheduler of another kind.
+* [`~ModelFamily.check`]: refuses what cannot be trained, in one line: wrong widths, inputs for other tasks, no
+  unconditional prediction, a scheduler of another kind.
 * [`~ModelFamily.shape`]: `(C, H, W)` of a latent. Latents are `(B, C, H, W)` throughout the package; a family whose
   denoiser takes packed sequences (FLUX) packs and unpacks within [`~ModelFamily.predict`].
 * [`~ModelFamily.blank_inputs`]: arguments of a forward on the meta device, from which FLOPs and memory are counted.
@@ -42,6 +42,9 @@ Erasing, generating and publishing need nothing else; students and safe or erase
 **Denoising**
 
 * [`~ModelFamily.predict`]: one forward, in the model's own parametrisation.
+* `guidance_name`: where a guidance scale is an input of the denoiser, its name in a `Conditioning`. `_encode` sets it
+  to 1, no guidance; trajectories set it to their own scale, and predict once per step instead of twice.
+* `guidance_scale`: that of images that training generates.
 * [`~ModelFamily.set_timesteps`]: the schedule of a trajectory; where a scheduler needs more than the number of steps
   (`mu` or `sigmas` of SD3 and FLUX), it is computed here from the latents' shape. Initial noise is
   `init_noise_sigma * randn`, where the scheduler has one, and inputs go through its `scale_model_input`, if any.
@@ -103,6 +106,8 @@ class ModelFamily(PromptEncoding):
     kohya_prefix: str
     optional: tuple[str, ...] = ()
     token_names: tuple[str, ...] = ()
+    guidance_name: str | None = None
+    guidance_scale: float = 7.5
     unsteered: str | None = None
     train_methods: dict[str, Rule] = {}
 
@@ -398,23 +403,38 @@ class ModelFamily(PromptEncoding):
         return scheduler
 
 
-def check_channels(denoiser_name: str, denoiser: dict[str, Any], vae: dict[str, Any], others: str) -> None:
+def check_present(config: ComponentConfig, names: Collection[str], pipeline_class: type[DiffusionPipeline]) -> None:
+    """Checks that a pipeline has these components.
+
+    Raises:
+        `ValueError`: If it lacks one.
+    """
+    for name in names:
+        if config(name) is None:
+            raise ValueError(f"{name}: this pipeline has none; {pipeline_class.__name__} needs one to be trained")
+
+
+def check_channels(
+    denoiser_name: str, denoiser: dict[str, Any], vae: dict[str, Any], others: str, patch_size: int = 1
+) -> None:
     """Checks that a denoiser takes and gives latents, and nothing else.
 
     Args:
         denoiser_name (`str`): For the message.
         denoiser, vae (`dict`): Configs.
         others (`str`): Models that do not, such as `"a UNet for inpainting"`.
+        patch_size (`int`, defaults to 1): The channels are those of packed patches of this height and width.
 
     Raises:
         `ValueError`: If not.
     """
-    channels = vae.get("latent_channels", 4)
+    channels = vae.get("latent_channels", 4) * patch_size**2
+    packed = f" packed in patches of {patch_size} x {patch_size}" if patch_size > 1 else ""
     for name in ("in_channels", "out_channels"):
         if denoiser[name] != channels:
             raise ValueError(
-                f"{denoiser_name} {name} {denoiser[name]}: must be {channels}, as latents have; {others} cannot be "
-                "trained"
+                f"{denoiser_name} {name} {denoiser[name]}: must be {channels}, as latents{packed} have; {others} "
+                "cannot be trained"
             )
 
 

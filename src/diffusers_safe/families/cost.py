@@ -63,7 +63,11 @@ def _batch_size(inputs: dict) -> int:
 @contextmanager
 def _plain_attention() -> Iterator[None]:
     """The attention for meta tensors keeps the matrix of weights; the kernels of CPUs and GPUs do not."""
-    with patch.object(functional, "scaled_dot_product_attention", lambda q, k, v, **_: _Attention.apply(q, k, v)):
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_) -> torch.Tensor:
+        return _Attention.apply(query, key, value)
+
+    with patch.object(functional, "scaled_dot_product_attention", attend):
         yield
 
 

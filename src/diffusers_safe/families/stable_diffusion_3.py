@@ -8,7 +8,7 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import c
 from torch import nn
 from transformers import CLIPTextConfig
 
-from .base import ComponentConfig, Conditioning, ModelFamily, Rule, check_channels, vae_scale_factor
+from .base import ComponentConfig, Conditioning, ModelFamily, Rule, check_channels, check_present, vae_scale_factor
 from .registry import register_family
 
 
@@ -55,9 +55,7 @@ class StableDiffusion3Family(ModelFamily):
 
     @classmethod
     def check(cls, config: ComponentConfig, resolution: int | None = None) -> None:
-        for name in ("transformer", "vae", "scheduler", "text_encoder", "text_encoder_2"):
-            if config(name) is None:
-                raise ValueError(f"{name}: this pipeline has none; StableDiffusion3Pipeline needs one to be trained")
+        check_present(config, ("transformer", "vae", "scheduler", *cls.text_encoders[:2]), cls.pipeline_classes[0])
         transformer, vae, t5 = config("transformer"), config("vae"), config("text_encoder_3")
         clip = [CLIPTextConfig.from_dict(config(name)) for name in cls.text_encoders[:2]]
         width, pooled = sum(one.hidden_size for one in clip), sum(one.projection_dim for one in clip)

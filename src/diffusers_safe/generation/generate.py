@@ -21,6 +21,7 @@ from PIL import Image
 from torch import nn
 
 from ..arguments import typed
+from ..families import family_around
 from ..images import to_rgb
 from ..loading import check_in_memory, dtypes_of
 from ..model_errors import ModelError, naming
@@ -83,8 +84,8 @@ def generate(
 
     Raises:
         `ValueError`: If there are no rows or two with the same id, if the folder holds images of another model, of
-            other settings, or of another prompt under the same id, or if another run uses it. Nothing is generated
-            then.
+            other settings, or of another prompt under the same id, or if another run uses it; or if the pipeline would
+            ignore the negative prompt. Nothing is generated then.
     """
     check_rows(rows)
     if batch_size < 1:
@@ -92,6 +93,7 @@ def generate(
     check_output_dir(folder)
     if not isinstance(pipeline, DiffusionPipeline) or getattr(pipeline, "scheduler", None) is None:
         raise ValueError(f"pipeline ({type(pipeline).__name__}): must be a DiffusionPipeline with a scheduler")
+    _check_negative_prompt(pipeline, settings)
     processes = launched_processes()
     manifest = Manifest(Path(folder))
     model = pipeline_fingerprint(pipeline)
@@ -121,6 +123,15 @@ def generate(
         processes.wait_for_everyone()
         finished = manifest.read()
     return [finished[row.id] for row in rows]
+
+
+def _check_negative_prompt(pipeline: DiffusionPipeline, settings: GenerationSettings) -> None:
+    family = family_around(pipeline)
+    if family and family.guidance_name and settings.negative_prompt is not None and not settings.call:
+        raise ValueError(
+            f"negative_prompt '{settings.negative_prompt}': {type(pipeline).__name__} ignores it; its guidance scale "
+            "is an input of the model, so there is no unconditional prediction"
+        )
 
 
 def _generate_missing(

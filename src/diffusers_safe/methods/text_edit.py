@@ -264,6 +264,8 @@ class Target(NamedTuple):
         """From the tokens of all phrasings; many are nearly equal, so a few combinations of them stand for all."""
         width = erased.shape[1]
         both = torch.cat([erased, anchors - erased], dim=1) / len(erased) ** 0.5
+        if len(both) > both.shape[1]:  # as many rows as columns have the same sums of products
+            both = torch.linalg.qr(both, mode="r").R
         values, vectors = torch.linalg.eigh(both @ both.T)  # much faster than the singular values of wide states
         rows = vectors[:, values > NEGLIGIBLE**2 * values[-1]].T @ both
         states, differences = rows[:, :width], rows[:, width:]

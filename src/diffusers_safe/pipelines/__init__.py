@@ -1,6 +1,11 @@
 """Pipelines with Safe Latent Diffusion, and pipelines with erased weights."""
 
-from .erased import ErasedStableDiffusion3Pipeline, ErasedStableDiffusionPipeline, ErasedStableDiffusionXLPipeline
+from .erased import (
+    ErasedFluxPipeline,
+    ErasedStableDiffusion3Pipeline,
+    ErasedStableDiffusionPipeline,
+    ErasedStableDiffusionXLPipeline,
+)
 from .output import StableDiffusionSafePipelineOutput
 from .safe_latent_diffusion import disable_safe_latent_diffusion, enable_safe_latent_diffusion
 from .stable_diffusion import (
@@ -13,6 +18,7 @@ from .stable_diffusion_xl import StableDiffusionXLPipelineSafe
 
 
 __all__ = [
+    "ErasedFluxPipeline",
     "ErasedStableDiffusion3Pipeline",
     "ErasedStableDiffusionPipeline",
     "ErasedStableDiffusionXLPipeline",

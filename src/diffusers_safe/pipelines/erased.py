@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from ..families import TEXT_ENCODERS, ModelFamily, family_of_pipeline
 from ..formats import (
@@ -275,3 +275,7 @@ class ErasedStableDiffusionXLPipeline(ErasedPipelineMixin, StableDiffusionXLPipe
 class ErasedStableDiffusion3Pipeline(ErasedPipelineMixin, StableDiffusion3Pipeline):
     """[`~diffusers.StableDiffusion3Pipeline`] with concepts erased from its weights, see
     [`ErasedStableDiffusionPipeline`]."""
+
+
+class ErasedFluxPipeline(ErasedPipelineMixin, FluxPipeline):
+    """[`~diffusers.FluxPipeline`] with concepts erased from its weights, see [`ErasedStableDiffusionPipeline`]."""

@@ -205,8 +205,12 @@ def enable_safe_latent_diffusion(
     stock = type(pipeline)
     if isinstance(pipeline, SafeLatentDiffusionMixin):
         raise ValueError(f"{stock.__name__}: Safe Latent Diffusion is enabled already")
+    family = family_around(pipeline)
+    reasons = [family and family.unsteered, *(_REFUSED.get(base.__name__) for base in stock.__mro__)]
+    if why := next(filter(None, reasons), None):
+        raise ValueError(f"{stock.__name__}: Safe Latent Diffusion does not support it: {why}")
     lacks = [name for name in ("encode_prompt", "do_classifier_free_guidance") if not hasattr(stock, name)]
-    if (family := family_around(pipeline)) is None:
+    if family is None:
         kinds = dict.fromkeys(
             f"{family.denoiser_name} of the class {family.denoiser_class.__name__}" for family in families()
         )
@@ -215,9 +219,6 @@ def enable_safe_latent_diffusion(
         raise ValueError(
             f"{stock.__name__} has no {' and no '.join(lacks)}: Safe Latent Diffusion does not support it"
         )
-    reasons = [family.unsteered, *(_REFUSED.get(base.__name__) for base in stock.__mro__)]
-    if why := next(filter(None, reasons), None):
-        raise ValueError(f"{stock.__name__}: Safe Latent Diffusion does not support it: {why}")
     _check_parts(pipeline)
     config = SafetyConfig.named(config) if isinstance(config, str) else SafetyConfig(**config)
     pipeline._safety = config, check_concept(safety_concept)

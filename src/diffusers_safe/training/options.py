@@ -306,7 +306,9 @@ class SamplingOptions:
         at_most=1,
     )
     sampling_guidance_scale: float = option(
-        3.0, "Scale of classifier-free guidance when latents are sampled; at 1 or less it is off."
+        3.0,
+        "Scale of classifier-free guidance when latents are sampled; at 1 or less it is off. For FLUX.1-dev, the "
+        "guidance scale that the model takes as input.",
     )
     latents_per_trajectory: int = option(
         1,

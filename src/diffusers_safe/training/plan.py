@@ -99,7 +99,7 @@ def training_memory(modules: set[nn.Module], weights: TrainedWeights, use_8bit_a
 def trajectory_forwards(sampling: SamplingOptions, trajectories: Trajectories) -> float:
     """Mean number of forward passes of one trajectory, which runs to its last stop."""
     choices = trajectories.stop_choices(sampling.sampling_fraction, sampling.latents_per_trajectory)
-    return sum(map(max, choices)) / len(choices) * (2 if sampling.sampling_guidance_scale > 1 else 1)
+    return sum(map(max, choices)) / len(choices) * trajectories.forwards_per_step
 
 
 def _parts(values: dict[str, float], pattern: str, factor: float = 1) -> str:
