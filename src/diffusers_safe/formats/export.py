@@ -52,7 +52,8 @@ class ExportOptions:
     weight_name: str | None = option(None, "File of the source that holds the changed weights, if there are several.")
     rank: int | None = option(
         None,
-        f"Rank of the LoRA. Default: {DEFAULT_RANK}, or the full rank of the changes if that is less.",
+        f"Rank of the LoRA. Default: that of the source if it is a LoRA, else {DEFAULT_RANK}; or the full rank of the "
+        "changes if that is less.",
         at_least=1,
     )
     only_weights: bool = option(
@@ -149,7 +150,7 @@ def run_export(options: ExportOptions) -> LoRA | None:
         changed, lora, tensors, record = erased.changes(denoiser), None, {}, {"to": options.to}
         try:
             if options.to in LORAS:
-                rank = options.rank or min(DEFAULT_RANK, full_rank(denoiser, changed))
+                rank = options.rank or min(erased.rank or DEFAULT_RANK, full_rank(denoiser, changed))
                 lora = low_rank(denoiser, changed, rank, options.only_weights, options.biases)
                 tensors = lora.tensors if options.to == "lora" else kohya_tensors(lora, denoiser)
                 record |= lora.report()

@@ -193,6 +193,13 @@ def read_differences(
     return {name: value for name, value in differences.items() if not name.endswith(".bias") or value.any()}
 
 
+def largest_rank(tensors: dict[str, torch.Tensor]) -> int | None:
+    """The largest rank among the pairs of matrices of a LoRA file."""
+    matches = {name: _MATRIX.fullmatch(_ADAPTER.sub(r".lora_\1.", name)) for name in tensors}
+    downs = [tensors[name] for name, match in matches.items() if match and match["which"] in ("A", "down")]
+    return max((down.shape[0] for down in downs), default=None)
+
+
 def _adapter_config(metadata: dict[str, str]) -> dict:
     raw = metadata.get(LORA_ADAPTER_METADATA_KEY)
     if not raw:

@@ -23,7 +23,7 @@ from ..model_errors import ModelError, naming, shown
 from ..model_files import check_regular, describe_weights, load_pickle, read_json_object
 from ..provenance import FILE_NAME, UNKNOWN, Provenance, fingerprint, located, stored_path
 from .folders import INDEX
-from .lora import by_module_names, is_lora, plain_names, read_differences
+from .lora import by_module_names, is_lora, largest_rank, plain_names, read_differences
 from .write import KOHYA_NAME, LORA_NAME, PARTIAL_FORMAT, PARTIAL_NAME, known_facts
 
 
@@ -67,12 +67,14 @@ class ErasedWeights:
         format (`str`): A name of `FORMATS`.
         source (`str`): Where it was read.
         known (`dict`): Those fields of [`Provenance`] that the file, its name or its folder give.
+        rank (`int`, *optional*): Of a LoRA, its largest.
     """
 
     weights: dict[str, torch.Tensor]
     format: str
     source: str
     known: dict = field(default_factory=dict)
+    rank: int | None = None
 
     def provenance(self, base_model: str, revision: str | None, base_fingerprint: str) -> Provenance:
         """The record of this erasure, given the base model that it fits. What is not known is `"unknown"` or empty."""
@@ -342,7 +344,8 @@ def _from_tensors(
     """What the names in a file say that it is; `otherwise` a format of weights by a denoiser's own names."""
     if is_lora(list(tensors)):
         try:
-            return ErasedWeights(read_differences(tensors, metadata, path.parent), "lora", str(path), known)
+            differences = read_differences(tensors, metadata, path.parent)
+            return ErasedWeights(differences, "lora", str(path), known, largest_rank(tensors))
         except ValueError as error:
             raise ModelError(f"{path}: {error}") from None
     if any(name.startswith(_LDM_DENOISER) for name in tensors):

@@ -55,6 +55,7 @@ def erasure_card(folder: str | Path, repo_id: str, base: Base) -> ModelCard:
         has_pipeline=(folder / INDEX).is_file(),
         has_lora=(folder / LORA_NAME).is_file(),
         kohya=KOHYA_NAME if (folder / KOHYA_NAME).is_file() else None,
+        in_a1111=_is_listed_by_a1111(folder / KOHYA_NAME),
         checkpoint=CHECKPOINT_NAME if (folder / CHECKPOINT_NAME).is_file() else None,
         has_partial=(folder / PARTIAL_NAME).is_file(),
         partial_name=PARTIAL_NAME,
@@ -148,6 +149,14 @@ def _partial_of(path: Path) -> str | None:
         return None
     with safe_open(path, framework="pt") as file:
         return (family_of_names(file.keys()) or families()[0]).denoiser_name
+
+
+def _is_listed_by_a1111(path: Path) -> bool:
+    """Whether a LoRA is of a model that A1111 knows, see [`~ModelFamily.kohya_metadata`]."""
+    if not path.is_file():
+        return False
+    with safe_open(path, framework="pt") as file:
+        return any(name.startswith("ss_") for name in file.metadata() or {})
 
 
 def _evaluation(folder: Path) -> dict | None:
