@@ -90,7 +90,7 @@ def write_form(form, unet, erased, path, base_model="base"):
             provenance.save(path)
     elif form == "lora":
         path /= "pytorch_lora_weights.safetensors"
-        save_file(low_rank(unet, erased, full_rank(unet, erased)).tensors, path)
+        save_file(low_rank(unet, erased, full_rank(unet, erased), biases=True).tensors, path)
     return path
 
 

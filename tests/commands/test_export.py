@@ -7,12 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors import safe_open
 
 import diffusers_safe
 from diffusers_safe import ErasedStableDiffusionPipeline, cli
-from diffusers_safe.formats import LORA_NAME, PARTIAL_NAME, read_erased_weights
+from diffusers_safe.formats import (
+    CHECKPOINT_NAME,
+    KOHYA_NAME,
+    LORA_NAME,
+    PARTIAL_NAME,
+    read_erased_weights,
+    save_partial,
+)
 from diffusers_safe.output_folders import RECORD
 from diffusers_safe.provenance import Provenance, fingerprint
 from erasure_files import FORMS, make_erased, write_form
@@ -43,9 +50,9 @@ def draw(pipeline):
     return pipeline("a knife", num_inference_steps=2, generator=generator, output_type="np").images
 
 
-@pytest.mark.parametrize("to", ["full", "unet", "partial", "lora"])
+@pytest.mark.parametrize("to", ["full", "unet", "partial", "lora", "single-file"])
 def test_each_form_holds_the_erasure_and_its_record(make_tiny_pipeline, partial, tmp_path, to, capsys):
-    folder = export(partial, to, tmp_path / "out", *(("--rank", FULL_RANK) if to == "lora" else ()))
+    folder = export(partial, to, tmp_path / "out", *(("--rank", FULL_RANK, "--biases") if to == "lora" else ()))
     unet = make_tiny_pipeline().unet
     expected = {**dict(unet.named_parameters()), **make_erased(unet)}
     expected = {name: value.detach().clone() for name, value in expected.items()}
@@ -56,6 +63,10 @@ def test_each_form_holds_the_erasure_and_its_record(make_tiny_pipeline, partial,
     record = Provenance.load(folder)
     assert (record.concepts, record.method, record.arguments) == (["knife"], "sdd", {"seed": 1})
     assert record.export["to"] == to and f"{to} in {folder}" in capsys.readouterr().out
+    if to in ("lora", "single-file"):  # a file that was separated from its record knows it, too
+        (file,) = folder.glob("*.safetensors")
+        known = read_erased_weights(file).known
+        assert known["concepts"] == ["knife"] and known["base_fingerprint"] == record.base_fingerprint
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -73,7 +84,7 @@ def test_everything_becomes_a_partial(base, tiny_model_folder, tmp_path, form):
 
 def test_a_lora_of_full_rank_draws_what_the_erased_model_draws(base, partial, tmp_path, capsys):
     erased = DiffusionPipeline.from_pretrained(export(partial, "full", tmp_path / "full"))
-    lora = export(partial, "lora", tmp_path / "lora", "--rank", FULL_RANK)
+    lora = export(partial, "lora", tmp_path / "lora", "--rank", FULL_RANK, "--biases")
     stock = DiffusionPipeline.from_pretrained(base.config._name_or_path)
     before = draw(stock)
     stock.load_lora_weights(lora)
@@ -82,10 +93,67 @@ def test_a_lora_of_full_rank_draws_what_the_erased_model_draws(base, partial, tm
     stock.load_lora_weights(lora / LORA_NAME, adapter_name="again")  # as a file, too
 
 
+def test_a_lora_for_comfyui_is_the_same_lora_by_other_names(base, partial, make_tiny_pipeline, tmp_path, capsys):
+    """Its biases are left out, so that it can be fused, and what is lost is printed and recorded."""
+    folders = {to: export(partial, to, tmp_path / to, "--rank", 4) for to in ("lora", "kohya")}
+    reports = [Provenance.load(folder).export for folder in folders.values()]
+    assert {**reports[0], "to": "kohya"} == reports[1] and 0 < reports[1]["lost"] < reports[1]["error"]
+    left_out = f"left out: 16 changed biases and norms ({reports[1]['lost']:.2%} of the change), such as "
+    assert capsys.readouterr().out.count(left_out) == 2
+    values = [read_erased_weights(folder).values(base.unet) for folder in folders.values()]
+    assert values[0].keys() == values[1].keys() and not any("bias" in name for name in values[0])
+    assert all(torch.allclose(values[0][name], values[1][name], atol=1e-6) for name in values[0])
+    pictures = []
+    for folder in folders.values():
+        stock = make_tiny_pipeline()
+        stock.load_lora_weights(folder)
+        stock.fuse_lora()
+        stock.unload_lora_weights()
+        pictures.append(draw(stock))
+    assert np.abs(pictures[0] - pictures[1]).max() < 1e-4
+    assert {path.name for path in folders["kohya"].iterdir()} == {RECORD, "erasure.json", KOHYA_NAME}
+    again = export(folders["kohya"], "lora", tmp_path / "again")
+    assert Provenance.load(again).concepts == ["knife"]
+    assert Provenance.load(again).export["rank"] == 4  # as the source has it
+
+
+def test_a_checkpoint_is_read_by_diffusers_and_by_us(base, partial, make_tiny_pipeline, tmp_path):
+    folder = export(partial, "single-file", tmp_path / "out")
+    full = DiffusionPipeline.from_pretrained(export(partial, "full", tmp_path / "full"))
+    make_tiny_pipeline(seed=1).save_pretrained(tmp_path / "other")  # only its configs are used
+    options = {"config": str(tmp_path / "other"), "safety_checker": None}
+    read = StableDiffusionPipeline.from_single_file(folder / CHECKPOINT_NAME, **options)
+    assert np.abs(draw(read) - draw(full)).max() < 1e-4
+    ours = ErasedStableDiffusionPipeline.from_pretrained(folder)
+    assert ours.erasure.base_model == base.config._name_or_path
+    assert np.abs(draw(ours) - draw(full)).max() < 1e-4
+
+
+def test_a_model_without_such_checkpoints_is_told_before_it_is_loaded(
+    make_tiny_sd3_pipeline, tmp_path, capsys, monkeypatch
+):
+    pipeline = make_tiny_sd3_pipeline()
+    pipeline.save_pretrained(tmp_path / "sd3")
+    transformer, name = pipeline.transformer, "transformer_blocks.0.attn.add_k_proj.weight"
+    provenance = Provenance(str(tmp_path / "sd3"), fingerprint(transformer), ["knife"], "sdd", "xattn", {})
+    erased = {name: transformer.get_parameter(name).detach() + torch.randn(16, 16)}
+    save_partial(erased, provenance, tmp_path / "x.safetensors")
+    export(tmp_path / "x.safetensors", "kohya", tmp_path / "kohya", "--rank", 16)
+    read = read_erased_weights(tmp_path / "kohya").values(transformer)
+    assert read.keys() == {name} and torch.allclose(read[name], erased[name], atol=1e-5)
+    capsys.readouterr()
+    monkeypatch.setattr("diffusers_safe.formats.export.load_pipeline", None)
+    with pytest.raises(SystemExit, match="2"):
+        export(tmp_path / "x.safetensors", "single-file", tmp_path / "out")
+    error = capsys.readouterr().err
+    assert "is a StableDiffusion3Pipeline; allowed are StableDiffusionPipeline or StableDiffusionXLPipeline" in error
+    assert error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
 def test_the_error_falls_with_rank_and_is_written_down(partial, tmp_path, capsys):
     errors = []
     for rank in (1, 4, 16):
-        export(partial, "lora", tmp_path / str(rank), "--rank", rank)
+        export(partial, "lora", tmp_path / str(rank), "--rank", rank, "--biases")
         report = Provenance.load(tmp_path / str(rank)).export
         with safe_open(tmp_path / str(rank) / LORA_NAME, "pt") as file:
             assert json.loads(file.metadata()["export"]) == report
@@ -106,7 +174,7 @@ def test_what_a_lora_cannot_hold_is_told_or_left_out(base, tiny_model_folder, tm
     assert not (tmp_path / "out").exists()
     export(path, "lora", tmp_path / "out", "--only_weights", "--rank", FULL_RANK)
     told = capsys.readouterr().out
-    assert "left out: " in told and "changed biases and norms, such as" in told
+    assert re.search(r"left out: \d+ changed biases and norms \(\d+\.\d+% of the change\), such as", told)
     stock = DiffusionPipeline.from_pretrained(tiny_model_folder)
     stock.load_lora_weights(tmp_path / "out")
     stock.fuse_lora()
@@ -127,9 +195,14 @@ def test_a_whole_pipeline_becomes_small_again(partial, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["{partial}", "--to", "gguf"], "to 'gguf': unknown; allowed are full, unet, transformer, partial, lora"),
-        (["{partial}", "--to", "full", "--rank", "4"], "rank 4: needs --to lora"),
-        (["{partial}", "--to", "full", "--only_weights"], "only_weights: needs --to lora"),
+        (
+            ["{partial}", "--to", "gguf"],
+            "to 'gguf': unknown; allowed are full, unet, transformer, partial, lora, kohya",
+        ),
+        (["{partial}", "--to", "full", "--rank", "4"], "rank 4: needs --to lora or kohya"),
+        (["{partial}", "--to", "single-file", "--only_weights"], "only_weights: needs --to lora or kohya"),
+        (["{partial}", "--to", "kohya", "--biases"], "biases: needs --to lora; ComfyUI and A1111 read no biases"),
+        (["{partial}", "--to", "lora", "--biases", "--only_weights"], "cannot have only_weights and biases"),
         (["{partial}", "--to", "lora", "--rank", "0"], "rank 0: must be at least 1"),
         (["no/where", "--to", "full"], "'no/where': no such file, folder or Hub repository"),
         (["{partial}", "--to", "full", "--weight_name", "x.pt"], "no such file"),
@@ -168,7 +241,11 @@ def test_overwrite_replaces_a_result_when_the_new_one_is_there(base, partial, tm
     export(partial, "partial", out, "--overwrite")
     files = {path.name for path in out.rglob("*") if path.is_file()}
     assert files == {RECORD, "erasure.json", PARTIAL_NAME, "mine.txt"}
-    export(out / PARTIAL_NAME, "unet", out, "--overwrite")  # from the file that makes way
+    for to, name in (("kohya", KOHYA_NAME), ("lora", LORA_NAME), ("single-file", CHECKPOINT_NAME)):
+        export(partial, to, out, "--overwrite")
+        files = {path.name for path in out.rglob("*") if path.is_file()}
+        assert files == {RECORD, "erasure.json", name, "mine.txt"}
+    export(out / CHECKPOINT_NAME, "unet", out, "--overwrite")  # from the file that makes way
     assert read_erased_weights(out).changes(base.unet).keys() == read_erased_weights(partial).weights.keys()
 
 

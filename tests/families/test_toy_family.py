@@ -230,16 +230,17 @@ def test_weights_swap_and_a_trained_lora_is_saved_and_loaded(folder, pipeline, t
     assert difference(image(base), drawn) < ROUNDING
 
 
-@pytest.mark.parametrize("to", ["full", "transformer", "partial", "lora"])
+@pytest.mark.parametrize("to", ["full", "transformer", "partial", "lora", "kohya"])
 def test_every_form_is_exported_loaded_switched_off_and_published(folder, partial, tmp_path, to):
-    out, rank = tmp_path / "out", {"rank": 16} if to == "lora" else {}
-    export(str(partial), str(out), to, **rank)
+    out, options = tmp_path / "out", {"lora": {"rank": 16, "biases": True}, "kohya": {"rank": 16}}
+    export(str(partial), str(out), to, **options.get(to, {}))
     erased = ErasedToyPipeline.from_pretrained(out, folder)
     erased.set_progress_bar_config(disable=True)
     base = build_toy_pipeline()
     parameters = dict(erased.transformer.named_parameters())
     for name, value in erased_weights(base.transformer).items():
-        torch.testing.assert_close(parameters[name].detach(), value, atol=1e-5, rtol=1e-5)
+        if to != "kohya" or name.endswith(".weight"):
+            torch.testing.assert_close(parameters[name].detach(), value, atol=1e-5, rtol=1e-5)
     erased_image = image(erased)
     assert difference(erased_image, image(base)) > ROUNDING
     with erased.erasure_disabled():
@@ -251,11 +252,17 @@ def test_every_form_is_exported_loaded_switched_off_and_published(folder, partia
         "transformer": 'transformer = SD3Transformer2DModel.from_pretrained("user/model", subfolder="transformer")',
         "partial": "load_partial(pipeline.transformer,",
         "lora": 'pipeline.load_lora_weights("user/model")',
+        "kohya": "`kohya_lora.safetensors` is a LoRA for ComfyUI, for the base model only",
     }
     assert usage[to] in card and "unet" not in card.lower()
     if to == "full":
         erased.save_pretrained(tmp_path / "saved")
         assert difference(image(load_pipeline(str(tmp_path / "saved"))), erased_image) < ROUNDING
+
+
+def test_a_checkpoint_of_one_file_is_refused(partial, tmp_path):
+    with pytest.raises(ValueError, match="to single-file: .* is a ToyPipeline; allowed are StableDiffusionPipeline"):
+        export(str(partial), str(tmp_path / "out"), "single-file")
 
 
 def test_the_name_of_another_familys_denoiser_is_refused(partial, tmp_path):

@@ -58,19 +58,22 @@ def test_more_rank_less_error_and_full_rank_none(changed):
     assert full.tensors["unet.conv.lora_B.weight"].shape == (5, 5, 1, 1)
 
 
-def test_biases_are_held_exactly_or_left_out_and_counted(changed):
+def test_biases_are_left_out_and_counted_or_held_exactly(changed):
     net, erased = changed
     erased["wide.bias"] = net.wide.bias.detach() + 2
-    held = low_rank(net, erased, 7)
+    held = low_rank(net, erased, 7, biases=True)
     assert held.error < 1e-6 and held.left_out == []
     assert torch.allclose(held.tensors["unet.wide.lora_B.bias"], torch.full((7,), 2.0))
     assert not held.tensors["unet.tall.lora_B.bias"].any()
-    plain = low_rank(net, erased, 7, only_weights=True)
+    plain = low_rank(net, erased, 7)
     total = sum(np.linalg.norm(matrix) ** 2 for matrix in matrices(net, {k: erased[k] for k in plain.errors
                                                                         if k != "wide.bias"}).values())  # fmt: skip
     assert plain.left_out == ["wide.bias"] and plain.errors["wide.bias"] == pytest.approx(1)
     assert plain.error == pytest.approx((28 / (total + 28)) ** 0.5) and plain.worst != "wide.bias"
+    assert plain.lost == pytest.approx(plain.error) and held.lost == 0
     assert not any("bias" in name for name in plain.tensors)
+    with pytest.raises(ValueError, match="any of the 1 changed parameters, such as wide.bias; --biases stores biases"):
+        low_rank(net, {"wide.bias": erased["wide.bias"]}, 1)
 
 
 def test_a_norm_is_told_before_it_is_lost(changed):

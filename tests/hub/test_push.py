@@ -22,7 +22,7 @@ from diffusers_safe import ErasedStableDiffusionPipeline, cli
 from diffusers_safe.distillation import run as distillation
 from diffusers_safe.emoji.dataset import emoji_dataset
 from diffusers_safe.families.students import build_student
-from diffusers_safe.formats import PARTIAL_NAME, load_denoiser
+from diffusers_safe.formats import CHECKPOINT_NAME, KOHYA_NAME, PARTIAL_NAME, load_denoiser
 from diffusers_safe.hub import PUSH_FAILED, RETRY_WAITS, PushError, find_base, push_result
 from diffusers_safe.hub.cards import CARD_NAME, is_ours
 from diffusers_safe.provenance import Distillation, Provenance, fingerprint
@@ -245,7 +245,7 @@ def test_the_card_of_an_exported_lora_tells_how_far_off_it_is(hub, folder, tiny_
     push_result(folder, "tester/whole")
     assert "relative Frobenius" not in (folder / CARD_NAME).read_text()
     lora = tmp_path / "lora"
-    cli.main(["export", str(folder), "--to", "lora", "--rank", "2", "--output_dir", str(lora)])
+    cli.main(["export", str(folder), "--to", "lora", "--rank", "2", "--biases", "--output_dir", str(lora)])
     export = Provenance.load(lora).export
     push_result(lora, "tester/lora")
     card = hub.files("tester/lora")[CARD_NAME].decode()
@@ -255,9 +255,21 @@ def test_the_card_of_an_exported_lora_tells_how_far_off_it_is(hub, folder, tiny_
     assert f"at worst {worst['error']:.2%} (`{worst['parameter']}`) |" in card
     assert "the approximation error is given below" in card
 
-    Provenance(**{**vars(Provenance.load(lora)), "export": {**export, "left_out": ["a.bias", "b"]}}).save(lora)
+    export |= {"left_out": ["a.bias", "b"], "lost": 0.1}
+    Provenance(**{**vars(Provenance.load(lora)), "export": export}).save(lora)
     push_result(lora, "tester/lora")
-    assert "; 2 changed biases and norms are left out, such as `a.bias` |" in (lora / CARD_NAME).read_text()
+    left_out = "; 2 changed biases and norms are left out (10.00% of the change), such as `a.bias` |"
+    assert left_out in (lora / CARD_NAME).read_text()
+
+
+@pytest.mark.parametrize("to, name", [("kohya", KOHYA_NAME), ("single-file", CHECKPOINT_NAME)])
+def test_files_for_comfyui_are_pushed_and_the_card_says_where_they_go(hub, folder, tmp_path, to, name):
+    cli.main(["export", str(folder), "--to", to, "--output_dir", str(tmp_path / to)])
+    push_result(tmp_path / to, f"tester/{to}")
+    files = hub.files(f"tester/{to}")
+    assert name in files and f"`{name}` is " in files[CARD_NAME].decode()
+    assert ("relative Frobenius" in files[CARD_NAME].decode()) == (to == "kohya")
+    assert "A1111" in files[CARD_NAME].decode()
 
 
 def test_the_usage_on_the_card_is_true(hub, folder, tiny_model_folder, monkeypatch):

@@ -10,6 +10,8 @@ or of ESD, 2023 and 2025), a CompVis checkpoint, a LoRA. An erasure.json is writ
   DENOISERS
   partial     the changed weights only, with the base model's fingerprint
   lora        for load_lora_weights of a stock pipeline; the approximation error is printed
+  kohya       the same LoRA by the names that ComfyUI and A1111 read
+  single-file a checkpoint for ComfyUI, A1111 and from_single_file (Stable Diffusion 1.x, 2.x, XL)
 """
 
 from pathlib import Path
@@ -31,5 +33,6 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> None:
         worst = lora.worst
         print(f"rank {lora.rank}: error {lora.error:.2%} of the change, at worst {lora.errors[worst]:.2%} ({worst})")
         if lora.left_out:
-            print(f"left out: {len(lora.left_out)} changed biases and norms, such as {lora.left_out[0]}")
+            lost = f"{lora.lost:.2%} of the change"
+            print(f"left out: {len(lora.left_out)} changed biases and norms ({lost}), such as {lora.left_out[0]}")
     print(f"{options.to} in {Path(options.output_dir).resolve()}")

@@ -13,7 +13,7 @@ Erasing, generating and publishing need nothing else; students and safe or erase
 * `denoiser_name`, `denoiser_class`: the trained component, `"unet"` or `"transformer"`: also its folder in a
   repository, a value of `--save` and `--to`, and the prefix of its layers in LoRA files.
 * `denoiser_parts`: first parts of its parameters' names, by which a file of bare weights is recognized.
-* `kohya_prefix`: of its layers in kohya-ss' LoRA files.
+* `kohya_prefix`: of its layers in LoRA files of kohya-ss and others, as ComfyUI reads them.
 * `text_encoders`, `tokenizers`: components, in pairs. `token_names`: the encoders' keys in files of textual inversion.
 * `train_methods`: for names of `TRAIN_METHODS`, the rule that selects parameters by full name and owner module. Leave
   out what the architecture does not have; [`~ModelFamily.rules`] may also leave out what one checkpoint does not have.
@@ -54,6 +54,9 @@ Erasing, generating and publishing need nothing else; students and safe or erase
 **Files and other programs**
 
 * [`~ModelFamily.from_original`]: a denoiser's weights from the names of its authors' single-file checkpoints.
+* `single_file` and [`~ModelFamily.to_original`]: a whole pipeline as such a checkpoint, if that can be written.
+* [`~ModelFamily.kohya_layers`]: names of layers in LoRA files for ComfyUI and A1111, where they are not diffusers' own
+  after `kohya_prefix`; [`~ModelFamily.original_layers`]: names that are read in addition.
 * [`~ModelFamily.rename_lora`]: older names in LoRA files, if there are any.
 * `pooled_name`, [`~ModelFamily.takes_pooled`]: the denoiser's argument for pooled prompt embeddings, which Safe Latent
   Diffusion sets.
@@ -104,6 +107,7 @@ class ModelFamily(PromptEncoding):
     denoiser_class: type[nn.Module]
     denoiser_parts: tuple[str, ...] = ()
     kohya_prefix: str
+    single_file: bool = False
     optional: tuple[str, ...] = ()
     token_names: tuple[str, ...] = ()
     guidance_name: str | None = None
@@ -274,6 +278,36 @@ class ModelFamily(PromptEncoding):
             `NotImplementedError`: If such checkpoints of this family cannot be read.
         """
         raise NotImplementedError(f"{cls.__name__} reads no single-file checkpoints")
+
+    @classmethod
+    def to_original(cls, pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
+        """A whole pipeline as its authors' single-file checkpoint; for families with `single_file`.
+
+        Raises:
+            `ValueError`: If a part of it has no place there.
+        """
+        raise NotImplementedError(f"{cls.__name__} writes no single-file checkpoints")
+
+    @classmethod
+    def original_layers(cls, denoiser: nn.Module) -> dict[str, str]:
+        """The names that its authors have for the denoiser's layers, by diffusers' names; none by default."""
+        return {}
+
+    @classmethod
+    def kohya_layers(cls, denoiser: nn.Module) -> dict[str, str]:
+        """The names of the denoiser's layers in LoRA files for ComfyUI and A1111, by diffusers' names. Layers that
+        these programs do not know are left out."""
+        return {name: cls.kohya_name(name) for name, _ in denoiser.named_modules()}
+
+    @classmethod
+    def kohya_name(cls, layer: str) -> str:
+        """The name of a layer in LoRA files of kohya-ss, which have `_` for `.`."""
+        return f"{cls.kohya_prefix}{layer.replace('.', '_')}"
+
+    @classmethod
+    def kohya_metadata(cls, denoiser: nn.Module) -> dict[str, str]:
+        """What kohya-ss writes into a LoRA file about the base model; A1111 lists LoRAs by it."""
+        return {}
 
     @classmethod
     def rename_lora(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

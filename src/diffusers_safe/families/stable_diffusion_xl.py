@@ -1,7 +1,7 @@
 """Stable Diffusion XL: two CLIP text encoders, the pooled states of the second, and the image's size as time ids."""
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from torch import nn
 from transformers import CLIPTextConfig
 
@@ -31,6 +31,7 @@ class StableDiffusionXLFamily(UNetFamily):
     tokenizers = ("tokenizer", "tokenizer_2")
     token_names = ("clip_l", "clip_g")
     addition_embed_type = "text_time"
+    text_places = (("conditioner.embedders.0.", ("CLIP",)), ("conditioner.embedders.1.", ("OpenCLIP",)))
 
     @classmethod
     def check(cls, config: ComponentConfig, resolution: int | None = None) -> None:
@@ -44,6 +45,16 @@ class StableDiffusionXLFamily(UNetFamily):
                 f"{text} of text and {NUM_TIME_IDS} time ids of {times}; a refiner, which takes an aesthetics score, "
                 "cannot be trained"
             )
+
+    @classmethod
+    def to_original(cls, pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
+        weights, scheduler = super().to_original(pipeline), pipeline.scheduler.config
+        if scheduler.get("prediction_type") == "v_prediction":
+            # ComfyUI looks for tensors of these names.
+            weights["v_pred"] = torch.empty(0)
+            if scheduler.get("rescale_betas_zero_snr"):
+                weights["ztsnr"] = torch.empty(0)
+        return weights
 
     def _encode(self, prompts: list[str], device: torch.device | str) -> Conditioning:
         encoder_hidden_states, pooled = self.encode_different(prompts, lambda batch: self._encode_some(batch, device))

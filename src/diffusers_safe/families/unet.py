@@ -4,16 +4,18 @@ import re
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from torch import nn
 from transformers import CLIPTextConfig
 
+from . import compvis
 from .base import ComponentConfig, ModelFamily, Rule, check_channels, vae_scale_factor
 
 
 UNET_TEXT_WIDTH = 1280  # diffusers' default
+SD_2_TEXT_WIDTH = 1024
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")  # the first is meant where a config says nothing
 # Where SD 1.x and 2.x attend outside the middle: on three of four levels, one transformer block a place.
 _SD_BLOCKS = {
@@ -39,6 +41,8 @@ class UNetFamily(ModelFamily):
         addition_embed_type (`str`, *optional*): What the UNet must take besides the prompt's hidden states.
         by_number (`tuple[str, ...]`): Train methods that name blocks by their numbers in Stable Diffusion 1.x and 2.x,
             which are other blocks in other UNets.
+        text_places (`tuple[tuple[str, tuple[str, ...]], ...]`): For each text encoder its place in a checkpoint of one
+            file, and which kinds may be there, as of [`compvis.text_weights`].
     """
 
     denoiser_name = "unet"
@@ -46,6 +50,8 @@ class UNetFamily(ModelFamily):
     denoiser_parts = ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "conv_norm_out",
                       "time_embedding", "add_embedding", "encoder_hid_proj")  # fmt: skip
     kohya_prefix = "lora_unet_"
+    single_file = True
+    text_places: tuple[tuple[str, tuple[str, ...]], ...] = (("cond_stage_model.", ("CLIP", "OpenCLIP")),)
     pooled_name = "text_embeds"
     train_methods: dict[str, Rule] = {
         "xattn": lambda name, _: "attn2" in name,
@@ -163,6 +169,33 @@ class UNetFamily(ModelFamily):
     @classmethod
     def from_original(cls, weights: dict[str, torch.Tensor], denoiser: nn.Module) -> dict[str, torch.Tensor]:
         return convert_ldm_unet_checkpoint(weights, denoiser.config)
+
+    @classmethod
+    def to_original(cls, pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
+        weights = {**compvis.unet_weights(pipeline.unet), **compvis.vae_weights(pipeline.vae)}
+        for name, (place, kinds) in zip(cls.text_encoders, cls.text_places, strict=True):
+            weights |= compvis.text_weights(name, getattr(pipeline, name), place, kinds)
+        return weights
+
+    @classmethod
+    def original_layers(cls, denoiser: nn.Module) -> dict[str, str]:
+        return compvis.unet_layers(denoiser)
+
+    @classmethod
+    def kohya_layers(cls, denoiser: nn.Module) -> dict[str, str]:
+        # ComfyUI knows both names of each layer. Of SDXL, A1111 and diffusers read all layers by CompVis' names only;
+        # of the others diffusers reads its own only.
+        original = compvis.unet_layers(denoiser)
+        by_original = cls.takes_pooled(denoiser.config)
+        return {name: cls.kohya_name(other if by_original else name) for name, other in original.items()}
+
+    @classmethod
+    def kohya_metadata(cls, denoiser: nn.Module) -> dict[str, str]:
+        # Without, A1111 takes any LoRA with metadata for one of SD 1.x, and does not list it for other models.
+        if cls.takes_pooled(denoiser.config):
+            return {"ss_base_model_version": "sdxl_base_v1-0"}
+        is_sd_2 = denoiser.config.cross_attention_dim == SD_2_TEXT_WIDTH
+        return {"ss_v2": "True"} if is_sd_2 else {"ss_base_model_version": "sd_v1"}
 
     @classmethod
     def rename_lora(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from .folders import (
     stock_class_name,
     written_aside,
 )
-from .lora import LoRA, full_rank, low_rank
+from .lora import LoRA, full_rank, kohya_tensors, low_rank
 from .read import (
     FORMATS,
     ErasedWeights,
@@ -22,12 +22,24 @@ from .read import (
     read_erased_weights,
 )
 from .source import fetch
-from .write import LORA_NAME, PARTIAL_NAME, copy_with_facts, facts, save_lora, save_partial, save_whole
+from .write import (
+    CHECKPOINT_NAME,
+    KOHYA_NAME,
+    LORA_NAME,
+    PARTIAL_NAME,
+    copy_with_facts,
+    facts,
+    save_lora,
+    save_partial,
+    save_whole,
+)
 
 
 __all__ = [
+    "CHECKPOINT_NAME",
     "FORMATS",
     "INDEX",
+    "KOHYA_NAME",
     "LORA_NAME",
     "PARTIAL_NAME",
     "ErasedWeights",
@@ -38,6 +50,7 @@ __all__ = [
     "facts",
     "fetch",
     "full_rank",
+    "kohya_tensors",
     "load_denoiser",
     "load_partial",
     "model_folders",

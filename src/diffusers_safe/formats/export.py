@@ -5,24 +5,34 @@ from dataclasses import dataclass, replace
 
 from ..arguments import build_options, option, required
 from ..embedded import check_revision
-from ..families import TEXT_ENCODERS, StoredModel, denoiser_names, load_pipeline, make_family
+from ..families import (
+    TEXT_ENCODERS,
+    ModelFamily,
+    StoredModel,
+    denoiser_names,
+    families,
+    load_pipeline,
+    make_family,
+)
 from ..model_errors import ModelError
 from ..output_folders import OVERWRITE_HELP, RESULT, check_apart, check_claim, claimed
 from ..provenance import fingerprint
 from ..values import choose
 from .folders import result_names, save_model, written_aside
-from .lora import LoRA, full_rank, low_rank
+from .lora import LoRA, full_rank, kohya_tensors, low_rank
 from .read import ErasedWeights, assign, read_erased_weights
 from .source import fetch
-from .write import LORA_NAME, PARTIAL_NAME, facts, save_partial, save_whole
+from .write import CHECKPOINT_NAME, KOHYA_NAME, LORA_NAME, PARTIAL_NAME, facts, save_partial, save_whole
 
 
 DEFAULT_RANK = 16
+LORAS = ("lora", "kohya")
+_FILE_NAMES = {"lora": LORA_NAME, "kohya": KOHYA_NAME, "single-file": CHECKPOINT_NAME}
 
 
 def forms() -> tuple[str, ...]:
     """The forms of an erased model; the denoiser alone has its name in the pipeline."""
-    return ("full", *denoiser_names(), "partial", "lora")
+    return ("full", *denoiser_names(), "partial", *LORAS, "single-file")
 
 
 @dataclass(kw_only=True)
@@ -42,21 +52,31 @@ class ExportOptions:
     weight_name: str | None = option(None, "File of the source that holds the changed weights, if there are several.")
     rank: int | None = option(
         None,
-        f"Rank of the LoRA. Default: {DEFAULT_RANK}, or the full rank of the changes if that is less.",
+        f"Rank of the LoRA. Default: that of the source if it is a LoRA, else {DEFAULT_RANK}; or the full rank of the "
+        "changes if that is less.",
         at_least=1,
     )
     only_weights: bool = option(
         False,
-        "Leave changed biases and norms out of the LoRA. Biases need a loader that supports lora_B.bias (diffusers "
-        "does, others may not, and such a LoRA cannot be fused). Norms cannot be stored in a LoRA.",
+        "Leave changed norms out of the LoRA, which cannot store them. What is lost is printed.",
+    )
+    biases: bool = option(
+        False,
+        "Store changed biases in the LoRA (lora_B.bias): diffusers reads them, other programs do not, and fuse_lora "
+        "refuses such a LoRA. Default: they are left out, and what is lost is printed.",
     )
     overwrite: bool = option(False, OVERWRITE_HELP)
 
     def __post_init__(self):
         self.to = choose("to", self.to, forms())
-        if self.to != "lora" and (self.rank is not None or self.only_weights):
-            given = f"rank {self.rank}" if self.rank is not None else "only_weights"
-            raise ValueError(f"{given}: needs --to lora")
+        given = [f"rank {self.rank}"] if self.rank is not None else []
+        given += [name for name in ("only_weights", "biases") if getattr(self, name)]
+        if given and self.to not in LORAS:
+            raise ValueError(f"{given[0]}: needs --to {' or '.join(LORAS)}")
+        if self.biases and self.to != "lora":
+            raise ValueError("biases: needs --to lora; ComfyUI and A1111 read no biases of a LoRA")
+        if self.biases and self.only_weights:
+            raise ValueError("biases: a LoRA cannot have only_weights and biases; give one of them")
 
     @property
     def claim(self) -> dict:
@@ -91,7 +111,8 @@ def export(source: str, output_dir: str, to: str = "full", **options) -> LoRA | 
             CompVis checkpoint, a LoRA.
         output_dir (`str`): The folder of the result.
         to (`str`, defaults to `"full"`): `"full"`, a stock pipeline folder; the denoiser's name in the
-            pipeline, the denoiser alone; `"partial"`, the changed weights; `"lora"`.
+            pipeline, the denoiser alone; `"partial"`, the changed weights; `"lora"`; `"kohya"`, the same LoRA by the
+            names that ComfyUI and A1111 read; `"single-file"`, a checkpoint for these programs.
         options: Those of `diffusers-safe export --help`.
 
     Returns:
@@ -117,34 +138,52 @@ def run_export(options: ExportOptions) -> LoRA | None:
         hub = _revision(base_revision)
         variant = erased.known.get("arguments", {}).get("variant") if options.base_model is None else None
         try:
-            StoredModel(base_model, argument="base_model", **hub)
+            stored = StoredModel(base_model, argument="base_model", **hub)
         except ValueError as error:
             named = "; the source names it, --base_model gives another" if options.base_model is None else ""
             raise ModelError(f"{error}{named}") from None
+        _check_form(options.to, base_model, stored.family)
         pipeline = load_pipeline(base_model, **hub, **({"variant": variant} if variant else {}))
         family = make_family(pipeline)
         denoiser = family.denoiser
-        if options.to in denoiser_names() and options.to != family.denoiser_name:
-            raise ModelError(f"to {options.to}: {base_model} has none; its denoiser is called {family.denoiser_name}")
-        changed, lora, record = erased.changes(denoiser), None, {"to": options.to}
-        if options.to == "lora":
-            rank = options.rank or min(DEFAULT_RANK, full_rank(denoiser, changed))
-            try:
-                lora = low_rank(denoiser, changed, rank, options.only_weights)
-            except ValueError as error:
-                raise ModelError(str(error)) from None
-            record |= lora.report()
         own = erased.known.get("base_fingerprint") or fingerprint(denoiser)
+        changed, lora, tensors, record = erased.changes(denoiser), None, {}, {"to": options.to}
+        try:
+            if options.to in LORAS:
+                rank = options.rank or min(erased.rank or DEFAULT_RANK, full_rank(denoiser, changed))
+                lora = low_rank(denoiser, changed, rank, options.only_weights, options.biases)
+                tensors = lora.tensors if options.to == "lora" else kohya_tensors(lora, denoiser)
+                record |= lora.report()
+            elif options.to == "single-file":
+                assign(denoiser, changed)
+                tensors = family.to_original(pipeline)
+        except ValueError as error:
+            raise ModelError(str(error)) from None
         provenance = replace(erased.provenance(base_model, base_revision, own), export=record)
         with written_aside(options.output_dir, provenance) as aside:
-            if lora is not None:
-                save_whole(lora.tensors, aside / LORA_NAME, {"format": "pt", **facts(provenance)})
+            if name := _FILE_NAMES.get(options.to):
+                more = family.kohya_metadata(denoiser) if options.to == "kohya" else {}
+                save_whole(tensors, aside / name, {"format": "pt", **facts(provenance), **more})
             elif options.to == "partial":
                 save_partial(changed, provenance, aside / PARTIAL_NAME)
             else:
                 assign(denoiser, changed)
                 save_model(pipeline, aside, only_denoiser=options.to in denoiser_names())
     return lora
+
+
+def _check_form(to: str, base_model: str, family: type[ModelFamily]) -> None:
+    """
+    Raises:
+        [`ModelError`]: If models of this family have no such form.
+    """
+    if to in denoiser_names() and to != family.denoiser_name:
+        raise ModelError(f"to {to}: {base_model} has none; its denoiser is called {family.denoiser_name}")
+    if to == "single-file" and not family.single_file:
+        able = " or ".join(kind.__name__ for one in families() if one.single_file for kind in one.pipeline_classes)
+        raise ModelError(
+            f"to single-file: {base_model} is a {family.pipeline_classes[0].__name__}; allowed are {able}"
+        )
 
 
 def _revision(revision: str | None) -> dict[str, str]:

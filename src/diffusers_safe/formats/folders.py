@@ -14,7 +14,7 @@ from ..files import disk_errors
 from ..output_folders import put_in_place, remove_leftover
 from ..provenance import FILE_NAME, STUDENT_FILE, Distillation, Provenance, write_text
 from ..report.grid import GRID_NAME
-from .write import LORA_NAME, PARTIAL_NAME
+from .write import CHECKPOINT_NAME, KOHYA_NAME, LORA_NAME, PARTIAL_NAME
 
 
 INDEX = "model_index.json"
@@ -35,7 +35,8 @@ def model_folders() -> set[str]:
 
 def result_names() -> tuple[str, ...]:
     """What makes a folder an erased model or a student; a new result replaces all of them."""
-    return (FILE_NAME, STUDENT_FILE, INDEX, PARTIAL_NAME, LORA_NAME, *sorted(model_folders()), GRID_NAME)
+    files = (PARTIAL_NAME, LORA_NAME, KOHYA_NAME, CHECKPOINT_NAME)
+    return (FILE_NAME, STUDENT_FILE, INDEX, *files, *sorted(model_folders()), GRID_NAME)
 
 
 @contextmanager

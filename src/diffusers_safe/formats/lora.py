@@ -112,10 +112,37 @@ def _without_alphas(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def by_module_names(differences: dict[str, torch.Tensor], denoiser: nn.Module) -> dict[str, torch.Tensor]:
-    """Differences by the names of a denoiser's parameters, where kohya-ss' scripts have `_` for `.` in them."""
-    prefix = family_of_denoiser(denoiser).kohya_prefix
-    names = {f"{prefix}{name.replace('.', '_')}.weight": f"{name}.weight" for name, _ in denoiser.named_modules()}
+    """Differences by the names of a denoiser's parameters, where kohya-ss' scripts have `_` for `.` in these or in the
+    names that its authors have for them."""
+    family, plain = family_of_denoiser(denoiser), getattr(denoiser, "_orig_mod", denoiser)
+    pairs = [*((name, name) for name, _ in plain.named_modules()), *family.original_layers(plain).items()]
+    names = {f"{family.kohya_name(written)}.weight": f"{name}.weight" for name, written in pairs}
     return {names.get(name, name): value for name, value in differences.items()}
+
+
+def kohya_tensors(lora: "LoRA", denoiser: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a LoRA by the names that ComfyUI and A1111 read: `lora_down`, `lora_up`, `alpha` of each layer.
+
+    A reader multiplies by `alpha / rank`, with the rank of the layer. Diffusers' own keeps one alpha for all layers,
+    so there is one, the largest rank, and `lora_up` makes up for smaller ranks.
+
+    Raises:
+        `ValueError`: If these programs do not know a layer, or there is a bias.
+    """
+    names = family_of_denoiser(denoiser).kohya_layers(denoiser)
+    tensors = {}
+    for name, value in lora.tensors.items():
+        match = _FACTOR.fullmatch(_without_component(name))
+        if (layer := match["layer"]) not in names:
+            raise ValueError(f"{layer}: ComfyUI and A1111 know no such layer; use another format")
+        if match["which"] == "A.weight":
+            tensors[f"{names[layer]}.lora_down.weight"] = value
+        elif match["which"] == "B.weight":
+            tensors[f"{names[layer]}.lora_up.weight"] = value * (value.shape[1] / lora.rank)
+            tensors[f"{names[layer]}.alpha"] = torch.tensor(float(lora.rank))
+        else:
+            raise ValueError(f"{layer}: ComfyUI and A1111 read no biases of a LoRA")
+    return tensors
 
 
 def read_differences(
@@ -164,6 +191,13 @@ def read_differences(
             differences[f"{layer}.bias"] = scale * factors["B.bias"]
     # A file with biases has one for each layer, 0 for layers without.
     return {name: value for name, value in differences.items() if not name.endswith(".bias") or value.any()}
+
+
+def largest_rank(tensors: dict[str, torch.Tensor]) -> int | None:
+    """The largest rank among the pairs of matrices of a LoRA file."""
+    matches = {name: _MATRIX.fullmatch(_ADAPTER.sub(r".lora_\1.", name)) for name in tensors}
+    downs = [tensors[name] for name, match in matches.items() if match and match["which"] in ("A", "down")]
+    return max((down.shape[0] for down in downs), default=None)
 
 
 def _adapter_config(metadata: dict[str, str]) -> dict:
@@ -219,6 +253,7 @@ class LoRA:
         error (`float`): Relative Frobenius error over all changed parameters: 0 is exact, 1 is no erasure at all.
         errors (`dict[str, float]`): The same of each changed parameter.
         left_out (`list[str]`): Changed parameters that the LoRA does not hold at all.
+        lost (`float`): The part of the change that is in these (ratio of Frobenius norms).
     """
 
     tensors: dict[str, torch.Tensor]
@@ -226,6 +261,7 @@ class LoRA:
     error: float
     errors: dict[str, float]
     left_out: list[str]
+    lost: float
 
     @property
     def worst(self) -> str:
@@ -236,7 +272,7 @@ class LoRA:
     def report(self) -> dict:
         """What is recorded with the facts of the erasure."""
         worst = {"parameter": self.worst, "error": self.errors[self.worst]}
-        return {"rank": self.rank, "error": self.error, "worst": worst, "left_out": self.left_out}
+        return {"rank": self.rank, "error": self.error, "worst": worst, "left_out": self.left_out, "lost": self.lost}
 
 
 def full_rank(denoiser: nn.Module, erased: dict[str, torch.Tensor]) -> int:
@@ -253,47 +289,56 @@ def low_rank(
     erased: dict[str, torch.Tensor],
     rank: int,
     only_weights: bool = False,
+    biases: bool = False,
     component: str | None = None,
 ) -> LoRA:
     """The best LoRA of a rank for the difference between erased weights and a base model's (Eckart and Young, 1936).
 
-    Weights of linear and convolution layers become pairs of matrices; biases of these layers are held exactly
-    (`lora_B.bias`, which diffusers and peft load). Nothing in a LoRA can hold a norm's parameters.
+    Weights of linear and convolution layers become pairs of matrices. Biases of these layers are left out, so that
+    every program reads the LoRA and `fuse_lora` can fuse it; or, with `biases`, they are held exactly (`lora_B.bias`,
+    which diffusers and peft load). Nothing in a LoRA can hold a norm's parameters. What is left out counts in `error`.
 
     Args:
         denoiser (`nn.Module`): The base model's.
         erased (`dict[str, torch.Tensor]`): The changed parameters, by name.
         rank (`int`): From 1 to [`full_rank`]; a layer's own full rank is enough where that is less.
-        only_weights (`bool`, defaults to `False`): Leave out changed biases and norms, to get a LoRA that every
-            program reads and `fuse_lora` can fuse. What is lost is part of `error`.
+        only_weights (`bool`, defaults to `False`): Leave out changed norms, too.
+        biases (`bool`, defaults to `False`): Hold changed biases.
         component (`str`, *optional*): The denoiser's name in the pipeline, which begins the names of the tensors; its
             family's by default.
 
     Raises:
-        `ValueError`: If the rank is out of its range, a changed parameter cannot be held and `only_weights` is not
-            given, or nothing can.
+        `ValueError`: If the rank is out of its range, a norm is changed and `only_weights` is not given, or no changed
+            parameter can be held.
     """
     modules, parameters = dict(denoiser.named_modules()), dict(denoiser.named_parameters())
     differences = {name: value.double().cpu() - parameters[name].double().cpu() for name, value in erased.items()}
     sizes = {name: value.norm().item() for name, value in differences.items()}
     total = sum(size**2 for size in sizes.values()) ** 0.5
     layers: dict[str, dict[str, torch.Tensor]] = {}
-    left_out = []
+    left_out, never = [], []
     for name, value in differences.items():
         layer, _, kind = name.rpartition(".")
-        can_hold = isinstance(modules[layer], _LAYERS) and not (only_weights and kind == "bias")
-        if can_hold:
-            layers.setdefault(layer, {})[kind] = value
-        else:
+        if not isinstance(modules[layer], _LAYERS):
+            never.append(name)
+        elif kind == "bias" and not biases:
             left_out.append(name)
-    if left_out and not only_weights:
-        lost = sum(sizes[name] ** 2 for name in left_out) ** 0.5 / total
+        else:
+            layers.setdefault(layer, {})[kind] = value
+    if never and not only_weights:
+        lost = sum(sizes[name] ** 2 for name in never) ** 0.5 / total
         raise ValueError(
-            f"a LoRA cannot hold {left_out[0]}{f' and {len(left_out) - 1} more' if left_out[1:] else ''}: "
+            f"a LoRA cannot hold {never[0]}{f' and {len(never) - 1} more' if never[1:] else ''}: "
             f"{lost:.1%} of the change would be lost; allow it with --only_weights, or use another format"
         )
     if not layers:
-        raise ValueError(f"a LoRA cannot hold any of the {len(left_out)} changed parameters, such as {left_out[0]}")
+        asked = "; --biases stores biases" if left_out else ""
+        left_out += never
+        raise ValueError(
+            f"a LoRA cannot hold any of the {len(left_out)} changed parameters, such as {left_out[0]}{asked}"
+        )
+    left_out += never
+    lost = sum(sizes[name] ** 2 for name in left_out) ** 0.5 / total
     most = full_rank(denoiser, erased)
     if not 1 <= rank <= most:
         raise ValueError(f"rank {rank}: must be from 1 to {most}, with which a LoRA holds this change exactly")
@@ -318,7 +363,7 @@ def low_rank(
                 squares[f"{layer}.bias"] = (parts["bias"] - bias).norm().item() ** 2
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     errors = {name: square**0.5 / (sizes[name] or 1) for name, square in squares.items()}
-    return LoRA(tensors, largest, sum(squares.values()) ** 0.5 / total, errors, left_out)
+    return LoRA(tensors, largest, sum(squares.values()) ** 0.5 / total, errors, left_out, lost)
 
 
 def _factors(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

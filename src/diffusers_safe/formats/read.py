@@ -23,8 +23,8 @@ from ..model_errors import ModelError, naming, shown
 from ..model_files import check_regular, describe_weights, load_pickle, read_json_object
 from ..provenance import FILE_NAME, UNKNOWN, Provenance, fingerprint, located, stored_path
 from .folders import INDEX
-from .lora import by_module_names, is_lora, plain_names, read_differences
-from .write import LORA_NAME, PARTIAL_FORMAT, PARTIAL_NAME, known_facts
+from .lora import by_module_names, is_lora, largest_rank, plain_names, read_differences
+from .write import KOHYA_NAME, LORA_NAME, PARTIAL_FORMAT, PARTIAL_NAME, known_facts
 
 
 # format -> what it is; `read_erased_weights` distinguishes them by their content
@@ -67,12 +67,14 @@ class ErasedWeights:
         format (`str`): A name of `FORMATS`.
         source (`str`): Where it was read.
         known (`dict`): Those fields of [`Provenance`] that the file, its name or its folder give.
+        rank (`int`, *optional*): Of a LoRA, its largest.
     """
 
     weights: dict[str, torch.Tensor]
     format: str
     source: str
     known: dict = field(default_factory=dict)
+    rank: int | None = None
 
     def provenance(self, base_model: str, revision: str | None, base_fingerprint: str) -> Provenance:
         """The record of this erasure, given the base model that it fits. What is not known is `"unknown"` or empty."""
@@ -105,10 +107,7 @@ class ErasedWeights:
             weights = by_module_names(weights, denoiser)
         for name, value in weights.items():
             if name not in parameters:
-                kohya = "; kohya-ss' names of SDXL are read by diffusers: load_lora_weights, then save_lora_weights"
-                raise self._error(
-                    f"the denoiser has no parameter {name}{kohya if name.startswith(family.kohya_prefix) else ''}"
-                )
+                raise self._error(f"the denoiser has no parameter {name}{self._other_family(name, denoiser)}")
             if parameters[name].shape != value.shape:
                 shapes = f"{tuple(value.shape)}, the denoiser's has {tuple(parameters[name].shape)}"
                 raise self._error(f"{name} has shape {shapes}")
@@ -144,6 +143,11 @@ class ErasedWeights:
             `ValueError`: As [`~ErasedWeights.values`].
         """
         assign(denoiser, self.values(denoiser))
+
+    def _other_family(self, name: str, denoiser: nn.Module) -> str:
+        """Whose layer a LoRA names that is not the denoiser's."""
+        kohya = any(name.startswith(family.kohya_prefix) for family in families())
+        return f"; the LoRA is of another kind of model than {type(denoiser).__name__}" if kohya else ""
 
     def _error(self, reason: str) -> ModelError:
         return ModelError(f"{self.source}: {reason}")
@@ -253,8 +257,8 @@ def _read_folder(folder: Path) -> ErasedWeights:
         erased = _read_denoiser(denoiser or folder / denoiser_names()[0])
     elif (folder / "config.json").is_file():
         erased = _read_denoiser(folder)
-    elif (folder / LORA_NAME).is_file():
-        erased = read_erased_weights(folder / LORA_NAME)
+    elif lora := next((name for name in (LORA_NAME, KOHYA_NAME) if (folder / name).is_file()), None):
+        erased = read_erased_weights(folder / lora)
     else:
         erased = read_erased_weights(_only_file(folder))
     if (folder / FILE_NAME).is_file():
@@ -340,11 +344,12 @@ def _from_tensors(
     """What the names in a file say that it is; `otherwise` a format of weights by a denoiser's own names."""
     if is_lora(list(tensors)):
         try:
-            return ErasedWeights(read_differences(tensors, metadata, path.parent), "lora", str(path), known)
+            differences = read_differences(tensors, metadata, path.parent)
+            return ErasedWeights(differences, "lora", str(path), known, largest_rank(tensors))
         except ValueError as error:
             raise ModelError(f"{path}: {error}") from None
     if any(name.startswith(_LDM_DENOISER) for name in tensors):
-        return ErasedWeights(_ldm_denoiser(tensors, path), "ldm", str(path))
+        return ErasedWeights(_ldm_denoiser(tensors, path), "ldm", str(path), known)
     what = describe_weights(list(tensors))
     if not what.endswith(("denoiser", "unknown kind")):
         raise ModelError(f"{path}: {what}, and no erasure of a denoiser")

@@ -12,11 +12,11 @@ from ..model_errors import reason
 from ..provenance import FILE_NAME
 from .folders import INDEX
 from .read import only_weight_file
-from .write import LORA_NAME, PARTIAL_NAME
+from .write import KOHYA_NAME, LORA_NAME, PARTIAL_NAME
 
 
 RECORDS = [INDEX, FILE_NAME]
-_FILES = (PARTIAL_NAME, LORA_NAME, "config.json")
+_FILES = (PARTIAL_NAME, LORA_NAME, KOHYA_NAME, "config.json")
 
 
 def fetch(source: str | Path, weight_name: str | None = None, only_records: bool = False, **hub_arguments) -> Path:

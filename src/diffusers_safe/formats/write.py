@@ -16,8 +16,10 @@ from ..provenance import Provenance
 from ..weights.lora import ADAPTER_NAME, adapted_component
 
 
-__all__ = ["LORA_NAME", "PARTIAL_FORMAT", "PARTIAL_NAME", "copy_with_facts", "facts", "known_facts", "save_lora",
-           "save_partial", "save_whole"]  # fmt: skip
+__all__ = ["CHECKPOINT_NAME", "KOHYA_NAME", "LORA_NAME", "PARTIAL_FORMAT", "PARTIAL_NAME", "copy_with_facts", "facts",
+           "known_facts", "save_lora", "save_partial", "save_whole"]  # fmt: skip
+KOHYA_NAME = "kohya_lora.safetensors"
+CHECKPOINT_NAME = "checkpoint.safetensors"
 PARTIAL_NAME = "erased_weights.safetensors"
 PARTIAL_FORMAT = "diffusers-safe-partial-1"
 

@@ -17,7 +17,15 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..families import check_files, denoiser_names
-from ..formats import INDEX, LORA_NAME, PARTIAL_NAME, copy_with_facts, model_folders
+from ..formats import (
+    CHECKPOINT_NAME,
+    INDEX,
+    KOHYA_NAME,
+    LORA_NAME,
+    PARTIAL_NAME,
+    copy_with_facts,
+    model_folders,
+)
 from ..images import open_rgb
 from ..model_errors import reason
 from ..model_files import check_header, read_json_object
@@ -33,7 +41,8 @@ _REPORTS = ("report.html", "evaluation/report.html")
 # What is published, besides the folders that model_index.json names and an evaluation.
 _PUBLISHED = (CARD_NAME, FILE_NAME, STUDENT_FILE, INDEX, GRID_NAME, "*.safetensors", "LICENSE*")
 # What is deleted from a repository if a new result does not have it, besides the folders of models.
-_REPLACED = (FILE_NAME, STUDENT_FILE, INDEX, GRID_NAME, PARTIAL_NAME, LORA_NAME, *_RESULTS, *_REPORTS)
+_FILES = (PARTIAL_NAME, LORA_NAME, KOHYA_NAME, CHECKPOINT_NAME)
+_REPLACED = (FILE_NAME, STUDENT_FILE, INDEX, GRID_NAME, *_FILES, *_RESULTS, *_REPORTS)
 # Suffixes of the names of arguments that hold paths.
 _PATHS = ("_dir", "_path", "_file", "_folder", "_checkpoint", "config", "from_student")
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from ..families import TRAIN_METHODS, families, family_of_names
 from ..families.students import STUDENTS
-from ..formats import INDEX, LORA_NAME, PARTIAL_NAME, denoiser_folder
+from ..formats import CHECKPOINT_NAME, INDEX, KOHYA_NAME, LORA_NAME, PARTIAL_NAME, denoiser_folder
 from ..methods import METHODS
 from ..model_files import read_json_object
 from ..provenance import Distillation, Provenance
@@ -54,6 +54,9 @@ def erasure_card(folder: str | Path, repo_id: str, base: Base) -> ModelCard:
         low_rank=low_rank,
         has_pipeline=(folder / INDEX).is_file(),
         has_lora=(folder / LORA_NAME).is_file(),
+        kohya=KOHYA_NAME if (folder / KOHYA_NAME).is_file() else None,
+        in_a1111=_is_listed_by_a1111(folder / KOHYA_NAME),
+        checkpoint=CHECKPOINT_NAME if (folder / CHECKPOINT_NAME).is_file() else None,
         has_partial=(folder / PARTIAL_NAME).is_file(),
         partial_name=PARTIAL_NAME,
         partial_of=_partial_of(folder / PARTIAL_NAME),
@@ -148,6 +151,14 @@ def _partial_of(path: Path) -> str | None:
         return (family_of_names(file.keys()) or families()[0]).denoiser_name
 
 
+def _is_listed_by_a1111(path: Path) -> bool:
+    """Whether a LoRA is of a model that A1111 knows, see [`~ModelFamily.kohya_metadata`]."""
+    if not path.is_file():
+        return False
+    with safe_open(path, framework="pt") as file:
+        return any(name.startswith("ss_") for name in file.metadata() or {})
+
+
 def _evaluation(folder: Path) -> dict | None:
     """The headline table of the evaluation in a folder, and links to its files."""
     path = find_results(folder)
@@ -163,7 +174,7 @@ def _evaluation(folder: Path) -> dict | None:
 def _low_rank(record: Provenance) -> str:
     """What `diffusers-safe export` lost when it made a LoRA. A LoRA that was trained is the erasure itself."""
     export = record.export or {}
-    if export.get("to") != "lora":
+    if "rank" not in export:
         return ""
     worst = export["worst"]
     text = (
@@ -171,7 +182,8 @@ def _low_rank(record: Provenance) -> str:
         f"changed (relative Frobenius error), at worst {worst['error']:.2%} ({code(worst['parameter'])})"
     )
     if lost := export["left_out"]:
-        text += f"; {len(lost)} changed biases and norms are left out, such as {code(lost[0])}"
+        part = f" ({export['lost']:.2%} of the change)" if "lost" in export else ""
+        text += f"; {len(lost)} changed biases and norms are left out{part}, such as {code(lost[0])}"
     return text
 
 
