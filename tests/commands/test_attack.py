@@ -10,6 +10,7 @@ from diffusers_safe import cli
 from diffusers_safe.attacks import ConceptInversion, Paraphrases, SeedSearch
 from diffusers_safe.command_line import parse_dataclass
 from diffusers_safe.commands import attack as command
+from diffusers_safe.commands import evaluate as commands_evaluate
 from diffusers_safe.commands.attack import AttackArguments
 from diffusers_safe.emoji.evaluation import Erased
 from diffusers_safe.generation.models import SteeredModel
@@ -74,7 +75,7 @@ def test_all_attacks_with_the_judge_that_ships(
     assert (out / "tokens" / "erased" / "learned_embeds.safetensors").is_file()
 
 
-def test_models_have_names_and_the_embedded_one_is_the_original(tiny_model_folder, paraphrases):
+def test_models_have_names_and_the_embedded_one_is_the_original(tiny_model_folder, paraphrases, monkeypatch):
     one = AttackArguments(model=[tiny_model_folder], emoji="weapon", attacks=["seeds"], num_seeds=3)
     assert [(subject.name, subject.model) for subject in one.made_models] == [
         ("original", "emoji"),
@@ -84,6 +85,10 @@ def test_models_have_names_and_the_embedded_one_is_the_original(tiny_model_folde
     assert one.source == {"source": "--emoji weapon"}
     assert (one.settings.num_inference_steps, one.settings.guidance_scale) == (15, 3.0)
     assert one.rows[0].labels == {"subject": "weapon", "part": "erased"}
+    monkeypatch.setattr(commands_evaluate, "erasure_of", lambda *_, **__: {"base_model": "emoji-flow"})
+    flow = AttackArguments(model=[tiny_model_folder], emoji="weapon", attacks=["seeds"])
+    assert flow.made_models[0].model == "emoji-flow"
+    monkeypatch.undo()
     style = AttackArguments(
         model=[tiny_model_folder], emoji="sketch", prompts=["a cat in sketch style"], attacks=["seeds"]
     )

@@ -30,7 +30,6 @@ from ..comparison.models import check_models
 from ..comparison.options import EvaluationOptions
 from ..comparison.used_folder import report_claim
 from ..diffusion.loss_weighting import LOSS_SPACE_HELP, LOSS_WEIGHTINGS
-from ..emoji import MODEL_NAME
 from ..emoji.evaluation import SETTINGS as EMOJI_SETTINGS
 from ..emoji.evaluation import Erased
 from ..families import StoredModel
@@ -43,7 +42,7 @@ from ..metrics.base import check_once
 from ..output_folders import OVERWRITE_HELP, check_claim
 from ..report.builder import FEW_IMAGES, PICTURES
 from ..report.results import PAGE_NAME, headline_table
-from .evaluate import GUIDANCE_HELP, STEPS_HELP, named, read_models
+from .evaluate import GUIDANCE_HELP, STEPS_HELP, embedded_base, named, read_models
 
 
 # Attack -> its options, or prefixes of their names.
@@ -173,7 +172,7 @@ class AttackArguments(EvaluationOptions):
     def _read_models(self) -> list[SteeredModel]:
         if self.original is None and self.emoji is None:
             raise ValueError("original: none given; a success rate needs that of the unerased model next to it")
-        words = [named(self.original or MODEL_NAME, "original")]
+        words = [named(self.original or embedded_base(self.model[0]), "original")]
         words += [named(word, "erased") if len(self.model) == 1 else word for word in self.model]
         models = read_models(words, self.dtype)
         check_models(models)

@@ -139,7 +139,7 @@ class EvaluateArguments(EvaluationOptions):
         super().__post_init__()
         models = self.models
         if self.emoji is not None and len(models) == 1 and not models[0].endswith((".yaml", ".yml")):
-            models = [f"original={_embedded_base(models[0])}", named(models[0], "erased")]
+            models = [f"original={embedded_base(models[0])}", named(models[0], "erased")]
         self.made_models = read_models(models, self.dtype)
         check_models(self.made_models)
         if self.images_only:
@@ -195,7 +195,7 @@ def named(word: str, name: str) -> str:
     return word if "=" in word else f"{name}={word}"
 
 
-def _embedded_base(word: str) -> str:
+def embedded_base(word: str) -> str:
     """The embedded model that a model was made from, according to its record."""
     record = erasure_of(word.partition("=")[2] or word, local_files_only=True) or {}
     return base if (base := record.get("base_model")) in EMBEDDED_MODELS else MODEL_NAME

@@ -71,6 +71,12 @@ class TextEdit(ClosedForm):
     paper = ""
     summary = "All tokens of the concept's phrasings are read as an anchor's, by the edit that changes others least."
 
+    anchor_prompts: list[str] = option(
+        [],
+        "What the concepts become: one prompt for all of them or one for each, in the same order. Default: for each "
+        "the nearest word of the vocabulary.",
+        essential=True,
+    )
     phrasings: str = option("object", f"What the concepts are: {' or '.join(PHRASINGS)}.", PHRASINGS, essential=True)
     tolerance: float = option(
         0.25,
