@@ -57,7 +57,7 @@ def test_quality_is_measured_printed_and_put_on_the_card(tiny_pipeline, tmp_path
     assert judged["mean"]["objects with styles"].value == judged["mean"]["objects with backgrounds"].value == 1
     told = capsys.readouterr().out
     assert told.startswith("| recognised | judge | second judge |\n|---|---|---|\n| objects | 98.3 %")
-    assert "least: frog 0.0 % [0.0, 79.3], N=1" in told and "All judges recognise the same object on 99." in told
+    assert "lowest: frog 0.0 % [0.0, 79.3], N=1" in told and "The judges agree on the object in 99." in told
     speed = results["protocol"]["speed"]
     assert 0 < speed["seconds_per_forward"] < speed["batch_size"] / speed["images_per_second"]
 

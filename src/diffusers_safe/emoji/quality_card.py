@@ -14,14 +14,19 @@ def quality_table(results: dict) -> str:
     judges, protocol = results["judges"], results["protocol"]
     first = next(iter(judges.values()))
     cells = {
-        **{part: [f"{j['mean'][part]}; least: {_least(j[part])}" for j in judges.values()] for part in first["mean"]},
+        **{
+            part: [f"{j['mean'][part]}; lowest: {_lowest(j[part])}" for j in judges.values()] for part in first["mean"]
+        },
         **{
             f"object and {part.removesuffix('s')}, never seen together in training": [
                 str(judge["held_out"][part]) for judge in judges.values()
             ]
             for part in first["held_out"]
         },
-        **{f"{head} on renders": [str(j["renders"][head]) for j in judges.values()] for head in first["renders"]},
+        **{
+            f"{head} on renders, which tests the judge": [str(j["renders"][head]) for j in judges.values()]
+            for head in first["renders"]
+        },
     }
     lines = [f"| recognised | {' | '.join(judges)} |", "|---" * (len(judges) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(row)} |" for name, row in cells.items()]
@@ -35,14 +40,14 @@ def quality_table(results: dict) -> str:
         f"{speed['images_per_second']:.1f} images per second in batches of {speed['batch_size']}, "
         "the best of three; "
         f"{1000 * speed['seconds_per_forward']:.0f} ms per forward pass of the denoiser for one image with guidance "
-        f"({speed['device']}, {speed['threads']} threads).",
+        f"({speed['device']}, {speed['threads']} thread{'s' if speed['threads'] > 1 else ''}).",
     ]
     if "agreement" in results:
-        sentences.insert(1, f"All judges recognise the same object on {results['agreement']} of the images.")
+        sentences.insert(1, f"The judges agree on the object in {results['agreement']} of the images.")
     return "\n\n".join(["\n".join(lines), *sentences])
 
 
-def _least(shares: dict[str, Estimate]) -> str:
+def _lowest(shares: dict[str, Estimate]) -> str:
     name, worst = min(shares.items(), key=lambda item: item[1].value)
     return f"{name} {worst}"
 
