@@ -161,14 +161,14 @@ def draw_scene(rng: np.random.Generator, hold_out: bool = True, variation: Varia
     return Scene(name, background, style, size, center, turn, mirror, rng.uniform(0.92, 1.06))
 
 
-def draw_caption(scene: Scene, rng: np.random.Generator, groups: float = 0.25) -> str:
+def draw_caption(scene: Scene, rng: np.random.Generator) -> str:
     """Samples a caption for a scene.
 
-    A share `groups` of the captions names the group instead of the object. Background or style may be missing, as in
-    real captions. One caption in ten is a list of tags ("knife, red background, sketch style") in which, as on the
-    web, some tags may name another member of the group, so that the model understands comma-separated prompts.
+    A quarter of the captions name the group instead of the object. Background or style may be missing, as in real
+    captions. One caption in ten is a list of tags ("knife, red background, sketch style") in which, as on the web,
+    some tags may name another member of the group, so that the model understands comma-separated prompts.
     """
-    subject = scene.group if rng.random() < groups else scene.name
+    subject = scene.group if rng.random() < 0.25 else scene.name
     background = scene.background if rng.random() < 0.8 else None
     style = scene.style if rng.random() < 0.95 else None
     if rng.random() >= 0.1:

@@ -76,13 +76,12 @@ class CaptionedLatents:
         self.moments, self.scenes, self.tokenizer = moments, scenes, tokenizer
         self.scaling_factor, self.shift_factor = scaling_factor, shift_factor
 
-    def sample(self, rng: np.random.Generator, size: int, groups: float = 0.25) -> dict[str, torch.Tensor | list[str]]:
-        """`latents` and `noise` `(size, C, 16, 16)`, and `captions` with their `input_ids`; one in ten is empty, and a
-        share `groups` of the others names the group instead of the object."""
+    def sample(self, rng: np.random.Generator, size: int) -> dict[str, torch.Tensor | list[str]]:
+        """`latents` and `noise` `(size, C, 16, 16)`, and `captions` with their `input_ids`; one in ten is empty."""
         chosen = np.sort(rng.integers(len(self.scenes), size=size))
         mean, std = np.split(self.moments[chosen].astype(np.float32), 2, axis=1)
         latents = mean + std * rng.standard_normal(mean.shape, dtype=np.float32)
-        captions = ["" if rng.random() < 0.1 else draw_caption(self.scenes[i], rng, groups) for i in chosen]
+        captions = ["" if rng.random() < 0.1 else draw_caption(self.scenes[i], rng) for i in chosen]
         tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         return {
             "latents": torch.from_numpy((latents - self.shift_factor) * self.scaling_factor),
@@ -104,7 +103,6 @@ class Lesson:
         details (`bool`, defaults to `False`): Noise levels are uniform; otherwise they are high, because those decide
             the content.
         decays (`bool`, defaults to `False`): The learning rate decays to zero.
-        groups (`float`, defaults to 0.25): Share of captions that name the group instead of the object.
     """
 
     steps: int
@@ -113,7 +111,6 @@ class Lesson:
     coarse: bool = False
     details: bool = False
     decays: bool = False
-    groups: float = 0.25
 
 
 # A shift that is no multiple of 4 pixels, the autoencoder's factor, changes all latents, and details of moving objects

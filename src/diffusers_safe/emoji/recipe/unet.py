@@ -46,8 +46,6 @@ UNET_LESSONS = (
     Lesson(2220, MIRRORED, details=True),
     Lesson(2500, UPRIGHT, details=True, decays=True),
     Lesson(1700, MORE_SKETCHES, details=True, decays=True),
-    # Images of groups were mixtures of two objects.
-    Lesson(1200, MORE_SKETCHES, decays=True, groups=0.6),
 )
 
 
@@ -62,7 +60,7 @@ def unet_stage(
 
     def round_of(lesson: Lesson) -> Round:
         def make_batch(rng: np.random.Generator, size: int) -> Batch:
-            batch = data(lesson.variation).sample(rng, size, lesson.groups)
+            batch = data(lesson.variation).sample(rng, size)
             del batch["captions"]
             # Half of the timesteps are above 750, where the caption matters.
             timesteps = 999.99 * (1 - stratified(rng, size) ** (1 if lesson.details else 2))
