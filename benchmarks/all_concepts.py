@@ -68,7 +68,7 @@ class Contestant(NamedTuple):
         return METHODS[self.method].trains
 
 
-# Of all methods that train, the same for every concept. The defaults are for Stable Diffusion: a hundred times slower.
+# Of all methods that train, the same for every concept. The defaults, for Stable Diffusion, take 1000 steps or more.
 TRAINING = {
     "train_method": "xattn", "retain_unconditional": True, "retain_weight": 3, "loss_space": "velocity",
     "num_inference_steps": SETTINGS.num_inference_steps, "latents_per_trajectory": 2, "trajectory_pool": 120,

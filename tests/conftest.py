@@ -131,6 +131,11 @@ def build_tiny_sd_2_pipeline(seed: int = 0, layers_per_block: int = 2) -> Stable
     return pipeline
 
 
+def _tiny_t5(tokenizer, width: int) -> T5EncoderModel:
+    sizes = {"d_model": width, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    return T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes))
+
+
 def build_tiny_sd3_pipeline(seed: int = 0, t5: bool = True) -> StableDiffusion3Pipeline:
     """A Stable Diffusion 3.5 pipeline with random weights: two CLIP encoders of widths 32 and 48 and T5 of width 96,
     dual attention in the first of two blocks; latents 4 x 8 x 8, images of 64 x 64."""
@@ -141,9 +146,7 @@ def build_tiny_sd3_pipeline(seed: int = 0, t5: bool = True) -> StableDiffusion3P
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 3)
         clip = [CLIPTextModelWithProjection(CLIPTextConfig(**{**config, "hidden_size": width})) for width in (32, 48)]
-        text_encoder_3 = T5EncoderModel(
-            T5Config(vocab_size=len(tokenizer_3), d_model=96, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
-        )
+        text_encoder_3 = _tiny_t5(tokenizer_3, 96)
         transformer = SD3Transformer2DModel(
             sample_size=8,
             patch_size=2,
@@ -180,9 +183,7 @@ def build_tiny_flux_pipeline(seed: int = 0) -> FluxPipeline:
     tokenizer_2 = build_t5_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 4)
-        text_encoder_2 = T5EncoderModel(
-            T5Config(vocab_size=len(tokenizer_2), d_model=48, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
-        )
+        text_encoder_2 = _tiny_t5(tokenizer_2, 48)
         transformer = FluxTransformer2DModel(
             in_channels=16,
             num_layers=1,

@@ -5,16 +5,15 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import nn
 from torch.nn import functional
 from transformers import CLIPTextConfig
 
-from .base import ComponentConfig, Conditioning, ModelFamily, Rule, check_channels, check_present, vae_scale_factor
+from .base import ComponentConfig, Conditioning, Rule, check_channels, check_present, vae_scale_factor
+from .flow_matching import PATCH_SIZE, FlowMatchingFamily, dynamic_shift
 from .registry import register_family
 
 
-PATCH_SIZE = 2  # the pipeline packs 2 x 2 latents into a token
 SAMPLE_SIZE = 128  # the pipeline's default height and width in latents; the transformer's config has none
 T5_LENGTH = 512  # the pipeline's default `max_sequence_length`
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
@@ -37,7 +36,7 @@ def _is_image_attention(name: str) -> bool:
 
 
 @register_family
-class FluxFamily(ModelFamily):
+class FluxFamily(FlowMatchingFamily):
     """FLUX.1-dev and every pipeline of its shape (Black Forest Labs, 2024).
 
     A `Conditioning` holds `encoder_hidden_states`, `(B, 512, width)`, the tokens of T5; `pooled_projections`,
@@ -57,14 +56,12 @@ class FluxFamily(ModelFamily):
     """
 
     pipeline_classes = (FluxPipeline,)
-    denoiser_name, denoiser_class = "transformer", FluxTransformer2DModel
+    denoiser_class = FluxTransformer2DModel
     denoiser_parts = ("x_embedder", "time_text_embed", "context_embedder", "transformer_blocks",
                       "single_transformer_blocks", "norm_out", "proj_out")  # fmt: skip
-    kohya_prefix = "lora_transformer_"
     text_encoders = ("text_encoder", "text_encoder_2")
     tokenizers = ("tokenizer", "tokenizer_2")
     token_names = ("clip_l", "t5")
-    pooled_name = "pooled_projections"
     guidance_name, guidance_scale = "guidance", 3.5
     unsteered = "its guidance scale is an input of the model, so there is no second prediction that could be steered"
     train_methods: dict[str, Rule] = {
@@ -125,23 +122,8 @@ class FluxFamily(ModelFamily):
             }
 
     @classmethod
-    def text_projections(cls, denoiser: nn.Module) -> list[str]:
-        return ["context_embedder.weight"]
-
-    @classmethod
-    def pooled_projection(cls, denoiser: nn.Module) -> str | None:
-        return "time_text_embed.text_embedder.linear_1.weight"
-
-    @classmethod
     def set_timesteps(cls, scheduler, num_inference_steps: int, latent_shape: tuple[int, int, int]) -> None:
-        config, (_, height, width) = scheduler.config, latent_shape
-        mu = calculate_shift(
-            (height // PATCH_SIZE) * (width // PATCH_SIZE),
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
+        mu = dynamic_shift(scheduler.config, latent_shape, max_shift=1.15)
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
         scheduler.set_timesteps(sigmas=sigmas, mu=mu)
 

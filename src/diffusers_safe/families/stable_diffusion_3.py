@@ -4,15 +4,14 @@ from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import nn
 from transformers import CLIPTextConfig
 
-from .base import ComponentConfig, Conditioning, ModelFamily, Rule, check_channels, check_present, vae_scale_factor
+from .base import ComponentConfig, Conditioning, Rule, check_channels, check_present, vae_scale_factor
+from .flow_matching import PATCH_SIZE, FlowMatchingFamily, dynamic_shift
 from .registry import register_family
 
 
-PATCH_SIZE = 2  # of SD3 and SD3.5; the number of patches decides how much a schedule is shifted
 T5_LENGTH = 256  # the pipeline's default `max_sequence_length`
 
 
@@ -21,7 +20,7 @@ def _is_time_or_output(name: str) -> bool:
 
 
 @register_family
-class StableDiffusion3Family(ModelFamily):
+class StableDiffusion3Family(FlowMatchingFamily):
     """SD3, SD3.5 and every pipeline of their shape (Esser et al., arXiv 2403.03206).
 
     A `Conditioning` holds `encoder_hidden_states`, `(B, length, width)`, and `pooled_projections`, `(B, width)`. The
@@ -35,14 +34,12 @@ class StableDiffusion3Family(ModelFamily):
     """
 
     pipeline_classes = (StableDiffusion3Pipeline,)
-    denoiser_name, denoiser_class = "transformer", SD3Transformer2DModel
+    denoiser_class = SD3Transformer2DModel
     denoiser_parts = ("pos_embed", "time_text_embed", "context_embedder", "transformer_blocks", "norm_out", "proj_out")
-    kohya_prefix = "lora_transformer_"
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     tokenizers = ("tokenizer", "tokenizer_2", "tokenizer_3")
     optional = ("text_encoder_3", "tokenizer_3")
     token_names = ("clip_l", "clip_g")
-    pooled_name = "pooled_projections"
     train_methods: dict[str, Rule] = {
         "xattn": lambda name, _: ".attn." in name,
         "xattn-strict": lambda name, _: ".attn.add_k_proj." in name or ".attn.add_v_proj." in name,
@@ -95,25 +92,10 @@ class StableDiffusion3Family(ModelFamily):
         }
 
     @classmethod
-    def text_projections(cls, denoiser: nn.Module) -> list[str]:
-        return ["context_embedder.weight"]
-
-    @classmethod
-    def pooled_projection(cls, denoiser: nn.Module) -> str | None:
-        return "time_text_embed.text_embedder.linear_1.weight"
-
-    @classmethod
     def set_timesteps(cls, scheduler, num_inference_steps: int, latent_shape: tuple[int, int, int]) -> None:
         config, options = scheduler.config, {}
         if config.get("use_dynamic_shifting"):
-            _, height, width = latent_shape
-            options["mu"] = calculate_shift(
-                (height // PATCH_SIZE) * (width // PATCH_SIZE),
-                config.get("base_image_seq_len", 256),
-                config.get("max_image_seq_len", 4096),
-                config.get("base_shift", 0.5),
-                config.get("max_shift", 1.16),  # the pipeline's value, not the scheduler's
-            )
+            options["mu"] = dynamic_shift(config, latent_shape, max_shift=1.16)
         scheduler.set_timesteps(num_inference_steps, **options)
 
     def _encode(self, prompts: list[str], device: torch.device | str) -> Conditioning:
